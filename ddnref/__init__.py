@@ -1,0 +1,51 @@
+"""ddnref: forward solvers and explicit, verified VJPs on the Python array API."""
+
+from ddnref import testing
+from ddnref._eigh import eigh, eigh_topk, eigh_topk_fwd, eigh_topk_vjp, eigh_vjp, gauge_residual
+from ddnref._errors import DdnrefError, GaugeError, SingularError
+from ddnref._spectral import (
+    expm,
+    expm_fwd,
+    expm_vjp,
+    invsqrtm,
+    invsqrtm_fwd,
+    invsqrtm_vjp,
+    logm,
+    logm_fwd,
+    logm_vjp,
+    spectral_function,
+    spectral_function_fwd,
+    spectral_function_vjp,
+    sqrtm,
+    sqrtm_fwd,
+    sqrtm_vjp,
+)
+
+__version__ = "0.1.0.dev0"
+__all__ = [
+    "DdnrefError",
+    "GaugeError",
+    "SingularError",
+    "eigh",
+    "eigh_topk",
+    "eigh_topk_fwd",
+    "eigh_topk_vjp",
+    "eigh_vjp",
+    "expm",
+    "expm_fwd",
+    "expm_vjp",
+    "gauge_residual",
+    "invsqrtm",
+    "invsqrtm_fwd",
+    "invsqrtm_vjp",
+    "logm",
+    "logm_fwd",
+    "logm_vjp",
+    "spectral_function",
+    "spectral_function_fwd",
+    "spectral_function_vjp",
+    "sqrtm",
+    "sqrtm_fwd",
+    "sqrtm_vjp",
+    "testing",
+]

@@ -1,0 +1,121 @@
+"""What every operation asks of its arrays: one namespace, one device, floating dtypes, matching shapes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TypeAlias
+
+import array_api_compat
+import array_api_compat.numpy
+import numpy as np
+
+Array: TypeAlias = Any
+"""Any array that follows the Python array API standard (NumPy, CuPy, PyTorch, JAX, array-api-strict, ...)."""
+
+Namespace: TypeAlias = Any
+
+
+def namespace(**arrays: Array | None) -> Namespace:
+    """Return the namespace that all named arrays share; ``None`` entries are skipped.
+
+    Raises
+    ------
+    TypeError
+        If there is no array, or the arrays mix namespaces or devices, or one is neither real nor complex
+        floating (float16 included: LAPACK has no half precision).
+    """
+    present = {name: array for name, array in arrays.items() if array is not None}
+    if not present:
+        raise TypeError(f"{' and '.join(arrays)} must be given: there is nothing to compute from None.")
+    if all(type(array) is np.ndarray and array.dtype.char in "fdFD" for array in present.values()):
+        return array_api_compat.numpy  # the common case, checked in a microsecond
+    xp = _shared_namespace(present)
+    _check_devices(present)
+    for name, array in present.items():
+        if array.dtype not in (xp.float64, xp.float32, xp.complex128, xp.complex64):
+            raise TypeError(
+                f"{name} has dtype {array.dtype}; ddnref computes in float32, float64, complex64 or complex128. "
+                f"Convert it first, for example with xp.astype({name}, xp.float64)."
+            )
+    return xp
+
+
+def _kind(array: Array) -> str:
+    return f"{type(array).__module__.split('.')[0]}.{type(array).__qualname__}"
+
+
+def _shared_namespace(present: dict[str, Array]) -> Namespace:
+    for name, array in present.items():
+        if not array_api_compat.is_array_api_obj(array):
+            raise TypeError(
+                f"{name} is a {_kind(array)}, not an array. "
+                "Pass a NumPy, CuPy, PyTorch, JAX or other array-API array; lists and scalars are not converted."
+            )
+    try:
+        return array_api_compat.array_namespace(*present.values())
+    except TypeError as error:
+        kinds = ", ".join(f"{name}: {_kind(array)}" for name, array in present.items())
+        raise TypeError(
+            f"All arrays must come from one library, but got {kinds}. "
+            "Nothing is converted silently; move them to one library first, for example with xp.from_dlpack."
+        ) from error
+
+
+def _check_devices(present: dict[str, Array]) -> None:
+    devices = {name: array_api_compat.device(array) for name, array in present.items()}
+    if len({str(device) for device in devices.values() if device is not None}) > 1:
+        where = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise TypeError(
+            f"All arrays must be on one device, but got {where}. Move them first with array_api_compat.to_device."
+        )
+
+
+def real_dtype(xp: Namespace, dtype: Any) -> Any:
+    """The real dtype of the same precision."""
+    return xp.float32 if dtype in (xp.float32, xp.complex64) else xp.float64
+
+
+def check_dtypes(**pairs: tuple[Array | None, Any]) -> None:
+    """Raise ``TypeError`` unless each named ``(array, dtype)`` agrees; ``None`` arrays are skipped."""
+    for name, (array, dtype) in pairs.items():
+        if array is not None and array.dtype != dtype:
+            raise TypeError(f"{name} has dtype {array.dtype}, expected {dtype}: precisions are never mixed silently.")
+
+
+def check_shapes(**pairs: tuple[Array | None, tuple[int, ...]]) -> None:
+    """Raise ``ValueError`` unless each named ``(array, shape)`` agrees; ``None`` arrays are skipped."""
+    for name, (array, shape) in pairs.items():
+        if array is not None and tuple(array.shape) != tuple(shape):
+            raise ValueError(f"{name} has shape {tuple(array.shape)}, expected {tuple(shape)}.")
+
+
+def check_square(name: str, x: Array) -> None:
+    """Raise ``ValueError`` unless `x` is a square matrix or a batch of them."""
+    if x.ndim < 2 or x.shape[-1] != x.shape[-2]:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (..., m, m): square in its last two axes.")
+
+
+def refuse_recording(function: str, x: Array) -> None:
+    """Raise ``TypeError`` where PyTorch would record the forward with its own derivative, which ours replaces."""
+    if "torch" in sys.modules and array_api_compat.is_torch_array(x) and x.requires_grad:
+        import torch
+
+        if torch.is_grad_enabled():
+            raise TypeError(
+                f"The tensor given to {function} requires grad, so PyTorch would record its own derivative "
+                "(NaN or wrong at repeated eigenvalues) instead of ours. Call "
+                f"ddnref.interop.torch.differentiable(ddnref.{function}) to train through it, or pass x.detach() "
+                f"and call {function}_vjp yourself."
+            )
+
+
+def is_true(flag: Array) -> bool:
+    """Read one flag on the host: the only place where the package synchronises with a device."""
+    return bool(flag)
+
+
+def nan_where(bad: Array, x: Array) -> Array:
+    """`x` with NaN wherever `bad` (broadcast against it) is set; reads nothing on the host."""
+    xp = array_api_compat.array_namespace(x)
+    nan = xp.full((), float("nan"), dtype=x.dtype, device=array_api_compat.device(x))
+    return xp.where(bad, nan, x)

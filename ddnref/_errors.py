@@ -1,0 +1,13 @@
+"""Value facts that a caller must hear about: each says what happened, why it is likely, what to pass instead."""
+
+
+class DdnrefError(ArithmeticError):
+    """Base of the errors raised for the *values* of the inputs; static facts raise TypeError or ValueError."""
+
+
+class GaugeError(DdnrefError):
+    """The loss depends on a choice inside an eigenspace that the matrix does not determine."""
+
+
+class SingularError(DdnrefError):
+    """A function or its derivative is not finite at the given matrix."""

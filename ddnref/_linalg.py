@@ -1,0 +1,60 @@
+"""What the operations need of linear algebra, specified once: NumPy's in-place forms, or the standard elsewhere."""
+
+from __future__ import annotations
+
+import array_api_compat
+
+from ddnref import _numpy
+from ddnref._array import Array, nan_where
+
+CUPY_EIGH_BATCH = 2**19  # cuSOLVER's batched Jacobi kernel counts in 32 bits; it failed above a million matrices
+
+
+def adjoint(x: Array) -> Array:
+    """Conjugate transpose of the last two axes."""
+    xp = array_api_compat.array_namespace(x)
+    x_t = xp.matrix_transpose(x)
+    return xp.conj(x_t) if xp.isdtype(x.dtype, "complex floating") else x_t
+
+
+def hermitian_part(x: Array) -> Array:
+    """``½ (X + Xᴴ)``, exactly Hermitian; halved first, so that it cannot overflow."""
+    x = x / 2
+    return x + adjoint(x)
+
+
+def hermitian_product(a: Array, b: Array) -> Array:
+    """``A Bᴴ``, known to be Hermitian up to rounding, made exactly so."""
+    if array_api_compat.is_numpy_array(a):
+        return _numpy.hermitian_product(a, b)
+    return hermitian_part(a @ adjoint(b))
+
+
+def eigh(s: Array) -> tuple[Array, Array]:
+    """Eigenvalues (ascending) and eigenvectors of exactly Hermitian `s`; NaN for its non-finite items alone."""
+    xp = array_api_compat.array_namespace(s)
+    finite = xp.all(xp.isfinite(s), axis=(-2, -1), keepdims=True)
+    w, v = _eigh_finite(xp.where(finite, s, xp.zeros_like(s)))
+    bad = xp.logical_not(finite)
+    return nan_where(bad[..., 0], w), nan_where(bad, v)
+
+
+def _eigh_finite(s: Array) -> tuple[Array, Array]:
+    xp = array_api_compat.array_namespace(s)
+    if array_api_compat.is_numpy_array(s):
+        return _numpy.eigh(s)
+    if array_api_compat.is_cupy_array(s):
+        return _eigh_cupy(s)
+    w, v = xp.linalg.eigh(s)
+    return w, v
+
+
+def _eigh_cupy(s: Array) -> tuple[Array, Array]:
+    xp = array_api_compat.array_namespace(s)
+    m = s.shape[-1]
+    if s.size == 0:
+        return xp.zeros(s.shape[:-1], dtype=xp.real(s).dtype), xp.zeros_like(s)
+    flat = xp.reshape(s, (-1, m, m))
+    parts = [xp.linalg.eigh(flat[i : i + CUPY_EIGH_BATCH]) for i in range(0, flat.shape[0], CUPY_EIGH_BATCH)]
+    w, v = (parts[0] if len(parts) == 1 else (xp.concat([p[k] for p in parts]) for k in (0, 1)))
+    return xp.reshape(w, s.shape[:-1]), xp.reshape(v, s.shape)

@@ -1,0 +1,249 @@
+"""In-place forms for NumPy arrays, each the twin of a standard-only form and there for a measured reason.
+
+The standard-only forms in ``_linalg.py`` and ``_eigh.py`` write a fresh m×m array for every step. On a CPU those
+passes over memory, most of all the transposed ones, cost as much as the matrix products up to m = 512; buffers
+that stay in cache and tiles do not. ``tests/test_numpy.py`` holds every form here to its twin.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import combinations_with_replacement
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+WHOLE = 256  # up to this width a matrix and its buffers stay in the second-level cache: no tiles needed
+TILE = 128  # wider: antisymmetrise and divide in tiles
+BLOCK = 256  # wider: block rows of the last product
+NARROW = 128  # up to this width OpenBLAS takes twice as long for A Bᵀ as for A B and a copy
+CHUNK = 2**18  # numbers in a chunk of a batch, 256 matrices of 32×32: smaller ones wait for the interpreter's lock
+BLAS_THREADS = 2**18  # multiplications from which OpenBLAS splits one product over threads
+PANEL = 16  # rows of a product that stays below that up to m = 128
+WORTH_THREADS = 2**16  # numbers in a batch from which a second thread pays for waking it
+
+
+def adjoint(x: Array) -> Array:
+    """Conjugate transpose; a view where `x` is real."""
+    return np.conj(x.mT) if x.dtype.kind == "c" else x.mT
+
+
+def _diagonal(x: Array) -> Array:
+    """The diagonal of the last two axes of a contiguous array or a tile of one, as a writable view."""
+    view: Array = np.einsum("...ii->...i", x)
+    return view
+
+
+def _blocks(m: int, width: int) -> list[slice]:
+    return [slice(start, min(start + width, m)) for start in range(0, m, width)]
+
+
+def threads() -> int:
+    """Threads that a batch may use: the cores of this process, or fewer if OMP_NUM_THREADS asks for fewer."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, int(asked)) if asked.isdigit() and int(asked) > 0 else cores
+
+
+@lru_cache(maxsize=1)
+def _pool(process: int, size: int) -> ThreadPoolExecutor:  # noqa: ARG001 - a forked child must not inherit the pool
+    return ThreadPoolExecutor(size, thread_name_prefix="ddnref")
+
+
+def for_parts(run: Callable[[slice], None], count: int, m: int) -> None:
+    """Call `run` on slices of a batch of `count` m×m matrices: chunks that stay in cache, on several threads.
+
+    Measured at (1000, 32) float32: chunks on two threads take 0.5 of the time of the batch at once. Wide matrices
+    run as one part, because there BLAS uses the threads itself and the two would wait for each other.
+    """
+    workers = threads() if count * m * m >= WORTH_THREADS and m < WHOLE else 1
+    parallel = workers > 1 and count > 1
+    share = -(-count // workers) if parallel else count
+    parts = _blocks(count, max(1, min(CHUNK // max(m * m, 1), share)))
+    if not parallel:
+        for part in parts:
+            run(part)
+        return
+    tasks = iter(parts)
+
+    def work() -> None:
+        for part in tasks:
+            run(part)
+
+    others = [_pool(os.getpid(), workers - 1).submit(work) for _ in range(min(workers, len(parts)) - 1)]
+    work()
+    for other in others:
+        other.result()
+
+
+def eigh(s: Array) -> tuple[Array, Array]:
+    """LAPACK over a batch, in parallel; an item on which it fails comes out as NaN and leaves the others alone."""
+    m = s.shape[-1]
+    flat = s.reshape(-1, m, m) if s.size else s.reshape(math.prod(s.shape[:-2]), m, m)
+    v = np.empty_like(flat)
+    w = np.empty(flat.shape[:-1], dtype=flat.real.dtype)
+
+    def run(part: slice) -> None:
+        try:
+            w[part], v[part] = np.linalg.eigh(flat[part])
+        except np.linalg.LinAlgError:
+            if part.stop - part.start > 1:
+                for item in _blocks(part.stop, 1)[part.start :]:
+                    run(item)
+            else:
+                w[part], v[part] = np.nan, np.nan
+
+    for_parts(run, flat.shape[0], m)
+    return w.reshape(s.shape[:-1]), v.reshape(s.shape)
+
+
+def hermitian_product(a: Array, b: Array) -> Array:
+    """``A Bᴴ``, known to be Hermitian up to rounding, made exactly so.
+
+    Wide matrices: only the lower block triangle is multiplied, then mirrored. Measured at m = 1024: 0.63 of the
+    time of the full product, and the pass over memory that symmetrises it is saved as well.
+    """
+    x = np.empty((*a.shape[:-1], a.shape[-2]), dtype=a.dtype)
+    _hermitian_product(a, adjoint(b), x)
+    return x
+
+
+def _hermitian_product(a: Array, b_h: Array, x: Array) -> None:
+    for rows in _blocks(a.shape[-2], BLOCK):
+        np.matmul(a[..., rows, :], b_h[..., : rows.stop], out=x[..., rows, : rows.stop])
+        block = x[..., rows, rows]
+        block = block + adjoint(block)
+        block *= 0.5
+        x[..., rows, rows] = block
+        for columns in _blocks(rows.start, TILE):
+            x[..., columns, rows] = adjoint(x[..., rows, columns])
+
+
+def eigh_vjp(
+    w_bar: Array | None, v_bar: Array, w: Array, v: Array, near: Array
+) -> tuple[Array, Array | None]:
+    """``X̄ = V (diag(λ̄) + ½ F ∘ (M − Mᴴ)) Vᴴ`` and the gauge residual of ``M``, as in ``ddnref._eigh._full``.
+
+    `near` says which neighbouring eigenvalues count as equal. The residual is ``None`` where no gauge is left to
+    check: nothing was masked, and real eigenvectors have no phase.
+    """
+    cluster = None
+    if near.any():
+        cluster = np.zeros(w.shape, dtype=np.int64)
+        np.cumsum(~near, axis=-1, out=cluster[..., 1:])
+    m, lead = w.shape[-1], w.shape[:-1]
+    count = math.prod(lead)
+    x_bar, residual = np.empty_like(v, order="C"), np.zeros(lead, dtype=w.dtype)
+    kernel = _whole if m <= WHOLE else _tiled
+    if len(lead) == 1:
+        arrays = (w_bar, v_bar, w, v, cluster, x_bar, residual)
+    else:
+        core = (1, 2, 1, 2, 1, 2, 0)
+        arrays = tuple(
+            None if a is None else a.reshape(count, *a.shape[a.ndim - n :])
+            for a, n in zip((w_bar, v_bar, w, v, cluster, x_bar, residual), core, strict=True)
+        )
+
+    def run(part: slice) -> None:
+        with np.errstate(all="ignore"):  # non-finite items come out non-finite: that is their report
+            kernel(*(None if a is None else a[part] for a in arrays))
+
+    for_parts(run, count, m)
+    return x_bar, None if cluster is None and v.dtype.kind != "c" else residual
+
+
+def _product(a: Array, b: Array, out: Array) -> Array:
+    """``A B``, by row panels where BLAS would split one product over threads that the batch is using already."""
+    m, panel = b.shape[-1], PANEL
+    if m**3 <= BLAS_THREADS or m >= WHOLE or m % panel or a.shape[0] * m * m < WORTH_THREADS // 2:
+        return np.matmul(a, b, out=out)
+    panels = (a.shape[0], m // panel, panel, m)
+    np.matmul(a.reshape(panels), b[:, None], out=out.reshape(panels))
+    return out
+
+
+def _gap(w: Array, out: Array) -> Array:
+    """``2 (λ_j − λ_i)`` as a product of rank two: exact like the subtraction, in a quarter of its time."""
+    left, right = np.empty((*w.shape, 2), w.dtype), np.empty((*w.shape[:-1], 2, w.shape[-1]), w.dtype)
+    np.multiply(w, -2, out=left[..., 0])
+    left[..., 1] = right[..., 0, :] = 1
+    np.multiply(w, 2, out=right[..., 1, :])
+    return np.matmul(left, right, out=out)
+
+
+def _whole(
+    w_bar: Array | None, v_bar: Array, w: Array, v: Array, cluster: Array | None, x_bar: Array, residual: Array
+) -> None:
+    """One pass for matrices that stay in cache: the sum with the adjoint comes last, from a buffer."""
+    m_ = _product(adjoint(v), v_bar, np.empty_like(v))
+    gap = _gap(w, np.empty_like(m_, dtype=w.dtype))
+    if cluster is None:
+        if m_.dtype.kind == "c":
+            residual[...] = _ratio(2 * np.max(np.abs(_diagonal(m_).imag), axis=-1, initial=0), m_)
+        _diagonal(gap)[...] = np.inf
+    else:
+        same = cluster[..., None, :] == cluster[..., :, None]
+        masked = np.max(np.abs(m_ - adjoint(m_)), axis=(-2, -1), initial=0, where=same)
+        residual[...] = _ratio(masked, m_)
+        gap[same] = np.inf
+    m_ /= gap
+    if w_bar is not None:
+        diagonal = _diagonal(m_)
+        diagonal += 0.5 * w_bar
+    t = _product(v, m_, gap if gap.dtype == v.dtype else np.empty_like(m_))
+    v_h = adjoint(v)
+    if v.shape[-1] <= NARROW:
+        v_h = np.ascontiguousarray(v_h)
+    x = _product(t, v_h, m_)
+    np.add(x, adjoint(x), out=x_bar)
+
+
+def _ratio(part: Array, whole: Array) -> Array:
+    size = np.max(np.abs(whole), axis=(-2, -1), initial=0)
+    return np.divide(part, size, out=np.zeros_like(part), where=size > 0)
+
+
+def _tiled(
+    w_bar: Array | None, v_bar: Array, w: Array, v: Array, cluster: Array | None, x_bar: Array, residual: Array
+) -> None:
+    """Wide matrices: tiles in place, and only the lower block triangle of the last product."""
+    m_ = np.matmul(adjoint(v), v_bar, out=x_bar)
+    checked = cluster is not None or m_.dtype.kind == "c"
+    whole = np.max(np.abs(m_), axis=(-2, -1), initial=0) if checked else None
+    masked = _antisymmetric_quotient(m_, w, cluster)
+    if whole is not None:
+        np.divide(masked, whole, out=residual, where=whole > 0)
+    if w_bar is not None:
+        diagonal = _diagonal(m_)
+        diagonal += w_bar
+    t = np.matmul(v, m_)
+    _hermitian_product(t, adjoint(v), x_bar)
+
+
+def _antisymmetric_quotient(m_: Array, w: Array, cluster: Array | None) -> Array:
+    """Overwrite ``M`` with ``½ (M − Mᴴ) ∘ F``, tile by tile; return the largest entry that the mask removed."""
+    masked = np.zeros(w.shape[:-1], dtype=w.dtype)
+    tiles: Iterable[tuple[slice, slice]] = combinations_with_replacement(_blocks(w.shape[-1], TILE), 2)
+    for upper, lower in tiles:
+        q = m_[..., lower, upper] - adjoint(m_[..., upper, lower])
+        gap = 2 * (w[..., None, upper] - w[..., lower, None])
+        same = None
+        if cluster is not None:
+            same = cluster[..., None, upper] == cluster[..., lower, None]
+        elif lower == upper:
+            same = np.broadcast_to(np.eye(q.shape[-1], dtype=bool), q.shape)
+        if same is not None:
+            np.maximum(masked, np.max(np.abs(q), axis=(-2, -1), initial=0, where=same), out=masked)
+            gap[same] = np.inf
+        q /= gap
+        m_[..., lower, upper] = q
+        if lower != upper:
+            m_[..., upper, lower] = adjoint(q)
+    return masked

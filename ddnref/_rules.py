@@ -1,0 +1,239 @@
+"""The table of rules: what bridges, ``ddnref verify``, benchmarks and documentation need to know of an operation.
+
+An operation is added here once. `sample` draws a problem on which its VJP can be checked: inputs, a loss that has
+a gradient (no gauge), and the smallest gap that the loss can tell apart.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import array_api_compat
+import numpy as np
+
+import ddnref._eigh as eigen
+import ddnref._spectral as spectral
+from ddnref._array import Array, Namespace
+
+
+Convert = Callable[[Any], Array]
+Loss = tuple[Callable[..., Array], Callable[..., Any]]
+
+
+class Sample(NamedTuple):
+    """One random problem for a rule."""
+
+    inputs: tuple[Array, ...]
+    options: dict[str, Any]
+    loss: Loss | None
+    gap: float
+    condition: float
+    """``‖A‖ / gap``: float32 may differ from float64 by 20·eps times this."""
+
+
+class Rule(NamedTuple):
+    """One differentiable operation."""
+
+    name: str
+    area: str
+    function: Callable[..., Any]
+    forward: Callable[..., Any]
+    """Returns ``(outputs, saved)``, each an array or a tuple of arrays."""
+    vjp: Callable[..., Any]
+    saved_vjp: Callable[..., Any]
+    """Cotangents of the saved arrays to those of the inputs, called as ``saved_vjp(*saved_bars, *saved)``; second
+    derivatives pass through it."""
+    undefined: Callable[..., Array]
+    """``undefined(*outputs, *saved, rtol=...)``: items at which a second derivative through the VJP is wrong."""
+    sample: Callable[[Convert, np.random.Generator, tuple[int, ...], int, bool], Sample]
+    """``sample(convert, rng, batch, m, is_complex)``."""
+    kind: str
+    """``"closed form"``, ``"linear"``, ``"iterative"`` or ``"forward-only"``."""
+    tangent: str
+    symmetrises: bool
+    products: Callable[[int, int], float]
+    """Cost of the VJP of one item in products of m×m matrices (2 m³ flops real), for k columns."""
+    docs: str
+    """One line for the capability table."""
+
+
+def options_of(rule: Rule, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split keyword options between the forward and the VJP; both run with ``throw=False``, as bridges do."""
+    forward, vjp = _keywords(rule.forward), _keywords(rule.vjp)
+    unknown = set(options) - forward - vjp
+    if unknown:
+        raise TypeError(
+            f"{rule.name} has no option {', '.join(sorted(unknown))}; it takes {', '.join(sorted(forward | vjp))}."
+        )
+    given = {**options, "throw": False}
+    return {k: v for k, v in given.items() if k in forward}, {k: v for k, v in given.items() if k in vjp}
+
+
+@cache
+def _keywords(function: Callable[..., Any]) -> frozenset[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY)
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """A tuple as it is, anything else as a tuple of one."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def rule_of(function: Callable[..., Any]) -> Rule:
+    """The rule of a public operation, or ``TypeError`` naming those that exist."""
+    for rule in RULES.values():
+        if function is rule.function:
+            return rule
+    name = getattr(function, "__name__", repr(function))
+    raise TypeError(f"{name} has no rule; pass one of ddnref's operations: {', '.join(RULES)}.")
+
+
+# --- problems to check a rule on --------------------------------------------------------------------------------
+
+
+def random_spectrum(
+    rng: np.random.Generator, batch: tuple[int, ...], spectrum: Any, is_complex: bool = False
+) -> Any:
+    """A random Hermitian matrix with the given eigenvalues, its eigenvectors uniformly distributed."""
+    w = np.asarray(spectrum, dtype=np.float64)
+    shape = (*batch, w.shape[-1], w.shape[-1])
+    z = rng.standard_normal(shape) + (1j * rng.standard_normal(shape) if is_complex else 0)
+    q, _ = np.linalg.qr(z)
+    x = (q * w[..., None, :]) @ np.conj(np.swapaxes(q, -1, -2))
+    return (x + np.conj(np.swapaxes(x, -1, -2))) / 2
+
+
+def eigen_loss(convert: Convert, rng: np.random.Generator, shape: tuple[int, ...], k: int, is_complex: bool) -> Loss:
+    """``Σ c_i λ_i + Re Σ (a_iᴴ y_i)(y_iᴴ b_i)``: every first-order loss of simple eigenpairs, free of sign and phase."""
+    def draw() -> Array:
+        z = rng.standard_normal((*shape, k))
+        return convert(z + 1j * rng.standard_normal(z.shape) if is_complex else z)
+
+    a, b, c = draw(), draw(), convert(rng.standard_normal((*shape[:-1], k)))
+
+    def parts(v: Array) -> tuple[Namespace, Array, Array]:
+        xp = array_api_compat.array_namespace(v)
+        conj = xp.conj if is_complex else (lambda z: z)
+        return xp, xp.sum(conj(a) * v, axis=-2, keepdims=True), xp.sum(conj(v) * b, axis=-2, keepdims=True)
+
+    def value(w: Array, v: Array) -> Array:
+        xp, alpha, beta = parts(v)
+        product = alpha * beta
+        return xp.sum(c * w) + xp.sum(xp.real(product) if is_complex else product)
+
+    def gradient(w: Array, v: Array) -> tuple[Array, Array]:  # noqa: ARG001
+        xp, alpha, beta = parts(v)
+        return c, a * (xp.conj(beta) if is_complex else beta) + b * alpha
+
+    return value, gradient
+
+
+def _sample_eigh(
+    convert: Convert, rng: np.random.Generator, batch: tuple[int, ...], m: int, is_complex: bool, k: int = 0
+) -> Sample:
+    gaps = rng.uniform(0.05, 0.15, (*batch, m))
+    w = np.cumsum(gaps, axis=-1) - 0.05 * m
+    x = convert(random_spectrum(rng, batch, w, is_complex))
+    size = float(np.max(np.abs(w))) if w.size else 1.0
+    loss = eigen_loss(convert, rng, (*batch, m), k or m, is_complex)
+    return Sample((x,), {"k": k} if k else {}, loss, 0.05, size / 0.05)
+
+
+def _sample_topk(
+    convert: Convert, rng: np.random.Generator, batch: tuple[int, ...], m: int, is_complex: bool
+) -> Sample:
+    return _sample_eigh(convert, rng, batch, m, is_complex, k=max(1, m // 3))
+
+
+def _sample_spectral(
+    convert: Convert, rng: np.random.Generator, batch: tuple[int, ...], m: int, is_complex: bool, **options: Any
+) -> Sample:
+    """Positive definite, with a triple eigenvalue where there is room: degeneracy is no obstacle here."""
+    w = rng.uniform(0.5, 2.0, (*batch, m))
+    w[..., 1:3] = w[..., :1]
+    return Sample((convert(random_spectrum(rng, batch, w, is_complex)),), options, None, 0.5, 40.0)
+
+
+def _square(w: Array) -> Array:
+    return w * w
+
+
+def _twice(w: Array) -> Array:
+    return 2 * w
+
+
+# --- the table --------------------------------------------------------------------------------------------------
+
+
+def _eigh_forward(x: Array, /) -> tuple[tuple[Array, Array], tuple[()]]:
+    return eigen.eigh(x), ()
+
+
+def _no_saved(*_: Array) -> Array:
+    raise AssertionError("this rule saves nothing")
+
+
+def _eigh_undefined(w: Array, v: Array, /, *, rtol: float | None = None) -> Array:  # noqa: ARG001
+    return eigen.has_repeated(w, rtol)
+
+
+def _saved_undefined(*arrays: Array, rtol: float | None = None) -> Array:
+    return eigen.has_repeated(arrays[-2], rtol)
+
+
+def _saved_eigh_vjp(w_bar: Array | None, v_bar: Array | None, w: Array, v: Array) -> Array:
+    return eigen.eigh_vjp(w_bar, v_bar, w, v, throw=False)
+
+
+_CLOSED: dict[str, Any] = {
+    "area": "eigen", "kind": "closed form", "tangent": "symmetric", "symmetrises": True,
+    "saved_vjp": _saved_eigh_vjp, "undefined": _saved_undefined,
+}  # fmt: skip
+
+
+def _spectral_rule(name: str, docs: str, **options: Any) -> Rule:
+    return Rule(
+        name=name,
+        function=getattr(spectral, name),
+        forward=getattr(spectral, f"{name}_fwd"),
+        vjp=getattr(spectral, f"{name}_vjp"),
+        sample=partial(_sample_spectral, **options),
+        products=lambda m, k: 4.0,  # noqa: ARG005
+        docs=docs,
+        **_CLOSED,
+    )
+
+
+_TABLE = (
+    Rule(
+        name="eigh",
+        function=eigen.eigh,
+        forward=_eigh_forward,
+        vjp=eigen.eigh_vjp,
+        sample=_sample_eigh,
+        products=lambda m, k: 3.0,  # noqa: ARG005
+        docs="all eigenpairs; any subset of them with `index=`",
+        **{**_CLOSED, "saved_vjp": _no_saved, "undefined": _eigh_undefined},
+    ),
+    Rule(
+        name="eigh_topk",
+        function=eigen.eigh_topk,
+        forward=eigen.eigh_topk_fwd,
+        vjp=eigen.eigh_topk_vjp,
+        sample=_sample_topk,
+        products=lambda m, k: 3.0 * k / m,
+        docs="k largest or smallest eigenpairs",
+        **_CLOSED,
+    ),
+    _spectral_rule("spectral_function", "any real function of the matrix", f=_square, df=_twice),
+    _spectral_rule("sqrtm", "square root"),
+    _spectral_rule("invsqrtm", "inverse square root: whitening"),
+    _spectral_rule("logm", "logarithm"),
+    _spectral_rule("expm", "exponential"),
+)
+
+RULES: dict[str, Rule] = {rule.name: rule for rule in _TABLE}

@@ -1,0 +1,322 @@
+"""Functions of a symmetric / Hermitian matrix, with gradients that are exact at any degeneracy.
+
+``f(X) = V f(Λ) Vᴴ`` has the derivative (Daleckii and Krein)
+
+    X̄ = V (Φ ∘ (Vᴴ Ȳ V)) Vᴴ,    Φ_ij = (f(λ_i) − f(λ_j)) / (λ_i − λ_j),    Φ_ij = f'(λ_i) where λ_i = λ_j
+
+No gap stands alone in a denominator, so neither repeated eigenvalues nor the choice of eigenvectors matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import array_api_compat
+
+from ddnref._array import (
+    Array,
+    check_dtypes,
+    check_shapes,
+    check_square,
+    is_true,
+    namespace,
+    real_dtype,
+    refuse_recording,
+)
+from ddnref._errors import SingularError
+from ddnref._linalg import adjoint, eigh, hermitian_part, hermitian_product
+
+Scalar = Callable[[Array], Array]
+DividedDifference = Callable[[Array, Array], Array]
+Saved = tuple[Array, Array]
+
+
+def spectral_function(x: Array, /, *, f: Scalar, throw: bool = True) -> Array:
+    """Apply a real function to the eigenvalues of a symmetric / Hermitian matrix: ``V f(Λ) Vᴴ``.
+
+    Parameters
+    ----------
+    x : (..., m, m) array, float32, float64, complex64 or complex128
+        Symmetrised first, as in `eigh`.
+    f : callable
+        Maps the ``(..., m)`` real array of eigenvalues elementwise to real values of the same dtype.
+    throw : bool, default True
+        Raise `SingularError` where `f` is not finite at an eigenvalue, reading one flag on the host. With ``False``
+        nothing is read and such an item comes out non-finite.
+
+    Returns
+    -------
+    y : (..., m, m) array, exactly Hermitian
+
+    Raises
+    ------
+    SingularError
+        `f` is not finite at an eigenvalue of a finite matrix (only with ``throw=True``).
+    TypeError, ValueError
+        As `eigh`; `f` returned another shape or dtype.
+
+    See Also
+    --------
+    spectral_function_vjp : its reverse-mode derivative.
+    sqrtm, invsqrtm, logm, expm : with divided differences in closed form.
+
+    Notes
+    -----
+    Cost: one eigendecomposition and one product (at most 2 m³ flops).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.asarray([[2.0, 1.0], [1.0, 2.0]])
+    >>> np.round(ddnref.spectral_function(x, f=lambda w: w**2), 12)
+    array([[5., 4.],
+           [4., 5.]])
+    """
+    return spectral_function_fwd(x, f=f, throw=throw)[0]
+
+
+def spectral_function_fwd(x: Array, /, *, f: Scalar, throw: bool = True) -> tuple[Array, Saved]:
+    """`spectral_function` and what its reverse pass needs: ``y, (w, v)``, the latter as from `eigh`."""
+    return _forward("spectral_function", x, f, throw)
+
+
+def spectral_function_vjp(
+    y_bar: Array, y: Array, w: Array, v: Array, /, *, f: Scalar, df: Scalar, throw: bool = True
+) -> Array:
+    """Gradient of a loss of `spectral_function`, exact at any degeneracy.
+
+    Parameters
+    ----------
+    y_bar : (..., m, m) array
+        Cotangent of the output.
+    y, w, v
+        Output of `spectral_function_fwd` and what it saved, ``(..., m, m)``, ``(..., m)``, ``(..., m, m)``.
+    f, df : callable
+        The function and its derivative, elementwise on real arrays.
+    throw : bool, default True
+        Raise `SingularError` where the derivative is not finite; with ``False`` it comes out non-finite.
+
+    Returns
+    -------
+    x_bar : (..., m, m) array, exactly Hermitian
+
+    Raises
+    ------
+    SingularError
+        A divided difference is not finite, for example of the square root at a zero eigenvalue.
+    TypeError, ValueError
+        Mixed libraries, devices or dtypes; shapes that do not fit.
+
+    Notes
+    -----
+    .. math:: \\bar X = V \\left( \\Phi \\circ (V^H \\bar Y V) \\right) V^H, \\qquad
+              \\Phi_{ij} = \\frac{f(\\lambda_i) - f(\\lambda_j)}{\\lambda_i - \\lambda_j}
+
+    Where the quotient cannot be told from the mean of ``df`` within its own rounding error, that mean is used: no
+    tolerance to choose, full accuracy at equal eigenvalues, about ``eps**(2/3)`` in the worst case between. The
+    named functions have divided differences in closed form and are accurate to rounding everywhere. Cost: four
+    products (8 m³ flops real).
+
+    References
+    ----------
+    .. [1] Ju. L. Daleckii, S. G. Krein, "Integration and differentiation of functions of Hermitian operators and
+       applications to the theory of perturbations", AMS Translations 47 (1965).
+    .. [2] N. J. Higham, "Functions of Matrices" (SIAM, 2008), theorem 3.11 and section 3.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> square = dict(f=lambda w: w**2, df=lambda w: 2 * w)
+    >>> y, saved = ddnref.spectral_function_fwd(np.eye(2), f=square["f"])
+    >>> ddnref.spectral_function_vjp(np.asarray([[0.0, 1.0], [0.0, 0.0]]), y, *saved, **square)
+    array([[0., 1.],
+           [1., 0.]])
+    """
+    return _reverse("spectral_function", y_bar, y, w, v, _quotient_of(f, df), throw)
+
+
+def sqrtm(x: Array, /, *, throw: bool = True) -> Array:
+    """Principal square root of a symmetric / Hermitian positive semidefinite matrix.
+
+    Negative eigenvalues within rounding, ``-m * eps * max|w|``, count as zero; others raise `SingularError`.
+    Parameters, errors and cost as `spectral_function`. At a zero eigenvalue the square root has no derivative, and
+    `sqrtm_vjp` raises: add a ridge, ``x + 1e-6 * eye``, where gradients are needed.
+    """
+    return sqrtm_fwd(x, throw=throw)[0]
+
+
+def sqrtm_fwd(x: Array, /, *, throw: bool = True) -> tuple[Array, Saved]:
+    """`sqrtm` and what its reverse pass needs: ``y, (w, v)``."""
+    return _forward("sqrtm", x, _sqrt, throw)
+
+
+def sqrtm_vjp(y_bar: Array, y: Array, w: Array, v: Array, /, *, throw: bool = True) -> Array:
+    """Gradient through `sqrtm`: `spectral_function_vjp` with ``Φ_ij = 1 / (√λ_i + √λ_j)``."""
+    return _reverse("sqrtm", y_bar, y, w, v, _sqrt_difference, throw)
+
+
+def invsqrtm(x: Array, /, *, throw: bool = True) -> Array:
+    """Inverse principal square root of a symmetric / Hermitian positive definite matrix: whitening.
+
+    Parameters, errors and cost as `spectral_function`. A singular matrix raises `SingularError`: add a ridge.
+    """
+    return invsqrtm_fwd(x, throw=throw)[0]
+
+
+def invsqrtm_fwd(x: Array, /, *, throw: bool = True) -> tuple[Array, Saved]:
+    """`invsqrtm` and what its reverse pass needs: ``y, (w, v)``."""
+    return _forward("invsqrtm", x, lambda w: 1 / _sqrt(w), throw)
+
+
+def invsqrtm_vjp(y_bar: Array, y: Array, w: Array, v: Array, /, *, throw: bool = True) -> Array:
+    """Gradient through `invsqrtm`: ``Φ_ij = −1 / (√λ_i √λ_j (√λ_i + √λ_j))``."""
+    return _reverse("invsqrtm", y_bar, y, w, v, _invsqrt_difference, throw)
+
+
+def logm(x: Array, /, *, throw: bool = True) -> Array:
+    """Principal logarithm of a symmetric / Hermitian positive definite matrix: the log-Euclidean chart of SPD.
+
+    Parameters, errors and cost as `spectral_function`. A matrix that is not positive definite raises.
+    """
+    return logm_fwd(x, throw=throw)[0]
+
+
+def logm_fwd(x: Array, /, *, throw: bool = True) -> tuple[Array, Saved]:
+    """`logm` and what its reverse pass needs: ``y, (w, v)``."""
+    return _forward("logm", x, _log, throw)
+
+
+def logm_vjp(y_bar: Array, y: Array, w: Array, v: Array, /, *, throw: bool = True) -> Array:
+    """Gradient through `logm`: ``Φ_ij = log1p((λ_i − λ_j) / λ_j) / (λ_i − λ_j)``."""
+    return _reverse("logm", y_bar, y, w, v, _log_difference, throw)
+
+
+def expm(x: Array, /, *, throw: bool = True) -> Array:
+    """Exponential of a symmetric / Hermitian matrix.
+
+    Parameters, errors and cost as `spectral_function`. Eigenvalues that overflow the exponential raise.
+    """
+    return expm_fwd(x, throw=throw)[0]
+
+
+def expm_fwd(x: Array, /, *, throw: bool = True) -> tuple[Array, Saved]:
+    """`expm` and what its reverse pass needs: ``y, (w, v)``."""
+    return _forward("expm", x, _exp, throw)
+
+
+def expm_vjp(y_bar: Array, y: Array, w: Array, v: Array, /, *, throw: bool = True) -> Array:
+    """Gradient through `expm`: ``Φ_ij = e^λ_i (1 − e^−δ) / δ`` with ``δ = λ_i − λ_j ≥ 0``."""
+    return _reverse("expm", y_bar, y, w, v, _exp_difference, throw)
+
+
+# --- the algorithm --------------------------------------------------------------------------------------------
+
+
+def _forward(name: str, x: Array, f: Scalar, throw: bool) -> tuple[Array, Saved]:
+    xp = namespace(x=x)
+    check_square("x", x)
+    refuse_recording(name, x)
+    w, v = eigh(hermitian_part(x))
+    f_w = f(w)
+    check_shapes(**{"f(w)": (f_w, tuple(w.shape))})
+    check_dtypes(**{"f(w)": (f_w, w.dtype)})
+    if throw:
+        _raise_singular(f"{name} is", f_w, xp.isfinite(w))
+    return hermitian_product(v * f_w[..., None, :], v), (w, v)
+
+
+def _reverse(
+    name: str, y_bar: Array, y: Array, w: Array, v: Array, difference: DividedDifference, throw: bool
+) -> Array:
+    """``X̄ = V (Φ ∘ (Vᴴ Ȳ V)) Vᴴ``."""
+    xp = namespace(y_bar=y_bar, y=y, w=w, v=v)
+    check_square("v", v)
+    check_dtypes(y_bar=(y_bar, v.dtype), y=(y, v.dtype), w=(w, real_dtype(xp, v.dtype)))
+    check_shapes(y_bar=(y_bar, tuple(v.shape)), y=(y, tuple(v.shape)), w=(w, tuple(v.shape[:-1])))
+    phi = difference(w[..., :, None], w[..., None, :])
+    if throw:
+        _raise_singular(f"The derivative of {name} is", phi, xp.isfinite(w)[..., None])
+    g = adjoint(v) @ hermitian_part(y_bar) @ v
+    return hermitian_product(v @ (phi * g), v)
+
+
+def _raise_singular(what: str, values: Array, expected: Array) -> None:
+    xp = array_api_compat.array_namespace(values)
+    if is_true(xp.any(expected & ~xp.isfinite(values))):
+        raise SingularError(
+            f"{what} not finite at an eigenvalue of the given matrix. Likely the matrix is singular or indefinite "
+            "(a covariance of fewer samples than features, a constant pixel) where it must be positive definite. "
+            "Add a ridge, x + 1e-6 * eye(m), or pass throw=False to get non-finite values for these items."
+        )
+
+
+def _quotient_of(f: Scalar, df: Scalar) -> DividedDifference:
+    def quotient(a: Array, b: Array) -> Array:
+        xp = array_api_compat.array_namespace(a)
+        f_a, f_b, gap = f(a), f(b), a - b
+        mean = (df(a) + df(b)) / 2
+        gap_or_1 = xp.where(gap == 0, xp.ones_like(gap), gap)
+        q = (f_a - f_b) / gap_or_1
+        rounding = 2 * float(xp.finfo(q.dtype).eps) * (xp.abs(f_a) + xp.abs(f_b)) / xp.abs(gap_or_1)
+        return xp.where((gap == 0) | (xp.abs(q - mean) <= rounding), mean, q)
+
+    return quotient
+
+
+# --- the named functions and their divided differences, free of cancellation -----------------------------------
+
+
+def _sqrt(w: Array) -> Array:
+    xp = array_api_compat.array_namespace(w)
+    if w.shape[-1] == 0:
+        return w
+    rounding = w.shape[-1] * float(xp.finfo(w.dtype).eps) * xp.max(xp.abs(w), axis=-1, keepdims=True)
+    return _real_sqrt(xp.where((w < 0) & (w >= -rounding), xp.zeros_like(w), w))
+
+
+def _real_sqrt(w: Array) -> Array:
+    xp = array_api_compat.array_namespace(w)
+    return xp.where(w < 0, xp.full_like(w, float("nan")), xp.sqrt(xp.where(w < 0, xp.zeros_like(w), w)))
+
+
+def _sqrt_difference(a: Array, b: Array) -> Array:
+    return _reciprocal(_real_sqrt(a) + _real_sqrt(b))
+
+
+def _invsqrt_difference(a: Array, b: Array) -> Array:
+    root_a, root_b = _real_sqrt(a), _real_sqrt(b)
+    return -_reciprocal(root_a * root_b * (root_a + root_b))
+
+
+def _reciprocal(x: Array) -> Array:
+    """``1 / x``, infinite at zero without a warning."""
+    xp = array_api_compat.array_namespace(x)
+    return xp.where(x == 0, xp.full_like(x, float("inf")), 1 / xp.where(x == 0, xp.ones_like(x), x))
+
+
+def _log(w: Array) -> Array:
+    xp = array_api_compat.array_namespace(w)
+    return xp.where(w <= 0, xp.full_like(w, float("nan")), xp.log(xp.where(w <= 0, xp.ones_like(w), w)))
+
+
+def _log_difference(a: Array, b: Array) -> Array:
+    xp = array_api_compat.array_namespace(a)
+    low, gap = xp.minimum(a, b), xp.abs(a - b)
+    bad = low <= 0
+    low = xp.where(bad, xp.ones_like(low), low)
+    gap_or_1 = xp.where(gap == 0, xp.ones_like(gap), gap)
+    phi = xp.where(gap == 0, 1 / low, xp.log1p(gap / low) / gap_or_1)
+    return xp.where(bad, xp.full_like(phi, float("nan")), phi)
+
+
+def _exp(w: Array) -> Array:
+    xp = array_api_compat.array_namespace(w)
+    largest = 709.0 if w.dtype == xp.float64 else 88.0
+    return xp.where(w > largest, xp.full_like(w, float("inf")), xp.exp(xp.where(w > largest, xp.zeros_like(w), w)))
+
+
+def _exp_difference(a: Array, b: Array) -> Array:
+    xp = array_api_compat.array_namespace(a)
+    high, gap = xp.maximum(a, b), xp.abs(a - b)
+    gap_or_1 = xp.where(gap == 0, xp.ones_like(gap), gap)
+    return _exp(high) * xp.where(gap == 0, xp.ones_like(gap), -xp.expm1(-gap) / gap_or_1)
