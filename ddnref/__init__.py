@@ -1,7 +1,7 @@
 """ddnref: forward solvers and explicit, verified VJPs on the Python array API."""
 
 from ddnref import testing
-from ddnref._eigh import eigh, eigh_topk, eigh_topk_fwd, eigh_topk_vjp, eigh_vjp, gauge_residual
+from ddnref._eigh import eigh, eigh_vjp, gauge_residual
 from ddnref._errors import DdnrefError, GaugeError, SingularError
 from ddnref._spectral import (
     expm,
@@ -20,6 +20,7 @@ from ddnref._spectral import (
     sqrtm_fwd,
     sqrtm_vjp,
 )
+from ddnref._topk import eigh_topk, eigh_topk_fwd, eigh_topk_vjp
 
 __version__ = "0.1.0.dev0"
 __all__ = [

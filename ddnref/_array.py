@@ -114,8 +114,12 @@ def is_true(flag: Array) -> bool:
     return bool(flag)
 
 
+def full(shape: tuple[int, ...], value: float, like: Array) -> Array:
+    """An array filled with `value`, of the dtype and on the device of `like`."""
+    xp = array_api_compat.array_namespace(like)
+    return xp.full(shape, value, dtype=like.dtype, device=array_api_compat.device(like))
+
+
 def nan_where(bad: Array, x: Array) -> Array:
     """`x` with NaN wherever `bad` (broadcast against it) is set; reads nothing on the host."""
-    xp = array_api_compat.array_namespace(x)
-    nan = xp.full((), float("nan"), dtype=x.dtype, device=array_api_compat.device(x))
-    return xp.where(bad, nan, x)
+    return array_api_compat.array_namespace(x).where(bad, full((), float("nan"), x), x)

@@ -11,9 +11,8 @@ a loss cannot depend on the length of an eigenvector.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import NoReturn
 
 import array_api_compat
 
@@ -23,12 +22,14 @@ from ddnref._array import (
     check_dtypes,
     check_shapes,
     check_square,
+    full,
     is_true,
     namespace,
     nan_where,
     real_dtype,
     refuse_recording,
 )
+from ddnref._columns import Columns, columns_of, scatter, take
 from ddnref._errors import GaugeError
 from ddnref._linalg import adjoint, hermitian_part, hermitian_product
 from ddnref._linalg import eigh as _eigh
@@ -94,7 +95,7 @@ def eigh_vjp(
     gauge_rtol: float | None = None,
     throw: bool = True,
 ) -> Array:
-    """Gradient of a loss with respect to the matrix, from its gradients with respect to eigenpairs.
+    r"""Gradient of a loss with respect to the matrix, from its gradients with respect to eigenpairs.
 
     Parameters
     ----------
@@ -138,11 +139,11 @@ def eigh_vjp(
 
     Notes
     -----
-    With :math:`M = V^H \\bar V` and :math:`F_{ij} = 1/(\\lambda_j - \\lambda_i)`, zero inside a cluster,
+    With :math:`M = V^H \bar V` and :math:`F_{ij} = 1/(\lambda_j - \lambda_i)`, zero inside a cluster,
 
-    .. math:: \\bar X = V \\left( \\mathrm{diag}(\\bar\\lambda) + \\tfrac12 F \\circ (M - M^H) \\right) V^H
+    .. math:: \bar X = V \left( \mathrm{diag}(\bar\lambda) + \tfrac12 F \circ (M - M^H) \right) V^H
 
-    for the pairing :math:`\\mathrm{Re} \\sum \\mathrm{conj}(\\bar y)\\,\\dot y`. Cost: three products of m×m
+    for the pairing :math:`\mathrm{Re} \sum \mathrm{conj}(\bar y)\,\dot y`. Cost: three products of m×m
     matrices (6 m³ flops real), three m×m arrays; with `index` 6 m²k flops and no m×m array but the result.
 
     *Equal eigenvalues.* The masked value 0 is right for every loss of the cluster's projector and of symmetric
@@ -169,8 +170,13 @@ def eigh_vjp(
            [0., 0., 1.]])
     """
     columns = _check(w_bar, v_bar, w, v, index)
-    x_bar, residual = _eigh_vjp(w_bar, v_bar, w, v, columns, _near(w, rtol))
-    return x_bar if residual is None else _settle(x_bar, residual, gauge_rtol, throw)
+    near = _near(w, rtol)
+    if gauge_rtol is None:
+        gauge_rtol = float(array_api_compat.array_namespace(w).finfo(w.dtype).eps) ** 0.5
+    x_bar, bad = _eigh_vjp(w_bar, v_bar, w, v, columns, near, gauge_rtol, throw)
+    if throw and bad is not None and is_true(array_api_compat.array_namespace(bad).any(bad)):
+        _raise_gauge(gauge_residual(w_bar, v_bar, w, v, index=index, rtol=rtol), gauge_rtol)
+    return x_bar
 
 
 def gauge_residual(
@@ -210,101 +216,13 @@ def gauge_residual(
     columns = _check(w_bar, v_bar, w, v, index)
     near = _near(w, rtol)
     xp = array_api_compat.array_namespace(w)
-    residual = _jump(w_bar, w, near, columns)
+    residual = full(w.shape[:-1], 0.0, w)
+    if w_bar is not None:
+        residual = xp.maximum(residual, _ratio(*_jump(w_bar, near, columns)))
     if v_bar is not None:
         m_ = adjoint(v) @ v_bar
-        residual = xp.maximum(residual, _masked_residual(m_, _antisymmetric(m_, columns), _same(near, columns)))
+        residual = xp.maximum(residual, _ratio(*_masked(m_, _same(near, columns), columns)))
     return residual
-
-
-def eigh_topk(x: Array, /, k: int, *, which: str = "LA") -> tuple[Array, Array]:
-    """The k largest or smallest eigenpairs, most wanted first, from a full decomposition.
-
-    Parameters
-    ----------
-    x : (..., m, m) array, real or complex floating
-        Symmetrised as in `eigh`.
-    k : int
-        How many, ``1 <= k <= m``.
-    which : {"LA", "SA"}
-        The largest eigenvalues, descending, or the smallest, ascending.
-
-    Returns
-    -------
-    w : (..., k) real array
-    v : (..., m, k) array
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `eigh`; `k` out of range; unknown `which`.
-
-    See Also
-    --------
-    eigh_topk_fwd, eigh_topk_vjp
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> w, v = ddnref.eigh_topk(np.diag(np.asarray([1.0, 4.0, 2.0])), 2)
-    >>> w
-    array([4., 2.])
-    """
-    return eigh_topk_fwd(x, k, which=which)[0]
-
-
-def eigh_topk_fwd(
-    x: Array, /, k: int, *, which: str = "LA"
-) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    """`eigh_topk` and what its reverse pass needs: ``(w, v), (w_all, v_all)``, the latter as from `eigh`."""
-    w, v = eigh(x)
-    columns = _top(k, which, w.shape[-1])
-    return (_take(w, columns, -1), _take(v, columns, -1)), (w, v)
-
-
-def eigh_topk_vjp(
-    w_bar: Array | None,
-    v_bar: Array | None,
-    w: Array,
-    v: Array,
-    w_all: Array,
-    v_all: Array,
-    /,
-    *,
-    which: str = "LA",
-    rtol: float | None = None,
-    gauge_rtol: float | None = None,
-    throw: bool = True,
-) -> Array:
-    """Gradient of a loss of the top k eigenpairs, at O(m²k).
-
-    Parameters
-    ----------
-    w_bar : (..., k) real array or None
-    v_bar : (..., m, k) array or None
-    w, v
-        The outputs of `eigh_topk_fwd`, ``(..., k)`` and ``(..., m, k)``.
-    w_all, v_all
-        What it saved, ``(..., m)`` and ``(..., m, m)``.
-    which, rtol, gauge_rtol, throw
-        As in `eigh_topk` and `eigh_vjp`. A cluster of equal eigenvalues that the k-th one cuts has no derivative:
-        it shows as a gauge-dependent loss.
-
-    Returns
-    -------
-    x_bar : (..., m, m) array, exactly Hermitian
-
-    Raises
-    ------
-    GaugeError, TypeError, ValueError
-        As `eigh_vjp`.
-    """
-    namespace(w_bar=w_bar, v_bar=v_bar, w=w, v=v, w_all=w_all, v_all=v_all)
-    k, m = w.shape[-1], w_all.shape[-1]
-    check_shapes(w=(w, (*w_all.shape[:-1], k)), v=(v, (*w_all.shape, k)))
-    return eigh_vjp(
-        w_bar, v_bar, w_all, v_all, index=_top(k, which, m), rtol=rtol, gauge_rtol=gauge_rtol, throw=throw
-    )
 
 
 def has_repeated(w: Array, rtol: float | None = None) -> Array:
@@ -317,57 +235,54 @@ def has_repeated(w: Array, rtol: float | None = None) -> Array:
 
 
 def _eigh_vjp(
-    w_bar: Array | None, v_bar: Array | None, w: Array, v: Array, columns: range | tuple[int, ...], near: Array
+    w_bar: Array | None,
+    v_bar: Array | None,
+    w: Array,
+    v: Array,
+    columns: Columns,
+    near: Array,
+    gauge_rtol: float,
+    throw: bool,
 ) -> tuple[Array, Array | None]:
-    """The gradient and the gauge residual; ``None`` for the latter says that no gauge was left to check."""
-    xp = array_api_compat.array_namespace(w)
+    """The gradient, and which items have none; ``None`` for the latter says that there was no gauge to check."""
+    if array_api_compat.is_numpy_array(v) and v_bar is not None and columns == range(w.shape[-1]):
+        return _numpy_vjp(w_bar, v_bar, w, v, near, gauge_rtol, throw)
+    v_k = take(v, columns, -1)
+    bad = None if w_bar is None else _exceeds(*_jump(w_bar, near, columns), gauge_rtol)
     if v_bar is None:
-        v_k = _take(v, columns, -1)
-        return hermitian_product(v_k * w_bar[..., None, :], v_k), _jump(w_bar, w, near, columns)
-    if columns != range(w.shape[-1]):
-        x_bar, residual = _columns(w_bar, v_bar, w, v, columns, near)
-    elif array_api_compat.is_numpy_array(v):
-        x_bar, residual = _numpy.eigh_vjp(w_bar, v_bar, w, v, near)
-        if residual is None:
-            return x_bar, None
-    else:
-        x_bar, residual = _full(w_bar, v_bar, w, v, near)
-    return x_bar, xp.maximum(residual, _jump(w_bar, w, near, columns))
-
-
-def _full(w_bar: Array | None, v_bar: Array, w: Array, v: Array, near: Array) -> tuple[Array, Array]:
-    """``X̄ = V (diag(λ̄) + ½ F ∘ (M − Mᴴ)) Vᴴ``."""
+        return hermitian_product(v_k * _or_nan(w_bar, bad, throw)[..., None, :], v_k), bad
+    m_, same = adjoint(v) @ v_bar, _same(near, columns)
+    gauge = _exceeds(*_masked(m_, same, columns), gauge_rtol)
+    bad = gauge if bad is None else bad | gauge
     xp = array_api_compat.array_namespace(w)
-    m_ = adjoint(v) @ v_bar
-    a = m_ - adjoint(m_)
-    same = _same(near, range(w.shape[-1]))
-    k = _divide(a / 2, w[..., None, :] - w[..., :, None], same)
-    if w_bar is not None:
-        eye = xp.eye(w.shape[-1], dtype=w.dtype, device=array_api_compat.device(w))
-        k = k + eye * w_bar[..., None, :]
-    return hermitian_product(v @ k, v), _masked_residual(m_, a, same)
-
-
-def _columns(
-    w_bar: Array | None, v_bar: Array, w: Array, v: Array, columns: range | tuple[int, ...], near: Array
-) -> tuple[Array, Array]:
-    """``X̄ = sym(V (F_K ∘ M) V_Kᴴ) + V_K diag(λ̄) V_Kᴴ``, as one product of two m×2k matrices."""
-    xp = array_api_compat.array_namespace(w)
-    w_k, v_k = _take(w, columns, -1), _take(v, columns, -1)
-    m_ = adjoint(v) @ v_bar
-    same = _same(near, columns)
-    p = v @ _divide(m_, w_k[..., None, :] - w[..., :, None], same)
-    if w_bar is not None:
-        p = p + v_k * w_bar[..., None, :]
+    diagonal = _or_nan(xp.zeros_like(w[..., : len(columns)]) if w_bar is None else w_bar, bad, throw)
+    gap = take(w, columns, -1)[..., None, :] - w[..., :, None]
+    k = m_ / xp.where(same, full((), float("inf"), gap), gap)  # F ∘ M; no branch divides by zero
+    p = v @ k + v_k * diagonal[..., None, :]
+    if columns == range(w.shape[-1]):
+        return hermitian_part(p @ adjoint(v)), bad
     p = p / 2
-    x_bar = hermitian_product(xp.concat([p, v_k], axis=-1), xp.concat([v_k, p], axis=-1))
-    return x_bar, _masked_residual(m_, _antisymmetric(m_, columns), same)
+    return hermitian_product(xp.concat([p, v_k], axis=-1), xp.concat([v_k, p], axis=-1)), bad
 
 
-def _divide(a: Array, gap: Array, same: Array) -> Array:
-    """``A / gap`` between clusters and 0 inside one; no branch divides by zero, so derivatives stay finite too."""
-    xp = array_api_compat.array_namespace(gap)
-    return xp.where(same, xp.zeros_like(a), a / xp.where(same, xp.ones_like(gap), gap))
+def _numpy_vjp(
+    w_bar: Array | None, v_bar: Array, w: Array, v: Array, near: Array, gauge_rtol: float, throw: bool
+) -> tuple[Array, Array | None]:
+    """All columns of NumPy arrays, in place; the gauge is looked at only where something was masked."""
+    x_bar, masked = _numpy.eigh_vjp(w_bar, v_bar, w, v, near)
+    if masked is None:
+        return x_bar, None
+    bad = _exceeds(*masked, gauge_rtol)
+    if w_bar is not None:
+        bad |= _exceeds(*_jump(w_bar, near, range(w.shape[-1])), gauge_rtol)
+    if not throw:
+        x_bar[bad] = float("nan")
+    return x_bar, bad
+
+
+def _or_nan(diagonal: Array, bad: Array | None, throw: bool) -> Array:
+    """``λ̄``, or NaN for items without a gradient: from the diagonal it reaches every entry, at no further pass."""
+    return diagonal if throw or bad is None else nan_where(bad[..., None], diagonal)
 
 
 def _near(w: Array, rtol: float | None) -> Array:
@@ -379,74 +294,64 @@ def _near(w: Array, rtol: float | None) -> Array:
     return w[..., 1:] - w[..., :-1] <= rtol * size
 
 
-def _cluster(near: Array) -> Array:
-    """Number the clusters, chained through near neighbours: ``(..., m)`` integers, ascending from 0."""
+def _same(near: Array, columns: Columns) -> Array:
+    """Whether eigenvalue i and the j-th chosen one are in one cluster, chained through neighbours: ``(..., m, k)``."""
     xp = array_api_compat.array_namespace(near)
-    apart = xp.astype(xp.logical_not(near), xp.int64)
+    apart = xp.astype(~near, xp.int64)
     first = xp.zeros((*near.shape[:-1], 1), dtype=xp.int64, device=array_api_compat.device(near))
-    return xp.concat([first, xp.cumulative_sum(apart, axis=-1)], axis=-1)
+    cluster = xp.concat([first, xp.cumulative_sum(apart, axis=-1)], axis=-1)
+    return cluster[..., :, None] == take(cluster, columns, -1)[..., None, :]
 
 
-def _same(near: Array, columns: range | tuple[int, ...]) -> Array:
-    """Whether eigenvalue i and the j-th chosen one are in one cluster, ``(..., m, k)``."""
-    cluster = _cluster(near)
-    return cluster[..., :, None] == _take(cluster, columns, -1)[..., None, :]
-
-
-def _antisymmetric(m_: Array, columns: range | tuple[int, ...]) -> Array:
-    """``M − Mᴴ`` restricted to the chosen columns, where M is zero in the others."""
-    return m_ - _scatter(adjoint(_take(m_, columns, -2)), columns, m_.shape[-2], -2)
-
-
-def _masked_residual(m_: Array, a: Array, same: Array) -> Array:
-    """The largest entry of ``A`` that the mask removes, relative to the largest of ``M``; 0 where M is 0."""
+def _masked(m_: Array, same: Array, columns: Columns) -> tuple[Array, Array]:
+    """The largest entry of ``M − Mᴴ`` inside clusters (its diagonal is the phase), and the largest of ``M``."""
     xp = array_api_compat.array_namespace(m_)
-    if 0 in m_.shape[-2:]:
-        return xp.zeros(m_.shape[:-2], dtype=real_dtype(xp, m_.dtype), device=array_api_compat.device(m_))
-    size = xp.abs(a)
-    masked = xp.max(xp.where(same, size, xp.zeros_like(size)), axis=(-2, -1))
-    whole = xp.max(xp.abs(m_), axis=(-2, -1))
-    return masked / xp.where(whole > 0, whole, xp.ones_like(whole))
+    inside = xp.where(same, m_, full((), 0.0, m_))
+    inside_h = adjoint(take(inside, columns, -2))  # M is zero in the columns not chosen
+    return _largest(inside - scatter(inside_h, columns, m_.shape[-2], -2), 2), _largest(m_, 2)
 
 
-def _jump(w_bar: Array | None, w: Array, near: Array, columns: range | tuple[int, ...]) -> Array:
-    """The largest jump of ``λ̄`` inside a cluster, relative to the largest ``λ̄``."""
-    xp = array_api_compat.array_namespace(w)
-    if w_bar is None or w.shape[-1] < 2 or w_bar.shape[-1] == 0:
-        return xp.zeros(w.shape[:-1], dtype=w.dtype, device=array_api_compat.device(w))
-    w_bar = _scatter(w_bar, columns, w.shape[-1], -1)
-    jump = xp.abs(w_bar[..., 1:] - w_bar[..., :-1])
-    jump = xp.max(xp.where(near, jump, xp.zeros_like(jump)), axis=-1)
-    whole = xp.max(xp.abs(w_bar), axis=-1)
-    return jump / xp.where(whole > 0, whole, xp.ones_like(whole))
+def _jump(w_bar: Array, near: Array, columns: Columns) -> tuple[Array, Array]:
+    """The largest jump of ``λ̄`` between neighbours of a cluster, and the largest ``λ̄``."""
+    xp = array_api_compat.array_namespace(w_bar)
+    full = scatter(w_bar, columns, near.shape[-1] + 1, -1)
+    jump = full[..., 1:] - full[..., :-1]
+    return _largest(xp.where(near, jump, xp.zeros_like(jump)), 1), _largest(w_bar, 1)
 
 
-def _settle(x_bar: Array, residual: Array, gauge_rtol: float | None, throw: bool) -> Array:
-    """Raise for a gauge-dependent loss, or make the gradient of its items NaN without reading anything."""
+def _largest(x: Array, axes: int) -> Array:
+    """The largest magnitude over the last one or two axes, 0 of nothing."""
+    xp = array_api_compat.array_namespace(x)
+    if 0 in x.shape[x.ndim - axes :]:
+        return full(x.shape[: x.ndim - axes], 0.0, xp.real(x) if xp.isdtype(x.dtype, "complex floating") else x)
+    return xp.linalg.vector_norm(x, axis=-1 if axes == 1 else (-2, -1), ord=float("inf"))
+
+
+def _exceeds(part: Array, whole: Array, rtol: float) -> Array:
+    return part > rtol * whole
+
+
+def _ratio(part: Array, whole: Array) -> Array:
+    xp = array_api_compat.array_namespace(part)
+    return part / xp.where(whole > 0, whole, xp.ones_like(whole))
+
+
+def _raise_gauge(residual: Array, gauge_rtol: float) -> NoReturn:
     xp = array_api_compat.array_namespace(residual)
-    if gauge_rtol is None:
-        gauge_rtol = float(xp.finfo(residual.dtype).eps) ** 0.5
-    bad = residual > gauge_rtol
-    if not throw:
-        return nan_where(bad[..., None, None], x_bar)
-    if is_true(xp.any(bad)):
-        raise GaugeError(
-            f"The loss depends on a choice that the matrix does not determine: gauge residual "
-            f"{float(xp.max(xp.where(bad, residual, xp.zeros_like(residual)))):.1e} > gauge_rtol {gauge_rtol:.1e}. "
-            "Likely it treats eigenvectors or eigenvalues inside a cluster of equal eigenvalues individually, cuts "
-            "such a cluster, or depends on the phase of a complex eigenvector; no gradient exists there. Write it "
-            "through the cluster's projector V_c V_cᴴ or through ddnref.spectral_function; or pass throw=False to "
-            "get NaN for these items, gauge_rtol=inf to accept the masked gradient."
-        )
-    return x_bar
+    worst = float(xp.max(xp.where(xp.isnan(residual), xp.zeros_like(residual), residual)))
+    raise GaugeError(
+        f"The loss depends on a choice that the matrix does not determine: gauge residual {worst:.1e} > gauge_rtol "
+        f"{gauge_rtol:.1e}. Likely it treats eigenvectors or eigenvalues inside a cluster of equal eigenvalues "
+        "individually, cuts such a cluster, or depends on the phase of a complex eigenvector; no gradient exists "
+        "there. Write it through the cluster's projector V_c V_cᴴ or through ddnref.spectral_function; or pass "
+        "throw=False to get NaN for these items, gauge_rtol=inf to accept the masked gradient."
+    )
 
 
 # --- static facts ---------------------------------------------------------------------------------------------
 
 
-def _check(
-    w_bar: Array | None, v_bar: Array | None, w: Array, v: Array, index: Sequence[int] | None
-) -> range | tuple[int, ...]:
+def _check(w_bar: Array | None, v_bar: Array | None, w: Array, v: Array, index: Sequence[int] | None) -> Columns:
     xp = namespace(w_bar=w_bar, v_bar=v_bar, w=w, v=v)
     check_square("v", v)
     real = real_dtype(xp, v.dtype)
@@ -454,7 +359,7 @@ def _check(
     if w_bar is None and v_bar is None:
         raise TypeError("w_bar and v_bar are both None: there is nothing to differentiate.")
     m = v.shape[-1]
-    columns = _columns_of(index, m)
+    columns = columns_of(index, m)
     k = len(columns)
     check_shapes(
         w=(w, tuple(v.shape[:-1])),
@@ -462,49 +367,3 @@ def _check(
         v_bar=(v_bar, (*v.shape[:-1], k)),
     )
     return columns
-
-
-def _columns_of(index: Sequence[int] | None, m: int) -> range | tuple[int, ...]:
-    """The chosen columns as non-negative integers; a range where they are consecutive, so that views suffice."""
-    if index is None:
-        return range(m)
-    given = [operator.index(i) for i in index]
-    if any(not -m <= i < m for i in given):
-        raise ValueError(f"index {tuple(given)} is out of range for a matrix with {m} columns.")
-    columns = tuple(i % m for i in given)
-    if len(set(columns)) < len(columns):
-        raise ValueError(f"index {tuple(given)} names a column twice; add their cotangents and name it once.")
-    for step in (1, -1):
-        run = range(columns[0], columns[0] + step * len(columns), step) if columns else range(0)
-        if tuple(run) == columns:
-            return run
-    return columns
-
-
-def _top(k: int, which: str, m: int) -> range:
-    k = operator.index(k)
-    if which not in ("LA", "SA"):
-        raise ValueError(f'which is {which!r}, expected "LA" (largest) or "SA" (smallest).')
-    if not 1 <= k <= m:
-        raise ValueError(f"k is {k}, expected 1 <= k <= {m} for a matrix with {m} columns.")
-    return range(m - 1, m - 1 - k, -1) if which == "LA" else range(k)
-
-
-def _take(x: Array, columns: range | tuple[int, ...], axis: int) -> Array:
-    """``x`` at the chosen places along `axis` (−1 or −2); a view where they are a range."""
-    if isinstance(columns, range) and columns.step == 1:
-        part: Any = slice(columns.start, columns.stop)
-        return x[..., part] if axis == -1 else x[..., part, :]
-    xp = array_api_compat.array_namespace(x)
-    places = xp.asarray(list(columns), dtype=xp.int64, device=array_api_compat.device(x))
-    return xp.take(x, places, axis=axis)
-
-
-def _scatter(x: Array, columns: range | tuple[int, ...], m: int, axis: int) -> Array:
-    """The inverse of `_take`: `x` at the chosen places of `m` along `axis`, zero elsewhere."""
-    if columns == range(m):
-        return x
-    xp = array_api_compat.array_namespace(x)
-    place = {column: j for j, column in enumerate(columns)}
-    return _take(xp.concat([x, xp.zeros_like(x[..., :1] if axis == -1 else x[..., :1, :])], axis=axis),
-                 tuple(place.get(i, len(columns)) for i in range(m)), axis)

@@ -56,5 +56,5 @@ def _eigh_cupy(s: Array) -> tuple[Array, Array]:
         return xp.zeros(s.shape[:-1], dtype=xp.real(s).dtype), xp.zeros_like(s)
     flat = xp.reshape(s, (-1, m, m))
     parts = [xp.linalg.eigh(flat[i : i + CUPY_EIGH_BATCH]) for i in range(0, flat.shape[0], CUPY_EIGH_BATCH)]
-    w, v = (parts[0] if len(parts) == 1 else (xp.concat([p[k] for p in parts]) for k in (0, 1)))
+    w, v = parts[0] if len(parts) == 1 else (xp.concat([p[k] for p in parts]) for k in (0, 1))
     return xp.reshape(w, s.shape[:-1]), xp.reshape(v, s.shape)

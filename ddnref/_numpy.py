@@ -128,35 +128,31 @@ def _hermitian_product(a: Array, b_h: Array, x: Array) -> None:
 
 def eigh_vjp(
     w_bar: Array | None, v_bar: Array, w: Array, v: Array, near: Array
-) -> tuple[Array, Array | None]:
-    """``X̄ = V (diag(λ̄) + ½ F ∘ (M − Mᴴ)) Vᴴ`` and the gauge residual of ``M``, as in ``ddnref._eigh._full``.
+) -> tuple[Array, tuple[Array, Array] | None]:
+    """``X̄ = V (diag(λ̄) + ½ F ∘ (M − Mᴴ)) Vᴴ``, and the largest entries of ``M − Mᴴ`` inside clusters and of ``M``.
 
-    `near` says which neighbouring eigenvalues count as equal. The residual is ``None`` where no gauge is left to
-    check: nothing was masked, and real eigenvectors have no phase.
+    `near` says which neighbouring eigenvalues count as equal. ``None`` comes back where no gauge is left to check:
+    nothing was masked, and real eigenvectors have no phase.
     """
-    cluster = None
+    cluster: Array | None = None
     if near.any():
         cluster = np.zeros(w.shape, dtype=np.int64)
         np.cumsum(~near, axis=-1, out=cluster[..., 1:])
     m, lead = w.shape[-1], w.shape[:-1]
     count = math.prod(lead)
-    x_bar, residual = np.empty_like(v, order="C"), np.zeros(lead, dtype=w.dtype)
-    kernel = _whole if m <= WHOLE else _tiled
-    if len(lead) == 1:
-        arrays = (w_bar, v_bar, w, v, cluster, x_bar, residual)
-    else:
-        core = (1, 2, 1, 2, 1, 2, 0)
-        arrays = tuple(
-            None if a is None else a.reshape(count, *a.shape[a.ndim - n :])
-            for a, n in zip((w_bar, v_bar, w, v, cluster, x_bar, residual), core, strict=True)
-        )
+    x_bar, masked, largest = np.empty_like(v, order="C"), np.zeros(lead, w.dtype), np.zeros(lead, w.dtype)
+    kernel: Callable[..., None] = _whole if m <= WHOLE else _tiled
+    vectors, matrices, scalars = (w_bar, w, cluster), (v_bar, v, x_bar), (masked, largest)
+    if len(lead) != 1:
+        vectors = tuple(None if a is None else a.reshape(count, m) for a in vectors)
+        matrices, scalars = tuple(a.reshape(count, m, m) for a in matrices), tuple(a.reshape(count) for a in scalars)
 
     def run(part: slice) -> None:
         with np.errstate(all="ignore"):  # non-finite items come out non-finite: that is their report
-            kernel(*(None if a is None else a[part] for a in arrays))
+            kernel(*(None if a is None else a[part] for a in (*vectors, *matrices, *scalars)))
 
     for_parts(run, count, m)
-    return x_bar, None if cluster is None and v.dtype.kind != "c" else residual
+    return x_bar, None if cluster is None and v.dtype.kind != "c" else (masked, largest)
 
 
 def _product(a: Array, b: Array, out: Array) -> Array:
@@ -179,20 +175,28 @@ def _gap(w: Array, out: Array) -> Array:
 
 
 def _whole(
-    w_bar: Array | None, v_bar: Array, w: Array, v: Array, cluster: Array | None, x_bar: Array, residual: Array
+    w_bar: Array | None,
+    w: Array,
+    cluster: Array | None,
+    v_bar: Array,
+    v: Array,
+    x_bar: Array,
+    masked: Array,
+    largest: Array,
 ) -> None:
     """One pass for matrices that stay in cache: the sum with the adjoint comes last, from a buffer."""
     m_ = _product(adjoint(v), v_bar, np.empty_like(v))
     gap = _gap(w, np.empty_like(m_, dtype=w.dtype))
-    if cluster is None:
-        if m_.dtype.kind == "c":
-            residual[...] = _ratio(2 * np.max(np.abs(_diagonal(m_).imag), axis=-1, initial=0), m_)
-        _diagonal(gap)[...] = np.inf
-    else:
+    if cluster is not None:
         same = cluster[..., None, :] == cluster[..., :, None]
-        masked = np.max(np.abs(m_ - adjoint(m_)), axis=(-2, -1), initial=0, where=same)
-        residual[...] = _ratio(masked, m_)
+        masked[...] = np.max(np.abs(m_ - adjoint(m_)), axis=(-2, -1), initial=0, where=same)
+        largest[...] = np.max(np.abs(m_), axis=(-2, -1), initial=0)
         gap[same] = np.inf
+    else:
+        if m_.dtype.kind == "c":
+            masked[...] = np.max(2 * np.abs(_diagonal(m_).imag), axis=-1, initial=0)
+            largest[...] = np.max(np.abs(m_), axis=(-2, -1), initial=0)
+        _diagonal(gap)[...] = np.inf
     m_ /= gap
     if w_bar is not None:
         diagonal = _diagonal(m_)
@@ -205,21 +209,21 @@ def _whole(
     np.add(x, adjoint(x), out=x_bar)
 
 
-def _ratio(part: Array, whole: Array) -> Array:
-    size = np.max(np.abs(whole), axis=(-2, -1), initial=0)
-    return np.divide(part, size, out=np.zeros_like(part), where=size > 0)
-
-
 def _tiled(
-    w_bar: Array | None, v_bar: Array, w: Array, v: Array, cluster: Array | None, x_bar: Array, residual: Array
+    w_bar: Array | None,
+    w: Array,
+    cluster: Array | None,
+    v_bar: Array,
+    v: Array,
+    x_bar: Array,
+    masked: Array,
+    largest: Array,
 ) -> None:
     """Wide matrices: tiles in place, and only the lower block triangle of the last product."""
     m_ = np.matmul(adjoint(v), v_bar, out=x_bar)
-    checked = cluster is not None or m_.dtype.kind == "c"
-    whole = np.max(np.abs(m_), axis=(-2, -1), initial=0) if checked else None
-    masked = _antisymmetric_quotient(m_, w, cluster)
-    if whole is not None:
-        np.divide(masked, whole, out=residual, where=whole > 0)
+    if cluster is not None or m_.dtype.kind == "c":
+        largest[...] = np.max(np.abs(m_), axis=(-2, -1), initial=0)
+    _antisymmetric_quotient(m_, w, cluster, masked)
     if w_bar is not None:
         diagonal = _diagonal(m_)
         diagonal += w_bar
@@ -227,9 +231,8 @@ def _tiled(
     _hermitian_product(t, adjoint(v), x_bar)
 
 
-def _antisymmetric_quotient(m_: Array, w: Array, cluster: Array | None) -> Array:
-    """Overwrite ``M`` with ``½ (M − Mᴴ) ∘ F``, tile by tile; return the largest entry that the mask removed."""
-    masked = np.zeros(w.shape[:-1], dtype=w.dtype)
+def _antisymmetric_quotient(m_: Array, w: Array, cluster: Array | None, masked: Array) -> None:
+    """Overwrite ``M`` with ``½ (M − Mᴴ) ∘ F``, tile by tile, and `masked` with the largest entry taken out."""
     tiles: Iterable[tuple[slice, slice]] = combinations_with_replacement(_blocks(w.shape[-1], TILE), 2)
     for upper, lower in tiles:
         q = m_[..., lower, upper] - adjoint(m_[..., upper, lower])
@@ -246,4 +249,3 @@ def _antisymmetric_quotient(m_: Array, w: Array, cluster: Array | None) -> Array
         m_[..., lower, upper] = q
         if lower != upper:
             m_[..., upper, lower] = adjoint(q)
-    return masked

@@ -16,8 +16,8 @@ import numpy as np
 
 import ddnref._eigh as eigen
 import ddnref._spectral as spectral
+import ddnref._topk as topk
 from ddnref._array import Array, Namespace
-
 
 Convert = Callable[[Any], Array]
 Loss = tuple[Callable[..., Array], Callable[..., Any]]
@@ -56,6 +56,8 @@ class Rule(NamedTuple):
     symmetrises: bool
     products: Callable[[int, int], float]
     """Cost of the VJP of one item in products of m×m matrices (2 m³ flops real), for k columns."""
+    outputs: int
+    """How many arrays the operation returns."""
     docs: str
     """One line for the capability table."""
 
@@ -78,6 +80,43 @@ def _keywords(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY)
 
 
+def bind(rule: Rule, options: dict[str, Any]) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Array]]:
+    """Forward, VJP and ``undefined`` with their options bound, for a bridge."""
+    forward, vjp = options_of(rule, options)
+    required = {
+        p.name
+        for p in inspect.signature(rule.forward).parameters.values()
+        if p.default is p.empty and p.kind is not p.POSITIONAL_ONLY
+    }
+    if required - set(forward):
+        missing = ", ".join(f"{name}=..." for name in sorted(required - set(forward)))
+        raise TypeError(f"Bind the options of {rule.name} once: differentiable(ddnref.{rule.name}, {missing}).")
+    rtol = {"rtol": options["rtol"]} if "rtol" in options else {}
+    return _bound(rule.forward, forward), _bound(rule.vjp, vjp), _bound(rule.undefined, rtol)
+
+
+def _bound(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """A closure, not a ``functools.partial``: torch.compile traces through the one and not the other."""
+
+    def call(*arrays: Array | None) -> Any:
+        return function(*arrays, **options)
+
+    return call
+
+
+def failed(x_bar: Array) -> Array:
+    """Which items of a gradient are NaN: with ``throw=False`` all entries of a failed item are."""
+    xp = array_api_compat.array_namespace(x_bar)
+    return xp.isnan(x_bar[..., :1, :1])
+
+
+WARNING = (
+    "A gradient is NaN for at least one item of the batch: the input is not finite, the loss depends on a choice "
+    "inside repeated eigenvalues (see ddnref.gauge_residual), or the function is not differentiable there (a "
+    "singular matrix). Call the VJP by hand with throw=True to see which."
+)
+
+
 def as_tuple(value: Any) -> tuple[Any, ...]:
     """A tuple as it is, anything else as a tuple of one."""
     return value if isinstance(value, tuple) else (value,)
@@ -95,9 +134,7 @@ def rule_of(function: Callable[..., Any]) -> Rule:
 # --- problems to check a rule on --------------------------------------------------------------------------------
 
 
-def random_spectrum(
-    rng: np.random.Generator, batch: tuple[int, ...], spectrum: Any, is_complex: bool = False
-) -> Any:
+def random_spectrum(rng: np.random.Generator, batch: tuple[int, ...], spectrum: Any, is_complex: bool = False) -> Any:
     """A random Hermitian matrix with the given eigenvalues, its eigenvectors uniformly distributed."""
     w = np.asarray(spectrum, dtype=np.float64)
     shape = (*batch, w.shape[-1], w.shape[-1])
@@ -108,7 +145,8 @@ def random_spectrum(
 
 
 def eigen_loss(convert: Convert, rng: np.random.Generator, shape: tuple[int, ...], k: int, is_complex: bool) -> Loss:
-    """``Σ c_i λ_i + Re Σ (a_iᴴ y_i)(y_iᴴ b_i)``: every first-order loss of simple eigenpairs, free of sign and phase."""
+    """``Σ c_i λ_i + Re Σ (a_iᴴ y_i)(y_iᴴ b_i)``: every first-order loss of simple eigenpairs, free of gauge."""
+
     def draw() -> Array:
         z = rng.standard_normal((*shape, k))
         return convert(z + 1j * rng.standard_normal(z.shape) if is_complex else z)
@@ -150,7 +188,12 @@ def _sample_topk(
 
 
 def _sample_spectral(
-    convert: Convert, rng: np.random.Generator, batch: tuple[int, ...], m: int, is_complex: bool, **options: Any
+    convert: Convert,
+    rng: np.random.Generator,
+    batch: tuple[int, ...],
+    m: int,
+    is_complex: bool,
+    **options: Any,
 ) -> Sample:
     """Positive definite, with a triple eigenvalue where there is room: degeneracy is no obstacle here."""
     w = rng.uniform(0.5, 2.0, (*batch, m))
@@ -202,6 +245,7 @@ def _spectral_rule(name: str, docs: str, **options: Any) -> Rule:
         forward=getattr(spectral, f"{name}_fwd"),
         vjp=getattr(spectral, f"{name}_vjp"),
         sample=partial(_sample_spectral, **options),
+        outputs=1,
         products=lambda m, k: 4.0,  # noqa: ARG005
         docs=docs,
         **_CLOSED,
@@ -215,16 +259,18 @@ _TABLE = (
         forward=_eigh_forward,
         vjp=eigen.eigh_vjp,
         sample=_sample_eigh,
+        outputs=2,
         products=lambda m, k: 3.0,  # noqa: ARG005
         docs="all eigenpairs; any subset of them with `index=`",
         **{**_CLOSED, "saved_vjp": _no_saved, "undefined": _eigh_undefined},
     ),
     Rule(
         name="eigh_topk",
-        function=eigen.eigh_topk,
-        forward=eigen.eigh_topk_fwd,
-        vjp=eigen.eigh_topk_vjp,
+        function=topk.eigh_topk,
+        forward=topk.eigh_topk_fwd,
+        vjp=topk.eigh_topk_vjp,
         sample=_sample_topk,
+        outputs=2,
         products=lambda m, k: 3.0 * k / m,
         docs="k largest or smallest eigenpairs",
         **_CLOSED,

@@ -83,7 +83,7 @@ def spectral_function_fwd(x: Array, /, *, f: Scalar, throw: bool = True) -> tupl
 def spectral_function_vjp(
     y_bar: Array, y: Array, w: Array, v: Array, /, *, f: Scalar, df: Scalar, throw: bool = True
 ) -> Array:
-    """Gradient of a loss of `spectral_function`, exact at any degeneracy.
+    r"""Gradient of a loss of `spectral_function`, exact at any degeneracy.
 
     Parameters
     ----------
@@ -109,8 +109,8 @@ def spectral_function_vjp(
 
     Notes
     -----
-    .. math:: \\bar X = V \\left( \\Phi \\circ (V^H \\bar Y V) \\right) V^H, \\qquad
-              \\Phi_{ij} = \\frac{f(\\lambda_i) - f(\\lambda_j)}{\\lambda_i - \\lambda_j}
+    .. math:: \bar X = V \left( \Phi \circ (V^H \bar Y V) \right) V^H, \qquad
+              \Phi_{ij} = \frac{f(\lambda_i) - f(\lambda_j)}{\lambda_i - \lambda_j}
 
     Where the quotient cannot be told from the mean of ``df`` within its own rounding error, that mean is used: no
     tolerance to choose, full accuracy at equal eigenvalues, about ``eps**(2/3)`` in the worst case between. The

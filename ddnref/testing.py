@@ -78,16 +78,21 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         rows = [f"{'direction':<24}{'numerical':>24}{'analytic':>24}{'error':>10}{'order':>7}"]
-        rows += [f"{d.name:<24}{d.numerical:>24.15e}{d.analytic:>24.15e}{d.error:>10.1e}{d.order:>7.2f}"
-                 for d in self.directions]
+        rows += [
+            f"{d.name:<24}{d.numerical:>24.15e}{d.analytic:>24.15e}{d.error:>10.1e}{d.order:>7.2f}"
+            for d in self.directions
+        ]
         verdict = "passed" if self.passed else "FAILED"
-        rows.append(f"{verdict}: worst relative error {self.error:.1e} (tolerance {self.rtol:.0e}) in direction "
-                    f"{self.direction}, step {self.step:.1e}, order {self.order:.2f}, structure {self.structure:.1e}")
+        rows.append(
+            f"{verdict}: worst relative error {self.error:.1e} (tolerance {self.rtol:.0e}) in direction "
+            f"{self.direction}, step {self.step:.1e}, order {self.order:.2f}, structure {self.structure:.1e}"
+        )
         return "\n".join(rows)
 
 
-def numerical_jvp(f: Callable[[Array], Any], x: Array, x_dot: Array, /, *, step: float | None = None,
-                  gap: float = math.inf) -> Any:
+def numerical_jvp(
+    f: Callable[[Array], Any], x: Array, x_dot: Array, /, *, step: float | None = None, gap: float = math.inf
+) -> Any:
     """Directional derivative of `f` at `x` along `x_dot` by Richardson-extrapolated central differences.
 
     Parameters
@@ -211,8 +216,10 @@ def check_vjp(
     bars = f_vjp(*cotangents, *outputs, *saved, *(inputs[i] for i in needs))
     bars = bars if isinstance(bars, tuple) else (bars,)
     if [tuple(b.shape) for b in bars] != [tuple(x.shape) for x in inputs]:
-        raise ValueError(f"f_vjp returned shapes {[tuple(b.shape) for b in bars]} for inputs of shapes "
-                         f"{[tuple(x.shape) for x in inputs]}.")
+        raise ValueError(
+            f"f_vjp returned shapes {[tuple(b.shape) for b in bars]} for inputs of shapes "
+            f"{[tuple(x.shape) for x in inputs]}."
+        )
 
     rows: list[Direction] = []
     structure, worst_step = 0.0, math.nan
@@ -251,7 +258,13 @@ def assert_vjp(f: Callable[..., Any], f_vjp: Callable[..., Any], *inputs: Array,
 
 
 def _directions(
-    rng: np.random.Generator, xp: Namespace, x: Array, x_bar: Array, space: Tangent, symmetrises: bool, count: int
+    rng: np.random.Generator,
+    xp: Namespace,
+    x: Array,
+    x_bar: Array,
+    space: Tangent,
+    symmetrises: bool,
+    count: int,
 ) -> list[tuple[str, Array]]:
     """Random tangent directions, one free if the input is symmetrised, and the gradient's own; unit norm."""
     named = [(f"random {k}", space.project(x, _random(rng, xp, x))) for k in range(count)]
@@ -261,8 +274,9 @@ def _directions(
     return [(name, d / length) for name, d in named if (length := _norm(xp, d)) > 0 or math.isnan(length)]
 
 
-def _differentiate(name: str, at: Callable[[Array], float], xp: Namespace, x_bar: Array, d: Array,
-                   h: float) -> Direction:
+def _differentiate(
+    name: str, at: Callable[[Array], float], xp: Namespace, x_bar: Array, d: Array, h: float
+) -> Direction:
     central = [(at(s * d) - at(-s * d)) / (2 * s) for s in (h, h / 2, h / 4)]
     numerical = (4 * central[1] - central[0]) / 3
     analytic = float(xp.sum(xp.real(xp.conj(x_bar) * d) if _is_complex(xp, d) else x_bar * d))
@@ -280,8 +294,10 @@ def _default_step(size: float, gap: float) -> float:
 def _double(x: Array) -> Namespace:
     xp = array_api_compat.array_namespace(x)
     if x.dtype not in (xp.float64, xp.complex128):
-        raise TypeError(f"Finite differences need float64 or complex128, got {x.dtype}; compare a float32 VJP with "
-                        "its float64 self on the same inputs instead.")
+        raise TypeError(
+            f"Finite differences need float64 or complex128, got {x.dtype}; compare a float32 VJP with "
+            "its float64 self on the same inputs instead."
+        )
     return xp
 
 
@@ -305,7 +321,9 @@ def _random(rng: np.random.Generator, xp: Namespace, x: Array) -> Array:
     return xp.asarray(values, dtype=x.dtype, device=array_api_compat.device(x))
 
 
-def _linear_loss(rng: np.random.Generator, outputs: tuple[Array, ...]) -> tuple[Callable[..., Array], Callable[..., Any]]:
+def _linear_loss(
+    rng: np.random.Generator, outputs: tuple[Array, ...]
+) -> tuple[Callable[..., Array], Callable[..., Any]]:
     bars = tuple(_random(rng, array_api_compat.array_namespace(y), y) for y in outputs)
 
     def value(*outputs: Array) -> Array:

@@ -1,0 +1,53 @@
+"""A static choice of columns: `index=` of the eigenvectors, or the top k of them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import array_api_compat
+
+from ddnref._array import Array
+
+Columns: TypeAlias = range | tuple[int, ...]
+
+
+def columns_of(index: Sequence[int] | None, m: int) -> Columns:
+    """The chosen columns as non-negative integers; a range where they are consecutive, so that views suffice."""
+    if index is None:
+        return range(m)
+    given = [operator.index(i) for i in index]
+    if any(not -m <= i < m for i in given):
+        raise ValueError(f"index {tuple(given)} is out of range for a matrix with {m} columns.")
+    columns = tuple(i % m for i in given)
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"index {tuple(given)} names a column twice; add their cotangents and name it once.")
+    for step in (1, -1):
+        run = range(columns[0], columns[0] + step * len(columns), step) if columns else range(0)
+        if tuple(run) == columns:
+            return run
+    return columns
+
+
+def take(x: Array, columns: Columns, axis: int) -> Array:
+    """``x`` at the chosen places along `axis` (−1 or −2); a view where they are a range."""
+    if isinstance(columns, range) and columns.step == 1:
+        part: Any = slice(columns.start, columns.stop)
+        return x[..., part] if axis == -1 else x[..., part, :]
+    xp = array_api_compat.array_namespace(x)
+    places = xp.asarray(list(columns), dtype=xp.int64, device=array_api_compat.device(x))
+    return xp.take(x, places, axis=axis)
+
+
+def scatter(x: Array, columns: Columns, m: int, axis: int) -> Array:
+    """The inverse of `take`: `x` at the chosen places of `m` along `axis`, zero elsewhere."""
+    if columns == range(m):
+        return x
+    xp = array_api_compat.array_namespace(x)
+    place = {column: j for j, column in enumerate(columns)}
+    return take(
+        xp.concat([x, xp.zeros_like(x[..., :1] if axis == -1 else x[..., :1, :])], axis=axis),
+        tuple(place.get(i, len(columns)) for i in range(m)),
+        axis,
+    )

@@ -1,0 +1,107 @@
+"""JAX: ``differentiable(op)`` makes an operation use our VJP instead of JAX's own derivative.
+
+Works with ``jit``, ``vmap``, ``grad`` and second derivatives. JAX's convention for complex gradients is the
+conjugate of ours; the bridge converts.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from ddnref._array import Array
+from ddnref._rules import WARNING, as_tuple, bind, failed, rule_of
+
+
+def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Turn one of ddnref's operations into a function that JAX differentiates with our VJP.
+
+    Parameters
+    ----------
+    operation : callable
+        A public operation with a rule, such as ``ddnref.eigh``.
+    **options
+        Options of the operation and of its VJP, bound once: ``differentiable(ddnref.eigh_topk, k=4)``.
+
+    Returns
+    -------
+    function : callable
+        Takes arrays, returns what the operation returns; gradients follow ``jax.grad``'s convention.
+
+    Raises
+    ------
+    TypeError
+        The operation has no rule, an option is unknown, or a required one is missing.
+
+    Notes
+    -----
+    Where no gradient exists (a gauge-dependent loss, a singular matrix), that item's gradient is NaN and a warning
+    says why; a second derivative through repeated eigenvalues is NaN too. Calling ``ddnref.eigh`` itself under
+    ``jax.grad`` would use JAX's derivative of ``jnp.linalg.eigh``, which is NaN or wrong there.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp
+    >>> from ddnref.interop.jax import differentiable
+    >>> eigh = differentiable(ddnref.eigh)
+    >>> jax.grad(lambda x: eigh(x)[0][1])(jnp.diag(jnp.asarray([1.0, 2.0])))
+    Array([[0., 0.],
+           [0., 1.]], dtype=float32)
+    """
+    rule = rule_of(operation)
+    forward, vjp, undefined = bind(rule, options)
+    n = rule.outputs
+
+    @jax.custom_jvp
+    def first_order(x_bar: Array, *arrays: Array) -> Array:  # noqa: ARG001
+        return x_bar
+
+    @first_order.defjvp
+    def _(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+        x_bar, *arrays = primals
+        keep = jnp.where(undefined(*arrays), jnp.nan, 1.0).astype(tangents[0].real.dtype)
+        return x_bar, tangents[0] * keep[..., None, None]
+
+    @jax.custom_vjp
+    def operate(*inputs: Array) -> tuple[Array, ...]:
+        outputs, saved = forward(*inputs)
+        return *as_tuple(outputs), *saved
+
+    def operate_fwd(*inputs: Any) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        arrays = operate(*(primal.value for primal in inputs))
+        return arrays, arrays
+
+    def operate_bwd(arrays: tuple[Array, ...], bars: tuple[Any, ...]) -> tuple[Array]:
+        given = [None if isinstance(bar, SymbolicZero) else jnp.conj(bar) for bar in bars]
+        x_bar = jnp.zeros_like(arrays[-1])
+        if any(bar is not None for bar in given[:n]):
+            x_bar = vjp(*given[:n], *arrays)
+        if any(bar is not None for bar in given[n:]):
+            x_bar = x_bar + rule.saved_vjp(*given[n:], *arrays[n:])
+        _warn(failed(x_bar))
+        return (jnp.conj(first_order(x_bar, *arrays)),)
+
+    operate.defvjp(operate_fwd, operate_bwd, symbolic_zeros=True)
+
+    def function(*inputs: Array) -> Any:
+        outputs = operate(*inputs)[:n]
+        return outputs[0] if n == 1 else outputs
+
+    function.__name__ = function.__qualname__ = rule.name
+    function.__doc__ = operation.__doc__
+    return function
+
+
+def _warn(flags: Array) -> None:
+    """Warn from the device's own stream, only where a flag is set."""
+
+    def say(flags: Array) -> None:
+        if flags.any():
+            warnings.warn(WARNING, RuntimeWarning, stacklevel=2)
+
+    jax.lax.cond(jnp.any(flags), lambda f: jax.debug.callback(say, f), lambda f: None, flags)  # noqa: ARG005
