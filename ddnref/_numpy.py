@@ -142,7 +142,9 @@ def eigh_vjp(
     count = math.prod(lead)
     x_bar, masked, largest = np.empty_like(v, order="C"), np.zeros(lead, w.dtype), np.zeros(lead, w.dtype)
     kernel: Callable[..., None] = _whole if m <= WHOLE else _tiled
-    vectors, matrices, scalars = (w_bar, w, cluster), (v_bar, v, x_bar), (masked, largest)
+    vectors: tuple[Any, ...] = (w_bar, w, cluster)
+    matrices: tuple[Any, ...] = (v_bar, v, x_bar)
+    scalars: tuple[Any, ...] = (masked, largest)
     if len(lead) != 1:
         vectors = tuple(None if a is None else a.reshape(count, m) for a in vectors)
         matrices, scalars = tuple(a.reshape(count, m, m) for a in matrices), tuple(a.reshape(count) for a in scalars)

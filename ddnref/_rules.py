@@ -197,7 +197,7 @@ def _sample_spectral(
 ) -> Sample:
     """Positive definite, with a triple eigenvalue where there is room: degeneracy is no obstacle here."""
     w = rng.uniform(0.5, 2.0, (*batch, m))
-    w[..., 1:3] = w[..., :1]
+    w[..., 1 : min(3, m - 1)] = w[..., :1]
     return Sample((convert(random_spectrum(rng, batch, w, is_complex)),), options, None, 0.5, 40.0)
 
 

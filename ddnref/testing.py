@@ -236,6 +236,7 @@ def check_vjp(
         suffix = f" of input {i}" if len(inputs) > 1 else ""
         for name, d in _directions(rng, xp, x, x_bar, space, symmetrises, directions):
             rows.append(_differentiate(name + suffix, at, xp, x_bar, d, h))
+    rows = rows or [Direction("none: the gradient is empty or zero", 0.0, 0.0, 0.0, math.nan)]
     worst = max(rows, key=lambda row: math.inf if math.isnan(row.error) else row.error)
     passed = all(row.error <= rtol for row in rows) and structure <= STRUCTURE_RTOL
     return Report(passed, worst.error, worst.name, worst_step, worst.order, structure, rtol, tuple(rows))

@@ -1,0 +1,141 @@
+"""Array libraries as fixtures: `xp` runs a test on each, `second` on a device or mode that refuses host access."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+BACKENDS = ("numpy", "array-api-strict", "torch", "jax")
+MODULES = {"array-api-strict": "array_api_strict", "autograd": "autograd"}
+
+settings.register_profile("ddnref", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("ddnref")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", choices=[*BACKENDS, "cupy"], help="run the array tests on this library only")
+    parser.addoption("--all-frameworks", action="store_true", help="a missing optional framework is an error")
+
+
+@pytest.fixture(autouse=True)
+def _public_name(doctest_namespace: dict[str, Any]) -> None:
+    import ddnref
+
+    doctest_namespace["ddnref"] = ddnref
+
+
+def need(config: pytest.Config, name: str) -> None:
+    """Skip, or fail with --all-frameworks, where an optional framework is not installed."""
+    if importlib.util.find_spec(MODULES.get(name, name)) is None:
+        message = f'{name} is not installed: pip install "ddnref[{name}]"'
+        if config.getoption("--all-frameworks"):
+            pytest.fail(message)
+        pytest.skip(message)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("framework"):
+        need(item.config, marker.args[0])
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "xp" in metafunc.fixturenames:
+        chosen = metafunc.config.getoption("--backend")
+        metafunc.parametrize("xp", [chosen] if chosen else BACKENDS, indirect=True)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One array library: how arrays get in and out of it, and how it compiles."""
+
+    name: str
+    namespace: Any
+    device: Any = None
+    jit: Callable[..., Any] = lambda f: f
+
+    def asarray(self, values: Any) -> Any:
+        values = np.asarray(values)
+        options = {} if self.device is None else {"device": self.device}
+        return self.namespace.asarray(values, dtype=getattr(self.namespace, values.dtype.name), **options)
+
+    def numpy(self, array: Any) -> Any:
+        if self.name == "torch":
+            return array.detach().resolve_conj().cpu().numpy()
+        if self.name == "cupy":
+            return array.get()
+        if self.name == "array-api-strict":
+            import array_api_strict
+
+            return np.asarray(array.to_device(array_api_strict.Device("CPU_DEVICE")))
+        return np.asarray(array)
+
+    def tuple(self, arrays: Any) -> Any:
+        return tuple(self.numpy(a) for a in arrays)
+
+
+def backend(name: str, device: Any = None) -> Backend:
+    if name == "numpy":
+        import array_api_compat.numpy as namespace
+    elif name == "torch":
+        import array_api_compat.torch as namespace
+    elif name == "cupy":
+        import array_api_compat.cupy as namespace
+    elif name == "array-api-strict":
+        import array_api_strict as namespace
+
+        namespace.set_array_api_strict_flags(boolean_indexing=False, data_dependent_shapes=False)
+    else:
+        import jax
+        import jax.numpy as namespace
+
+        jax.config.update("jax_enable_x64", True)
+        return Backend(name, namespace, jit=jax.jit)
+    return Backend(name, namespace, device)
+
+
+@pytest.fixture
+def xp(request: pytest.FixtureRequest) -> Backend:
+    need(request.config, request.param)
+    return backend(request.param)
+
+
+@pytest.fixture(params=["array-api-strict", "torch"])
+def second(request: pytest.FixtureRequest) -> Backend:
+    """array-api-strict's second device, on which NumPy cannot look, and torch's meta device, which has no values."""
+    need(request.config, request.param)
+    if request.param == "torch":
+        return backend("torch", "meta")
+    import array_api_strict
+
+    return backend("array-api-strict", array_api_strict.Device("device1"))
+
+
+@pytest.fixture
+def host_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Every read of an array value on the host by array-api-strict, as the name of the conversion."""
+    import array_api_strict
+
+    reads: list[str] = []
+    cls = type(array_api_strict.asarray(0))
+    for name in ("__bool__", "__int__", "__float__", "__complex__", "__index__", "__array__", "__buffer__"):
+        original = getattr(cls, name, None)
+        if original is None:
+            continue
+
+        def read(self: Any, *args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
+            reads.append(_name)
+            return _original(self, *args, **kwargs)
+
+        monkeypatch.setattr(cls, name, read)
+    yield reads
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20)
