@@ -79,7 +79,8 @@ def check_dtypes(**pairs: tuple[Array | None, Any]) -> None:
     """Raise ``TypeError`` unless each named ``(array, dtype)`` agrees; ``None`` arrays are skipped."""
     for name, (array, dtype) in pairs.items():
         if array is not None and array.dtype != dtype:
-            raise TypeError(f"{name} has dtype {array.dtype}, expected {dtype}: precisions are never mixed silently.")
+            wanted = getattr(dtype, "__name__", dtype)
+            raise TypeError(f"{name} has dtype {array.dtype}, expected {wanted}: nothing is converted silently.")
 
 
 def check_shapes(**pairs: tuple[Array | None, tuple[int, ...]]) -> None:

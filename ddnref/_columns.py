@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import array_api_compat
 
-from ddnref._array import Array
+from ddnref._array import Array, full
 
 Columns: TypeAlias = range | tuple[int, ...]
 
@@ -45,9 +45,6 @@ def scatter(x: Array, columns: Columns, m: int, axis: int) -> Array:
     if columns == range(m):
         return x
     xp = array_api_compat.array_namespace(x)
+    zero = full((*x.shape[:-1], 1) if axis == -1 else (*x.shape[:-2], 1, x.shape[-1]), 0.0, x)
     place = {column: j for j, column in enumerate(columns)}
-    return take(
-        xp.concat([x, xp.zeros_like(x[..., :1] if axis == -1 else x[..., :1, :])], axis=axis),
-        tuple(place.get(i, len(columns)) for i in range(m)),
-        axis,
-    )
+    return take(xp.concat([x, zero], axis=axis), tuple(place.get(i, len(columns)) for i in range(m)), axis)

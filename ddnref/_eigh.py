@@ -11,6 +11,7 @@ a loss cannot depend on the length of an eigenvector.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -314,8 +315,8 @@ def _masked(m_: Array, same: Array, columns: Columns) -> tuple[Array, Array]:
 def _jump(w_bar: Array, near: Array, columns: Columns) -> tuple[Array, Array]:
     """The largest jump of ``λ̄`` between neighbours of a cluster, and the largest ``λ̄``."""
     xp = array_api_compat.array_namespace(w_bar)
-    full = scatter(w_bar, columns, near.shape[-1] + 1, -1)
-    jump = full[..., 1:] - full[..., :-1]
+    every = scatter(w_bar, columns, near.shape[-1] + 1, -1)
+    jump = every[..., 1:] - every[..., :-1]
     return _largest(xp.where(near, jump, xp.zeros_like(jump)), 1), _largest(w_bar, 1)
 
 
@@ -328,7 +329,8 @@ def _largest(x: Array, axes: int) -> Array:
 
 
 def _exceeds(part: Array, whole: Array, rtol: float) -> Array:
-    return part > rtol * whole
+    """``part > rtol * whole``; nothing exceeds an infinite `rtol`, and 0 · ∞ is not asked for."""
+    return part > rtol * whole if math.isfinite(rtol) else part < 0
 
 
 def _ratio(part: Array, whole: Array) -> Array:

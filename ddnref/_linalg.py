@@ -45,7 +45,10 @@ def _eigh_finite(s: Array) -> tuple[Array, Array]:
         return _numpy.eigh(s)
     if array_api_compat.is_cupy_array(s):
         return _eigh_cupy(s)
-    w, v = xp.linalg.eigh(s)
+    if array_api_compat.is_jax_array(s):
+        w, v = xp.linalg.eigh(s, symmetrize_input=False)  # s is exactly Hermitian, and x + xᴴ could overflow
+    else:
+        w, v = xp.linalg.eigh(s)
     return w, v
 
 

@@ -80,19 +80,41 @@ def _keywords(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY)
 
 
-def bind(rule: Rule, options: dict[str, Any]) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Array]]:
-    """Forward, VJP and ``undefined`` with their options bound, for a bridge."""
+class Bound(NamedTuple):
+    """A rule with its options bound, as bridges call it."""
+
+    forward: Callable[..., Any]
+    reverse: Callable[..., Array | None]
+    """``reverse(bars, arrays)``: cotangents of outputs and saved arrays (``None`` where there is none) to the input's."""
+    undefined: Callable[..., Array]
+
+
+def bind(rule: Rule, options: dict[str, Any]) -> Bound:
+    """Bind options once, or ``TypeError`` naming those that are unknown or missing."""
     forward, vjp = options_of(rule, options)
     required = {
         p.name
-        for p in inspect.signature(rule.forward).parameters.values()
+        for function in (rule.forward, rule.vjp)
+        for p in inspect.signature(function).parameters.values()
         if p.default is p.empty and p.kind is not p.POSITIONAL_ONLY
     }
-    if required - set(forward):
-        missing = ", ".join(f"{name}=..." for name in sorted(required - set(forward)))
+    if required - set(options):
+        missing = ", ".join(f"{name}=..." for name in sorted(required - set(options)))
         raise TypeError(f"Bind the options of {rule.name} once: differentiable(ddnref.{rule.name}, {missing}).")
     rtol = {"rtol": options["rtol"]} if "rtol" in options else {}
-    return _bound(rule.forward, forward), _bound(rule.vjp, vjp), _bound(rule.undefined, rtol)
+    accepting = {"gauge_rtol": float("inf")} if "gauge_rtol" in _keywords(rule.vjp) else {}
+    first, second = _bound(rule.vjp, vjp), _bound(rule.vjp, {**vjp, **accepting})
+    n, saved_vjp = rule.outputs, rule.saved_vjp
+
+    def reverse(bars: tuple[Array | None, ...], arrays: tuple[Array, ...]) -> Array | None:
+        used = any(bar is not None for bar in bars[:n])
+        if all(bar is None for bar in bars[n:]):
+            return first(*bars[:n], *arrays) if used else None
+        # Second order: outputs and saved arrays hold the same eigenvectors, and only the sum is free of gauge.
+        x_bar = saved_vjp(*bars[n:], *arrays[n:])
+        return x_bar + second(*bars[:n], *arrays) if used else x_bar
+
+    return Bound(_bound(rule.forward, forward), reverse, _bound(rule.undefined, rtol))
 
 
 def _bound(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
@@ -229,7 +251,7 @@ def _saved_undefined(*arrays: Array, rtol: float | None = None) -> Array:
 
 
 def _saved_eigh_vjp(w_bar: Array | None, v_bar: Array | None, w: Array, v: Array) -> Array:
-    return eigen.eigh_vjp(w_bar, v_bar, w, v, throw=False)
+    return eigen.eigh_vjp(w_bar, v_bar, w, v, gauge_rtol=float("inf"), throw=False)
 
 
 _CLOSED: dict[str, Any] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +117,7 @@ def second(request: pytest.FixtureRequest) -> Backend:
 
 
 @pytest.fixture
-def host_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def host_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every read of an array value on the host by array-api-strict, as the name of the conversion."""
     import array_api_strict
 
@@ -133,7 +133,7 @@ def host_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             return _original(self, *args, **kwargs)
 
         monkeypatch.setattr(cls, name, read)
-    yield reads
+    return reads
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def test_float32_agrees_with_float64_on_identical_inputs(rule, is_complex, xp, r
     outputs, saved, bars, vjp = solve(rule, sample, Backend("numpy", np))
     if rule.outputs == 2:  # cotangents rounded to float32 leave a phase of 1e-7 in float64: judge it as float32
         vjp = partial(vjp, gauge_rtol=float(np.finfo(np.float32).eps) ** 0.5)
-    arrays = [np.asarray(a, dtype=np.complex64 if np.iscomplexobj(a) else np.float32) for a in (*bars, *outputs, *saved)]
+    arrays = [a.astype(np.complex64 if np.iscomplexobj(a) else np.float32) for a in (*bars, *outputs, *saved)]
     single = vjp(*(xp.asarray(a) for a in arrays))
     double = vjp(*(a.astype(np.complex128 if np.iscomplexobj(a) else np.float64) for a in arrays))
     assert str(single.dtype).endswith("complex64" if is_complex else "float32")
@@ -92,7 +92,9 @@ def test_one_bad_item_leaves_the_others_alone(rule, xp, rng):
 
     others = [0, 1, 3, 4]
     pairs = zip(
-        (*as_tuple(outputs), gradient(outputs, saved)), (*as_tuple(good_outputs), gradient(good_outputs, good_saved))
+        (*as_tuple(outputs), gradient(outputs, saved)),
+        (*as_tuple(good_outputs), gradient(good_outputs, good_saved)),
+        strict=True,
     )
     for y, good in pairs:
         y, good = xp.numpy(y), xp.numpy(good)

@@ -54,7 +54,7 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
            [0., 1.]], dtype=float32)
     """
     rule = rule_of(operation)
-    forward, vjp, undefined = bind(rule, options)
+    forward, reverse, undefined = bind(rule, options)
     n = rule.outputs
 
     @jax.custom_jvp
@@ -77,12 +77,9 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
         return arrays, arrays
 
     def operate_bwd(arrays: tuple[Array, ...], bars: tuple[Any, ...]) -> tuple[Array]:
-        given = [None if isinstance(bar, SymbolicZero) else jnp.conj(bar) for bar in bars]
-        x_bar = jnp.zeros_like(arrays[-1])
-        if any(bar is not None for bar in given[:n]):
-            x_bar = vjp(*given[:n], *arrays)
-        if any(bar is not None for bar in given[n:]):
-            x_bar = x_bar + rule.saved_vjp(*given[n:], *arrays[n:])
+        x_bar = reverse(tuple(None if isinstance(bar, SymbolicZero) else jnp.conj(bar) for bar in bars), arrays)
+        if x_bar is None:
+            return (jnp.zeros_like(arrays[-1]),)
         _warn(failed(x_bar))
         return (jnp.conj(first_order(x_bar, *arrays)),)
 

@@ -14,12 +14,12 @@ from typing import Any, TypeAlias
 import torch
 
 from ddnref._errors import GaugeError
-from ddnref._rules import WARNING, Rule, as_tuple, bind, failed, rule_of
+from ddnref._rules import WARNING, as_tuple, bind, failed, rule_of
 
 Tensor: TypeAlias = Any  # torch is optional, so that types must not depend on it
 
 
-@torch.library.custom_op("ddnref::warn", mutates_args=())
+@torch.library.custom_op("ddnref::warn", mutates_args=(), schema="(Tensor flags) -> Tensor")
 def _warn(flags: Tensor) -> Tensor:
     """Warn where a flag is set, at run time also inside a compiled graph."""
     if flags.any():
@@ -75,7 +75,8 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
             [0., 1.]], dtype=torch.float64)
     """
     rule = rule_of(operation)
-    forward, vjp, undefined = bind(rule, options)
+    forward, reverse, undefined = bind(rule, options)
+    n = rule.outputs
 
     class FirstOrder(torch.autograd.Function):
         """Identity on a gradient; its own derivative is refused where that would be wrong."""
@@ -113,32 +114,20 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
         @staticmethod
         def backward(ctx: Any, *bars: Tensor | None) -> Tensor | None:
             arrays = ctx.saved_tensors
-            x_bar = _reverse(rule, vjp, bars, arrays)
+            x_bar = reverse(bars, arrays)
             if x_bar is None:
                 return None
-            torch.ops.ddnref.warn(failed(x_bar))
+            corner = x_bar[..., :1, :1]  # through an entry, or a compiler would drop the warning as unused
+            x_bar[..., :1, :1] = torch.where(torch.ops.ddnref.warn(failed(x_bar)), torch.nan, corner)
             return FirstOrder.apply(x_bar, *arrays) if torch.is_grad_enabled() else x_bar
 
     def function(*inputs: Tensor) -> Any:
-        outputs = Operation.apply(*inputs)[: rule.outputs]
-        return outputs[0] if rule.outputs == 1 else outputs
+        outputs = Operation.apply(*inputs)[:n]
+        return outputs[0] if n == 1 else outputs
 
     function.__name__ = function.__qualname__ = rule.name
     function.__doc__ = operation.__doc__
     return function
-
-
-def _reverse(
-    rule: Rule, vjp: Callable[..., Any], bars: tuple[Tensor | None, ...], arrays: tuple[Tensor, ...]
-) -> Tensor | None:
-    n = rule.outputs
-    x_bar = None
-    if any(bar is not None for bar in bars[:n]):
-        x_bar = vjp(*bars[:n], *arrays)
-    if any(bar is not None for bar in bars[n:]):
-        more = rule.saved_vjp(*bars[n:], *arrays[n:])
-        x_bar = more if x_bar is None else x_bar + more
-    return x_bar
 
 
 class _Refuse(torch.autograd.Function):

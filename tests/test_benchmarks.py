@@ -1,0 +1,185 @@
+"""The benchmark suite runs, and its instruments show what they are there to show."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import need
+
+BENCHES = Path(__file__).parents[1] / "asv_benches"
+MODULES = ("eigh", "spectral", "ladder")
+PREFIXES = ("time_", "peakmem_", "track_")
+
+before = dict(os.environ)
+os.environ["DDNREF_BENCH_THREADS"] = "1"  # nothing spins where tests run side by side
+sys.path.insert(0, str(BENCHES))
+try:
+    benchmarks = {name: importlib.import_module(f"benchmarks.{name}") for name in MODULES}
+    import figures
+    from benchmarks import _accuracy as accuracy
+    from benchmarks import _common as common
+    from benchmarks._cases import products
+finally:
+    sys.path.remove(str(BENCHES))
+    os.environ.clear()
+    os.environ.update(before)  # importing the suite pins threads, which is not for the other tests
+
+
+@pytest.fixture(autouse=True)
+def _short_and_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    threadpoolctl = pytest.importorskip("threadpoolctl", reason='pip install "ddnref[bench]"')
+    monkeypatch.setenv("DDNREF_BENCH_SECONDS", "0.02")
+    torch = sys.modules.get("torch")
+    torch_threads = torch.get_num_threads() if torch else None
+    with threadpoolctl.threadpool_limits(limits=1):  # restores what it and the benchmarks changed
+        yield
+    if torch:
+        torch.set_num_threads(torch_threads)
+
+
+def methods() -> list[Any]:
+    """Every benchmark at the first, smallest value of each of its parameters."""
+    found = []
+    for module in benchmarks.values():
+        for name, cls in inspect.getmembers(module, inspect.isclass):
+            for method in (m for m in dir(cls) if m.startswith(PREFIXES)):
+                found.append(pytest.param(cls, method, id=f"{name}.{method}"))
+    return found
+
+
+def smallest(cls: type) -> tuple[Any, ...]:
+    axes = getattr(cls, "params", ())
+    nested = axes and isinstance(axes[0], (tuple, list)) and len(cls.param_names) == len(axes)
+    return tuple(axis[0] for axis in axes) if nested else axes[:1]
+
+
+def run(cls: type, method: str, parameters: tuple[Any, ...]) -> Any:
+    instance = cls()
+    if hasattr(instance, "setup"):
+        instance.setup(*parameters)
+    return getattr(instance, method)(*parameters)
+
+
+@pytest.mark.parametrize(("cls", "method"), methods())
+def test_benchmark_runs(cls: type, method: str, request: pytest.FixtureRequest) -> None:
+    parameters = smallest(cls)
+    if cls is benchmarks["eigh"].EighTorchApart or "torch" in parameters:
+        need(request.config, "torch")
+    value = run(cls, method, parameters)
+    if method.startswith("track_"):
+        assert np.isfinite(value)
+        assert cls.unit or getattr(cls, method).unit
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.framework(n)) for n in ("torch", "jax")])
+def test_backends_run(name: str) -> None:
+    for cls, size in ((benchmarks["eigh"].Eigh, (2, 4)), (benchmarks["spectral"].Spectral, (2, 4))):
+        parameters = (name, size, "float32") if "Eigh" in cls.__name__ else (name, "logm", size, "float64")
+        for method in (m for m in dir(cls) if m.startswith("time_")):
+            run(cls, method, parameters)
+
+
+def test_every_module_has_the_three_kinds() -> None:
+    names = {
+        name: {m.values[1].split("_")[0] for m in methods() if m.values[0].__module__.endswith(name)}
+        for name in ("eigh", "spectral")
+    }
+    assert names == {name: {"time", "peakmem", "track"} for name in names}
+
+
+@pytest.mark.parametrize("name", ["torch", "jax", "cupy"])
+def test_missing_framework_is_skipped_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(NotImplementedError, match=f"{name} is not installed"):
+        common.backend(name)
+
+
+def test_slow_rungs_are_skipped_with_the_reason() -> None:
+    with pytest.raises(NotImplementedError, match=r"v2 at .* takes longer than 20 s"):
+        benchmarks["ladder"].Ladder().setup("v2", (5, 1024))
+
+
+# --- the instruments ----------------------------------------------------------------------------------------------
+
+
+def test_interleaved_shows_a_planted_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DDNREF_BENCH_SECONDS", "0.3")
+    base = products(40, 32, "float32", count=3)
+    assert common.interleaved(products(40, 32, "float32", count=6), base).median >= 1.5
+    assert 0.7 <= common.interleaved(products(40, 32, "float32", count=3), base).median <= 1.4
+
+
+def test_alternating_processes_show_a_planted_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DDNREF_BENCH_SECONDS", "0.4")
+    options = {"batch": 40, "m": 32, "dtype": "float32"}
+    planted, base = (common.Case("products", {**options, "count": count}) for count in (6, 3))
+    ratio = common.alternating(planted, base)
+    assert ratio.median >= 1.5
+    assert ratio.low <= ratio.median <= ratio.high
+
+
+def test_host_reads_are_counted() -> None:
+    strict = pytest.importorskip("array_api_strict")
+    x = strict.asarray([1.0])
+    with accuracy.counted_reads(type(x)) as reads:
+        float(x[0])
+        bool(x[0] > 0)
+    assert reads == ["__float__", "__bool__"]
+    assert accuracy.host_reads(throw=False) == 0
+    assert accuracy.host_reads(throw=True) == 1
+
+
+def test_extra_memory_is_measured() -> None:
+    x = np.ones((128, 128))
+    assert accuracy.extra_arrays(lambda: [x.copy() for _ in range(5)], x) == pytest.approx(5, abs=0.1)
+    assert accuracy.extra_arrays(lambda: None, x) < 0.1
+
+
+def test_closed_form_of_the_projector_gradient() -> None:
+    p = accuracy.repeated(count=3)
+    rng = np.random.default_rng(1)
+    d = rng.standard_normal(p.x.shape)
+    d = d + d.mT
+
+    def loss(x: np.ndarray) -> np.ndarray:
+        _, v = np.linalg.eigh(x)
+        v_c = np.where(p.inside[:, None, :], v, 0)
+        return np.trace(p.c @ v_c @ v_c.mT, axis1=-2, axis2=-1)
+
+    numerical = (loss(p.x + 1e-6 * d) - loss(p.x - 1e-6 * d)) / 2e-6
+    assert np.allclose(numerical, np.sum(accuracy.projector_gradient(p) * d, axis=(-2, -1)), rtol=1e-6)
+
+
+def test_verdicts() -> None:
+    assert figures.at_most("f", 1.0, 1.0).met == "yes"
+    assert figures.at_most("f", 1.05, 1.0).met == "no"
+    assert figures.at_most("f", 1.05, 1.0, margin=1.1).met == "within 10%"
+    assert figures.at_most("f", 1.2, 1.0, margin=1.1).met == "no"
+    assert figures.at_least("f", 1.4, 1.5, margin=1.1).met == "within 10%"
+    assert figures.at_least("f", float("nan"), 1.5, margin=1.1).met == "no"
+    assert figures.at_most("f", float("nan"), 1.5, margin=1.1).met == "no"
+
+
+def test_figures_print_and_write_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "figures.md"
+    figures.main(["--quick", "--only", "host-reads", "--only", "memory", "--write", str(path)])
+    text = capsys.readouterr().out
+    assert path.read_text(encoding="utf-8") == text
+    assert "| figure | measured | bar | met |" in text
+    assert "| host reads of eigh_vjp, throw=True | 1 | ≤ 1 | yes |" in text
+    assert f"numpy {np.__version__}" in text
+    assert "1 thread" in text
+    assert str(BENCHES.parent) not in text
+
+
+def test_figures_list_their_names(capsys: pytest.CaptureFixture[str]) -> None:
+    figures.main(["--list"])
+    assert capsys.readouterr().out.split() == list(figures.FIGURES)

@@ -1,0 +1,134 @@
+"""The JAX bridge: jit, vmap, second derivatives, the complex convention, refusals."""
+
+import numpy as np
+import pytest
+from problems import projector_gradient, relative, rotation, symmetric, with_spectrum
+
+import ddnref
+from ddnref._rules import RULES
+
+pytestmark = pytest.mark.framework("jax")
+
+TRIPLE = np.asarray([-1.0, 0.3, 0.3, 0.3, 1.1, 2.0])
+INSIDE = TRIPLE == 0.3
+OPTIONS = {"eigh_topk": {"k": 2}, "spectral_function": {"f": lambda w: w**3, "df": lambda w: 3 * w**2}}
+
+
+@pytest.fixture
+def jax():
+    from conftest import backend
+
+    backend("jax")
+    import jax
+
+    return jax
+
+
+@pytest.fixture
+def differentiable(jax):
+    from ddnref.interop.jax import differentiable
+
+    return differentiable
+
+
+def operation(jax, differentiable, name):
+    op = differentiable(getattr(ddnref, name), **OPTIONS.get(name, {}))
+    if RULES[name].outputs == 1:
+        return op
+
+    def invariant(x):
+        w, v = op(x)
+        return w, abs(v) ** 2, v[..., :1, :] * v[..., 1:2, :].conj()
+
+    return invariant
+
+
+def spd(jax, x):
+    shift = jax.numpy.diag(jax.numpy.arange(1.0, x.shape[-1] + 1)).astype(x.dtype)
+    return x @ x.swapaxes(-1, -2).conj() / 4 + shift
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_check_grads_to_second_order_under_jit(name, is_complex, jax, differentiable, rng):
+    from jax.test_util import check_grads
+
+    x = rng.standard_normal((2, 3, 3)) + (1j * rng.standard_normal((2, 3, 3)) if is_complex else 0)
+    op = operation(jax, differentiable, name)
+    check_grads(jax.jit(lambda x: op(spd(jax, x))), (jax.numpy.asarray(x),), order=2, modes=["rev"])
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_vmap(name, jax, differentiable, rng):
+    op = operation(jax, differentiable, name)
+    x = jax.numpy.asarray(rng.standard_normal((3, 4, 4)))
+    loss = lambda x: sum(jax.numpy.sum(jax.numpy.sin(y)) for y in jax.tree.leaves(op(spd(jax, x))))
+    each = jax.numpy.stack([jax.grad(loss)(item) for item in x])
+    np.testing.assert_allclose(jax.jit(jax.vmap(jax.grad(loss)))(x), each, atol=1e-12)
+
+
+def test_complex_gradients_follow_jax(jax, differentiable, rng):
+    """The same loss through jnp.linalg.eigh, whose convention is the conjugate of ours."""
+    x = jax.numpy.asarray(symmetric(rng, 4, (), True))
+    c = jax.numpy.asarray(rng.standard_normal((4, 4)) + 1j * rng.standard_normal((4, 4)))
+
+    def loss(eigh):
+        def value(x):
+            w, v = eigh(x)
+            return jax.numpy.sum(w**3) + jax.numpy.sum(jax.numpy.abs(v.conj().T @ c @ v) ** 2)
+
+        return value
+
+    ours = jax.grad(loss(differentiable(ddnref.eigh)))(x)
+    theirs = jax.grad(loss(jax.numpy.linalg.eigh))(x)
+    assert relative(np.asarray(ours), np.asarray(theirs)) <= 1e-12
+
+
+def test_repeated_eigenvalues_are_exact_where_jax_is_not(jax, differentiable, rng):
+    q, c = rotation(rng, 6, (200,)), symmetric(rng, 6, (200,))
+
+    def errors(eigh):
+        def loss(x):
+            v = eigh(x)[1][..., 1:4]
+            return jax.numpy.sum(c * (v @ v.swapaxes(-1, -2)))
+
+        g = np.asarray(jax.jit(jax.grad(loss))(jax.numpy.asarray(with_spectrum(q, TRIPLE))))
+        return np.asarray([relative(g[i], projector_gradient(q[i], TRIPLE, INSIDE, c[i])) for i in range(200)])
+
+    assert np.max(errors(differentiable(ddnref.eigh))) <= 1e-12
+    assert np.mean(~(errors(jax.numpy.linalg.eigh) < 1e-3)) > 0.9
+
+
+def test_a_gradient_that_does_not_exist_is_nan_and_warns(jax, differentiable, rng):
+    spectra = np.stack([TRIPLE, np.arange(6.0)])
+    x = jax.numpy.asarray(with_spectrum(rotation(rng, 6, (2,)), spectra))
+    eigh = differentiable(ddnref.eigh)
+    with pytest.warns(RuntimeWarning, match="A gradient is NaN"):
+        g = jax.jit(jax.grad(lambda x: eigh(x)[1][:, 0].sum()))(x)
+        jax.effects_barrier()
+    assert np.all(np.isnan(g[0]))
+    assert np.all(np.isfinite(g[1]))
+
+
+@pytest.mark.filterwarnings("ignore:A gradient is NaN")
+def test_second_order_is_nan_where_anything_was_masked(jax, differentiable):
+    eigh = differentiable(ddnref.eigh)
+    hessian = jax.jit(jax.vmap(jax.jacrev(jax.grad(lambda x: (eigh(x)[0] ** 3).sum()))))
+    h = np.asarray(hessian(jax.numpy.stack([jax.numpy.eye(3), jax.numpy.diag(jax.numpy.arange(3.0))])))
+    assert np.all(np.isnan(h[0]))
+    assert np.all(np.isfinite(h[1]))
+
+
+def test_a_loss_of_the_eigenvalues_alone_has_no_vector_part(jax, differentiable):
+    """Symbolic zeros arrive as None: no products for them, and no gauge at a triple eigenvalue."""
+    eigh = differentiable(ddnref.eigh)
+    np.testing.assert_array_equal(jax.grad(lambda x: eigh(x)[0].sum())(jax.numpy.eye(3)), np.eye(3))
+    jaxpr = str(jax.make_jaxpr(jax.grad(lambda x: eigh(x)[0].sum()))(jax.numpy.eye(3)))
+    assert jaxpr.count("dot_general") == 1
+
+
+def test_static_errors(differentiable):
+    with pytest.raises(TypeError, match="has no rule"):
+        differentiable(np.sum)
+    with pytest.raises(TypeError, match=r"differentiable\(ddnref\.eigh_topk, k=\.\.\.\)"):
+        differentiable(ddnref.eigh_topk)

@@ -1,0 +1,238 @@
+"""The PyTorch bridge: first and second derivatives, functorch, compile, refusals."""
+
+import warnings
+
+import numpy as np
+import pytest
+from problems import projector_gradient, relative, rotation, symmetric, with_spectrum
+
+import ddnref
+from ddnref._rules import RULES
+
+pytestmark = pytest.mark.framework("torch")
+
+TRIPLE = np.asarray([-1.0, 0.3, 0.3, 0.3, 1.1, 2.0])
+INSIDE = TRIPLE == 0.3
+OPTIONS = {"eigh_topk": {"k": 2}, "spectral_function": {"f": lambda w: w**3, "df": lambda w: 3 * w**2}}
+TRACED = [  # what PyTorch's own tracer says about code that it traces correctly
+    r"ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning",
+    r"ignore:.*is deprecated.*:FutureWarning",
+    r"ignore:.*is deprecated.*:DeprecationWarning",
+    r"ignore:.*should not be instantiated.*:DeprecationWarning",
+]
+
+
+@pytest.fixture
+def torch():
+    import torch
+
+    return torch
+
+
+@pytest.fixture
+def differentiable(torch):
+    from ddnref.interop.torch import differentiable
+
+    return differentiable
+
+
+def operation(differentiable, name):
+    """The bridged operation, made free of gauge: eigenvectors enter through their projectors' diagonals."""
+    op = differentiable(getattr(ddnref, name), **OPTIONS.get(name, {}))
+    if RULES[name].outputs == 1:
+        return op
+
+    def invariant(x):
+        w, v = op(x)
+        return w, (v * v.conj()).real, (v[..., :1, :] * v[..., 1:2, :].conj())
+
+    return invariant
+
+
+def spd(torch, x):
+    """Positive definite, with distinct eigenvalues, from any square matrix."""
+    shift = torch.diag(torch.arange(1.0, x.shape[-1] + 1, dtype=x.real.dtype)).to(x.dtype)
+    return x @ x.mH / 4 + shift
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+def test_gradcheck_and_gradgradcheck(name, dtype, torch, differentiable):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 3, dtype=getattr(torch, dtype), requires_grad=True)
+    op = operation(differentiable, name)
+    assert torch.autograd.gradcheck(lambda x: op(spd(torch, x)), x)
+    assert torch.autograd.gradgradcheck(lambda x: op(spd(torch, x)), x)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_functorch(name, torch, differentiable):
+    torch.manual_seed(1)
+    x = torch.randn(3, 4, 4, dtype=torch.float64)
+    op = operation(differentiable, name)
+
+    def loss(x):
+        out = op(spd(torch, x))
+        return sum((y.sin() * torch.arange(1.0, y.numel() + 1).view(y.shape)).sum() for y in
+                   (out if isinstance(out, tuple) else (out,)))  # fmt: skip
+
+    each = torch.stack([torch.func.grad(loss)(item) for item in x])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(x), each)
+    hessian = torch.func.jacrev(torch.func.jacrev(loss))(x[0])
+    torch.testing.assert_close(hessian, torch.autograd.functional.hessian(loss, x[0]))
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.filterwarnings(*TRACED)
+def test_compiles_without_a_graph_break(name, torch, differentiable):
+    torch.manual_seed(2)
+    torch._dynamo.reset()
+    x = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)
+    op = operation(differentiable, name)
+
+    def loss(x):
+        out = op(spd(torch, x))
+        return sum(y.sin().sum() for y in (out if isinstance(out, tuple) else (out,)))
+
+    (eager,) = torch.autograd.grad(loss(x), x)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    (traced,) = torch.autograd.grad(compiled(x), x)
+    torch.testing.assert_close(traced, eager)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.filterwarnings(*TRACED)
+def test_plain_vjp_compiles_without_a_graph_break(name, torch):
+    """The flat pair itself, no bridge."""
+    from functools import partial
+
+    from ddnref._rules import as_tuple, options_of
+
+    torch.manual_seed(3)
+    torch._dynamo.reset()
+    rule = RULES[name]
+    forward, options = options_of(rule, OPTIONS.get(name, {}))
+    outputs, saved = partial(rule.forward, **forward)(spd(torch, torch.randn(2, 4, 4, dtype=torch.float64)))
+    arrays = (*(torch.randn_like(y) for y in as_tuple(outputs)), *as_tuple(outputs), *saved)
+    traced = torch.compile(lambda *a: rule.vjp(*a, **options), fullgraph=True, backend="aot_eager")(*arrays)
+    torch.testing.assert_close(traced, rule.vjp(*arrays, **options))
+
+
+def test_repeated_eigenvalues_are_exact_where_torch_is_not(torch, differentiable, rng):
+    """The projector of a triple eigenvalue, 200 times: PyTorch's own derivative is NaN or wrong in nearly all."""
+    q, c = rotation(rng, 6, (200,)), symmetric(rng, 6, (200,))
+
+    def errors(eigh):
+        x = torch.tensor(with_spectrum(q, TRIPLE), requires_grad=True)
+        v = eigh(x)[1][..., 1:4]
+        (torch.tensor(c) * (v @ v.mT)).sum().backward()
+        return np.asarray(
+            [relative(x.grad[i].numpy(), projector_gradient(q[i], TRIPLE, INSIDE, c[i])) for i in range(200)]
+        )
+
+    assert np.max(errors(differentiable(ddnref.eigh))) <= 1e-12
+    theirs = errors(torch.linalg.eigh)
+    assert np.mean(~(theirs < 1e-3)) > 0.9
+
+
+def test_second_order_raises_where_anything_was_masked(torch, differentiable):
+    for name in ("eigh", "expm"):
+        x = torch.eye(3, dtype=torch.float64, requires_grad=True)
+        out = operation(differentiable, name)(x)
+        out = out[0] if isinstance(out, tuple) else out
+        (grad,) = torch.autograd.grad((out**2).sum(), x, create_graph=True)
+        with pytest.raises(ddnref.GaugeError, match="second derivative through repeated eigenvalues"):
+            grad.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:A gradient is NaN")
+def test_second_order_under_vmap_is_nan_for_that_item_only(torch, differentiable):
+    eigh = differentiable(ddnref.eigh)
+    x = torch.stack([torch.eye(3), torch.diag(torch.arange(3.0))]).double()
+    hessian = torch.func.vmap(torch.func.jacrev(torch.func.jacrev(lambda x: (eigh(x)[0] ** 3).sum())))(x)
+    assert torch.all(torch.isnan(hessian[0]))
+    assert torch.all(torch.isfinite(hessian[1]))
+
+
+def test_rtol_reaches_the_second_order_refusal(torch, differentiable):
+    x = torch.diag(torch.tensor([1.0, 1.0 + 1e-6, 2.0], dtype=torch.float64)).requires_grad_()
+    for rtol, refused in ((1e-9, False), (1e-3, True)):
+        w, _ = differentiable(ddnref.eigh, rtol=rtol, gauge_rtol=float("inf"))(x)
+        (grad,) = torch.autograd.grad((w**2).sum(), x, create_graph=True)
+        if refused:
+            with pytest.raises(ddnref.GaugeError):
+                grad.sum().backward()
+        else:
+            grad.sum().backward()
+
+
+def test_a_gradient_that_does_not_exist_is_nan_and_warns(torch, differentiable, rng):
+    spectra = np.stack([TRIPLE, np.arange(6.0)])
+    x = torch.tensor(with_spectrum(rotation(rng, 6, (2,)), spectra), requires_grad=True)
+    loss = differentiable(ddnref.eigh)(x)[1][:, 0].sum()
+    with pytest.warns(RuntimeWarning, match=r"A gradient is NaN.*gauge_residual.*throw=True"):
+        loss.backward()
+    assert torch.all(torch.isnan(x.grad[0]))
+    assert torch.all(torch.isfinite(x.grad[1]))
+
+
+@pytest.mark.filterwarnings(*TRACED)
+def test_the_warning_survives_compilation(torch, differentiable):
+    torch._dynamo.reset()
+    eigh = differentiable(ddnref.eigh)
+    compiled = torch.compile(lambda x: eigh(x)[1][0].sum(), fullgraph=True, backend="aot_eager")
+    x = torch.eye(3, dtype=torch.float64, requires_grad=True)
+    with pytest.warns(RuntimeWarning, match="A gradient is NaN"):
+        compiled(x).backward()
+    assert torch.all(torch.isnan(x.grad))
+
+
+def test_no_warning_without_reason(torch, differentiable):
+    x = torch.randn(2, 4, 4, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        differentiable(ddnref.eigh)(x)[0].sum().backward()
+
+
+def test_float32_and_device_are_kept(torch, differentiable):
+    x = torch.randn(3, 3, requires_grad=True)
+    w, v = differentiable(ddnref.eigh)(x)
+    (w.sum() + (v**4).sum()).backward()
+    assert w.dtype == v.dtype == x.grad.dtype == torch.float32
+    assert x.grad.device == x.device
+
+
+def test_tensors_go_straight_into_the_pair(torch):
+    x = torch.randn(2, 4, 4, dtype=torch.float64)
+    w, v = ddnref.eigh(x)
+    assert isinstance(ddnref.eigh_vjp(w, None, w, v), torch.Tensor)
+    with torch.no_grad():
+        ddnref.eigh(x.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_recording_torchs_own_derivative_is_refused(name, torch):
+    options = {k: v for k, v in OPTIONS.get(name, {}).items() if k != "df"}
+    x = torch.eye(3, requires_grad=True)
+    with pytest.raises(TypeError, match=rf"given to {'eigh' if name == 'eigh_topk' else name} requires grad.*"
+                                        r"interop\.torch\.differentiable"):  # fmt: skip
+        getattr(ddnref, name)(x, **options)
+
+
+def test_only_cotangents_that_exist_are_used(torch, differentiable, monkeypatch):
+    """A loss of the eigenvalues alone asks the VJP for no eigenvector part."""
+    x = torch.eye(3, dtype=torch.float64, requires_grad=True)
+    w, _ = differentiable(ddnref.eigh)(x)
+    w.sum().backward()  # v_bar is None: no NaN at the triple eigenvalue, no gauge
+    torch.testing.assert_close(x.grad, torch.eye(3, dtype=torch.float64))
+
+
+def test_static_errors(differentiable):
+    with pytest.raises(TypeError, match="sum has no rule; pass one of ddnref's operations: eigh, "):
+        differentiable(np.sum)
+    with pytest.raises(TypeError, match="eigh has no option k; it takes "):
+        differentiable(ddnref.eigh, k=2)
+    with pytest.raises(TypeError, match=r"Bind the options.*differentiable\(ddnref\.eigh_topk, k=\.\.\.\)"):
+        differentiable(ddnref.eigh_topk)
+    with pytest.raises(TypeError, match=r"differentiable\(ddnref\.spectral_function, df=\.\.\., f=\.\.\.\)"):
+        differentiable(ddnref.spectral_function)

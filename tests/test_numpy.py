@@ -1,0 +1,126 @@
+"""NumPy's in-place forms against their standard-only twins, and the threads over a batch."""
+
+import os
+import subprocess
+import sys
+
+import array_api_strict
+import numpy as np
+import pytest
+from problems import relative, rotation, symmetric, with_spectrum
+
+import ddnref
+from ddnref import _numpy
+
+
+def twin(w_bar, v_bar, w, v):
+    """The same call on array-api-strict, which takes the standard-only form."""
+    arrays = (None if a is None else array_api_strict.asarray(a) for a in (w_bar, v_bar, w, v))
+    return np.asarray(ddnref.eigh_vjp(*arrays, throw=False))
+
+
+@pytest.mark.parametrize("is_complex", [False, True])
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (2, 2, 40), (5, 128), (2, 192), (130,), (257,), (2, 300), (520,)])
+@pytest.mark.parametrize("repeated", [False, True])
+def test_eigh_vjp(shape, is_complex, repeated, rng):
+    """All kernels (in one pass, by panels, tiled), simple and clustered, with cotangents that have a gradient."""
+    *batch, m = shape
+    spectrum = np.linspace(-1, 1, m)
+    if repeated:
+        spectrum[m // 3 : m // 2] = spectrum[m // 3]
+    x = with_spectrum(rotation(rng, m, tuple(batch), is_complex), spectrum)
+    w, v = ddnref.eigh(x)
+    c = symmetric(rng, m, tuple(batch), is_complex)
+    inside = (spectrum <= spectrum[m // 3]) if repeated else np.arange(m) < m // 2
+    w_bar, v_bar = np.where(inside, 0.5, 1.0) * np.ones_like(w), np.where(inside, c @ v, 0)
+    for value_bar in (w_bar, None):
+        x_bar = ddnref.eigh_vjp(value_bar, v_bar, w, v)
+        assert relative(x_bar, twin(value_bar, v_bar, w, v)) <= 1e-12
+        assert np.array_equal(x_bar, np.conj(x_bar.mT))
+
+
+@pytest.mark.parametrize("m", [6, 300])
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_gauge_is_seen_by_every_kernel(m, is_complex, rng):
+    spectrum = np.linspace(-1, 1, m)
+    if not is_complex:
+        spectrum[3:5] = spectrum[3]
+    w, v = ddnref.eigh(with_spectrum(rotation(rng, m, (2,), is_complex), spectrum))
+    v_bar = rng.standard_normal(v.shape).astype(v.dtype)
+    with pytest.raises(ddnref.GaugeError):
+        ddnref.eigh_vjp(None, v_bar, w, v)
+    assert np.all(np.isnan(ddnref.eigh_vjp(None, v_bar, w, v, throw=False)))
+
+
+@pytest.mark.parametrize("m", [1, 5, 255, 256, 257, 513])
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_hermitian_product(m, is_complex, rng):
+    a = rng.standard_normal((2, m, 4)) + (1j * rng.standard_normal((2, m, 4)) if is_complex else 0)
+    x = _numpy.hermitian_product(a, a)
+    assert relative(x, a @ np.conj(a.mT)) <= 1e-14
+    assert np.array_equal(x, np.conj(x.mT))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize(("count", "m"), [(1, 40), (2, 200), (7, 128), (1000, 16), (0, 8)])
+def test_parts_cover_the_batch_once(workers, count, m, monkeypatch):
+    monkeypatch.setattr(_numpy, "threads", lambda: workers)
+    seen = np.zeros(count, dtype=int)
+
+    def run(part):
+        seen[part] += 1
+
+    _numpy.for_parts(run, count, m)
+    assert np.all(seen == 1)
+
+
+def test_an_error_in_a_part_reaches_the_caller(monkeypatch):
+    monkeypatch.setattr(_numpy, "threads", lambda: 2)
+
+    def run(part):
+        raise KeyError(part.start)
+
+    with pytest.raises(KeyError):
+        _numpy.for_parts(run, 1000, 32)
+
+
+def test_threads_follow_the_environment(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert _numpy.threads() == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "nonsense")
+    assert _numpy.threads() >= 1
+
+
+def test_a_forked_child_does_not_wait_for_the_parents_threads(rng):
+    """The pool of the parent is dead in a child; a large batch there must still run."""
+    code = (
+        "import os, numpy as np, ddnref\n"
+        "x = np.random.default_rng(0).standard_normal((600, 16, 16))\n"
+        "w, v = ddnref.eigh(x)\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    ddnref.eigh(x); os._exit(0)\n"
+        "raise SystemExit(os.waitpid(pid, 0)[1])\n"
+    )
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, check=False)
+    assert done.returncode == 0
+
+
+def test_neighbours_of_a_nan_item_bit_for_bit_with_blas_on_one_thread():
+    """In a process of its own, because BLAS counts its threads once; wide enough for every kernel."""
+    code = (
+        "import numpy as np, ddnref\n"
+        "rng = np.random.default_rng(0)\n"
+        "for count, m in [(600, 16), (4, 128), (3, 300)]:\n"
+        "    x = rng.standard_normal((count, m, m))\n"
+        "    bad = x.copy(); bad[1, 0, 0] = np.nan\n"
+        "    bar = rng.standard_normal((count, m, m))\n"
+        "    keep = np.arange(count) != 1\n"
+        "    good = ddnref.eigh(x); ours = ddnref.eigh(bad)\n"
+        "    pairs = [*zip(good, ours), (ddnref.eigh_vjp(None, bar, *good), ddnref.eigh_vjp(None, bar, *ours))]\n"
+        "    for a, b in pairs:\n"
+        "        assert np.array_equal(a[keep], b[keep]) and np.all(np.isnan(b[1]))\n"
+    )
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], env=environment, timeout=120, check=True)
