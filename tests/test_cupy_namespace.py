@@ -1,0 +1,104 @@
+"""What the package calls must exist in CuPy with these arguments: CuPy imports without a GPU, and CI has none.
+
+The calls are recorded, not listed by hand: every operation runs on array-api-strict through a namespace that notes
+the name and the keywords of each call, and each is then bound to the signature in ``array_api_compat.cupy``.
+"""
+
+import inspect
+from functools import partial
+
+import array_api_compat
+import numpy as np
+import pytest
+from conftest import backend, need
+
+from ddnref import _array, _columns, _eigh, _linalg, _spectral, testing
+from ddnref._rules import RULES, as_tuple, options_of
+from ddnref.testing import check_vjp
+
+MODULES = (_array, _columns, _eigh, _linalg, _spectral, testing)
+
+
+class Recorder:
+    """Stands for a namespace and notes which of its functions are called, and how."""
+
+    def __init__(self, namespace, calls, prefix=""):
+        self.namespace, self.calls, self.prefix = namespace, calls, prefix
+
+    def __getattr__(self, name):
+        value = getattr(self.namespace, name)
+        if inspect.ismodule(value):
+            return Recorder(value, self.calls, f"{self.prefix}{name}.")
+        if not inspect.isfunction(value):
+            return value
+
+        def call(*args, **kwargs):
+            self.calls.add((self.prefix + name, len(args), tuple(sorted(kwargs))))
+            return value(*args, **kwargs)
+
+        return call
+
+
+@pytest.fixture
+def calls(monkeypatch, rng):
+    """Every (function, number of positional arguments, keywords) that the package uses."""
+    seen = set()
+    original = array_api_compat.array_namespace
+
+    class Compat:
+        def __getattr__(self, name):
+            return getattr(array_api_compat, name)
+
+        @staticmethod
+        def array_namespace(*arrays):
+            return Recorder(original(*arrays), seen)
+
+    strict = backend("array-api-strict")
+    for module in MODULES:
+        monkeypatch.setattr(module, "array_api_compat", Compat())
+    for rule in RULES.values():
+        for is_complex in (False, True):
+            sample = rule.sample(strict.asarray, rng, (2,), 4, is_complex)
+            forward, vjp = options_of(rule, sample.options)
+            check_vjp(
+                partial(rule.forward, **forward), partial(rule.vjp, **vjp), *sample.inputs,
+                saves=True, loss=sample.loss, gap=sample.gap, tangent="symmetric", directions=1,
+            )  # fmt: skip
+            outputs, saved = rule.forward(*sample.inputs, **forward)
+            rule.undefined(*as_tuple(outputs), *saved)
+    return seen
+
+
+def test_every_call_exists_in_cupy_with_its_arguments(calls, request):
+    need(request.config, "cupy")
+    import array_api_compat.cupy as cupy
+
+    names = {name for name, _, _ in calls}
+    assert {"where", "linalg.eigh", "linalg.vector_norm", "cumulative_sum", "take"} <= names
+    unfit = []
+    for name, count, keywords in sorted(calls):
+        function = cupy
+        try:
+            for part in name.split("."):
+                function = getattr(function, part)
+            signature = inspect.signature(function)
+        except AttributeError:
+            unfit.append(f"{name} does not exist")
+            continue
+        except ValueError:  # a compiled ufunc: elementwise, its keywords are NumPy's
+            assert not keywords, f"{name} is a ufunc called with {keywords}"
+            continue
+        try:
+            signature.bind(*range(count), **dict.fromkeys(keywords))
+        except TypeError as error:
+            unfit.append(f"{name} with {count} arguments and {keywords}: {error}")
+    assert unfit == []
+
+
+def test_the_recorder_sees_keywords():
+    seen = set()
+    xp = Recorder(backend("array-api-strict").namespace, seen)
+    xp.zeros((2,), dtype=xp.float64)
+    xp.linalg.eigh(xp.asarray(np.eye(2)))
+    assert ("zeros", 1, ("dtype",)) in seen
+    assert any(name == "linalg.eigh" for name, _, _ in seen)
