@@ -60,6 +60,8 @@ class Rule(NamedTuple):
     """How many arrays the operation returns."""
     docs: str
     """One line for the capability table."""
+    singular: str
+    """Where the derivative does not exist, and what is raised there, for the capability table."""
 
 
 def options_of(rule: Rule, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -260,7 +262,7 @@ _CLOSED: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _spectral_rule(name: str, docs: str, **options: Any) -> Rule:
+def _spectral_rule(name: str, docs: str, singular: str, **options: Any) -> Rule:
     return Rule(
         name=name,
         function=getattr(spectral, name),
@@ -270,6 +272,7 @@ def _spectral_rule(name: str, docs: str, **options: Any) -> Rule:
         outputs=1,
         products=lambda m, k: 4.0,  # noqa: ARG005
         docs=docs,
+        singular=singular,
         **_CLOSED,
     )
 
@@ -284,6 +287,7 @@ _TABLE = (
         outputs=2,
         products=lambda m, k: 3.0,  # noqa: ARG005
         docs="all eigenpairs; any subset of them with `index=`",
+        singular="losses that tell equal eigenvalues apart, or phases: `GaugeError`",
         **{**_CLOSED, "saved_vjp": _no_saved, "undefined": _eigh_undefined},
     ),
     Rule(
@@ -295,13 +299,32 @@ _TABLE = (
         outputs=2,
         products=lambda m, k: 3.0 * k / m,
         docs="k largest or smallest eigenpairs",
+        singular="as `eigh`; a cluster cut by the k-th eigenvalue: `GaugeError`",
         **_CLOSED,
     ),
-    _spectral_rule("spectral_function", "any real function of the matrix", f=_square, df=_twice),
-    _spectral_rule("sqrtm", "square root"),
-    _spectral_rule("invsqrtm", "inverse square root: whitening"),
-    _spectral_rule("logm", "logarithm"),
-    _spectral_rule("expm", "exponential"),
+    _spectral_rule(
+        "spectral_function",
+        "any real function of the matrix",
+        "where `f` has none: `SingularError`",
+        f=_square,
+        df=_twice,
+    ),
+    _spectral_rule("sqrtm", "square root", "singular matrices: `SingularError`"),
+    _spectral_rule("invsqrtm", "inverse square root: whitening", "singular matrices: `SingularError`"),
+    _spectral_rule("logm", "logarithm", "singular matrices: `SingularError`"),
+    _spectral_rule("expm", "exponential", "nowhere; overflow: `SingularError`"),
 )
 
 RULES: dict[str, Rule] = {rule.name: rule for rule in _TABLE}
+
+
+def capability_table() -> str:
+    """The table of README and documentation, in Markdown: one row for each rule."""
+    rows = [
+        "| operation | differentiates | cost of the VJP (m×m products) | where it has no derivative |",
+        "|---|---|---|---|",
+    ]
+    for rule in RULES.values():
+        cost = "3 k/m" if rule.name == "eigh_topk" else f"{rule.products(1, 1):.0f}"
+        rows.append(f"| `{rule.name}`, `{rule.name}_vjp` | {rule.docs} | {cost} | {rule.singular} |")
+    return "\n".join(rows) + "\n"

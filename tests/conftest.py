@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 
 BACKENDS = ("numpy", "array-api-strict", "torch", "jax")
-MODULES = {"array-api-strict": "array_api_strict", "autograd": "autograd"}
+MODULES = {"array-api-strict": "array_api_strict"}
 
 settings.register_profile("ddnref", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("ddnref")
@@ -21,13 +21,6 @@ settings.load_profile("ddnref")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", choices=[*BACKENDS, "cupy"], help="run the array tests on this library only")
     parser.addoption("--all-frameworks", action="store_true", help="a missing optional framework is an error")
-
-
-@pytest.fixture(autouse=True)
-def _public_name(doctest_namespace: dict[str, Any]) -> None:
-    import ddnref
-
-    doctest_namespace["ddnref"] = ddnref
 
 
 def need(config: pytest.Config, name: str) -> None:

@@ -1,0 +1,22 @@
+"""What tests and doctests share; before NumPy is imported, one BLAS thread for each of pytest's workers."""
+
+import importlib.util
+import os
+from typing import Any
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("MKL_NUM_THREADS", "1")
+
+import pytest
+
+collect_ignore = [
+    f"ddnref/interop/{name}.py" for name in ("torch", "jax") if importlib.util.find_spec(name) is None
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _public_name(doctest_namespace: dict[str, Any]) -> None:
+    import ddnref
+
+    doctest_namespace["ddnref"] = ddnref
