@@ -2,7 +2,7 @@
 
 from ddnref import testing
 from ddnref._eigh import eigh, eigh_vjp, gauge_residual
-from ddnref._errors import DdnrefError, GaugeError, SingularError
+from ddnref._errors import DdnrefError, GaugeError, NonFiniteError, SingularError
 from ddnref._spectral import (
     expm,
     expm_fwd,
@@ -26,6 +26,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "DdnrefError",
     "GaugeError",
+    "NonFiniteError",
     "SingularError",
     "eigh",
     "eigh_topk",

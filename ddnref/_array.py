@@ -9,6 +9,8 @@ import array_api_compat
 import array_api_compat.numpy
 import numpy as np
 
+from ddnref._errors import NonFiniteError
+
 Array: TypeAlias = Any
 """Any array that follows the Python array API standard (NumPy, CuPy, PyTorch, JAX, array-api-strict, ...)."""
 
@@ -75,6 +77,11 @@ def real_dtype(xp: Namespace, dtype: Any) -> Any:
     return xp.float32 if dtype in (xp.float32, xp.complex64) else xp.float64
 
 
+def eps(xp: Namespace, dtype: Any) -> float:
+    """Machine epsilon of a floating dtype, as a Python float."""
+    return 2.0**-23 if dtype in (xp.float32, xp.complex64) else 2.0**-52
+
+
 def check_dtypes(**pairs: tuple[Array | None, Any]) -> None:
     """Raise ``TypeError`` unless each named ``(array, dtype)`` agrees; ``None`` arrays are skipped."""
     for name, (array, dtype) in pairs.items():
@@ -113,6 +120,16 @@ def refuse_recording(function: str, x: Array) -> None:
 def is_true(flag: Array) -> bool:
     """Read one flag on the host: the only place where the package synchronises with a device."""
     return bool(flag)
+
+
+def refuse_non_finite(name: str, x: Array) -> None:
+    """Raise `NonFiniteError` if `x` contains NaN or infinity; reads one flag."""
+    xp = array_api_compat.array_namespace(x)
+    if is_true(xp.any(~xp.isfinite(x))):
+        raise NonFiniteError(
+            f"{name} contains NaN or infinity. Likely a diverged step or a division by zero before this call. Pass "
+            "check_finite=False to get NaN for these items of the batch and the right results for the others."
+        )
 
 
 def full(shape: tuple[int, ...], value: float, like: Array) -> Array:

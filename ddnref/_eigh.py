@@ -20,14 +20,17 @@ import array_api_compat
 from ddnref import _numpy
 from ddnref._array import (
     Array,
+    Namespace,
     check_dtypes,
     check_shapes,
     check_square,
+    eps,
     full,
     is_true,
     namespace,
     nan_where,
     real_dtype,
+    refuse_non_finite,
     refuse_recording,
 )
 from ddnref._columns import Columns, columns_of, scatter, take
@@ -38,13 +41,15 @@ from ddnref._linalg import eigh as _eigh
 RTOL = 16  # neighbours closer than this many eps·max|λ| are equal; exact repeats split by at most 1, their spread by 13
 
 
-def eigh(x: Array, /) -> tuple[Array, Array]:
+def eigh(x: Array, /, *, check_finite: bool = False) -> tuple[Array, Array]:
     """Eigenvalues and eigenvectors of a real symmetric or complex Hermitian matrix.
 
     Parameters
     ----------
     x : (..., m, m) array, float32, float64, complex64 or complex128
         Its Hermitian part ``½ (X + Xᴴ)`` is decomposed, so a non-symmetric input is symmetrised, not half ignored.
+    check_finite : bool, default False
+        Raise `NonFiniteError` if `x` contains NaN or infinity, reading one flag on the host.
 
     Returns
     -------
@@ -60,6 +65,8 @@ def eigh(x: Array, /) -> tuple[Array, Array]:
         requires grad outside ``ddnref.interop.torch.differentiable``.
     ValueError
         If the last two axes are not square.
+    NonFiniteError
+        Only with ``check_finite=True``.
 
     See Also
     --------
@@ -81,6 +88,8 @@ def eigh(x: Array, /) -> tuple[Array, Array]:
     namespace(x=x)
     check_square("x", x)
     refuse_recording("eigh", x)
+    if check_finite:
+        refuse_non_finite("x", x)
     return _eigh(hermitian_part(x))
 
 
@@ -170,12 +179,12 @@ def eigh_vjp(
            [0., 0., 0.],
            [0., 0., 1.]])
     """
-    columns = _check(w_bar, v_bar, w, v, index)
-    near = _near(w, rtol)
+    xp, columns = _check(w_bar, v_bar, w, v, index)
+    near = _near(xp, w, rtol)
     if gauge_rtol is None:
-        gauge_rtol = float(array_api_compat.array_namespace(w).finfo(w.dtype).eps) ** 0.5
-    x_bar, bad = _eigh_vjp(w_bar, v_bar, w, v, columns, near, gauge_rtol, throw)
-    if throw and bad is not None and is_true(array_api_compat.array_namespace(bad).any(bad)):
+        gauge_rtol = eps(xp, w.dtype) ** 0.5
+    x_bar, bad = _eigh_vjp(xp, w_bar, v_bar, w, v, columns, near, gauge_rtol, throw)
+    if throw and bad is not None and is_true(xp.any(bad)):
         _raise_gauge(gauge_residual(w_bar, v_bar, w, v, index=index, rtol=rtol), gauge_rtol)
     return x_bar
 
@@ -214,9 +223,8 @@ def gauge_residual(
     -----
     Small is necessary, not sufficient: see the notes of `eigh_vjp`. Cost: one product, 2 m²k flops.
     """
-    columns = _check(w_bar, v_bar, w, v, index)
-    near = _near(w, rtol)
-    xp = array_api_compat.array_namespace(w)
+    xp, columns = _check(w_bar, v_bar, w, v, index)
+    near = _near(xp, w, rtol)
     residual = full(w.shape[:-1], 0.0, w)
     if w_bar is not None:
         residual = xp.maximum(residual, _ratio(*_jump(w_bar, near, columns)))
@@ -229,13 +237,14 @@ def gauge_residual(
 def has_repeated(w: Array, rtol: float | None = None) -> Array:
     """Per item, whether `eigh_vjp` masks anything: there a second derivative through it is wrong."""
     xp = array_api_compat.array_namespace(w)
-    return xp.any(_near(w, rtol), axis=-1)
+    return xp.any(_near(xp, w, rtol), axis=-1)
 
 
 # --- below: the algorithm, without validation ----------------------------------------------------------------
 
 
 def _eigh_vjp(
+    xp: Namespace,
     w_bar: Array | None,
     v_bar: Array | None,
     w: Array,
@@ -255,14 +264,14 @@ def _eigh_vjp(
     m_, same = adjoint(v) @ v_bar, _same(near, columns)
     gauge = _exceeds(*_masked(m_, same, columns), gauge_rtol)
     bad = gauge if bad is None else bad | gauge
-    xp = array_api_compat.array_namespace(w)
     diagonal = _or_nan(xp.zeros_like(w[..., : len(columns)]) if w_bar is None else w_bar, bad, throw)
-    gap = take(w, columns, -1)[..., None, :] - w[..., :, None]
-    k = m_ / xp.where(same, full((), float("inf"), gap), gap)  # F ∘ M; no branch divides by zero
-    p = v @ k + v_k * diagonal[..., None, :]
+    twice = 2 * w  # the ½ of the Hermitian part, where it costs nothing
+    gap = take(twice, columns, -1)[..., None, :] - twice[..., :, None]
+    k = m_ / xp.where(same, full((), float("inf"), gap), gap)  # ½ F ∘ M; no branch divides by zero
+    p = v @ k + v_k * (diagonal / 2)[..., None, :]
     if columns == range(w.shape[-1]):
-        return hermitian_part(p @ adjoint(v)), bad
-    p = p / 2
+        x_bar = p @ adjoint(v)
+        return x_bar + adjoint(x_bar), bad
     return hermitian_product(xp.concat([p, v_k], axis=-1), xp.concat([v_k, p], axis=-1)), bad
 
 
@@ -286,11 +295,10 @@ def _or_nan(diagonal: Array, bad: Array | None, throw: bool) -> Array:
     return diagonal if throw or bad is None else nan_where(bad[..., None], diagonal)
 
 
-def _near(w: Array, rtol: float | None) -> Array:
+def _near(xp: Namespace, w: Array, rtol: float | None) -> Array:
     """Which neighbours in the sorted spectrum count as equal, ``(..., m − 1)``."""
-    xp = array_api_compat.array_namespace(w)
     if rtol is None:
-        rtol = RTOL * float(xp.finfo(w.dtype).eps)
+        rtol = RTOL * eps(xp, w.dtype)
     size = xp.maximum(-w[..., :1], w[..., -1:])  # max|λ| of an ascending spectrum
     return w[..., 1:] - w[..., :-1] <= rtol * size
 
@@ -325,7 +333,7 @@ def _largest(x: Array, axes: int) -> Array:
     xp = array_api_compat.array_namespace(x)
     if 0 in x.shape[x.ndim - axes :]:
         return full(x.shape[: x.ndim - axes], 0.0, xp.real(x) if xp.isdtype(x.dtype, "complex floating") else x)
-    return xp.linalg.vector_norm(x, axis=-1 if axes == 1 else (-2, -1), ord=float("inf"))
+    return xp.max(xp.abs(x), axis=-1 if axes == 1 else (-2, -1))
 
 
 def _exceeds(part: Array, whole: Array, rtol: float) -> Array:
@@ -353,7 +361,9 @@ def _raise_gauge(residual: Array, gauge_rtol: float) -> NoReturn:
 # --- static facts ---------------------------------------------------------------------------------------------
 
 
-def _check(w_bar: Array | None, v_bar: Array | None, w: Array, v: Array, index: Sequence[int] | None) -> Columns:
+def _check(
+    w_bar: Array | None, v_bar: Array | None, w: Array, v: Array, index: Sequence[int] | None
+) -> tuple[Namespace, Columns]:
     xp = namespace(w_bar=w_bar, v_bar=v_bar, w=w, v=v)
     check_square("v", v)
     real = real_dtype(xp, v.dtype)
@@ -368,4 +378,4 @@ def _check(w_bar: Array | None, v_bar: Array | None, w: Array, v: Array, index: 
         w_bar=(w_bar, (*v.shape[:-2], k)),
         v_bar=(v_bar, (*v.shape[:-1], k)),
     )
-    return columns
+    return xp, columns

@@ -11,3 +11,7 @@ class GaugeError(DdnrefError):
 
 class SingularError(DdnrefError):
     """A function or its derivative is not finite at the given matrix."""
+
+
+class NonFiniteError(DdnrefError):
+    """An input contains NaN or infinity, and the caller asked to hear about it."""

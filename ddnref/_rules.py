@@ -87,7 +87,7 @@ class Bound(NamedTuple):
 
     forward: Callable[..., Any]
     reverse: Callable[..., Array | None]
-    """``reverse(bars, arrays)``: cotangents of outputs and saved arrays (``None`` where there is none) to the input's."""
+    """``reverse(bars, arrays)``: from cotangents of outputs and saved arrays, or ``None``, to the input's."""
     undefined: Callable[..., Array]
 
 
@@ -236,8 +236,8 @@ def _twice(w: Array) -> Array:
 # --- the table --------------------------------------------------------------------------------------------------
 
 
-def _eigh_forward(x: Array, /) -> tuple[tuple[Array, Array], tuple[()]]:
-    return eigen.eigh(x), ()
+def _eigh_forward(x: Array, /, *, check_finite: bool = False) -> tuple[tuple[Array, Array], tuple[()]]:
+    return eigen.eigh(x, check_finite=check_finite), ()
 
 
 def _no_saved(*_: Array) -> Array:

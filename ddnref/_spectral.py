@@ -18,6 +18,7 @@ from ddnref._array import (
     check_dtypes,
     check_shapes,
     check_square,
+    eps,
     is_true,
     namespace,
     real_dtype,
@@ -257,7 +258,7 @@ def _quotient_of(f: Scalar, df: Scalar) -> DividedDifference:
         mean = (df(a) + df(b)) / 2
         gap_or_1 = xp.where(gap == 0, xp.ones_like(gap), gap)
         q = (f_a - f_b) / gap_or_1
-        rounding = 2 * float(xp.finfo(q.dtype).eps) * (xp.abs(f_a) + xp.abs(f_b)) / xp.abs(gap_or_1)
+        rounding = 2 * eps(xp, q.dtype) * (xp.abs(f_a) + xp.abs(f_b)) / xp.abs(gap_or_1)
         return xp.where((gap == 0) | (xp.abs(q - mean) <= rounding), mean, q)
 
     return quotient
@@ -270,7 +271,7 @@ def _sqrt(w: Array) -> Array:
     xp = array_api_compat.array_namespace(w)
     if w.shape[-1] == 0:
         return w
-    rounding = w.shape[-1] * float(xp.finfo(w.dtype).eps) * xp.max(xp.abs(w), axis=-1, keepdims=True)
+    rounding = w.shape[-1] * eps(xp, w.dtype) * xp.max(xp.abs(w), axis=-1, keepdims=True)
     return _real_sqrt(xp.where((w < 0) & (w >= -rounding), xp.zeros_like(w), w))
 
 

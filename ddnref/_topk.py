@@ -9,7 +9,7 @@ from ddnref._columns import take
 from ddnref._eigh import eigh, eigh_vjp
 
 
-def eigh_topk(x: Array, /, k: int, *, which: str = "LA") -> tuple[Array, Array]:
+def eigh_topk(x: Array, /, k: int, *, which: str = "LA", check_finite: bool = False) -> tuple[Array, Array]:
     """The k largest or smallest eigenpairs, most wanted first, from a full decomposition.
 
     Parameters
@@ -20,6 +20,8 @@ def eigh_topk(x: Array, /, k: int, *, which: str = "LA") -> tuple[Array, Array]:
         How many, ``1 <= k <= m``.
     which : {"LA", "SA"}
         The largest eigenvalues, descending, or the smallest, ascending.
+    check_finite : bool, default False
+        As in `eigh`.
 
     Returns
     -------
@@ -28,7 +30,7 @@ def eigh_topk(x: Array, /, k: int, *, which: str = "LA") -> tuple[Array, Array]:
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, NonFiniteError
         As `eigh`; `k` out of range; unknown `which`.
 
     See Also
@@ -42,12 +44,14 @@ def eigh_topk(x: Array, /, k: int, *, which: str = "LA") -> tuple[Array, Array]:
     >>> w
     array([4., 2.])
     """
-    return eigh_topk_fwd(x, k, which=which)[0]
+    return eigh_topk_fwd(x, k, which=which, check_finite=check_finite)[0]
 
 
-def eigh_topk_fwd(x: Array, /, k: int, *, which: str = "LA") -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+def eigh_topk_fwd(
+    x: Array, /, k: int, *, which: str = "LA", check_finite: bool = False
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     """`eigh_topk` and what its reverse pass needs: ``(w, v), (w_all, v_all)``, the latter as from `eigh`."""
-    w, v = eigh(x)
+    w, v = eigh(x, check_finite=check_finite)
     columns = _top(k, which, w.shape[-1])
     return (take(w, columns, -1), take(v, columns, -1)), (w, v)
 

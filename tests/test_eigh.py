@@ -64,6 +64,16 @@ def test_a_matrix_on_which_lapack_fails_leaves_the_others_alone(monkeypatch, rng
         assert np.array_equal(v[i], expected[1][i])
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_non_finite_input_is_refused_on_request(bad, xp):
+    x = xp.asarray(np.stack([np.eye(2), np.asarray([[1.0, bad], [0.0, 1.0]])]))
+    for function in (ddnref.eigh, lambda x, **options: ddnref.eigh_topk(x, 1, **options)):
+        with pytest.raises(ddnref.NonFiniteError, match=r"x contains NaN or infinity.*check_finite=False"):
+            function(x, check_finite=True)
+        function(x[:1, ...], check_finite=True)
+        assert np.all(np.isnan(xp.numpy(function(x)[0])[1]))
+
+
 # --- simple eigenvalues -------------------------------------------------------------------------------------------
 
 
