@@ -10,8 +10,8 @@ from functools import partial
 import array_api_compat
 import numpy as np
 import pytest
-from conftest import backend, need
 
+from conftest import backend, need
 from ddnref import _array, _columns, _eigh, _linalg, _spectral, testing
 from ddnref._rules import RULES, as_tuple, options_of
 from ddnref.testing import check_vjp
