@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from conftest import need
 
 BENCHES = Path(__file__).parents[1] / "asv_benches"
@@ -102,6 +103,24 @@ def test_missing_framework_is_skipped_by_name(name: str, monkeypatch: pytest.Mon
         common.backend(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "cls", "parameters"),
+    [
+        ("torch", "EighPeers", ("torch", (5, 32))),
+        ("autograd", "EighTop4", ("autograd", 64)),
+        ("torch", "EighTorchApart", ((5, 32, 0),)),
+        ("jax", "EighWrong", ("jax",)),
+        ("array_api_strict", "EighHostReads", (False,)),
+    ],
+)
+def test_missing_framework_is_said_in_setup(
+    name: str, cls: str, parameters: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)  # asv skips on this error in setup, and fails on it elsewhere
+    with pytest.raises(NotImplementedError, match=f"{name} is not installed"):
+        getattr(benchmarks["eigh"], cls)().setup(*parameters)
+
+
 def test_slow_rungs_are_skipped_with_the_reason() -> None:
     with pytest.raises(NotImplementedError, match=r"v2 at .* takes longer than 20 s"):
         benchmarks["ladder"].Ladder().setup("v2", (5, 1024))
@@ -166,6 +185,13 @@ def test_verdicts() -> None:
     assert figures.at_least("f", 1.4, 1.5, margin=1.1).met == "within 10%"
     assert figures.at_least("f", float("nan"), 1.5, margin=1.1).met == "no"
     assert figures.at_most("f", float("nan"), 1.5, margin=1.1).met == "no"
+
+
+def test_timings_on_a_busy_machine_are_not_judged() -> None:
+    timed, counted = figures.at_most("f", 1.0, 1.0, margin=1.1), figures.at_most("f", 1.0, 1.0)
+    assert figures.judged(timed, others=1.0).met == "machine busy"
+    assert figures.judged(timed, others=0.01) == timed
+    assert figures.judged(counted, others=1.0) == counted
 
 
 def test_figures_print_and_write_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

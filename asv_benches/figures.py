@@ -1,0 +1,322 @@
+"""Measure the stated figures of the eigendecomposition and print them beside their bars as a Markdown table.
+
+- ``python asv_benches/figures.py``: all of them, about five minutes on an idle machine;
+- ``--quick``: a smoke test, smallest sizes and no time to measure anything;
+- ``--only NAME``: some of them, may be repeated; ``--list`` names them;
+- ``--write PATH``: write the table as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from benchmarks import THREADS  # isort: skip - pins the threads before NumPy
+
+import numpy as np
+from benchmarks import _accuracy as accuracy
+from benchmarks._common import Case, Ratio, alternating, interleaved, pin_threads
+
+MARGIN = 1.1  # for noise, on figures that a clock enters
+BUSY = 0.1  # of one core, in other processes, above which a timing is not judged
+SINGLE = ("float32",)
+BOTH = ("float32", "float64")
+
+
+class Row(NamedTuple):
+    figure: str
+    measured: str
+    bar: str = "–"
+    met: str = "–"
+    timed: bool = False
+
+
+class Size(NamedTuple):
+    batch: int
+    m: int
+    dtypes: Sequence[str] = BOTH
+    bar: float | None = None
+
+
+Sizes = tuple[Size, ...]
+
+
+def at_most(figure: str, value: float, bar: float, text: str = "", margin: float = 1.0) -> Row:
+    met = "yes" if value <= bar else f"within {margin - 1:.0%}" if value <= bar * margin else "no"
+    return Row(figure, text or f"{value:.3g}", f"≤ {bar:g}", met, margin > 1)
+
+
+def at_least(figure: str, value: float, bar: float, text: str = "", margin: float = 1.0) -> Row:
+    met = "yes" if value >= bar else f"within {margin - 1:.0%}" if value * margin >= bar else "no"
+    return Row(figure, text or f"{value:.3g}", f"≥ {bar:g}", met, margin > 1)
+
+
+def written(ratio: Ratio) -> str:
+    return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+
+
+def both_ways(a: Case, b: Case) -> Iterator[tuple[str, Ratio | str]]:
+    """time(a) / time(b) in one process and in two that alternate; or why it could not be measured."""
+    ways: dict[str, Callable[[], Ratio]] = {
+        "one process": lambda: interleaved(a.build(), b.build()),
+        "two processes": lambda: alternating(a, b),
+    }
+    for way, measure in ways.items():
+        try:
+            yield way, measure()
+        except NotImplementedError as missing:
+            yield way, f"skipped: {missing}"
+
+
+def against(peer: str, sizes: Sizes, judge: Callable[..., Row], inverse: bool = False, k: int = 0) -> Iterator[Row]:
+    """Rows of peer / ours (how many times faster ours is), or of ours / peer if `inverse`."""
+    for size in sizes:
+        for dtype in size.dtypes:
+            options = {"batch": size.batch, "m": size.m, "dtype": dtype, "k": k}
+            cases = Case(peer, options), Case("ours", options)
+            quotient = f"ddnref / {peer}" if inverse else f"{peer} / ddnref"
+            for way, ratio in both_ways(*(cases[::-1] if inverse else cases)):
+                figure = f"backward{f' of {k} eigenpairs' if k else ''}, {quotient}, "
+                figure += f"({size.batch}, {size.m}) {dtype}, {way}"
+                if isinstance(ratio, str):
+                    yield Row(figure, ratio)
+                elif size.bar is None:
+                    yield Row(figure, written(ratio))
+                else:
+                    yield judge(figure, ratio.median, size.bar, written(ratio), MARGIN)
+
+
+# --- the figures ------------------------------------------------------------------------------------------------
+
+
+def products_rows(sizes: Sizes) -> Iterator[Row]:
+    for size in sizes:
+        for dtype in size.dtypes:
+            options = {"batch": size.batch, "m": size.m, "dtype": dtype}
+            ratio = interleaved(Case("ours", options).build(), Case("products", options).build())
+            figure = f"backward / three NumPy products, ({size.batch}, {size.m}) {dtype}"
+            yield at_most(figure, ratio.median, size.bar, written(ratio), MARGIN)
+
+
+def torch_rows(sizes: Sizes) -> Iterator[Row]:
+    return against("torch", sizes, at_least)
+
+
+def torch_batch_rows(sizes: Sizes) -> Iterator[Row]:
+    return against("torch", sizes, at_most, inverse=True)
+
+
+def top4_rows(sizes: Sizes) -> Iterator[Row]:
+    return against("torch", sizes, at_least, k=4)
+
+
+def jax_rows(sizes: Sizes) -> Iterator[Row]:
+    return against("jax", sizes, at_least)
+
+
+def autograd_rows(sizes: Sizes) -> Iterator[Row]:
+    return against("autograd", sizes, at_least)
+
+
+def memory_rows(sizes: Sizes) -> Iterator[Row]:
+    for size in sizes:
+        for dtype in size.dtypes:
+            value = accuracy.extra_arrays_of_vjp(size.m, dtype)
+            figure = f"peak memory of the backward above its inputs, in m×m arrays, m = {size.m} {dtype}"
+            yield at_most(figure, value, size.bar, f"{value:.2f}")
+
+
+def projector_rows(_: Sizes) -> Iterator[Row]:
+    what = "cluster projector at a triple eigenvalue, 200 matrices"
+    yield at_most(f"{what}: worst error", float(np.max(accuracy.projector_errors("ddnref"))), 1e-12)
+    for peer in ("torch", "jax"):
+        try:
+            share = f"{accuracy.wrong_share(peer):.1%}"
+        except NotImplementedError as missing:
+            share = f"skipped: {missing}"
+        yield Row(f"{what}: NaN or off by more than {accuracy.WRONG:g} in {peer}", share)
+
+
+def scales_rows(_: Sizes) -> Iterator[Row]:
+    for scale in accuracy.SCALES[1:]:
+        worst = float(np.max(accuracy.projector_errors("ddnref", scale)))
+        yield at_most(f"the same, spectra scaled by {scale:g}: worst error", worst, 1e-12)
+
+
+def trace_rows(_: Sizes) -> Iterator[Row]:
+    figure = "tr(C X²) through spectral_function, the same matrices and X = I: worst error"
+    yield at_most(figure, accuracy.trace_of_square_error(), 1e-12)
+
+
+def masked_rows(sizes: Sizes) -> Iterator[Row]:
+    for size in sizes:
+        figure = f"generic float32 matrices with anything masked, of five, m = {size.m}"
+        yield at_most(figure, accuracy.masked_neighbours(size.m), 0)
+
+
+def difference_rows(_: Sizes) -> Iterator[Row]:
+    for gap, bar in ((1e-4, 1e-7), (1e-3, 1e-7), (1e-2, 1e-9), (1e-1, 1e-9)):
+        worst = max(accuracy.finite_difference_error(gap, seed) for seed in range(5))
+        yield at_most(f"finite differences, float64, smallest gap {gap:g}: worst error", worst, bar)
+
+
+def float32_rows(_: Sizes) -> Iterator[Row]:
+    for name in accuracy._rules.RULES:
+        figure = f"{name}: float32 against float64, in eps·‖A‖/gap"
+        yield at_most(figure, accuracy.single_precision_error(name), 20)
+
+
+def read_rows(_: Sizes) -> Iterator[Row]:
+    for throw, bar in ((False, 0), (True, 1)):
+        try:
+            yield at_most(f"host reads of eigh_vjp, throw={throw}", accuracy.host_reads(throw), bar)
+        except NotImplementedError as missing:
+            yield Row(f"host reads of eigh_vjp, throw={throw}", f"skipped: {missing}")
+
+
+_PEER_SIZES = tuple(Size(batch, m, SINGLE) for batch, m in ((5, 32), (5, 64), (5, 128), (5, 256), (1000, 32)))
+
+# The products come first, before any other library has started its threads.
+FIGURES: dict[str, tuple[Callable[[Sizes], Iterator[Row]], Sizes]] = {
+    "products": (
+        products_rows,
+        (Size(5, 256, bar=1.5), Size(5, 512, bar=1.5), Size(1, 1024, bar=1.15), Size(1, 2048, bar=1.15)),
+    ),
+    "memory": (memory_rows, (Size(1, 1024, bar=3),)),
+    "torch": (
+        torch_rows,
+        (Size(5, 32, SINGLE, 1.5), *(Size(5, m, bar=1.0) for m in (64, 128, 256))),
+    ),
+    "torch-batch": (torch_batch_rows, (Size(1000, 32, SINGLE, 1.25),)),
+    "top4": (top4_rows, (Size(1, 1024, bar=5.0),)),
+    "jax": (jax_rows, _PEER_SIZES),
+    "autograd": (autograd_rows, _PEER_SIZES),
+    "projector": (projector_rows, ()),
+    "scales": (scales_rows, ()),
+    "trace": (trace_rows, ()),
+    "masked": (masked_rows, tuple(Size(1, m) for m in (256, 512, 1024))),
+    "finite-differences": (difference_rows, ()),
+    "float32": (float32_rows, ()),
+    "host-reads": (read_rows, ()),
+}
+
+
+def smallest(sizes: Sizes) -> Sizes:
+    return tuple(size._replace(dtypes=size.dtypes[:1]) for size in sizes[:1])
+
+
+# --- the table --------------------------------------------------------------------------------------------------
+
+
+def cpu() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def versions() -> str:
+    found = []
+    for name in ("numpy", "torch", "jax", "autograd"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name} not installed")
+    return ", ".join([f"Python {platform.python_version()}", *found])
+
+
+def cpu_seconds() -> tuple[float, float] | None:
+    """CPU seconds of the whole machine and of this process with its children so far; None where unknown."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return None
+    user, nice, system, _, _, irq, softirq, steal = map(int, path.read_text().split("\n", 1)[0].split()[1:9])
+    everything = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return everything, sum(os.times()[:4])
+
+
+class Load:
+    """CPU time that other processes use from now on, as a share of one core; NaN where it cannot be known."""
+
+    def __init__(self) -> None:
+        self.before, self.start = cpu_seconds(), time.perf_counter()
+
+    def others(self) -> float:
+        after, elapsed = cpu_seconds(), time.perf_counter() - self.start
+        if self.before is None or after is None:
+            return math.nan
+        return max(0.0, (after[0] - self.before[0]) - (after[1] - self.before[1])) / elapsed
+
+
+def judged(row: Row, others: float) -> Row:
+    """A timing on a busy machine is not judged: OpenMP threads that wait for a core multiply a peer's time."""
+    return row._replace(met="machine busy") if row.timed and others > BUSY else row
+
+
+def table(rows: Sequence[Row], conditions: str, command: str) -> str:
+    """The Markdown: under what conditions, the rows, how to read them."""
+    lines = [f"Measured by `{command}`: {conditions}.", "", "| figure | measured | bar | met |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(row[:4])} |" for row in rows]
+    lines += [
+        "",
+        "Ratios are medians of interleaved rounds, with their quartiles; a ratio that needs the 10 % margin for noise "
+        "says so. In one process the thread pools of NumPy and another library may disturb each other; in two "
+        "processes that run in turn they cannot.",
+    ]
+    return "\n".join(lines)
+
+
+def measure(names: Sequence[str], quick: bool) -> list[Row]:
+    rows: list[Row] = []
+    for name in names:
+        rows_of, sizes = FIGURES[name]
+        load = Load()
+        for row in rows_of(smallest(sizes) if quick else sizes):
+            print(f"{name}: {row.figure}: {row.measured}", file=sys.stderr, flush=True)
+            rows.append(judged(row, load.others()))
+            load = Load()
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a smoke test, not a measurement")
+    parser.add_argument("--only", action="append", choices=FIGURES, metavar="NAME", help="may be repeated")
+    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    parser.add_argument("--write", type=Path, metavar="PATH", help="write the table there as well")
+    options = parser.parse_args(arguments)
+    if options.list:
+        print("\n".join(FIGURES))
+        return
+    if options.quick:
+        os.environ["DDNREF_BENCH_SECONDS"] = "0.05"
+    pin_threads()
+    load = Load()
+    rows = measure(options.only or list(FIGURES), options.quick)
+    others = load.others()
+    share = "an unknown share" if math.isnan(others) else f"{others:.0%}"
+    date = datetime.date.today().isoformat()
+    conditions = f"{date}, {THREADS} thread{'s' * (THREADS > 1)}, {cpu()}, {versions()}"
+    conditions += f"; other processes used {share} of one core meanwhile"
+    if options.quick:
+        conditions += "; --quick, so no figure here is a measurement"
+    only = "".join(f" --only {name}" for name in options.only or ())
+    text = table(rows, conditions, f"python asv_benches/figures.py{' --quick' if options.quick else ''}{only}")
+    print(text)
+    if options.write:
+        options.write.write_text(f"{text}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
