@@ -84,24 +84,28 @@ def for_parts(run: Callable[[slice], None], count: int, m: int) -> None:
 
 
 def eigh(s: Array) -> tuple[Array, Array]:
-    """LAPACK over a batch, in parallel; an item on which it fails comes out as NaN and leaves the others alone."""
+    """LAPACK over a batch, in parallel; an item on which it fails comes out as NaN and leaves the others alone.
+
+    Eigenvectors are stored one after the other, as LAPACK has them: then no product of the VJP is of the form
+    ``A Bᵀ``, at which OpenBLAS is slow up to m = 128.
+    """
     m = s.shape[-1]
-    flat = s.reshape(-1, m, m) if s.size else s.reshape(math.prod(s.shape[:-2]), m, m)
-    v = np.empty_like(flat)
-    w = np.empty(flat.shape[:-1], dtype=flat.real.dtype)
+    flat = s.reshape(math.prod(s.shape[:-2]), m, m)
+    w, v_t = np.empty(flat.shape[:-1], dtype=flat.real.dtype), np.empty_like(flat)
 
     def run(part: slice) -> None:
         try:
-            w[part], v[part] = np.linalg.eigh(flat[part])
+            w[part], v = np.linalg.eigh(flat[part])
+            v_t[part] = v.mT
         except np.linalg.LinAlgError:
             if part.stop - part.start > 1:
                 for item in _blocks(part.stop, 1)[part.start :]:
                     run(item)
             else:
-                w[part], v[part] = np.nan, np.nan
+                w[part], v_t[part] = np.nan, np.nan
 
     for_parts(run, flat.shape[0], m)
-    return w.reshape(s.shape[:-1]), v.reshape(s.shape)
+    return w.reshape(s.shape[:-1]), v_t.reshape(s.shape).mT
 
 
 def hermitian_product(a: Array, b: Array) -> Array:
@@ -140,7 +144,7 @@ def eigh_vjp(
         np.cumsum(~near, axis=-1, out=cluster[..., 1:])
     m, lead = w.shape[-1], w.shape[:-1]
     count = math.prod(lead)
-    x_bar, masked, largest = np.empty_like(v, order="C"), np.zeros(lead, w.dtype), np.zeros(lead, w.dtype)
+    x_bar, masked, largest = np.empty(v.shape, v.dtype), np.zeros(lead, w.dtype), np.zeros(lead, w.dtype)
     kernel: Callable[..., None] = _whole if m <= WHOLE else _tiled
     vectors: tuple[Any, ...] = (w_bar, w, cluster)
     matrices: tuple[Any, ...] = (v_bar, v, x_bar)
@@ -187,8 +191,8 @@ def _whole(
     largest: Array,
 ) -> None:
     """One pass for matrices that stay in cache: the sum with the adjoint comes last, from a buffer."""
-    m_ = _product(adjoint(v), v_bar, np.empty_like(v))
-    gap = _gap(w, np.empty_like(m_, dtype=w.dtype))
+    m_ = _product(adjoint(v), v_bar, np.empty(v.shape, v.dtype))
+    gap = _gap(w, np.empty(v.shape, w.dtype))
     if cluster is not None:
         same = cluster[..., None, :] == cluster[..., :, None]
         masked[...] = np.max(np.abs(m_ - adjoint(m_)), axis=(-2, -1), initial=0, where=same)
@@ -203,10 +207,10 @@ def _whole(
     if w_bar is not None:
         diagonal = _diagonal(m_)
         diagonal += 0.5 * w_bar
-    t = _product(v, m_, gap if gap.dtype == v.dtype else np.empty_like(m_))
+    t = _product(v, m_, gap if gap.dtype == v.dtype else np.empty(v.shape, v.dtype))
     v_h = adjoint(v)
     if v.shape[-1] <= NARROW:
-        v_h = np.ascontiguousarray(v_h)
+        v_h = np.ascontiguousarray(v_h)  # as it is where `eigh` made it
     x = _product(t, v_h, m_)
     np.add(x, adjoint(x), out=x_bar)
 

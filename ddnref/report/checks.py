@@ -1,0 +1,264 @@
+"""What ``ddnref verify`` asks of a rule: each check measures one error and says how large it may be.
+
+Double precision meets finite differences; single precision meets double precision on identical inputs, because
+finite differences in float32 show nothing. The structural identities hold in both.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import zlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddnref import testing
+from ddnref._array import Array
+from ddnref._rules import Rule, Sample, as_tuple, options_of
+from ddnref.report.backends import Backend
+
+DTYPES = ("float64", "complex128", "float32", "complex64")
+SIZES = (1, 2, 5, 16)
+BATCHES: tuple[tuple[int, ...], ...] = ((), (3,), (2, 2))
+
+COMPILED_SIZES = (1, 5)  # a backend that compiles takes a second for every shape, whatever its size
+COMPILED_BATCHES: tuple[tuple[int, ...], ...] = ((), (2, 2))
+
+SINGLE = {"f": "float32", "c": "complex64"}
+DOUBLE = {"f": "float64", "c": "complex128"}
+ROUNDING = 450  # structural identities hold to this many eps: 1e-13 in double precision
+
+Measured = tuple[float, float]
+"""An error and its tolerance."""
+
+
+class Case(NamedTuple):
+    """Which problem a rule is checked on."""
+
+    rule: Rule
+    dtype: str
+    m: int
+    batch: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}, m={self.m}, batch {self.batch}"
+
+
+class Outcome(NamedTuple):
+    """What one check found."""
+
+    check: str
+    case: Case
+    error: float
+    tolerance: float
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """False for NaN too."""
+        return self.error <= self.tolerance
+
+    @property
+    def badness(self) -> float:
+        """Error in units of its tolerance, infinite where it is not a number."""
+        if math.isnan(self.error):
+            return math.inf
+        if self.tolerance == 0:
+            return math.inf if self.error > 0 else 0.0
+        return self.error / self.tolerance
+
+
+class Problem(NamedTuple):
+    """A case made concrete: arrays of the backend, and two sets of cotangents that have a gradient."""
+
+    backend: Backend
+    case: Case
+    sample: Sample
+    forward: Callable[..., Any]
+    vjp: Callable[..., tuple[Array, ...]]
+    outputs: tuple[Array, ...]
+    saved: tuple[Array, ...]
+    bars: tuple[Array, ...]
+    other_bars: tuple[Array, ...]
+    seed: int
+
+    def pull(self, bars: tuple[Array, ...]) -> tuple[Array, ...]:
+        """The VJP at the outputs."""
+        return self.vjp(*bars, *self.outputs, *self.saved)
+
+    def numbers(self, arrays: tuple[Array, ...]) -> NDArray[Any]:
+        """All entries of some arrays, on the host, as one vector."""
+        return np.concatenate([np.ravel(self.backend.to_numpy(array)) for array in arrays])
+
+    @property
+    def rounding(self) -> float:
+        """Tolerance of a structural identity."""
+        return ROUNDING * float(np.finfo(self.case.dtype).eps)
+
+
+def cases(backend: Backend, rule: Rule, dtypes: tuple[str, ...]) -> list[Case]:
+    """All problems for a rule."""
+    sizes, batches = (COMPILED_SIZES, COMPILED_BATCHES) if backend.compiles else (SIZES, BATCHES)
+    return [Case(rule, dtype, m, batch) for dtype in dtypes for m in sizes for batch in batches]
+
+
+def run_case(backend: Backend, case: Case, seed: int) -> list[Outcome]:
+    """Run every check that applies; whatever a rule raises is an infinite error with the message beside it."""
+    try:
+        problem = pose(backend, case, seed)
+    except Exception as error:  # noqa: BLE001 - a rule that crashes is a rule that failed
+        return [Outcome("forward", case, math.inf, 0.0, f"{type(error).__name__}: {error}")]
+    outcomes = []
+    for name, check in CHECKS.items():
+        try:
+            measured = check(problem)
+        except Exception as error:  # noqa: BLE001 - as above
+            outcomes.append(Outcome(name, case, math.inf, 0.0, f"{type(error).__name__}: {error}"))
+        else:
+            outcomes += [] if measured is None else [Outcome(name, case, *measured)]
+    return outcomes
+
+
+def pose(backend: Backend, case: Case, seed: int) -> Problem:
+    """Draw the problem of a case; the same for every backend, and whatever else is in the table."""
+    rule, is_complex = case.rule, case.dtype.startswith("complex")
+    key = zlib.crc32(f"{rule.name} {case}".encode())
+    rng = np.random.default_rng([seed, key])
+    kinds = SINGLE if case.dtype in SINGLE.values() else DOUBLE
+
+    def convert(values: Any) -> Array:
+        array = np.asarray(values)
+        return backend.convert(array.astype(kinds[array.dtype.kind]))
+
+    sample = rule.sample(convert, rng, case.batch, case.m, is_complex)
+    other = rule.sample(convert, rng, case.batch, case.m, is_complex)
+    forward_options, vjp_options = options_of(rule, sample.options)
+    forward = backend.bind(rule.forward, **forward_options)
+    vjp = partial(_tuple_vjp, backend.bind(rule.vjp, **vjp_options))
+    outputs, saved = (as_tuple(part) for part in forward(*sample.inputs))
+    bars, other_bars = (_cotangents(s, rng, backend, outputs) for s in (sample, other))
+    return Problem(backend, case, sample, forward, vjp, outputs, saved, bars, other_bars, seed)
+
+
+def _tuple_vjp(vjp: Callable[..., Any], *arrays: Array) -> tuple[Array, ...]:
+    return as_tuple(vjp(*arrays))
+
+
+def _cotangents(
+    sample: Sample, rng: np.random.Generator, backend: Backend, outputs: tuple[Array, ...]
+) -> tuple[Array, ...]:
+    """Those of the sample's loss at the given outputs, or random ones where any will do."""
+    if sample.loss is not None:
+        return as_tuple(sample.loss[1](*outputs))
+
+    def draw(y: NDArray[Any]) -> Array:
+        z = rng.standard_normal(y.shape)
+        z = z + 1j * rng.standard_normal(y.shape) if y.dtype.kind == "c" else z
+        return backend.convert(z.astype(y.dtype))
+
+    return tuple(draw(backend.to_numpy(y)) for y in outputs)
+
+
+# --- the checks ---------------------------------------------------------------------------------------------------
+
+
+def finite_differences(p: Problem) -> Measured | None:
+    """Double precision: against Richardson-extrapolated central differences, in the gradient's direction too."""
+    if p.case.dtype not in DOUBLE.values():
+        return None
+    rule = p.case.rule
+    report = testing.check_vjp(
+        p.forward, p.vjp, *p.sample.inputs, saves=True, loss=p.sample.loss, tangent=rule.tangent,
+        symmetrises=rule.symmetrises, gap=p.sample.gap, rtol=testing.RTOL, seed=p.seed,
+    )  # fmt: skip
+    return report.error, testing.RTOL
+
+
+def against_double(p: Problem) -> Measured | None:
+    """Single precision: against the same VJP in double precision on the same numbers."""
+    if p.case.dtype not in SINGLE.values():
+        return None
+
+    def double(array: Array) -> Array:
+        values = p.backend.to_numpy(array)
+        return p.backend.convert(values.astype(DOUBLE[values.dtype.kind]))
+
+    vjp = p.case.rule.vjp
+    # Rounded eigenvectors have a phase residual of single precision; judged in double it would count as a gauge.
+    accepting = {"gauge_rtol": math.inf} if "gauge_rtol" in inspect.signature(vjp).parameters else {}
+    _, options = options_of(p.case.rule, {**p.sample.options, **accepting})
+    exact = p.backend.bind(vjp, **options)(*(double(array) for array in (*p.bars, *p.outputs, *p.saved)))
+    single = p.pull(p.bars)
+    for x, x_bar in zip(p.sample.inputs, single, strict=True):
+        if x.dtype != x_bar.dtype:
+            raise TypeError(f"the cotangent of a {x.dtype} input has dtype {x_bar.dtype}")
+    tolerance = 20 * float(np.finfo(p.case.dtype).eps) * p.sample.condition
+    return _relative(p.numbers(single), p.numbers(as_tuple(exact))), tolerance
+
+
+def linear(p: Problem) -> Measured:
+    """Linear in the cotangent."""
+    a, b = 2.0, -3.0
+    mixed = tuple(a * u + b * t for u, t in zip(p.bars, p.other_bars, strict=True))
+    u, t = p.numbers(p.pull(p.bars)), p.numbers(p.pull(p.other_bars))
+    size = np.linalg.norm(a * u) + np.linalg.norm(b * t)
+    return float(np.linalg.norm(p.numbers(p.pull(mixed)) - (a * u + b * t)) / (size or 1.0)), p.rounding
+
+
+def zero_cotangent(p: Problem) -> Measured:
+    """Zero in, exactly zero out."""
+    return _largest(p.numbers(p.pull(tuple(0.0 * u for u in p.bars)))), 0.0
+
+
+def batch_is_loop(p: Problem) -> Measured | None:
+    """A batch gives what a loop over its items gives."""
+    if not p.case.batch:
+        return None
+    whole = p.pull(p.bars)
+    error, tolerance = 0.0, p.rounding
+    for item in np.ndindex(p.case.batch):
+        arrays = tuple(array[(*item, ...)] for array in (*p.bars, *p.outputs, *p.saved))
+        one = p.numbers(p.vjp(*arrays))
+        same = p.numbers(tuple(x_bar[(*item, ...)] for x_bar in whole))
+        error = max(error, _relative(same, one), key=lambda e: math.inf if math.isnan(e) else e)
+    return error, tolerance
+
+
+def hermitian(p: Problem) -> Measured | None:
+    """Exactly Hermitian: not to rounding, which a directional derivative could not see."""
+    if p.case.rule.tangent != "symmetric":
+        return None
+    parts = [p.backend.to_numpy(x_bar) for x_bar in p.pull(p.bars)]
+    return max(_largest(x_bar - np.conj(np.swapaxes(x_bar, -1, -2))) for x_bar in parts), 0.0
+
+
+def compiled(p: Problem) -> Measured | None:
+    """The same numbers when not compiled, where the backend compiles: the other checks run what it compiled."""
+    if not p.backend.compiles or p.case.m == 1 or not p.case.batch:
+        return None  # one shape will do: run step by step, each step is compiled on its own, and that takes seconds
+    _, options = options_of(p.case.rule, p.sample.options)
+    eager = as_tuple(p.case.rule.vjp(*p.bars, *p.outputs, *p.saved, **options))
+    return _relative(p.numbers(p.pull(p.bars)), p.numbers(eager)), p.rounding
+
+
+CHECKS: dict[str, Callable[[Problem], Measured | None]] = {
+    "finite differences": finite_differences,
+    "single against double": against_double,
+    "linear in the cotangent": linear,
+    "zero cotangent": zero_cotangent,
+    "batch equals loop": batch_is_loop,
+    "exactly Hermitian": hermitian,
+    "compiled (jit)": compiled,
+}
+
+
+def _relative(x: NDArray[Any], reference: NDArray[Any]) -> float:
+    return float(np.linalg.norm(x - reference) / (np.linalg.norm(reference) or 1.0))
+
+
+def _largest(x: NDArray[Any]) -> float:
+    return float(np.max(np.abs(x), initial=0.0))
