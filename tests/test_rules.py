@@ -4,12 +4,12 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import Backend
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import adjoint, relative
 
 import ddnref
+from conftest import Backend
 from ddnref._rules import RULES, Rule, as_tuple, options_of
 from ddnref.testing import assert_vjp, check_vjp
 
