@@ -1,0 +1,109 @@
+"""A gate on figures that do not depend on the clock: work, memory, host reads, errors.
+
+    python asv_benches/gate.py            # compare with gate.json, exit 1 where a figure got worse
+    python asv_benches/gate.py --write    # record the present figures, after looking at why they changed
+
+Work is counted, not timed: every matrix product that NumPy computes inside a VJP, in products of m×m matrices. So an
+unchanged commit always passes and one extra product always fails, on any machine, however busy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from benchmarks import _accuracy as accuracy
+
+from ddnref import _rules
+
+RECORD = Path(__file__).with_name("gate.json")
+M = 320  # wide enough for tiles and block rows
+FACTORS = {"products": 1.05, "extra arrays": 1.1, "host reads": 1.0, "error": 10.0}
+
+
+class Counted(np.ndarray):
+    """An array that adds up the multiplications of every matrix product it takes part in."""
+
+    multiplications = 0
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: Any = None, **options: Any) -> Any:
+        if ufunc is np.matmul:
+            a, b = inputs
+            batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+            Counted.multiplications += int(np.prod(batch)) * a.shape[-2] * a.shape[-1] * b.shape[-1]
+        plain = [x.view(np.ndarray) if isinstance(x, Counted) else x for x in inputs]
+        if out is not None:
+            options["out"] = tuple(x.view(np.ndarray) if isinstance(x, Counted) else x for x in out)
+        result = getattr(ufunc, method)(*plain, **options)
+        return result.view(Counted) if isinstance(result, np.ndarray) and result.ndim else result
+
+
+def products(name: str) -> float:
+    """Matrix products in the VJP of a rule, NumPy form, in units of m³ multiplications."""
+    rule = _rules.RULES[name]
+    sample = rule.sample(np.asarray, np.random.default_rng(0), (), M, False)
+    forward, vjp = _rules.options_of(rule, sample.options)
+    outputs, saved = rule.forward(*sample.inputs, **forward)
+    outputs = _rules.as_tuple(outputs)
+    bars = sample.loss[1](*outputs) if sample.loss else outputs
+    arrays = [np.ascontiguousarray(a).view(Counted) for a in (*bars, *outputs, *saved)]
+    Counted.multiplications = 0
+    rule.vjp(*arrays, **vjp)
+    return Counted.multiplications / M**3
+
+
+def figures() -> dict[str, tuple[str, Callable[[], float]]]:
+    """Each figure by name: its kind, which sets the factor, and how to measure it."""
+    measured: dict[str, tuple[str, Callable[[], float]]] = {
+        f"{name}_vjp: products": ("products", partial(products, name)) for name in _rules.RULES
+    }
+    for dtype in ("float32", "float64"):
+        extra = partial(accuracy.extra_arrays_of_vjp, M, dtype)
+        measured[f"eigh_vjp: extra m×m arrays, {dtype}"] = ("extra arrays", extra)
+    for throw in (False, True):
+        measured[f"eigh_vjp: host reads, throw={throw}"] = ("host reads", partial(accuracy.host_reads, throw))
+    measured["eigh_vjp: error of a cluster's projector"] = (
+        "error",
+        lambda: float(np.max(accuracy.projector_errors("ddnref"))),
+    )
+    measured["spectral_function_vjp: error of tr(C X²)"] = ("error", accuracy.trace_of_square_error)
+    return measured
+
+
+def compare(now: dict[str, float], recorded: dict[str, float]) -> list[str]:
+    """What got worse than its factor allows, or is not recorded, one line each."""
+    kinds = {name: kind for name, (kind, _) in figures().items()}
+    worse = [f"{name} is not recorded: run gate.py --write" for name in now if name not in recorded]
+    for name in sorted(set(now) & set(recorded)):
+        limit = recorded[name] * FACTORS[kinds[name]]
+        if not now[name] <= limit:
+            worse.append(f"{name}: {now[name]:.3g}, recorded {recorded[name]:.3g}, allowed {limit:.3g}")
+    return worse
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="record the present figures in gate.json")
+    options = parser.parse_args(arguments)
+    now = {name: float(measure()) for name, (_, measure) in figures().items()}
+    for name, value in now.items():
+        print(f"{value:10.3g}  {name}")
+    if options.write:
+        RECORD.write_text(json.dumps(now, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return 0
+    worse = compare(now, json.loads(RECORD.read_text(encoding="utf-8")))
+    print("\n".join(worse) or "passed: no figure got worse")
+    return 1 if worse else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""Look at the built pages in headless Chromium: ``python docs/look.py`` after the build.
+
+For each main page: a screenshot that must not be blank, no error on the console, and, where the page has mathematics,
+all of it rendered by KaTeX. Some of them at a phone's width too, which nothing may exceed. For every page and style
+sheet: nothing is fetched from a network. Exit code 0: fine, 1: a page is not, 2: no Chromium or no pages.
+
+- ``--html DIR``: the built pages, default ``docs/_build/html``;
+- ``--out DIR``: where screenshots go, default ``docs/_build/look``;
+- ``--chromium PATH``: the browser, default the first of chromium, chromium-browser, google-chrome on the path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from matplotlib.image import imread
+
+HERE = Path(__file__).parent
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+DESKTOP, PHONE = (1280, 2000), (390, 2000)
+FRAME = """<!doctype html><body style="margin:0"><script>
+function measure(page) {{
+  const all = [...page.querySelectorAll("h1, h2, h3, p, li, figure")];
+  const cut = all.filter(e => getComputedStyle(e).display !== "inline" && e.scrollWidth > e.clientWidth + 1);
+  document.body.dataset.width = page.documentElement.scrollWidth;
+  document.body.dataset.cut = cut.map(e => e.textContent.trim().slice(0, 30)).join(" | ");
+}}
+</script><iframe src="{page}" width="{width}" height="{height}" style="border:0"
+onload="measure(this.contentDocument)"></iframe>"""
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync", "--no-first-run", "--hide-scrollbars", "--disable-dev-shm-usage", "--enable-logging=stderr",
+    "--allow-file-access-from-files", "--v=0", "--virtual-time-budget=4000",
+)  # fmt: skip
+PAGES = {  # page: whether it has mathematics
+    "index": False,
+    "which-gradient": True,
+    "verify": True,
+    "frameworks": False,
+    "conventions": True,
+    "eigen": True,
+    "spectral": True,
+    "figures": False,
+    "api": False,
+    "generated/ddnref.eigh_vjp": True,
+    "auto_gallery/index": False,
+    "auto_gallery/plot_eigen_digits": True,
+    "auto_gallery/plot_ladder": True,
+    "auto_gallery/plot_repeated_eigenvalues": True,
+    "auto_gallery/plot_whitening": True,
+}
+ON_A_PHONE = ("index", "which-gradient", "eigen", "figures", "auto_gallery/plot_ladder")
+ERRORS = re.compile(
+    r'CONSOLE[:(\d)]*\].*?"((?:Uncaught|Error|Failed|Access|Refused|Mixed|ParseError|KaTeX).*?)", source'
+)
+FETCHED = re.compile(
+    r"""<(?:script|img|source|iframe|audio|video|embed)\b[^>]*?\s(?:src|srcset)\s*=\s*["']?((?:https?:)?//[^"'\s>]+)"""
+    r"""|<link\b(?=[^>]*rel=["']?(?:stylesheet|preload|modulepreload|icon|preconnect))[^>]*?href=["']?((?:https?:)?//[^"'\s>]+)""",
+    re.IGNORECASE,
+)
+FETCHED_BY_CSS = re.compile(r"""(?:url\(\s*|@import\s+)["']?((?:https?:)?//[^"')\s]+)""", re.IGNORECASE)
+ONE_GREY = 0.995  # a page of which more than this is one colour is blank
+
+
+def main() -> int:
+    """Look at every page and say what is wrong with it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--html", type=Path, default=HERE / "_build/html")
+    parser.add_argument("--out", type=Path, default=HERE / "_build/look")
+    parser.add_argument("--chromium", default=next(filter(None, map(shutil.which, BROWSERS)), None))
+    parser.add_argument("pages", nargs="*", metavar="PAGE", help="only these, such as eigen; default: all main pages")
+    arguments = parser.parse_args()
+    if arguments.chromium is None:
+        print("look.py: Chromium is not installed; on Debian: apt-get install chromium", file=sys.stderr)
+        return 2
+    if not (arguments.html / "index.html").exists():
+        print(f"look.py: no pages in {arguments.html}; build them first, see docs/conf.py", file=sys.stderr)
+        return 2
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    wrong = list(fetched(arguments.html))
+    pages = arguments.pages or list(PAGES)
+    for page in pages:
+        found = list(look(arguments, page, PAGES.get(page, False)))
+        print(f"{'WRONG' if found else 'fine ':<5} {page}")
+        wrong += [f"{page}: {what}" for what in found]
+    for what in wrong:
+        print(f"look.py: {what}", file=sys.stderr)
+    print(f"{len(pages)} pages, {len(wrong)} problems; screenshots in {arguments.out}")
+    return 1 if wrong else 0
+
+
+def fetched(html: Path) -> Iterator[str]:
+    """What any built page or style sheet would fetch from a network."""
+    for path in sorted(html.rglob("*.html")):
+        for match in FETCHED.findall(path.read_text(encoding="utf-8")):
+            yield f"{path.relative_to(html)} fetches {''.join(match)}"
+    for path in sorted(html.rglob("*.css")):
+        for url in FETCHED_BY_CSS.findall(path.read_text(encoding="utf-8")):
+            yield f"{path.relative_to(html)} fetches {url}"
+
+
+def look(arguments: argparse.Namespace, page: str, mathematics: bool) -> Iterator[str]:
+    """What is wrong with one page."""
+    path = arguments.html / f"{page}.html"
+    if not path.exists():
+        yield "was not built"
+        return
+    dom, console = chromium(arguments.chromium, path, "--dump-dom", "--window-size=1280,2000")
+    yield from (f"console: {error}" for error in ERRORS.findall(console))
+    formulas = path.read_text(encoding="utf-8").count('class="math')
+    rendered = dom.count('class="katex"')
+    if mathematics and not formulas:
+        yield "has no mathematics, expected some"
+    if rendered < formulas:
+        yield f"{rendered} of {formulas} formulas are rendered"
+    if "katex-error" in dom:
+        yield "KaTeX could not read a formula"
+    width, height = DESKTOP
+    yield from screenshot(arguments, page, path, "desktop", f"--window-size={width},{height}")
+    if page in ON_A_PHONE:
+        yield from on_a_phone(arguments, page, path)
+
+
+def on_a_phone(arguments: argparse.Namespace, page: str, path: Path) -> Iterator[str]:
+    """In a frame, because headless Chromium makes no window that narrow; nothing may stick out to the right."""
+    width, height = PHONE
+    with tempfile.TemporaryDirectory(prefix="ddnref-look-") as folder:
+        frame = Path(folder) / "frame.html"
+        frame.write_text(FRAME.format(page=path.resolve().as_uri(), width=width, height=height), encoding="utf-8")
+        dom = chromium(arguments.chromium, frame, "--dump-dom", f"--window-size={max(width, 500)},{height}")[0]
+        found = re.search(r'data-width="(\d+)" data-cut="([^"]*)"', dom)
+        if found is None:
+            yield "cannot be measured in a frame of a phone's width"
+        elif int(found[1]) > width or found[2]:
+            yield f"is {found[1]} pixels wide on a phone of {width}; cut off: {found[2] or 'nothing'}"
+        yield from screenshot(arguments, page, frame, "phone", f"--window-size={max(width, 500)},{height}")
+
+
+def screenshot(arguments: argparse.Namespace, page: str, path: Path, name: str, size: str) -> Iterator[str]:
+    """Take it, and say so if there is nothing on it."""
+    target = arguments.out / f"{page.replace('/', '-')}-{name}.png"
+    target.unlink(missing_ok=True)
+    chromium(arguments.chromium, path, f"--screenshot={target}", size)
+    if not target.exists():
+        yield f"no screenshot ({name})"
+    elif (share := flat(target)) > ONE_GREY:
+        yield f"the screenshot is blank ({name}): {share:.1%} of it is one colour"
+
+
+def chromium(browser: str, path: Path, *options: str) -> tuple[str, str]:
+    """Standard output and error of one run, each with a profile of its own."""
+    with tempfile.TemporaryDirectory(prefix="ddnref-look-") as profile:
+        done = subprocess.run(
+            [browser, *FLAGS, f"--user-data-dir={profile}", *options, path.resolve().as_uri()],
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+    return done.stdout, done.stderr
+
+
+def flat(picture: Path) -> float:
+    """The share of the most frequent grey in the upper part of a screenshot, of a phone's width, below the header."""
+    grey = np.rint(imread(picture)[80:1400, : PHONE[0], :3].mean(axis=-1) * 255).astype(np.int64)
+    return float(np.bincount(grey.ravel()).max() / grey.size)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
