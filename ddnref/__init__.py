@@ -3,7 +3,7 @@
 from ddnref import testing
 from ddnref._eigh import eigh, eigh_vjp, gauge_residual
 from ddnref._errors import DdnrefError, GaugeError, NonFiniteError, SingularError
-from ddnref._spectral import (
+from ddnref._matrix_functions import (
     expm,
     expm_fwd,
     expm_vjp,
@@ -13,13 +13,11 @@ from ddnref._spectral import (
     logm,
     logm_fwd,
     logm_vjp,
-    spectral_function,
-    spectral_function_fwd,
-    spectral_function_vjp,
     sqrtm,
     sqrtm_fwd,
     sqrtm_vjp,
 )
+from ddnref._spectral import spectral_function, spectral_function_fwd, spectral_function_vjp
 from ddnref._topk import eigh_topk, eigh_topk_fwd, eigh_topk_vjp
 
 __version__ = "0.1.0.dev0"

@@ -36,7 +36,7 @@ def take(x: Array, columns: Columns, axis: int) -> Array:
         part: Any = slice(columns.start, columns.stop)
         return x[..., part] if axis == -1 else x[..., part, :]
     xp = array_api_compat.array_namespace(x)
-    places = xp.asarray(list(columns), dtype=xp.int64, device=array_api_compat.device(x))
+    places = xp.asarray(list(columns), dtype=xp.int32, device=array_api_compat.device(x))
     return xp.take(x, places, axis=axis)
 
 

@@ -222,6 +222,15 @@ def gauge_residual(
     Notes
     -----
     Small is necessary, not sufficient: see the notes of `eigh_vjp`. Cost: one product, 2 m²k flops.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> w, v = ddnref.eigh(np.diag(np.asarray([1.0, 1.0, 2.0])))
+    >>> ddnref.gauge_residual(np.asarray([1.0, 1.0, 0.0]), None, w, v)  # λ_1 + λ_2: their order does not matter
+    array(0.)
+    >>> ddnref.gauge_residual(np.asarray([1.0, 0.0, 0.0]), None, w, v)  # λ_1 alone
+    array(1.)
     """
     xp, columns = _check(w_bar, v_bar, w, v, index)
     near = _near(xp, w, rtol)
@@ -306,9 +315,9 @@ def _near(xp: Namespace, w: Array, rtol: float | None) -> Array:
 def _same(near: Array, columns: Columns) -> Array:
     """Whether eigenvalue i and the j-th chosen one are in one cluster, chained through neighbours: ``(..., m, k)``."""
     xp = array_api_compat.array_namespace(near)
-    apart = xp.astype(~near, xp.int64)
-    first = xp.zeros((*near.shape[:-1], 1), dtype=xp.int64, device=array_api_compat.device(near))
-    cluster = xp.concat([first, xp.cumulative_sum(apart, axis=-1)], axis=-1)
+    apart = xp.astype(~near, xp.int32)
+    first = xp.zeros((*near.shape[:-1], 1), dtype=apart.dtype, device=array_api_compat.device(near))
+    cluster = xp.concat([first, xp.cumulative_sum(apart, axis=-1, dtype=apart.dtype)], axis=-1)
     return cluster[..., :, None] == take(cluster, columns, -1)[..., None, :]
 
 

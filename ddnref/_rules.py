@@ -15,6 +15,7 @@ import array_api_compat
 import numpy as np
 
 import ddnref._eigh as eigen
+import ddnref._matrix_functions as matrix_functions
 import ddnref._spectral as spectral
 import ddnref._topk as topk
 from ddnref._array import Array, Namespace
@@ -263,11 +264,12 @@ _CLOSED: dict[str, Any] = {
 
 
 def _spectral_rule(name: str, docs: str, singular: str, **options: Any) -> Rule:
+    module = spectral if hasattr(spectral, name) else matrix_functions
     return Rule(
         name=name,
-        function=getattr(spectral, name),
-        forward=getattr(spectral, f"{name}_fwd"),
-        vjp=getattr(spectral, f"{name}_vjp"),
+        function=getattr(module, name),
+        forward=getattr(module, f"{name}_fwd"),
+        vjp=getattr(module, f"{name}_vjp"),
         sample=partial(_sample_spectral, **options),
         outputs=1,
         products=lambda m, k: 4.0,  # noqa: ARG005

@@ -78,7 +78,7 @@ def spectral_function(x: Array, /, *, f: Scalar, throw: bool = True) -> Array:
 
 def spectral_function_fwd(x: Array, /, *, f: Scalar, throw: bool = True) -> tuple[Array, Saved]:
     """`spectral_function` and what its reverse pass needs: ``y, (w, v)``, the latter as from `eigh`."""
-    return _forward("spectral_function", x, f, throw)
+    return forward("spectral_function", x, f, throw)
 
 
 def spectral_function_vjp(
@@ -133,87 +133,13 @@ def spectral_function_vjp(
     array([[0., 1.],
            [1., 0.]])
     """
-    return _reverse("spectral_function", y_bar, y, w, v, _quotient_of(f, df), throw)
-
-
-def sqrtm(x: Array, /, *, throw: bool = True) -> Array:
-    """Principal square root of a symmetric / Hermitian positive semidefinite matrix.
-
-    Negative eigenvalues within rounding, ``-m * eps * max|w|``, count as zero; others raise `SingularError`.
-    Parameters, errors and cost as `spectral_function`. At a zero eigenvalue the square root has no derivative, and
-    `sqrtm_vjp` raises: add a ridge, ``x + 1e-6 * eye``, where gradients are needed.
-    """
-    return sqrtm_fwd(x, throw=throw)[0]
-
-
-def sqrtm_fwd(x: Array, /, *, throw: bool = True) -> tuple[Array, Saved]:
-    """`sqrtm` and what its reverse pass needs: ``y, (w, v)``."""
-    return _forward("sqrtm", x, _sqrt, throw)
-
-
-def sqrtm_vjp(y_bar: Array, y: Array, w: Array, v: Array, /, *, throw: bool = True) -> Array:
-    """Gradient through `sqrtm`: `spectral_function_vjp` with ``Φ_ij = 1 / (√λ_i + √λ_j)``."""
-    return _reverse("sqrtm", y_bar, y, w, v, _sqrt_difference, throw)
-
-
-def invsqrtm(x: Array, /, *, throw: bool = True) -> Array:
-    """Inverse principal square root of a symmetric / Hermitian positive definite matrix: whitening.
-
-    Parameters, errors and cost as `spectral_function`. A singular matrix raises `SingularError`: add a ridge.
-    """
-    return invsqrtm_fwd(x, throw=throw)[0]
-
-
-def invsqrtm_fwd(x: Array, /, *, throw: bool = True) -> tuple[Array, Saved]:
-    """`invsqrtm` and what its reverse pass needs: ``y, (w, v)``."""
-    return _forward("invsqrtm", x, lambda w: 1 / _sqrt(w), throw)
-
-
-def invsqrtm_vjp(y_bar: Array, y: Array, w: Array, v: Array, /, *, throw: bool = True) -> Array:
-    """Gradient through `invsqrtm`: ``Φ_ij = −1 / (√λ_i √λ_j (√λ_i + √λ_j))``."""
-    return _reverse("invsqrtm", y_bar, y, w, v, _invsqrt_difference, throw)
-
-
-def logm(x: Array, /, *, throw: bool = True) -> Array:
-    """Principal logarithm of a symmetric / Hermitian positive definite matrix: the log-Euclidean chart of SPD.
-
-    Parameters, errors and cost as `spectral_function`. A matrix that is not positive definite raises.
-    """
-    return logm_fwd(x, throw=throw)[0]
-
-
-def logm_fwd(x: Array, /, *, throw: bool = True) -> tuple[Array, Saved]:
-    """`logm` and what its reverse pass needs: ``y, (w, v)``."""
-    return _forward("logm", x, _log, throw)
-
-
-def logm_vjp(y_bar: Array, y: Array, w: Array, v: Array, /, *, throw: bool = True) -> Array:
-    """Gradient through `logm`: ``Φ_ij = log1p((λ_i − λ_j) / λ_j) / (λ_i − λ_j)``."""
-    return _reverse("logm", y_bar, y, w, v, _log_difference, throw)
-
-
-def expm(x: Array, /, *, throw: bool = True) -> Array:
-    """Exponential of a symmetric / Hermitian matrix.
-
-    Parameters, errors and cost as `spectral_function`. Eigenvalues that overflow the exponential raise.
-    """
-    return expm_fwd(x, throw=throw)[0]
-
-
-def expm_fwd(x: Array, /, *, throw: bool = True) -> tuple[Array, Saved]:
-    """`expm` and what its reverse pass needs: ``y, (w, v)``."""
-    return _forward("expm", x, _exp, throw)
-
-
-def expm_vjp(y_bar: Array, y: Array, w: Array, v: Array, /, *, throw: bool = True) -> Array:
-    """Gradient through `expm`: ``Φ_ij = e^λ_i (1 − e^−δ) / δ`` with ``δ = λ_i − λ_j ≥ 0``."""
-    return _reverse("expm", y_bar, y, w, v, _exp_difference, throw)
+    return reverse("spectral_function", y_bar, y, w, v, _quotient_of(f, df), throw)
 
 
 # --- the algorithm --------------------------------------------------------------------------------------------
 
 
-def _forward(name: str, x: Array, f: Scalar, throw: bool) -> tuple[Array, Saved]:
+def forward(name: str, x: Array, f: Scalar, throw: bool) -> tuple[Array, Saved]:
     xp = namespace(x=x)
     check_square("x", x)
     refuse_recording(name, x)
@@ -226,9 +152,7 @@ def _forward(name: str, x: Array, f: Scalar, throw: bool) -> tuple[Array, Saved]
     return hermitian_product(v * f_w[..., None, :], v), (w, v)
 
 
-def _reverse(
-    name: str, y_bar: Array, y: Array, w: Array, v: Array, difference: DividedDifference, throw: bool
-) -> Array:
+def reverse(name: str, y_bar: Array, y: Array, w: Array, v: Array, difference: DividedDifference, throw: bool) -> Array:
     """``X̄ = V (Φ ∘ (Vᴴ Ȳ V)) Vᴴ``."""
     xp = namespace(y_bar=y_bar, y=y, w=w, v=v)
     check_square("v", v)
@@ -262,62 +186,3 @@ def _quotient_of(f: Scalar, df: Scalar) -> DividedDifference:
         return xp.where((gap == 0) | (xp.abs(q - mean) <= rounding), mean, q)
 
     return quotient
-
-
-# --- the named functions and their divided differences, free of cancellation -----------------------------------
-
-
-def _sqrt(w: Array) -> Array:
-    xp = array_api_compat.array_namespace(w)
-    if w.shape[-1] == 0:
-        return w
-    rounding = w.shape[-1] * eps(xp, w.dtype) * xp.max(xp.abs(w), axis=-1, keepdims=True)
-    return _real_sqrt(xp.where((w < 0) & (w >= -rounding), xp.zeros_like(w), w))
-
-
-def _real_sqrt(w: Array) -> Array:
-    xp = array_api_compat.array_namespace(w)
-    return xp.where(w < 0, xp.full_like(w, float("nan")), xp.sqrt(xp.where(w < 0, xp.zeros_like(w), w)))
-
-
-def _sqrt_difference(a: Array, b: Array) -> Array:
-    return _reciprocal(_real_sqrt(a) + _real_sqrt(b))
-
-
-def _invsqrt_difference(a: Array, b: Array) -> Array:
-    root_a, root_b = _real_sqrt(a), _real_sqrt(b)
-    return -_reciprocal(root_a * root_b * (root_a + root_b))
-
-
-def _reciprocal(x: Array) -> Array:
-    """``1 / x``, infinite at zero without a warning."""
-    xp = array_api_compat.array_namespace(x)
-    return xp.where(x == 0, xp.full_like(x, float("inf")), 1 / xp.where(x == 0, xp.ones_like(x), x))
-
-
-def _log(w: Array) -> Array:
-    xp = array_api_compat.array_namespace(w)
-    return xp.where(w <= 0, xp.full_like(w, float("nan")), xp.log(xp.where(w <= 0, xp.ones_like(w), w)))
-
-
-def _log_difference(a: Array, b: Array) -> Array:
-    xp = array_api_compat.array_namespace(a)
-    low, gap = xp.minimum(a, b), xp.abs(a - b)
-    bad = low <= 0
-    low = xp.where(bad, xp.ones_like(low), low)
-    gap_or_1 = xp.where(gap == 0, xp.ones_like(gap), gap)
-    phi = xp.where(gap == 0, 1 / low, xp.log1p(gap / low) / gap_or_1)
-    return xp.where(bad, xp.full_like(phi, float("nan")), phi)
-
-
-def _exp(w: Array) -> Array:
-    xp = array_api_compat.array_namespace(w)
-    largest = 709.0 if w.dtype == xp.float64 else 88.0
-    return xp.where(w > largest, xp.full_like(w, float("inf")), xp.exp(xp.where(w > largest, xp.zeros_like(w), w)))
-
-
-def _exp_difference(a: Array, b: Array) -> Array:
-    xp = array_api_compat.array_namespace(a)
-    high, gap = xp.maximum(a, b), xp.abs(a - b)
-    gap_or_1 = xp.where(gap == 0, xp.ones_like(gap), gap)
-    return _exp(high) * xp.where(gap == 0, xp.ones_like(gap), -xp.expm1(-gap) / gap_or_1)

@@ -50,7 +50,25 @@ def eigh_topk(x: Array, /, k: int, *, which: str = "LA", check_finite: bool = Fa
 def eigh_topk_fwd(
     x: Array, /, k: int, *, which: str = "LA", check_finite: bool = False
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    """`eigh_topk` and what its reverse pass needs: ``(w, v), (w_all, v_all)``, the latter as from `eigh`."""
+    """`eigh_topk` and what its reverse pass needs.
+
+    Parameters
+    ----------
+    x, k, which, check_finite
+        As in `eigh_topk`.
+
+    Returns
+    -------
+    (w, v) : (..., k) and (..., m, k) arrays
+        The outputs of `eigh_topk`.
+    (w_all, v_all) : (..., m) and (..., m, m) arrays
+        The whole decomposition, as from `eigh`.
+
+    Raises
+    ------
+    TypeError, ValueError, NonFiniteError
+        As `eigh_topk`.
+    """
     w, v = eigh(x, check_finite=check_finite)
     columns = _top(k, which, w.shape[-1])
     return (take(w, columns, -1), take(v, columns, -1)), (w, v)
@@ -92,6 +110,15 @@ def eigh_topk_vjp(
     ------
     GaugeError, TypeError, ValueError
         As `eigh_vjp`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> (w, v), saved = ddnref.eigh_topk_fwd(np.diag(np.asarray([1.0, 4.0, 2.0])), 1)
+    >>> ddnref.eigh_topk_vjp(np.ones(1), None, w, v, *saved)  # of the largest eigenvalue
+    array([[0., 0., 0.],
+           [0., 1., 0.],
+           [0., 0., 0.]])
     """
     namespace(w_bar=w_bar, v_bar=v_bar, w=w, v=v, w_all=w_all, v_all=v_all)
     k, m = w.shape[-1], w_all.shape[-1]

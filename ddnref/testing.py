@@ -25,10 +25,12 @@ STRUCTURE_RTOL = 1e-13
 
 
 class Tangent(NamedTuple):
-    """Where an input may move: `project` a direction at x, and `retract` x along it back to the set."""
+    """Where an input may move."""
 
     project: Callable[[Array, Array], Array]
+    """``project(x, d)``: the part of a direction that stays in the set to first order."""
     retract: Callable[[Array, Array], Array]
+    """``retract(x, d)``: `x` moved along `d` and brought back to the set."""
 
 
 def _stiefel_project(x: Array, d: Array) -> Array:
@@ -53,28 +55,37 @@ class Direction(NamedTuple):
     """One directional derivative: by finite differences and from the gradient."""
 
     name: str
+    """Which direction."""
     numerical: float
+    """By Richardson-extrapolated central differences."""
     analytic: float
+    """``⟨x̄, D⟩`` from the VJP."""
     error: float
+    """``|numerical − analytic| / ‖x̄‖``."""
     order: float
+    """Observed order of the differences; NaN where it cannot be seen."""
 
 
 class Report(NamedTuple):
     """What `check_vjp` measured; ``str(report)`` is a table."""
 
     passed: bool
+    """Whether every direction is within `rtol` and the structure holds."""
     error: float
     """Worst ``|numerical − analytic| / ‖x̄‖`` over the directions."""
     direction: str
-    """Where it was."""
+    """Name of the worst direction."""
     step: float
+    """Length of the step; the smallest over the inputs."""
     order: float
     """Observed order of the central differences in that direction: 2 where the step is inside the smooth range,
     NaN where they agree to rounding and no order can be seen."""
     structure: float
     """``‖x̄ − x̄ᴴ‖ / ‖x̄‖`` for symmetric inputs, which symmetric directions cannot see; else 0."""
     rtol: float
+    """The tolerance that was asked for."""
     directions: tuple[Direction, ...]
+    """Every direction that was tried."""
 
     def __str__(self) -> str:
         rows = [f"{'direction':<24}{'numerical':>24}{'analytic':>24}{'error':>10}{'order':>7}"]

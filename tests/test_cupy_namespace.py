@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from conftest import backend, need
-from ddnref import _array, _columns, _eigh, _linalg, _spectral, testing
+from ddnref import _array, _columns, _eigh, _linalg, _matrix_functions, _spectral, testing
 from ddnref._rules import RULES, as_tuple, options_of
 from ddnref.testing import check_vjp
 
-MODULES = (_array, _columns, _eigh, _linalg, _spectral, testing)
+MODULES = (_array, _columns, _eigh, _linalg, _matrix_functions, _spectral, testing)
 
 
 class Recorder:

@@ -1,5 +1,8 @@
 """The JAX bridge: jit, vmap, second derivatives, the complex convention, refusals."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from problems import projector_gradient, relative, rotation, symmetric, with_spectrum
@@ -125,6 +128,21 @@ def test_a_loss_of_the_eigenvalues_alone_has_no_vector_part(jax, differentiable)
     np.testing.assert_array_equal(jax.grad(lambda x: eigh(x)[0].sum())(jax.numpy.eye(3)), np.eye(3))
     jaxpr = str(jax.make_jaxpr(jax.grad(lambda x: eigh(x)[0].sum()))(jax.numpy.eye(3)))
     assert jaxpr.count("dot_general") == 1
+
+
+def test_default_precision_without_a_warning():
+    """In a process of its own, because 64-bit mode is global: JAX as it comes computes in float32 and int32."""
+    code = (
+        "import jax, jax.numpy as jnp, ddnref\n"
+        "from ddnref.interop.jax import differentiable\n"
+        "x = jnp.diag(jnp.arange(1.0, 5.0)) + 0.1\n"
+        "for op in (differentiable(ddnref.eigh), differentiable(ddnref.eigh_topk, k=2)):\n"
+        "    g = jax.grad(lambda x: (op(x)[1][0] ** 2 @ jnp.arange(float(op(x)[1].shape[-1]))).sum())(x)\n"
+        "    assert g.dtype == jnp.float32 and bool(jnp.all(jnp.isfinite(g)))\n"
+        "w, v = ddnref.eigh(x)\n"
+        "ddnref.eigh_vjp(w[:2], v[:, :2], w, v, index=(3, 0), gauge_rtol=float('inf'))\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], timeout=120, check=True)
 
 
 def test_static_errors(differentiable):

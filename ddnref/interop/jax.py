@@ -1,7 +1,7 @@
 """JAX: ``differentiable(op)`` makes an operation use our VJP instead of JAX's own derivative.
 
-Works with ``jit``, ``vmap``, ``grad`` and second derivatives. JAX's convention for complex gradients is the
-conjugate of ours; the bridge converts.
+Works with ``jit``, ``vmap`` and ``grad``; second derivatives go reverse over reverse, ``jax.jacrev(jax.grad(f))``.
+JAX's convention for complex gradients is the conjugate of ours; the bridge converts.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     Notes
     -----
     Where no gradient exists (a gauge-dependent loss, a singular matrix), that item's gradient is NaN and a warning
-    says why; a second derivative through repeated eigenvalues is NaN too. Calling ``ddnref.eigh`` itself under
+    says why; a second derivative through repeated eigenvalues is NaN too. Forward mode, and so ``jax.hessian``, raises:
+    take ``jax.jacrev(jax.grad(f))``. Calling ``ddnref.eigh`` itself under
     ``jax.grad`` would use JAX's derivative of ``jnp.linalg.eigh``, which is NaN or wrong there.
 
     Examples

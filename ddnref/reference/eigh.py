@@ -54,7 +54,8 @@ def eigh_vjp_v1(v_bar: Array, x: Array, w: Array, v: Array, /) -> Array:
 def eigh_vjp_v2(v_bar: Array, w: Array, v: Array, /, *, atol: float = ATOL) -> Array:
     """The same sum with the pseudo-inverse from the decomposition: ``(λ_k I − X)⁺ = V (λ_k I − Λ)⁺ Vᵀ``.
 
-    Parameters, errors and result as `eigh_vjp_v1`. Cost: m products of m×m matrices, O(m⁴) with a small constant.
+    Parameters, errors and result as `eigh_vjp_v1`, and `atol`: eigenvalues no further apart count as equal. Cost: m
+    products of m×m matrices, O(m⁴) with a small constant.
     """
     xp = _namespace(v_bar, w, v)
     x_bar = xp.zeros_like(v)
@@ -69,7 +70,7 @@ def eigh_vjp_v2(v_bar: Array, w: Array, v: Array, /, *, atol: float = ATOL) -> A
 def eigh_vjp_v3(v_bar: Array, w: Array, v: Array, /, *, atol: float = ATOL) -> Array:
     """All eigenpairs at once, rows as in the derivation: ``X̄ = sym(V (Λ̃ ∘ V̄ᵀV) Vᵀ)``, ``Λ̃_kj = 1/(λ_k − λ_j)``.
 
-    Parameters, errors and result as `eigh_vjp_v1`. Cost: three products, O(m³).
+    Parameters, errors and result as `eigh_vjp_v2`. Cost: three products, O(m³).
     """
     xp = _namespace(v_bar, w, v)
     v_t = xp.matrix_transpose(v)
