@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import array_api_compat
 
@@ -31,11 +31,12 @@ def columns_of(index: Sequence[int] | None, m: int) -> Columns:
 
 
 def take(x: Array, columns: Columns, axis: int) -> Array:
-    """``x`` at the chosen places along `axis` (−1 or −2); a view where they are a range."""
-    if isinstance(columns, range) and columns.step == 1:
-        part: Any = slice(columns.start, columns.stop)
-        return x[..., part] if axis == -1 else x[..., part, :]
+    """``x`` at the chosen places along `axis` (−1 or −2); a view, where the library has them, if they are a range."""
     xp = array_api_compat.array_namespace(x)
+    if isinstance(columns, range):
+        part = slice(min(columns, default=0), max(columns, default=-1) + 1)
+        run = x[..., part] if axis == -1 else x[..., part, :]
+        return run if columns.step == 1 else xp.flip(run, axis=axis)
     places = xp.asarray(list(columns), dtype=xp.int32, device=array_api_compat.device(x))
     return xp.take(x, places, axis=axis)
 

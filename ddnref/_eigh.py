@@ -227,10 +227,10 @@ def gauge_residual(
     --------
     >>> import numpy as np
     >>> w, v = ddnref.eigh(np.diag(np.asarray([1.0, 1.0, 2.0])))
-    >>> ddnref.gauge_residual(np.asarray([1.0, 1.0, 0.0]), None, w, v)  # λ_1 + λ_2: their order does not matter
-    array(0.)
-    >>> ddnref.gauge_residual(np.asarray([1.0, 0.0, 0.0]), None, w, v)  # λ_1 alone
-    array(1.)
+    >>> float(ddnref.gauge_residual(np.asarray([1.0, 1.0, 0.0]), None, w, v))  # λ_1 + λ_2: no order needed
+    0.0
+    >>> float(ddnref.gauge_residual(np.asarray([1.0, 0.0, 0.0]), None, w, v))  # λ_1 alone
+    1.0
     """
     xp, columns = _check(w_bar, v_bar, w, v, index)
     near = _near(xp, w, rtol)

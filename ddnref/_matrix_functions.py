@@ -132,7 +132,8 @@ def logm(x: Array, /, *, throw: bool = True) -> Array:
 
     Notes
     -----
-    The log-Euclidean chart of positive definite matrices, in which means and distances are Euclidean. Cost as `spectral_function`.
+    The log-Euclidean chart of positive definite matrices, in which means and distances are Euclidean. Cost as
+    `spectral_function`.
 
     Examples
     --------
