@@ -180,6 +180,8 @@ def eigh_vjp(
            [0., 0., 1.]])
     """
     xp, columns = _check(w_bar, v_bar, w, v, index)
+    if 0 in v.shape:
+        return xp.zeros_like(v)
     near = _near(xp, w, rtol)
     if gauge_rtol is None:
         gauge_rtol = eps(xp, w.dtype) ** 0.5
@@ -233,8 +235,10 @@ def gauge_residual(
     1.0
     """
     xp, columns = _check(w_bar, v_bar, w, v, index)
-    near = _near(xp, w, rtol)
     residual = full(w.shape[:-1], 0.0, w)
+    if 0 in v.shape:
+        return residual
+    near = _near(xp, w, rtol)
     if w_bar is not None:
         residual = xp.maximum(residual, _ratio(*_jump(w_bar, near, columns)))
     if v_bar is not None:

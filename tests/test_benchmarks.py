@@ -209,3 +209,39 @@ def test_figures_print_and_write_a_table(tmp_path: Path, capsys: pytest.CaptureF
 def test_figures_list_their_names(capsys: pytest.CaptureFixture[str]) -> None:
     figures.main(["--list"])
     assert capsys.readouterr().out.split() == list(figures.FIGURES)
+
+
+# --- the gate -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gate():
+    import importlib.util
+
+    path = BENCHES / "gate.py"
+    spec = importlib.util.spec_from_file_location("gate", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_gate_passes_ten_times_on_an_unchanged_commit(gate, capsys):
+    assert [gate.main([]) for _ in range(10)] == [0] * 10
+
+
+def test_the_gate_catches_one_more_product_in_a_vjp(gate, monkeypatch, capsys):
+    from ddnref import _numpy
+
+    tiled = _numpy._tiled
+
+    def with_one_more(w_bar, w, cluster, v_bar, v, *rest):
+        np.matmul(v, v)
+        tiled(w_bar, w, cluster, v_bar, v, *rest)
+
+    monkeypatch.setattr(_numpy, "_tiled", with_one_more)
+    assert gate.main([]) == 1
+    assert "eigh_vjp: products: 3.84, recorded 2.84" in capsys.readouterr().out
+
+
+def test_the_gate_catches_a_figure_that_is_not_recorded(gate):
+    assert gate.compare({"new": 1.0}, {}) == ["new is not recorded: run gate.py --write"]
