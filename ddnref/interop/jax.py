@@ -50,9 +50,8 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     >>> import jax, jax.numpy as jnp
     >>> from ddnref.interop.jax import differentiable
     >>> eigh = differentiable(ddnref.eigh)
-    >>> jax.grad(lambda x: eigh(x)[0][1])(jnp.diag(jnp.asarray([1.0, 2.0])))
-    Array([[0., 0.],
-           [0., 1.]], dtype=float32)
+    >>> jax.grad(lambda x: eigh(x)[0][1])(jnp.diag(jnp.asarray([1.0, 2.0]))).tolist()
+    [[0.0, 0.0], [0.0, 1.0]]
     """
     rule = rule_of(operation)
     forward, reverse, undefined = bind(rule, options)
