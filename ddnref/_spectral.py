@@ -140,6 +140,7 @@ def spectral_function_vjp(
 
 
 def forward(name: str, x: Array, f: Scalar, throw: bool) -> tuple[Array, Saved]:
+    """``V f(Λ) Vᴴ`` and ``(λ, V)``."""
     xp = namespace(x=x)
     check_square("x", x)
     refuse_recording(name, x)

@@ -78,24 +78,18 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     forward, reverse, undefined = bind(rule, options)
     n = rule.outputs
 
-    class FirstOrder(torch.autograd.Function):
-        """Identity on a gradient; its own derivative is refused where that would be wrong."""
+    operate = _operation(forward, reverse, _first_order(undefined))
 
-        generate_vmap_rule = True
+    def function(*inputs: Tensor) -> Any:
+        outputs = operate.apply(*inputs)[:n]
+        return outputs[0] if n == 1 else outputs
 
-        @staticmethod
-        def forward(x_bar: Tensor, *arrays: Tensor) -> Tensor:  # noqa: ARG004
-            return x_bar.view_as(x_bar)
+    function.__name__ = function.__qualname__ = rule.name
+    function.__doc__ = operation.__doc__
+    return function
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG004
-            ctx.save_for_backward(*inputs[1:])
 
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-            arrays = ctx.saved_tensors
-            return _Refuse.apply(grad, undefined(*arrays)), *(None for _ in arrays)
-
+def _operation(forward: Callable[..., Any], reverse: Callable[..., Any], first_order: Any) -> Any:
     class Operation(torch.autograd.Function):
         """Outputs and saved arrays; the latter are outputs too, so that second derivatives pass through them."""
 
@@ -119,15 +113,31 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
                 return None
             corner = x_bar[..., :1, :1]  # through an entry, or a compiler would drop the warning as unused
             x_bar[..., :1, :1] = torch.where(torch.ops.ddnref.warn(failed(x_bar)), torch.nan, corner)
-            return FirstOrder.apply(x_bar, *arrays) if torch.is_grad_enabled() else x_bar
+            return first_order.apply(x_bar, *arrays) if torch.is_grad_enabled() else x_bar
 
-    def function(*inputs: Tensor) -> Any:
-        outputs = Operation.apply(*inputs)[:n]
-        return outputs[0] if n == 1 else outputs
+    return Operation
 
-    function.__name__ = function.__qualname__ = rule.name
-    function.__doc__ = operation.__doc__
-    return function
+
+def _first_order(undefined: Callable[..., Any]) -> Any:
+    class FirstOrder(torch.autograd.Function):
+        """Identity on a gradient; its own derivative is refused where that would be wrong."""
+
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x_bar: Tensor, *arrays: Tensor) -> Tensor:  # noqa: ARG004
+            return x_bar.view_as(x_bar)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG004
+            ctx.save_for_backward(*inputs[1:])
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            arrays = ctx.saved_tensors
+            return _Refuse.apply(grad, undefined(*arrays)), *(None for _ in arrays)
+
+    return FirstOrder
 
 
 class _Refuse(torch.autograd.Function):
