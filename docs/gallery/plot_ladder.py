@@ -45,7 +45,7 @@ w, v = ddnref.eigh(x)
 # v1        a pseudo-inverse :math:`(\lambda_k I - X)^+` by SVD for every eigenvector                    O(m⁴)
 # v2        the same pseudo-inverse from the decomposition, :math:`V (\lambda_k I - \Lambda)^+ V^T`       O(m⁴)
 # v3        all eigenvectors at once: three products                                                     O(m³)
-# final     the middle matrix made antisymmetric first, in place, checked for gauge                     O(m³)
+# final     three products, divided in place, relative tolerance, gauge checked                         O(m³)
 # ========  ==========================================================================================  ==========
 
 rungs = {
