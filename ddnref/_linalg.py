@@ -5,7 +5,7 @@ from __future__ import annotations
 import array_api_compat
 
 from ddnref import _numpy
-from ddnref._array import Array, nan_where
+from ddnref._array import Array, full, nan_where
 
 CUPY_EIGH_BATCH = 2**19  # cuSOLVER's batched Jacobi kernel counts in 32 bits; it failed above a million matrices
 
@@ -58,7 +58,7 @@ def _eigh_cupy(s: Array) -> tuple[Array, Array]:
     xp = array_api_compat.array_namespace(s)
     m = s.shape[-1]
     if s.size == 0:
-        return xp.zeros(s.shape[:-1], dtype=xp.real(s).dtype), xp.zeros_like(s)
+        return full(s.shape[:-1], 0.0, xp.real(s)), xp.zeros_like(s)
     flat = xp.reshape(s, (-1, m, m))
     parts = [xp.linalg.eigh(flat[i : i + CUPY_EIGH_BATCH]) for i in range(0, flat.shape[0], CUPY_EIGH_BATCH)]
     w, v = parts[0] if len(parts) == 1 else (xp.concat([p[k] for p in parts]) for k in (0, 1))

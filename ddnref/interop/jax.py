@@ -41,9 +41,9 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     Notes
     -----
     Where no gradient exists (a gauge-dependent loss, a singular matrix), that item's gradient is NaN and a warning
-    says why; a second derivative through repeated eigenvalues is NaN too. Forward mode, and so ``jax.hessian``, raises:
-    take ``jax.jacrev(jax.grad(f))``. Calling ``ddnref.eigh`` itself under
-    ``jax.grad`` would use JAX's derivative of ``jnp.linalg.eigh``, which is NaN or wrong there.
+    says why; a second derivative through repeated eigenvalues is NaN too. Forward mode, and so ``jax.hessian``,
+    raises: take ``jax.jacrev(jax.grad(f))``. Calling ``ddnref.eigh`` itself under ``jax.grad`` would use JAX's
+    derivative of ``jnp.linalg.eigh``, which is NaN or wrong there.
 
     Examples
     --------
