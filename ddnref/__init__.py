@@ -2,7 +2,14 @@
 
 from ddnref import testing
 from ddnref._eigh import eigh, eigh_vjp, gauge_residual
-from ddnref._errors import DdnrefError, GaugeError, NonFiniteError, SingularError
+from ddnref._errors import (
+    ConvergenceError,
+    DdnrefError,
+    GaugeError,
+    NonFiniteError,
+    OptimalityError,
+    SingularError,
+)
 from ddnref._matrix_functions import (
     expm,
     expm_fwd,
@@ -22,9 +29,11 @@ from ddnref._topk import eigh_topk, eigh_topk_fwd, eigh_topk_vjp
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "ConvergenceError",
     "DdnrefError",
     "GaugeError",
     "NonFiniteError",
+    "OptimalityError",
     "SingularError",
     "eigh",
     "eigh_topk",

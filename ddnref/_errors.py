@@ -15,3 +15,11 @@ class SingularError(DdnrefError):
 
 class NonFiniteError(DdnrefError):
     """An input contains NaN or infinity, and the caller asked to hear about it."""
+
+
+class ConvergenceError(DdnrefError):
+    """An iteration did not reach its tolerance within its limit."""
+
+
+class OptimalityError(DdnrefError):
+    """A point handed to a declarative node does not solve the problem that the node states."""
