@@ -42,4 +42,4 @@ class LinearOperator(NamedTuple):
 
     def with_params(self, *params: Array) -> LinearOperator:
         """The same map with other parameters."""
-        return self._replace(params=params)  # type: ignore[no-any-return]
+        return self._replace(params=params)
