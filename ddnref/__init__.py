@@ -10,6 +10,14 @@ from ddnref._errors import (
     OptimalityError,
     SingularError,
 )
+from ddnref._iteration import (
+    align_signs,
+    eigen_residual,
+    fixed_point_residual,
+    power_iteration,
+    simultaneous_iteration,
+)
+from ddnref._iteration_vjp import power_iteration_vjp, simultaneous_iteration_vjp
 from ddnref._matrix_functions import (
     expm,
     expm_fwd,
@@ -24,6 +32,7 @@ from ddnref._matrix_functions import (
     sqrtm_fwd,
     sqrtm_vjp,
 )
+from ddnref._qr import qr, qr_vjp
 from ddnref._spectral import spectral_function, spectral_function_fwd, spectral_function_vjp
 from ddnref._topk import eigh_topk, eigh_topk_fwd, eigh_topk_vjp
 
@@ -35,6 +44,8 @@ __all__ = [
     "NonFiniteError",
     "OptimalityError",
     "SingularError",
+    "align_signs",
+    "eigen_residual",
     "eigh",
     "eigh_topk",
     "eigh_topk_fwd",
@@ -43,6 +54,7 @@ __all__ = [
     "expm",
     "expm_fwd",
     "expm_vjp",
+    "fixed_point_residual",
     "gauge_residual",
     "invsqrtm",
     "invsqrtm_fwd",
@@ -50,6 +62,12 @@ __all__ = [
     "logm",
     "logm_fwd",
     "logm_vjp",
+    "power_iteration",
+    "power_iteration_vjp",
+    "qr",
+    "qr_vjp",
+    "simultaneous_iteration",
+    "simultaneous_iteration_vjp",
     "spectral_function",
     "spectral_function_fwd",
     "spectral_function_vjp",

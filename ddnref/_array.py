@@ -82,6 +82,13 @@ def eps(xp: Namespace, dtype: Any) -> float:
     return 2.0**-23 if dtype in (xp.float32, xp.complex64) else 2.0**-52
 
 
+def double(xp: Namespace, x: Array) -> Array:
+    """`x` in float64; as it is where JAX was not told to compute in 64 bits."""
+    if x.dtype == xp.float64 or (array_api_compat.is_jax_array(x) and not sys.modules["jax"].config.jax_enable_x64):
+        return x
+    return xp.astype(x, xp.float64)
+
+
 def check_dtypes(**pairs: tuple[Array | None, Any]) -> None:
     """Raise ``TypeError`` unless each named ``(array, dtype)`` agrees; ``None`` arrays are skipped."""
     for name, (array, dtype) in pairs.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import array_api_compat
 
@@ -61,3 +61,14 @@ def _traced(
 
 def _any(flags: Array) -> Array:
     return array_api_compat.array_namespace(flags).any(flags)
+
+
+class Info(NamedTuple):
+    """How an iteration ended, for each item of the batch."""
+
+    converged: Array
+    """(...) bool: whether the stated residual reached its tolerance."""
+    n_iter: Array
+    """(...) int32: steps taken by the item before it was frozen."""
+    residual_norm: Array
+    """(...) or (..., n) real: the relative residual that the tolerance was compared with."""

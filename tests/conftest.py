@@ -51,6 +51,8 @@ class Backend:
     namespace: Any
     device: Any = None
     jit: Callable[..., Any] = lambda f: f
+    while_loop: Any = None
+    """What a compiled iteration needs."""
 
     def asarray(self, values: Any) -> Any:
         values = np.asarray(values)
@@ -88,7 +90,7 @@ def backend(name: str, device: Any = None) -> Backend:
         import jax.numpy as namespace
 
         jax.config.update("jax_enable_x64", True)
-        return Backend(name, namespace, jit=jax.jit)
+        return Backend(name, namespace, jit=jax.jit, while_loop=jax.lax.while_loop)
     return Backend(name, namespace, device)
 
 

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 from problems import projector_gradient, relative, rotation, symmetric, with_spectrum
+from smooth import SMOOTH
 
 import ddnref
 from ddnref._rules import RULES
@@ -14,7 +15,6 @@ pytestmark = pytest.mark.framework("jax")
 
 TRIPLE = np.asarray([-1.0, 0.3, 0.3, 0.3, 1.1, 2.0])
 INSIDE = TRIPLE == 0.3
-OPTIONS = {"eigh_topk": {"k": 2}, "spectral_function": {"f": lambda w: w**3, "df": lambda w: 3 * w**2}}
 
 
 @pytest.fixture
@@ -35,37 +35,34 @@ def differentiable(jax):
 
 
 def operation(jax, differentiable, name):
-    op = differentiable(getattr(ddnref, name), **OPTIONS.get(name, {}))
-    if RULES[name].outputs == 1:
-        return op
+    """The bridged operation as a smooth function of any square matrix."""
+    inputs, outputs, options = SMOOTH[name]
+    op = differentiable(getattr(ddnref, name), **options)
 
-    def invariant(x):
-        w, v = op(x)
-        return w, abs(v) ** 2, v[..., :1, :] * v[..., 1:2, :].conj()
+    def function(x):
+        steps = jax.numpy.diag(jax.numpy.arange(1.0, x.shape[-1] + 1)).astype(x.dtype)
+        return outputs(op(*inputs(x, steps)))
 
-    return invariant
-
-
-def spd(jax, x):
-    shift = jax.numpy.diag(jax.numpy.arange(1.0, x.shape[-1] + 1)).astype(x.dtype)
-    return x @ x.swapaxes(-1, -2).conj() / 4 + shift
+    return function
 
 
-@pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("is_complex", [False, True])
+@pytest.mark.parametrize(
+    ("name", "is_complex"), [(name, is_complex) for name, rule in RULES.items() for is_complex in (False, True)
+                             if rule.is_complex or not is_complex],
+)  # fmt: skip
 def test_check_grads_to_second_order_under_jit(name, is_complex, jax, differentiable, rng):
     from jax.test_util import check_grads
 
     x = rng.standard_normal((2, 3, 3)) + (1j * rng.standard_normal((2, 3, 3)) if is_complex else 0)
     op = operation(jax, differentiable, name)
-    check_grads(jax.jit(lambda x: op(spd(jax, x))), (jax.numpy.asarray(x),), order=2, modes=["rev"])
+    check_grads(jax.jit(op), (jax.numpy.asarray(x),), order=2, modes=["rev"])
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_vmap(name, jax, differentiable, rng):
     op = operation(jax, differentiable, name)
     x = jax.numpy.asarray(rng.standard_normal((3, 4, 4)))
-    loss = lambda x: sum(jax.numpy.sum(jax.numpy.sin(y)) for y in jax.tree.leaves(op(spd(jax, x))))
+    loss = lambda x: sum(jax.numpy.sum(jax.numpy.sin(y)) for y in op(x))
     each = jax.numpy.stack([jax.grad(loss)(item) for item in x])
     np.testing.assert_allclose(jax.jit(jax.vmap(jax.grad(loss)))(x), each, atol=1e-12)
 

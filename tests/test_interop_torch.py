@@ -5,15 +5,15 @@ import warnings
 import numpy as np
 import pytest
 from problems import projector_gradient, relative, rotation, symmetric, with_spectrum
+from smooth import SMOOTH
 
 import ddnref
-from ddnref._rules import RULES
+from ddnref._rules import RULES, options_of, plain_forward
 
 pytestmark = pytest.mark.framework("torch")
 
 TRIPLE = np.asarray([-1.0, 0.3, 0.3, 0.3, 1.1, 2.0])
 INSIDE = TRIPLE == 0.3
-OPTIONS = {"eigh_topk": {"k": 2}, "spectral_function": {"f": lambda w: w**3, "df": lambda w: 3 * w**2}}
 TRACED = [  # what PyTorch's own tracer says about code that it traces correctly
     r"ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning",
     r"ignore:.*is deprecated.*:FutureWarning",
@@ -36,45 +36,45 @@ def differentiable(torch):
     return differentiable
 
 
-def operation(differentiable, name):
-    """The bridged operation, made free of gauge: eigenvectors enter through their projectors' diagonals."""
-    op = differentiable(getattr(ddnref, name), **OPTIONS.get(name, {}))
-    if RULES[name].outputs == 1:
-        return op
+def operation(torch, differentiable, name):
+    """The bridged operation as a smooth function of any square matrix."""
+    inputs, outputs, options = SMOOTH[name]
+    op = differentiable(getattr(ddnref, name), **options)
 
-    def invariant(x):
-        w, v = op(x)
-        return w, (v * v.conj()).real, (v[..., :1, :] * v[..., 1:2, :].conj())
+    def function(x):
+        steps = torch.diag(torch.arange(1.0, x.shape[-1] + 1, dtype=x.real.dtype)).to(x.dtype)
+        return outputs(op(*inputs(x, steps)))
 
-    return invariant
-
-
-def spd(torch, x):
-    """Positive definite, with distinct eigenvalues, from any square matrix."""
-    shift = torch.diag(torch.arange(1.0, x.shape[-1] + 1, dtype=x.real.dtype)).to(x.dtype)
-    return x @ x.mH / 4 + shift
+    return function
 
 
-@pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+def total(out):
+    """A sum of the outputs that weights every entry differently."""
+    return sum((abs(y) ** 2 * (1 + 0.1 * i) + y.real).sum() + y.sum().real.sin() for i, y in enumerate(out))
+
+
+def real_or_complex(names):
+    return [(name, dtype) for name in names for dtype in ("float64", "complex128")
+            if RULES[name].is_complex or dtype == "float64"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "dtype"), real_or_complex(RULES))
 def test_gradcheck_and_gradgradcheck(name, dtype, torch, differentiable):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 3, dtype=getattr(torch, dtype), requires_grad=True)
-    op = operation(differentiable, name)
-    assert torch.autograd.gradcheck(lambda x: op(spd(torch, x)), x)
-    assert torch.autograd.gradgradcheck(lambda x: op(spd(torch, x)), x)
+    op = operation(torch, differentiable, name)
+    assert torch.autograd.gradcheck(op, x)
+    assert torch.autograd.gradgradcheck(op, x)
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_functorch(name, torch, differentiable):
     torch.manual_seed(1)
     x = torch.randn(3, 4, 4, dtype=torch.float64)
-    op = operation(differentiable, name)
+    op = operation(torch, differentiable, name)
 
     def loss(x):
-        out = op(spd(torch, x))
-        return sum((y.sin() * torch.arange(1.0, y.numel() + 1).view(y.shape)).sum() for y in
-                   (out if isinstance(out, tuple) else (out,)))  # fmt: skip
+        return total(op(x))
 
     each = torch.stack([torch.func.grad(loss)(item) for item in x])
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(x), each)
@@ -82,17 +82,20 @@ def test_functorch(name, torch, differentiable):
     torch.testing.assert_close(hessian, torch.autograd.functional.hessian(loss, x[0]))
 
 
-@pytest.mark.parametrize("name", RULES)
+CLOSED = [name for name, rule in RULES.items() if rule.info is None and not rule.vjp_info]
+ITERATIVE = [name for name, rule in RULES.items() if rule.info is not None]
+
+
+@pytest.mark.parametrize("name", CLOSED)
 @pytest.mark.filterwarnings(*TRACED)
 def test_compiles_without_a_graph_break(name, torch, differentiable):
     torch.manual_seed(2)
     torch._dynamo.reset()
     x = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)
-    op = operation(differentiable, name)
+    op = operation(torch, differentiable, name)
 
     def loss(x):
-        out = op(spd(torch, x))
-        return sum(y.sin().sum() for y in (out if isinstance(out, tuple) else (out,)))
+        return total(op(x))
 
     (eager,) = torch.autograd.grad(loss(x), x)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -100,20 +103,18 @@ def test_compiles_without_a_graph_break(name, torch, differentiable):
     torch.testing.assert_close(traced, eager)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [name for name, rule in RULES.items() if not rule.vjp_info])
 @pytest.mark.filterwarnings(*TRACED)
 def test_plain_vjp_compiles_without_a_graph_break(name, torch):
     """The flat pair itself, no bridge."""
-    from functools import partial
-
-    from ddnref._rules import as_tuple, options_of
-
     torch.manual_seed(3)
     torch._dynamo.reset()
     rule = RULES[name]
-    forward, options = options_of(rule, OPTIONS.get(name, {}))
-    outputs, saved = partial(rule.forward, **forward)(spd(torch, torch.randn(2, 4, 4, dtype=torch.float64)))
-    arrays = (*(torch.randn_like(y) for y in as_tuple(outputs)), *as_tuple(outputs), *saved)
+    inputs, _, given = SMOOTH[name]
+    forward, options = options_of(rule, given)
+    x = inputs(torch.randn(2, 4, 4, dtype=torch.float64), torch.diag(torch.arange(1.0, 5, dtype=torch.float64)))
+    outputs, saved = plain_forward(rule)(*x, **forward)
+    arrays = (*(torch.randn_like(y) for y in outputs), *outputs, *saved, *(x[i] for i in rule.needs))
     traced = torch.compile(lambda *a: rule.vjp(*a, **options), fullgraph=True, backend="aot_eager")(*arrays)
     torch.testing.assert_close(traced, rule.vjp(*arrays, **options))
 
@@ -138,8 +139,7 @@ def test_repeated_eigenvalues_are_exact_where_torch_is_not(torch, differentiable
 def test_second_order_raises_where_anything_was_masked(torch, differentiable):
     for name in ("eigh", "expm"):
         x = torch.eye(3, dtype=torch.float64, requires_grad=True)
-        out = operation(differentiable, name)(x)
-        out = out[0] if isinstance(out, tuple) else out
+        out = SMOOTH[name].outputs(differentiable(getattr(ddnref, name))(x))[0]
         (grad,) = torch.autograd.grad((out**2).sum(), x, create_graph=True)
         with pytest.raises(ddnref.GaugeError, match="second derivative through repeated eigenvalues"):
             grad.sum().backward()
@@ -212,7 +212,8 @@ def test_tensors_go_straight_into_the_pair(torch):
 
 @pytest.mark.parametrize("name", RULES)
 def test_recording_torchs_own_derivative_is_refused(name, torch):
-    options = {k: v for k, v in OPTIONS.get(name, {}).items() if k != "df"}
+    options, _ = options_of(RULES[name], SMOOTH[name].options)
+    options.pop("throw", None)
     x = torch.eye(3, requires_grad=True)
     with pytest.raises(TypeError, match=rf"given to {'eigh' if name == 'eigh_topk' else name} requires grad.*"
                                         r"interop\.torch\.differentiable"):  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddnref import _rules, eigh, eigh_vjp, spectral_function_fwd, spectral_function_vjp, testing
+from ddnref import _rules, _samples, eigh, eigh_vjp, spectral_function_fwd, spectral_function_vjp, testing
 from ddnref._eigh import has_repeated
 
 from ._common import Call, lean_problem, load, load_jax, problem
@@ -125,8 +125,8 @@ def finite_difference_error(gap: float, seed: int = 0) -> float:
     rng = np.random.default_rng(seed)
     spacing = rng.uniform(0.5, 1.5, 8)
     spacing[4] = gap
-    x = _rules.random_spectrum(rng, (), np.cumsum(spacing) - 4)
-    loss = _rules.eigen_loss(np.asarray, rng, (8,), 8, False)
+    x = _samples.random_spectrum(rng, (), np.cumsum(spacing) - 4)
+    loss = _samples.eigen_loss(np.asarray, rng, (8,), 8, False)
     return testing.check_vjp(
         eigh, eigh_vjp, x, loss=loss, gap=gap, tangent="symmetric", symmetrises=True, seed=seed
     ).error
@@ -139,9 +139,10 @@ def single_precision_error(name: str, m: int = 32) -> float:
     for dtype in ("float32", "float64"):
         sample = rule.sample(partial(_rounded, dtype=dtype), np.random.default_rng(0), (20,), m, False)
         forward_options, vjp_options = _rules.options_of(rule, sample.options)
-        outputs, saved = (_rules.as_tuple(part) for part in rule.forward(*sample.inputs, **forward_options))
+        outputs, saved = _rules.plain_forward(rule)(*sample.inputs, **forward_options)
         bars = sample.loss[1](*outputs) if sample.loss else _fixed_cotangents(outputs)
-        gradients.append(rule.vjp(*bars, *outputs, *saved, **vjp_options))
+        needed = (sample.inputs[i] for i in rule.needs)
+        gradients.append(_rules.plain_vjp(rule)(*bars, *outputs, *saved, *needed, **vjp_options)[0])
     errors = relative(gradients[0].astype(np.float64), gradients[1])
     return float(np.max(errors) / (np.finfo(np.float32).eps * sample.condition))
 

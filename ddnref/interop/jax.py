@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from ddnref._array import Array
-from ddnref._rules import WARNING, as_tuple, bind, failed, rule_of
+from ddnref._rules import WARNING, bind, failed, rule_of, spread
 
 
 def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -54,8 +54,7 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     [[0.0, 0.0], [0.0, 1.0]]
     """
     rule = rule_of(operation)
-    forward, reverse, undefined = bind(rule, options)
-    n = rule.outputs
+    forward, reverse, undefined, result = bind(rule, options, jax.lax.while_loop)
 
     @jax.custom_jvp
     def first_order(x_bar: Array, *arrays: Array) -> Array:  # noqa: ARG001
@@ -64,30 +63,37 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     @first_order.defjvp
     def _(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
         x_bar, *arrays = primals
-        keep = jnp.where(undefined(*arrays), jnp.nan, 1.0).astype(tangents[0].real.dtype)
-        return x_bar, tangents[0] * keep[..., None, None]
+        refused = undefined(*arrays) if undefined is not None else jnp.asarray(False)
+        keep = jnp.where(spread(refused, x_bar), jnp.nan, 1.0).astype(tangents[0].real.dtype)
+        return x_bar, tangents[0] * keep
 
     @jax.custom_vjp
-    def operate(*inputs: Array) -> tuple[Array, ...]:
-        outputs, saved = forward(*inputs)
-        return *as_tuple(outputs), *saved
+    def operate(*inputs: Array) -> tuple[tuple[Array, ...], ...]:
+        return forward(*inputs)
 
-    def operate_fwd(*inputs: Any) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        arrays = operate(*(primal.value for primal in inputs))
-        return arrays, arrays
+    def operate_fwd(*inputs: Any) -> tuple[tuple[tuple[Array, ...], ...], tuple[tuple[Array, ...], tuple[Array, ...]]]:
+        values = tuple(primal.value for primal in inputs)
+        outputs, saved, info = operate(*values)
+        return (outputs, saved, info), ((*outputs, *saved), values)
 
-    def operate_bwd(arrays: tuple[Array, ...], bars: tuple[Any, ...]) -> tuple[Array]:
-        x_bar = reverse(tuple(None if isinstance(bar, SymbolicZero) else jnp.conj(bar) for bar in bars), arrays)
-        if x_bar is None:
-            return (jnp.zeros_like(arrays[-1]),)
-        _warn(failed(x_bar))
-        return (jnp.conj(first_order(x_bar, *arrays)),)
+    def operate_bwd(
+        kept: tuple[tuple[Array, ...], tuple[Array, ...]], bars: tuple[tuple[Any, ...], ...]
+    ) -> tuple[Array, ...]:
+        results, inputs = kept
+        arrays = *results, *(inputs[i] for i in rule.needs)
+        used = tuple(None if isinstance(bar, SymbolicZero) else jnp.conj(bar) for bar in (*bars[0], *bars[1]))
+        gradients = reverse(used, arrays)
+        if not gradients:
+            return tuple(map(jnp.zeros_like, inputs))
+        for gradient in gradients:
+            _warn(failed(gradient))
+        return tuple(jnp.conj(first_order(gradient, *arrays)) for gradient in gradients)
 
     operate.defvjp(operate_fwd, operate_bwd, symbolic_zeros=True)
 
     def function(*inputs: Array) -> Any:
-        outputs = operate(*inputs)[:n]
-        return outputs[0] if n == 1 else outputs
+        outputs, _, info = operate(*inputs)
+        return result(outputs, info)
 
     function.__name__ = function.__qualname__ = rule.name
     function.__doc__ = operation.__doc__

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ddnref._errors import GaugeError
-from ddnref._rules import WARNING, as_tuple, bind, failed, rule_of
+from ddnref._rules import WARNING, Bound, Rule, bind, failed, rule_of, spread
 
 Tensor: TypeAlias = Any  # torch is optional, so that types must not depend on it
 
@@ -75,50 +75,77 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
             [0., 1.]], dtype=torch.float64)
     """
     rule = rule_of(operation)
-    forward, reverse, undefined = bind(rule, options)
-    n = rule.outputs
-
-    operate = _operation(forward, reverse, _first_order(undefined))
+    bound = bind(rule, options)
+    operate = _operation(rule, bound)
+    n, fields = rule.outputs, 0 if rule.info is None else len(rule.info._fields)
 
     def function(*inputs: Tensor) -> Any:
-        outputs = operate.apply(*inputs)[:n]
-        return outputs[0] if n == 1 else outputs
+        flat = operate.apply(*inputs)
+        return bound.result(flat[:n], flat[len(flat) - fields :])
 
     function.__name__ = function.__qualname__ = rule.name
     function.__doc__ = operation.__doc__
     return function
 
 
-def _operation(forward: Callable[..., Any], reverse: Callable[..., Any], first_order: Any) -> Any:
-    class Operation(torch.autograd.Function):
-        """Outputs and saved arrays; the latter are outputs too, so that second derivatives pass through them."""
+def _operation(rule: Rule, bound: Bound) -> Any:
+    first_order = None if bound.undefined is None else _first_order(bound.undefined, rule.refusal)
+    needs, fields = rule.needs, 0 if rule.info is None else len(rule.info._fields)
 
-        generate_vmap_rule = True
+    class Operation(torch.autograd.Function):
+        """Outputs, saved arrays and status; saved ones are outputs too, so that second derivatives pass through."""
+
+        generate_vmap_rule = rule.info is None
 
         @staticmethod
         def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
-            outputs, saved = forward(*inputs)
-            return *as_tuple(outputs), *saved
+            outputs, saved, info = bound.forward(*inputs)
+            return *outputs, *saved, *info
 
         @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ARG004
+        def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*output)
+            results = output[: len(output) - fields]
+            ctx.mark_non_differentiable(*output[len(results) :])
+            ctx.save_for_backward(*results, *(inputs[i] for i in needs))
 
         @staticmethod
-        def backward(ctx: Any, *bars: Tensor | None) -> Tensor | None:
+        def backward(ctx: Any, *bars: Tensor | None) -> Any:
             arrays = ctx.saved_tensors
-            x_bar = reverse(bars, arrays)
-            if x_bar is None:
-                return None
-            corner = x_bar[..., :1, :1]  # through an entry, or a compiler would drop the warning as unused
-            x_bar[..., :1, :1] = torch.where(torch.ops.ddnref.warn(failed(x_bar)), torch.nan, corner)
-            return first_order.apply(x_bar, *arrays) if torch.is_grad_enabled() else x_bar
+            gradients = bound.reverse(bars[: len(bars) - fields], arrays)
+            if not gradients:
+                return (None,) * len(ctx.needs_input_grad)
+            warned = tuple(_warn_where_nan(gradient) for gradient in gradients)
+            if first_order is None or not torch.is_grad_enabled():
+                return warned
+            return tuple(first_order.apply(gradient, *arrays) for gradient in warned)
 
+    if rule.info is not None:  # a loop that reads flags cannot be traced by vmap, and need not: batch axes lead
+
+        @staticmethod  # type: ignore[misc]
+        def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[tuple[Tensor, ...], int]:
+            return Operation.apply(*_batched(info.batch_size, in_dims, inputs)), 0
+
+        Operation.vmap = vmap
     return Operation
 
 
-def _first_order(undefined: Callable[..., Any]) -> Any:
+def _batched(size: int, in_dims: tuple[int | None, ...], arrays: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Every array with the mapped axis in front."""
+    return tuple(
+        array.expand(size, *array.shape) if dim is None else array.movedim(dim, 0)
+        for array, dim in zip(arrays, in_dims, strict=True)
+    )
+
+
+def _warn_where_nan(x_bar: Tensor) -> Tensor:
+    """The gradient, passed through the warning in one of its columns, or a compiler would drop that as unused."""
+    column = x_bar[..., :1] if x_bar.ndim else x_bar
+    column.copy_(torch.where(torch.ops.ddnref.warn(failed(x_bar)), torch.nan, column))
+    return x_bar
+
+
+def _first_order(undefined: Callable[..., Any], refusal: str) -> Any:
     class FirstOrder(torch.autograd.Function):
         """Identity on a gradient; its own derivative is refused where that would be wrong."""
 
@@ -135,7 +162,7 @@ def _first_order(undefined: Callable[..., Any]) -> Any:
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             arrays = ctx.saved_tensors
-            return _Refuse.apply(grad, undefined(*arrays)), *(None for _ in arrays)
+            return _Refuse.apply(grad, undefined(*arrays), refusal), *(None for _ in arrays)
 
     return FirstOrder
 
@@ -144,28 +171,26 @@ class _Refuse(torch.autograd.Function):
     """Identity on a second-order gradient that raises where it is wrong; under vmap it is NaN there instead."""
 
     @staticmethod
-    def forward(grad: Tensor, undefined: Tensor) -> Tensor:
+    def forward(grad: Tensor, undefined: Tensor, refusal: str) -> Tensor:
         if undefined.any():
-            raise GaugeError(
-                "A second derivative through repeated eigenvalues was asked for. It would be wrong (11 % in a "
-                "measured case), because the masked entries depend on the matrix as well. Use "
-                "ddnref.spectral_function for first derivatives of functions of the matrix, or separate the "
-                "eigenvalues, for example by a small ridge with distinct entries."
-            )
+            raise GaugeError(refusal)
         return grad.view_as(grad)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ARG004
+        return grad, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], grad: Tensor, undefined: Tensor) -> tuple[Tensor, int]:
-        grad, undefined = (
-            array.expand(info.batch_size, *array.shape) if dim is None else array.movedim(dim, 0)
-            for array, dim in zip((grad, undefined), in_dims, strict=True)
-        )
-        return torch.where(undefined[..., None, None], torch.nan, grad), 0
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        grad: Tensor,
+        undefined: Tensor,
+        refusal: str,  # noqa: ARG004
+    ) -> tuple[Tensor, int]:
+        grad, undefined = _batched(info.batch_size, in_dims[:2], (grad, undefined))
+        return torch.where(spread(undefined, grad), torch.nan, grad), 0

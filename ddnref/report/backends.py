@@ -29,6 +29,8 @@ class Backend(NamedTuple):
     bind: Callable[..., Callable[..., Any]] = partial
     """``bind(function, **options)``: a function of arrays alone, compiled where the library compiles."""
     compiles: bool = False
+    while_loop: Any = None
+    """The library's own loop, where one that is compiled needs it."""
 
 
 class MissingDependencyError(Exception):
@@ -95,7 +97,7 @@ def _jax() -> Loaded:
     def bind(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         return partial(jax.jit(function, static_argnames=tuple(options)), **options)
 
-    return Backend("jax", jax.__version__, jax.numpy.asarray, np.asarray, bind, compiles=True), nullcontext()
+    return Backend("jax", jax.__version__, jax.numpy.asarray, np.asarray, bind, True, jax.lax.while_loop), nullcontext()
 
 
 def _strict() -> Loaded:

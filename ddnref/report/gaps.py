@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 import ddnref
 from ddnref._array import Array
-from ddnref._rules import random_spectrum
+from ddnref._samples import random_spectrum
 from ddnref.report import peers
 from ddnref.report.backends import Backend
 from ddnref.report.content import Cell, Content, Context, Headline, Part, Picture, Section, Table, Text

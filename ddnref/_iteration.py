@@ -1,0 +1,496 @@
+"""Dominant eigenpairs by power iteration and by simultaneous iteration.
+
+    power         v ← ± X v / ‖X v‖,      λ = vᵀ X v
+    simultaneous  Q R = X Q,              T = Qᵀ X Q
+
+The sign follows that of λ, so that a negative eigenvalue has a fixed point too. Simultaneous iteration stops when
+the span of Q is invariant, ``X Q = Q T``, and takes the eigenpairs of the n×n matrix T: close or equal eigenvalues
+among the n cost no further steps.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import NamedTuple, NoReturn
+
+import array_api_compat
+import numpy as np
+
+from ddnref._array import (
+    Array,
+    Namespace,
+    check_dtypes,
+    check_shapes,
+    check_square,
+    eps,
+    full,
+    is_true,
+    namespace,
+    nan_where,
+    refuse_recording,
+)
+from ddnref._errors import ConvergenceError, NonFiniteError
+from ddnref._linalg import eigh, hermitian_part
+from ddnref._loops import CHECK_EVERY, Info, WhileLoop, run
+from ddnref._qr import qr
+
+RTOL = 16  # in units of eps: the rounding of one product reaches 2 to 4 of them at m = 1024
+MAXITER = 1000
+
+
+class _Power(NamedTuple):
+    v: Array
+    z: Array
+    """``X v``, or the start vector before the first step."""
+    w: Array
+    residual: Array
+    n_iter: Array
+    active: Array
+
+
+def power_iteration(
+    x: Array,
+    /,
+    *,
+    symmetric: bool = False,
+    v0: Array | None = None,
+    align: str | None = "positive",
+    reference: Array | None = None,
+    rtol: float | None = None,
+    maxiter: int = MAXITER,
+    check_every: int = CHECK_EVERY,
+    throw: bool = True,
+    while_loop: WhileLoop | None = None,
+) -> tuple[tuple[Array, Array], Info]:
+    """The eigenvalue of largest magnitude and its eigenvector, by power iteration.
+
+    Parameters
+    ----------
+    x : (..., m, m) array, float32 or float64
+        Need not be symmetric, but its dominant eigenvalue must be real and simple in magnitude. For complex
+        Hermitian matrices take `eigsh`.
+    symmetric : bool, default False
+        Iterate with ``½ (X + Xᵀ)`` instead of `x`. Give the VJP the same value: the gradients differ.
+    v0 : (..., m) or (m,) array, optional
+        Where to start; default fixed pseudo-random numbers.
+    align : {"positive", "negative", None}
+        The sign of the eigenvector, as in `align_signs`; ``None`` leaves it as the start vector determines it.
+    reference : (..., m) or (m,) array, optional
+        As in `align_signs`.
+    rtol : float, optional
+        Stop when ``‖X v − λ v‖ <= rtol * ‖X v‖``; default ``16 * eps``.
+    maxiter : int, default 1000
+    check_every : int, default 10
+        Steps between two looks at the stopping rule: each reads one flag on the host.
+    throw : bool, default True
+        Raise if an item has not converged, reading one more flag. With ``False`` the last iterate is returned and
+        ``info.converged`` says so.
+    while_loop : callable, optional
+        Such as ``jax.lax.while_loop``, which runs under ``jax.jit`` and reads nothing.
+
+    Returns
+    -------
+    (w, v) : (...) and (..., m) arrays
+        Eigenvalue and eigenvector of unit length.
+    info : Info
+        ``converged``, ``n_iter``, ``residual_norm`` (relative), each ``(...)``.
+
+    Raises
+    ------
+    ConvergenceError
+        Not converged within `maxiter`: two eigenvalues of (nearly) the same largest magnitude, such as λ and −λ or a
+        complex pair, let the iteration oscillate or creep; a zero matrix has no dominant eigenvalue.
+    NonFiniteError
+        An item contains NaN or infinity; with ``throw=False`` it comes out as NaN and the others are not affected.
+    TypeError, ValueError
+        Complex, integer or mixed input; shapes that do not fit; unknown `align`.
+
+    See Also
+    --------
+    power_iteration_vjp, simultaneous_iteration
+    eigsh : k eigenpairs of a symmetric matrix, at a rate that two close eigenvalues do not spoil.
+
+    Notes
+    -----
+    The error of v falls by ``|λ₂/λ₁|`` a step; a residual r leaves an error of about ``r |λ₁| / gap`` in v. Cost: one
+    product with X a step, 2 m² flops.
+
+    References
+    ----------
+    .. [1] G. H. Golub and C. F. Van Loan, "Matrix Computations" (4th ed., 2013), section 7.3.1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> (w, v), info = ddnref.power_iteration(np.asarray([[2.0, 1.0], [1.0, 2.0]]))
+    >>> round(float(w), 12), bool(info.converged)
+    (3.0, True)
+    """
+    xp, x, scale, bad, rtol = _prepare("power_iteration", x, symmetric, align, rtol)
+    one = full(x.shape[:-2], 1.0, x)
+    z = _start(xp, v0, x, ())
+    state = _Power(z, z, one, float("inf") * one, xp.zeros_like(one, dtype=xp.int32), ~bad)
+
+    def body(state: _Power) -> _Power:
+        return _power_step(xp, x, state, rtol)
+
+    state = run(lambda s: s.active, body, state, maxiter=maxiter, check_every=check_every, while_loop=while_loop)
+    converged = ~bad & (state.residual <= rtol)
+    w, residual = nan_where(bad, scale * state.w), nan_where(bad, state.residual)
+    v = state.v if align is None else align_signs(state.v, reference, sign=align, axis=-1)
+    info = Info(converged, state.n_iter, residual)
+    if throw and not is_true(xp.all(converged)):
+        _raise(bad, info, maxiter, rtol)
+    return (w, nan_where(bad[..., None], v)), info
+
+
+def _power_step(xp: Namespace, x: Array, state: _Power, rtol: float) -> _Power:
+    """``v = ± z/‖z‖`` and one product with it, by which it is judged; frozen items keep theirs."""
+    old = _length(xp, state.z)
+    old = xp.where(old == 0, xp.ones_like(old), old)  # of a frozen item
+    v = state.z / xp.where(state.w[..., None] < 0, -old, old)
+    z = (x @ v[..., None])[..., 0]
+    w = xp.sum(v * z, axis=-1)
+    size = _length(xp, z)[..., 0]
+    zero = size == 0  # v is in the null space: a zero matrix, or a start vector without a part in the range
+    residual = _length(xp, z - w[..., None] * v)[..., 0] / xp.where(zero, xp.ones_like(size), size)
+    residual = xp.where(zero, xp.ones_like(size), residual)
+    active = state.active
+    return _Power(
+        xp.where(active[..., None], v, state.v),
+        xp.where(active[..., None], z, state.z),
+        xp.where(active, w, state.w),
+        xp.where(active, residual, state.residual),
+        state.n_iter + xp.astype(active, xp.int32),
+        active & (residual > rtol) & ~zero,
+    )
+
+
+class _Simultaneous(NamedTuple):
+    q: Array
+    z: Array
+    """``X q``, or the start before the first step."""
+    t: Array
+    residual: Array
+    n_iter: Array
+    active: Array
+
+
+def simultaneous_iteration(
+    x: Array,
+    /,
+    n: int,
+    *,
+    symmetric: bool = False,
+    v0: Array | None = None,
+    align: str | None = "positive",
+    reference: Array | None = None,
+    rtol: float | None = None,
+    maxiter: int = MAXITER,
+    check_every: int = CHECK_EVERY,
+    throw: bool = True,
+    while_loop: WhileLoop | None = None,
+) -> tuple[tuple[Array, Array], Info]:
+    """The n eigenvalues of largest magnitude and their eigenvectors, by simultaneous (orthogonal, QR) iteration.
+
+    Parameters
+    ----------
+    x : (..., m, m) array, float32 or float64
+    n : int
+        How many, ``1 <= n <= m``. Only n columns are ever multiplied and orthogonalised.
+    symmetric : bool, default False
+        Iterate with ``½ (X + Xᵀ)``, and rely on its symmetry. With ``False`` the matrix may be any with n real
+        dominant eigenvalues of distinct magnitude, and each must converge by itself.
+    v0 : (..., m, n) or (m, n) array, optional
+        Where to start; default fixed pseudo-random numbers.
+    align, reference, rtol, maxiter, check_every, throw, while_loop
+        As in `power_iteration`; the residual is that of the subspace, ``‖X Q − Q T‖ <= rtol * ‖T‖``.
+
+    Returns
+    -------
+    (w, v) : (..., n) and (..., m, n) arrays
+        Eigenvalues, largest magnitude first, and eigenvectors of unit length in the columns (right ones if `x` is not
+        symmetric, and then not orthogonal).
+    info : Info
+        ``converged``, ``n_iter``, ``residual_norm`` (relative), each ``(...)``.
+
+    Raises
+    ------
+    ConvergenceError, NonFiniteError, TypeError, ValueError
+        As `power_iteration`; n out of range.
+
+    See Also
+    --------
+    simultaneous_iteration_vjp
+
+    Notes
+    -----
+    The error falls by ``|λ_{n+1}/λ_n|`` a step (symmetric), by the largest ``|λ_{i+1}/λ_i|``, ``i <= n``, otherwise.
+    Cost of a step: 2 m² n flops for the product and 8 m n² for the orthogonalisation.
+
+    References
+    ----------
+    .. [1] G. H. Golub and C. F. Van Loan, "Matrix Computations" (4th ed., 2013), sections 7.3.2 and 8.2.4.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> (w, v), info = ddnref.simultaneous_iteration(np.diag(np.asarray([1.0, -5.0, 3.0])), 2)
+    >>> np.round(w, 12)
+    array([-5.,  3.])
+    """
+    xp, x, scale, bad, rtol = _prepare("simultaneous_iteration", x, symmetric, align, rtol)
+    n = operator.index(n)
+    if not 1 <= n <= x.shape[-1]:
+        raise ValueError(f"n is {n}, expected 1 <= n <= {x.shape[-1]} for a matrix with {x.shape[-1]} columns.")
+    one = full(x.shape[:-2], 1.0, x)
+    z = _start(xp, v0, x, (n,))
+    t = xp.zeros_like(x[..., :n, :n])
+    state = _Simultaneous(z, z, t, float("inf") * one, xp.zeros_like(one, dtype=xp.int32), ~bad)
+
+    def body(state: _Simultaneous) -> _Simultaneous:
+        return _simultaneous_step(xp, x, state, rtol, symmetric)
+
+    state = run(lambda s: s.active, body, state, maxiter=maxiter, check_every=check_every, while_loop=while_loop)
+    w, u = _ritz(xp, state.t, symmetric)
+    v = state.q @ u
+    converged = ~bad & (state.residual <= rtol)
+    if align is not None:
+        v = align_signs(v, reference, sign=align)
+    info = Info(converged, state.n_iter, nan_where(bad, state.residual))
+    if throw and not is_true(xp.all(converged)):
+        _raise(bad, info, maxiter, rtol)
+    return (nan_where(bad[..., None], scale[..., None] * w), nan_where(bad[..., None, None], v)), info
+
+
+def _simultaneous_step(xp: Namespace, x: Array, state: _Simultaneous, rtol: float, symmetric: bool) -> _Simultaneous:
+    q, _ = qr(state.z)
+    z = x @ q
+    t = xp.matrix_transpose(q) @ z
+    size = _norm(xp, t)
+    zero = size == 0
+    left = _norm(xp, z - q @ t)
+    if not symmetric:
+        left = left + _norm(xp, xp.tril(t, k=-1))  # each column by itself: T is triangular
+    residual = xp.where(zero, xp.ones_like(size), left / xp.where(zero, xp.ones_like(size), size))
+    active = state.active
+    wide = active[..., None, None]
+    return _Simultaneous(
+        xp.where(wide, q, state.q),
+        xp.where(wide, z, state.z),
+        xp.where(wide, t, state.t),
+        xp.where(active, residual, state.residual),
+        state.n_iter + xp.astype(active, xp.int32),
+        active & (residual > rtol) & ~zero,
+    )
+
+
+def _ritz(xp: Namespace, t: Array, symmetric: bool) -> tuple[Array, Array]:
+    """Eigenpairs of the n×n matrix T, largest magnitude first."""
+    if not symmetric:
+        return xp.linalg.diagonal(t), _triangular_eigenvectors(xp, t)
+    w, u = eigh(hermitian_part(t))
+    order = xp.argsort(-xp.abs(w), axis=-1, stable=True)
+    return xp.take_along_axis(w, order, axis=-1), xp.take_along_axis(u, order[..., None, :], axis=-1)
+
+
+def _triangular_eigenvectors(xp: Namespace, t: Array) -> Array:
+    """Unit eigenvectors of an upper triangular matrix with distinct diagonal entries, by back substitution.
+
+    For column k, ``u_k = 1`` and ``u_i = Σ_{i<j<=k} t_ij u_j / (t_kk − t_ii)`` upwards.
+    """
+    n = t.shape[-1]
+    zero, one = xp.zeros_like(t[..., 0, 0]), xp.ones_like(t[..., 0, 0])
+    columns = []
+    for k in range(n):
+        u = [zero] * n
+        u[k] = one
+        for i in range(k - 1, -1, -1):
+            total = zero
+            for j in range(i + 1, k + 1):
+                total = total + t[..., i, j] * u[j]
+            gap = t[..., k, k] - t[..., i, i]
+            u[i] = total / xp.where(gap == 0, full((), float("nan"), gap), gap)
+        column = xp.stack(u, axis=-1)
+        columns.append(column / _length(xp, column))
+    return xp.stack(columns, axis=-1)
+
+
+def align_signs(v: Array, reference: Array | None = None, /, *, sign: str = "positive", axis: int = -2) -> Array:
+    """Flip eigenvectors so that their inner product with a reference has a given sign.
+
+    Parameters
+    ----------
+    v : array of real vectors, ``(..., m, n)`` in columns (``axis=-2``) or ``(..., m)`` (``axis=-1``)
+    reference : array, optional
+        One vector ``(m,)`` for all, or an array that broadcasts against `v`: one for each. Default ``(1, 0, …, 0)``:
+        the sign of the first component.
+    sign : {"positive", "negative"}
+    axis : {-2, -1}
+        Along which axis the vectors lie.
+
+    Returns
+    -------
+    v : array of the same shape
+        A vector orthogonal to its reference stays as it is.
+
+    Raises
+    ------
+    ValueError
+        Unknown `sign` or `axis`; a reference that does not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> ddnref.align_signs(np.asarray([[-0.6, 0.8], [0.8, 0.6]])).tolist()
+    [[0.6, 0.8], [-0.8, 0.6]]
+    """
+    xp = namespace(v=v, reference=reference)
+    if sign not in SIGNS or axis not in (-1, -2):
+        raise ValueError(f'sign is {sign!r} and axis {axis!r}, expected "positive" or "negative" and -2 or -1.')
+    if reference is None:
+        inner = v[..., :1, :] if axis == -2 else v[..., :1]
+    else:
+        along = reference[:, None] if axis == -2 and reference.ndim == 1 else reference
+        if along.ndim > v.ndim or any(a not in (1, b) for a, b in zip(along.shape[::-1], v.shape[::-1], strict=False)):
+            raise ValueError(f"reference has shape {tuple(reference.shape)}, which does not fit v: {tuple(v.shape)}.")
+        inner = xp.sum(along * v, axis=axis, keepdims=True)
+    return xp.where(inner < 0 if sign == "positive" else inner > 0, -v, v)
+
+
+SIGNS = ("positive", "negative")
+
+
+def eigen_residual(x: Array, w: Array, v: Array, /) -> Array:
+    """``‖X v − λ v‖`` of each eigenpair: the "eigen gap" of the declarative-network papers.
+
+    Parameters
+    ----------
+    x : (..., m, m) array
+    w : (...) or (..., n) array
+    v : (..., m) array, or (..., m, n) array of columns
+
+    Returns
+    -------
+    residual : (...) or (..., n) real array
+        Absolute: divide by ``|w|`` or ``‖X‖`` to compare matrices of different size.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Mixed libraries, devices or dtypes; shapes that do not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> float(ddnref.eigen_residual(2 * np.eye(2), np.asarray(2.0), np.asarray([1.0, 0.0])))
+    0.0
+    """
+    xp, y, z = _columns_and_product(x, w, v)
+    residual = _norm(xp, z - _wide(w, x, v) * y, axis=-2)
+    return residual[..., 0] if v.ndim < x.ndim else residual
+
+
+def fixed_point_residual(x: Array, w: Array, v: Array, /) -> Array:
+    """``‖v − sign(λ) X v / ‖X v‖‖``: how far each eigenvector is from a fixed point of power iteration.
+
+    Parameters, errors and shape of the result as `eigen_residual`. NaN where ``X v = 0``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> float(ddnref.fixed_point_residual(-2 * np.eye(2), np.asarray(-2.0), np.asarray([1.0, 0.0])))
+    0.0
+    """
+    xp, y, z = _columns_and_product(x, w, v)
+    size = _norm(xp, z, axis=-2)[..., None, :]
+    size = xp.where(_wide(w, x, v) < 0, -size, size)
+    residual = _norm(xp, y - z / xp.where(size == 0, full((), float("nan"), size), size), axis=-2)
+    return residual[..., 0] if v.ndim < x.ndim else residual
+
+
+# --- below: static facts and small pieces -----------------------------------------------------------------------
+
+
+def _prepare(
+    function: str, x: Array, symmetric: bool, align: str | None, rtol: float | None
+) -> tuple[Namespace, Array, Array, Array, float]:
+    """The matrix to iterate with over a power of two, that power, which items are not finite, the tolerance.
+
+    Scaled so, squares neither overflow nor vanish, and nothing is rounded; items that are not finite become zero.
+    """
+    xp = namespace(x=x)
+    check_square("x", x)
+    if x.shape[-1] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}: a matrix without entries has no eigenvalue.")
+    refuse_recording(function, x)
+    if xp.isdtype(x.dtype, "complex floating"):
+        raise TypeError(f"{function} takes real matrices, got {x.dtype}: use ddnref.eigsh for Hermitian ones.")
+    if align is not None and align not in SIGNS:
+        raise ValueError(f'align is {align!r}, expected "positive", "negative" or None.')
+    bad = ~xp.all(xp.isfinite(x), axis=(-2, -1))
+    x = xp.where(bad[..., None, None], xp.zeros_like(x), x)
+    x = hermitian_part(x) if symmetric else x
+    scale = _power_of_two(xp, x)
+    return xp, x / scale[..., None, None], scale, bad, RTOL * eps(xp, x.dtype) if rtol is None else rtol
+
+
+def _power_of_two(xp: Namespace, x: Array) -> Array:
+    """The power of two below the largest entry of each matrix, 1 for zero."""
+    largest = xp.max(xp.abs(x), axis=(-2, -1))
+    two = full((), 2.0, x)
+    return two ** xp.floor(xp.log2(xp.where(largest > 0, largest, xp.ones_like(largest))))
+
+
+def _start(xp: Namespace, v0: Array | None, x: Array, columns: tuple[int, ...]) -> Array:
+    """The given start, or fixed pseudo-random numbers, for every item of the batch: ``(..., m, *columns)``."""
+    shape = (*x.shape[:-1], *columns)
+    if v0 is None:
+        draw = np.random.default_rng(0).standard_normal(shape[x.ndim - 2 :])
+        v0 = xp.asarray(draw, dtype=x.dtype, device=array_api_compat.device(x))
+    else:
+        namespace(x=x, v0=v0)
+        check_dtypes(v0=(v0, x.dtype))
+        check_shapes(v0=(v0, shape if v0.ndim == len(shape) else shape[x.ndim - 2 :]))
+    return xp.broadcast_to(v0, shape)
+
+
+def _columns_and_product(x: Array, w: Array, v: Array) -> tuple[Namespace, Array, Array]:
+    xp = namespace(x=x, w=w, v=v)
+    check_square("x", x)
+    n = v.shape[-1:] if v.ndim == x.ndim else ()
+    check_shapes(v=(v, (*x.shape[:-1], *n)), w=(w, (*x.shape[:-2], *n)))
+    y = v if n else v[..., None]
+    return xp, y, x @ y
+
+
+def _wide(w: Array, x: Array, v: Array) -> Array:
+    return w[..., None, :] if v.ndim == x.ndim else w[..., None, None]
+
+
+def _norm(xp: Namespace, x: Array, axis: int | tuple[int, int] = (-2, -1)) -> Array:
+    return xp.sqrt(xp.sum(xp.real(x * xp.conj(x)) if xp.isdtype(x.dtype, "complex floating") else x * x, axis=axis))
+
+
+def _length(xp: Namespace, v: Array) -> Array:
+    """Euclidean length along the last axis, which is kept."""
+    return xp.sqrt(xp.sum(v * v, axis=-1, keepdims=True))
+
+
+def _raise(bad: Array, info: Info, maxiter: int, rtol: float) -> NoReturn:
+    xp = array_api_compat.array_namespace(bad)
+    if is_true(xp.any(bad)):
+        raise NonFiniteError(
+            "x contains NaN or infinity. Likely a diverged step or a division by zero before this call. Pass "
+            "throw=False to get NaN for these items of the batch and the right results for the others."
+        )
+    failed, items = int(xp.sum(xp.astype(~info.converged, xp.int32))), math.prod(info.converged.shape)
+    worst = float(xp.max(info.residual_norm))
+    raise ConvergenceError(
+        f"{failed} of {items} items have not converged after at most {maxiter} steps: relative "
+        f"residual {worst:.1e} > rtol {rtol:.1e}. Likely two eigenvalues have nearly the same largest magnitude (λ and "
+        "−λ, a complex pair, a small gap behind the last one wanted), or the matrix is zero. Use ddnref.eigsh or "
+        "ddnref.eigh for symmetric matrices, pass a larger maxiter or rtol, a shifted matrix, or throw=False to get "
+        "the last iterate and info."
+    )

@@ -1,0 +1,58 @@
+"""Every operation as a smooth function of one random square matrix, for bridges: no gauge, no close eigenvalues.
+
+Written in what PyTorch's and JAX's arrays have in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ddnref._rules import RULES
+
+
+class Smooth(NamedTuple):
+    inputs: Callable[[Any, Any], tuple[Any, ...]]
+    """From a random matrix, and diag(1, …, m) of its dtype, to the inputs of the operation."""
+    outputs: Callable[[Any], tuple[Any, ...]]
+    """From its result to arrays that are differentiable functions of the inputs."""
+    options: dict[str, Any] = {}
+
+
+def positive(x: Any, steps: Any) -> tuple[Any, ...]:
+    """Positive definite, with distinct eigenvalues."""
+    return (x @ x.mT.conj() / 4 + steps,)
+
+
+def pairs(result: Any) -> tuple[Any, ...]:
+    w, v = result
+    return w, abs(v) ** 2, v[..., :1, :] * v[..., 1:2, :].conj()
+
+
+def whole(result: Any) -> tuple[Any, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def without_info(result: Any) -> tuple[Any, ...]:
+    return whole(result[0])
+
+
+def cube(w: Any) -> Any:
+    return w**3
+
+
+def cube_derivative(w: Any) -> Any:
+    return 3 * w**2
+
+
+SMOOTH = {
+    "eigh": Smooth(positive, pairs),
+    "eigh_topk": Smooth(positive, pairs, {"k": 2}),
+    "spectral_function": Smooth(positive, whole, {"f": cube, "df": cube_derivative}),
+    **{name: Smooth(positive, whole) for name in ("sqrtm", "invsqrtm", "logm", "expm")},
+    "power_iteration": Smooth(positive, without_info),
+    "simultaneous_iteration": Smooth(positive, without_info, {"n": 2}),
+    "qr": Smooth(lambda x, steps: (positive(x, steps)[0][..., :2],), whole),
+}
+
+assert set(SMOOTH) == set(RULES), "every rule needs a line here"
