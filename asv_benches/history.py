@@ -74,9 +74,17 @@ def asv(work: Path, results: Path, html: Path, branch: str, *arguments: str) -> 
     return subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
 
 
-def write(path: Path, content: Any) -> None:
+def write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(written(content) + "\n", encoding="utf-8")
+
+
+def written(content: Any, depth: int = 2) -> str:
+    """JSON with one line for each benchmark, so that a difference between two records can be read."""
+    if not depth or not isinstance(content, dict) or not content:
+        return json.dumps(content, ensure_ascii=False)
+    lines = (f"{json.dumps(key)}: {written(value, depth - 1)}" for key, value in content.items())
+    return "{\n" + ",\n".join(lines) + "\n}"
 
 
 # --- record -----------------------------------------------------------------------------------------------------
@@ -92,6 +100,13 @@ def refuse_dirty(history: Path) -> None:
 def neutral(result: dict[str, Any], python: str) -> dict[str, Any]:
     """A result file of asv with what it measured and nothing about where: a list of what stays, not of what goes."""
     where = [result["result_columns"].index(column) for column in COLUMNS]
+
+    def kept(row: list[Any]) -> list[Any]:
+        values = [row[i] if i < len(row) else None for i in where]
+        while values[-1] is None:  # the version never is
+            values.pop()
+        return values
+
     return {
         "commit_hash": result["commit_hash"],
         "env_name": f"existing-py{python}",
@@ -101,9 +116,7 @@ def neutral(result: dict[str, Any], python: str) -> dict[str, Any]:
         "requirements": {},
         "env_vars": {},
         "result_columns": list(COLUMNS),
-        "results": {
-            name: [row[i] if i < len(row) else None for i in where] for name, row in sorted(result["results"].items())
-        },
+        "results": {name: kept(row) for name, row in sorted(result["results"].items())},
         "durations": {},
         "version": result["version"],
     }
