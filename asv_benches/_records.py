@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any, NamedTuple
@@ -59,31 +60,23 @@ def judged(name: str, old: float, new: float | None, unit: str, factor: float) -
 
 def changes(
     old: dict[str, Any], new: dict[str, Any], units: dict[str, str], factor: float
-) -> tuple[list[Change], dict[str, int]]:
-    """Every figure that was measured before, worst first, and how many could not be compared for which reason."""
+) -> tuple[list[Change], Counter[str]]:
+    """Every figure that was measured before, worst first, and how many are not judged for which reason."""
     before, after = figures(old), figures(new)
-    counts = {
-        "measured for the first time": sum(
-            figure.value is not None and (name not in before or before[name].value is None)
-            for name, figure in after.items()
-        )
-    }
-    found = []
-    for name, figure in before.items():
-        if figure.value is None:
-            continue
-        now = after.get(name)
-        if now is None and not selected(name, figure.benchmark, new):
-            why = "not selected by --bench in the newer record"
-        elif now is not None and now.version != figure.version:
-            why = "of a benchmark that changed itself, not comparable"
+    found: list[Change] = []
+    others: Counter[str] = Counter()
+    for name, was in before.items():
+        now = after.get(name, Figure(None, was.benchmark, was.version))
+        if was.value is None:
+            others["measured for the first time"] += now.value is not None
+        elif now.value is None and not selected(name, was.benchmark, new):
+            others["not selected by --bench in the newer record"] += 1
+        elif now.version != was.version:
+            others["of a benchmark that changed itself, not comparable"] += 1
         else:
-            found.append(
-                judged(name, figure.value, now.value if now else None, units.get(figure.benchmark, ""), factor)
-            )
-            continue
-        counts[why] = counts.get(why, 0) + 1
-    return sorted(found, key=lambda change: (-change.ratio, change.name)), counts
+            found.append(judged(name, was.value, now.value, units.get(was.benchmark, ""), factor))
+    others["measured for the first time"] += sum(after[name].value is not None for name in after.keys() - before.keys())
+    return sorted(found, key=lambda change: (-change.ratio, change.name)), others
 
 
 def selected(name: str, benchmark: str, result: dict[str, Any]) -> bool:

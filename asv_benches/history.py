@@ -1,6 +1,6 @@
 """Record the benchmarks of a commit in the repository, show their history as a site, compare two commits.
 
-    python asv_benches/history.py record     # run asv on HEAD: all benchmarks, half an hour on an idle machine
+    python asv_benches/history.py record     # run asv on HEAD: all benchmarks, more than ten minutes
     python asv_benches/history.py site       # the recorded history as pages in .asv/html
     python asv_benches/history.py compare    # the two newest records; exit 1 where a track_ figure got worse
 
@@ -31,6 +31,7 @@ from _records import changes, differing, is_tracked, table
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 MACHINE = "ddnref-ci"  # one name for every machine: whose it was is nobody's business
+MACHINE_FILE = {"machine": MACHINE, "version": 1}
 PEERS = ("numpy", "scipy", "array-api-compat", "array-api-strict", "torch", "jax", "autograd")
 COLUMNS = ("result", "params", "version", "stats_ci_99_a", "stats_ci_99_b", "stats_q_25", "stats_q_75", "stats_number",
            "stats_repeat")  # fmt: skip
@@ -167,7 +168,7 @@ def record(options: argparse.Namespace) -> int:
         found = list((results / MACHINE).glob(f"{commit[:8]}-*.json"))
         if code not in (0, 2) or not found:  # 2: a benchmark failed, which is worth recording
             raise Refused(f"asv run ended with code {code}; nothing was recorded")
-        refuse_dirty(options.history)  # half an hour later
+        refuse_dirty(options.history)  # it may have changed during the run
         if git("rev-parse", "HEAD") != commit:
             raise Refused(f"HEAD moved away from {commit[:8]} during the run; nothing was recorded")
         result = json.loads(found[0].read_text(encoding="utf-8"))
@@ -176,7 +177,7 @@ def record(options: argparse.Namespace) -> int:
     result["conditions"] = conditions(options.bench, options.quick)
     path = options.history / MACHINE / f"{commit[:8]}-{result['env_name']}.json"
     write(path, result)
-    write(path.with_name("machine.json"), {"machine": MACHINE, "version": 1})
+    write(path.with_name("machine.json"), MACHINE_FILE)
     write(options.history / "benchmarks.json", benchmarks)
     print(f"\nrecorded {len(result['results'])} benchmarks of {commit[:8]} in {path}: commit it")
     for reason in result["conditions"]["missing"]:
@@ -198,6 +199,14 @@ def records(history: Path) -> list[tuple[Path, dict[str, Any]]]:
     found = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
     order = {commit: i for i, commit in enumerate(ancestors())}
     return sorted(found, key=lambda item: (order.get(item[1]["commit_hash"], -1), item[0].name))
+
+
+def described(history: Path) -> dict[str, Any]:
+    """The benchmarks by name, as the newest record found them: code, parameters, unit."""
+    path = history / "benchmarks.json"
+    if not path.exists():
+        raise Refused(f"{path} is missing: restore it, or record again")
+    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def ancestors(*options: str) -> list[str]:
@@ -228,14 +237,15 @@ def site(options: argparse.Namespace) -> int:
         work = Path(folder)
         for path, result in kept:
             write(work / "results" / MACHINE / path.name, result)
-        for name in (Path("benchmarks.json"), Path(MACHINE, "machine.json")):
-            (work / "results" / name).write_text((options.history / name).read_text(encoding="utf-8"), encoding="utf-8")
+        write(work / "results" / MACHINE / "machine.json", MACHINE_FILE)
+        write(work / "results" / "benchmarks.json", described(options.history))
         branch = " ".join(["HEAD", *sorted(merged)])
         code = asv(work, work / "results", options.out.resolve(), branch, "publish", "--no-pull")
     if code:
         raise Refused(f"asv publish ended with code {code}")
-    print(f"\n{len(kept)} records; pages in {options.out}. They load their data, so serve them:")
-    print(f"python -m http.server --directory {options.out} 8000    # http://localhost:8000")
+    print(f"\nrecords shown: {len(kept)}; pages in {options.out}. They load their data, and jQuery, flot and Bootstrap")
+    print("from the network, so serve them, for http://localhost:8000:")
+    print(f"python -m http.server --directory {options.out} 8000")
     return 0
 
 
@@ -267,10 +277,11 @@ def pick(found: Sequence[tuple[Path, dict[str, Any]]], names: Sequence[str | Non
 
 
 def compare(options: argparse.Namespace) -> int:
+    if not options.factor >= 1:
+        raise Refused(f"--factor {options.factor:g}: 1 or more, because a figure that did not change is not worse")
     found = records(options.history)
     old, new = pick(found, (options.old, options.new))
-    benchmarks = json.loads((options.history / "benchmarks.json").read_text(encoding="utf-8"))
-    units = {name: entry.get("unit", "") for name, entry in benchmarks.items() if isinstance(entry, dict)}
+    units = {name: entry["unit"] for name, entry in described(options.history).items() if name != "version"}
     by_environment = [{r["env_name"]: r for _, r in found if r["commit_hash"] == c} for c in (old, new)]
     common = sorted(by_environment[0].keys() & by_environment[1].keys())
     if not common:
@@ -288,15 +299,14 @@ def report(old: dict[str, Any], new: dict[str, Any], units: dict[str, str], opti
     """Print one comparison and return how many figures got worse."""
     for note in differing(old, new):
         print(note)
-    every, counts = changes(old, new, units, options.factor)
+    every, others = changes(old, new, units, options.factor)
     tracked = [change for change in every if is_tracked(change)]
     changed = [change for change in tracked if change.verdict != "same"]
     for line in table(changed):
         print(line)
-    print(f"{len(tracked) - len(changed)} track_ figures did not change by more than their factor")
-    for why, count in counts.items():
-        if count:
-            print(f"{count} figures {why}")
+    print(f"{len(tracked) - len(changed):6} track_ figures did not change by more than their factor")
+    for why, count in (+others).items():
+        print(f"{count:6} figures {why}")
     if options.all:
         print("\nNot judged, because comparable only between runs on one quiet machine:")
         for line in table([change for change in every if not is_tracked(change)]):
