@@ -49,7 +49,7 @@ def git(*arguments: str) -> str:
 
 
 def asv(work: Path, results: Path, html: Path, branch: str, *arguments: str) -> int:
-    """Run asv with a configuration and a home directory of its own, so that it neither asks nor remembers."""
+    """Run asv with a configuration and a home directory of its own: it neither asks nor remembers."""
     if importlib.util.find_spec("asv") is None:
         raise Refused('asv is not installed: python -m pip install -e ".[bench]"')
     configuration = json.loads((HERE / "asv.conf.json").read_text(encoding="utf-8"))

@@ -173,7 +173,10 @@ def test_record_runs_asv_on_head(
     assert run(clone, "site", "--out", str(tmp_path / "site")) == 0
 
 
-def test_record_refuses_a_tree_that_is_not_head(clone: Clone, capsys: pytest.CaptureFixture[str]) -> None:
+def test_record_refuses_a_tree_that_is_not_head(
+    clone: Clone, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history, "asv", lambda *_: pytest.fail("nothing should be measured"))
     clone.commit("one")
     (clone.root / "changed.py").touch()
     assert run(clone, "record") == 2
@@ -322,6 +325,7 @@ def test_compare_explains_bad_input(
 ) -> None:
     commit = clone.commit("one")
     clone.record(commit, {RATIO: 1.0})
+    clone.record("dead" * 10, {RATIO: 1.0})
     clone.commit("not recorded")
     assert run(clone, "compare", *arguments) == 2
     error = capsys.readouterr().err
