@@ -24,11 +24,14 @@ finally:
 READS, RATIO, ERROR, TIME = "a.A.track_reads", "a.A.track_ratio", "a.A.track_error", "a.A.time_it"
 UNITS = {READS: "reads", RATIO: "ratio", ERROR: "relative error", TIME: "seconds"}
 SUITE = """
+import measured
+
+
 class A:
     unit = "reads"
 
     def track_reads(self):
-        return 3
+        return measured.READS
 
 
 class Missing:
@@ -148,6 +151,7 @@ def test_record_runs_asv_on_head(
     benches = clone.root / "asv_benches"
     (benches / "benchmarks").mkdir(parents=True)
     (benches / "benchmarks" / "__init__.py").touch()
+    (clone.root / "measured.py").write_text("READS = 3")  # the clone's own, installed nowhere
     (clone.root / ".gitignore").write_text("__pycache__/\n")
     (benches / "benchmarks" / "a.py").write_text(SUITE)
     (benches / "asv.conf.json").write_text((BENCHES / "asv.conf.json").read_text(encoding="utf-8"), encoding="utf-8")
