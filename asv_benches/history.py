@@ -32,7 +32,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 MACHINE = "ddnref-ci"  # one name for every machine: whose it was is nobody's business
 MACHINE_FILE = {"machine": MACHINE, "version": 1}
-PEERS = ("numpy", "scipy", "array-api-compat", "array-api-strict", "torch", "jax", "autograd")
+PEERS = ("numpy", "scipy", "array-api-compat", "array-api-strict", "torch", "jax", "autograd",
+         "cupy-cuda12x", "cupy-cuda13x")  # fmt: skip
 COLUMNS = ("result", "params", "version", "stats_ci_99_a", "stats_ci_99_b", "stats_q_25", "stats_q_75", "stats_number",
            "stats_repeat")  # fmt: skip
 
@@ -129,12 +130,9 @@ def conditions(bench: Sequence[str], quick: bool) -> dict[str, Any]:
     from benchmarks import THREADS
     from benchmarks._common import backend, load, seconds
 
+    looks = {"torch": backend, "jax": backend, "cupy": backend, "autograd": load, "array_api_strict": load}
     missing = []
-    for look, name in (
-        *((backend, n) for n in ("torch", "jax", "cupy")),
-        (load, "autograd"),
-        (load, "array_api_strict"),
-    ):
+    for name, look in looks.items():
         try:
             look(name)
         except NotImplementedError as reason:
