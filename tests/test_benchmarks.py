@@ -25,6 +25,7 @@ sys.path.insert(0, str(BENCHES))
 try:
     benchmarks = {name: importlib.import_module(f"benchmarks.{name}") for name in MODULES}
     import figures
+    import history
     from benchmarks import _accuracy as accuracy
     from benchmarks import _common as common
     from benchmarks._cases import products
@@ -209,6 +210,17 @@ def test_figures_print_and_write_a_table(tmp_path: Path, capsys: pytest.CaptureF
 def test_figures_list_their_names(capsys: pytest.CaptureFixture[str]) -> None:
     figures.main(["--list"])
     assert capsys.readouterr().out.split() == list(figures.FIGURES)
+
+
+def test_a_record_names_the_missing_frameworks(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("torch", "jax", "cupy", "autograd", "array_api_strict")
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    found = history.conditions(["Errors"], quick=True)
+    assert found["missing"] == [f"{name} is not installed" for name in names]
+    assert (found["bench"], found["quick"], found["seconds"], found["threads"]) == (["Errors"], True, 0.02, 1)
+    assert found["versions"]["numpy"] == np.__version__
 
 
 # --- the gate -----------------------------------------------------------------------------------------------------
