@@ -221,10 +221,10 @@ def _memory(found: Profile) -> list[Part]:
     sizes = [size for size in found.sizes if _input(size) >= SMALL]
     caption = (
         "Peak memory of a backward pass, the returned gradient included, above what is in use before the call, in "
-        f"units of the matrices that were decomposed, on {cost.THREADS} thread. The measure is the same for all: how far the address space of "
-        "a fresh process grows, with a malloc that keeps nothing from earlier calls. What a library holds for good "
-        f"does not count, such as the buffers of its BLAS. Inputs of less than {SMALL // 1024} KiB are left out: they "
-        "are no larger than a few pages."
+        f"units of the matrices that were decomposed, on {cost.THREADS} thread. The measure is the same for all: how "
+        "far the address space of a fresh process grows, with a malloc that keeps nothing from earlier calls. What a "
+        f"library holds for good does not count, such as the buffers of its BLAS. Inputs of less than {SMALL // 1024} "
+        "KiB are left out: they are no larger than a few pages."
     )
     return [
         Picture("memory", caption, "Peak memory of backward passes by size, in units of the input",
