@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from ddnref.report import cost, peers
 from ddnref.report.content import Cell, Content, Context, Headline, Part, Picture, Section, Table, Text
@@ -148,19 +149,23 @@ def draw(found: Profile, ratios: Figures, sizes: Sequence[Size], label: str, *, 
     floor = 10.0 ** np.floor(np.log10(min(ratios.values()))) if log else 0.0
     width = 0.86 / len(shown)
     places = dict(zip(shown, (np.arange(len(shown)) - (len(shown) - 1) / 2) * width, strict=True))
-    for name in names:
-        missing = name not in shown
+    for name in shown:
         at = [i for i, size in enumerate(sizes) if (name, size) in ratios]
         heights = [ratios[name, sizes[i]] - floor for i in at]
-        axes.bar([i + places.get(name, 0.0) for i in at], heights, 0.82 * width, bottom=floor,
-                 edgecolor=PASSES[name].edge, facecolor=PASSES[name].face, linewidth=1.0,
-                 label=f"{name}: not installed" if missing else name)  # fmt: skip
-        for i in set(range(len(sizes))) - {*at} if not missing else ():
+        axes.bar([i + places[name] for i in at], heights, 0.82 * width, bottom=floor,
+                 edgecolor=PASSES[name].edge, facecolor=PASSES[name].face, linewidth=1.0)  # fmt: skip
+        for i in set(range(len(sizes))) - {*at}:
             axes.annotate(f"{name} skipped", (i + places[name], floor), (0, 3), textcoords="offset points",
                           rotation=90, ha="center", va="bottom", fontsize=7.5, color=GREY)  # fmt: skip
     _scales(axes, sizes, label, log=log)
-    drawing.legend(loc="outside lower center", ncols=3)
+    drawing.legend(handles=[_key(name, found.missing) for name in names], loc="outside lower center", ncols=3)
     return drawing
+
+
+def _key(name: str, missing: Sequence[str]) -> Patch:
+    """Made by hand: a pass without bars must keep its colour."""
+    label = f"{name}: not installed" if PASSES[name].library in missing else name
+    return Patch(edgecolor=PASSES[name].edge, facecolor=PASSES[name].face, linewidth=1.0, label=label)
 
 
 def _scales(axes: Any, sizes: Sequence[Size], label: str, *, log: bool) -> None:
@@ -193,9 +198,9 @@ def _time(found: Profile) -> list[Part]:
     caption = (
         "Time of forward passes (outlines) and backward passes (filled), all divided by one number at each size: the "
         "time of NumPy's forward pass, <code>ddnref.eigh</code>. PyTorch's and JAX's bars are divided by it too, so "
-        "that bars can be compared; they call another LAPACK, so their own forward pass stands beside. NumPy arrays, "
-        f"float32, {cost.THREADS} thread, medians, each library in a process of its own, JAX compiled. The figures "
-        "are those of the machine that made this page; <code>ddnref report</code> measures them, with any "
+        "that bars can be compared; they may call another LAPACK, so their own forward pass stands beside. NumPy "
+        f"arrays, float32, {cost.THREADS} thread, medians, each library in a process of its own, JAX compiled. The "
+        "figures are those of the machine that made this page; <code>ddnref report</code> measures them, with any "
         "<code>--backend</code>."
     )
     parts: list[Part] = [

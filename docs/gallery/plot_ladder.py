@@ -105,6 +105,7 @@ for place, name in enumerate(bars):
     ax_2.text(place, inputs.get(name, 0), label, ha="center", va="bottom", fontsize=9)
 ax_2.set_xticks(range(len(bars)), bars)
 ax_2.set_title("backward: peak memory / input, (5, 64)", loc="left")
+ax_2.set_xlim(-0.6, len(bars) - 0.4)
 ax_2.set_axisbelow(True)
 fig.supxlabel(
     f"wall-clock, one thread, measured when these pages were built; NumPy forward pass: {unit * 1e6:.0f} µs",
