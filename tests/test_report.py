@@ -41,6 +41,7 @@ def report(tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "new" / "folder"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ddnref.report.subspaces.ITERATIONS", STEPS)
+        patch.setattr("ddnref.report.profile.SIZES", ((2, 8), (1, 128)))
         code, printed = run(out, "--seed", "3")
     assert code == 0
     return out, printed
@@ -54,8 +55,9 @@ def one_thread():
 
 @pytest.fixture
 def alone(monkeypatch):
-    """Nothing to compare with, and few steps."""
+    """Nothing to compare with, few steps, and nothing timed, because times differ from run to run."""
     monkeypatch.setattr(peers, "_installed", lambda module: False)
+    monkeypatch.setattr(build, "SECTIONS", [section for section in build.SECTIONS if section.name != "profile"])
     monkeypatch.setattr("ddnref.report.subspaces.ITERATIONS", 3)
 
 
@@ -64,7 +66,7 @@ def test_files(report):
     pictures_ = {path.stem for path in out.glob("*.png")}
     numbers = {path.stem for path in out.glob("*.csv")}
     assert {"subspaces-course", "subspaces-weights", "subspaces-eigen-digits", "whitening-covariance",
-            "gaps-error"} <= pictures_  # fmt: skip
+            "gaps-error", "profile-time"} <= pictures_  # fmt: skip
     assert pictures_ < numbers  # the numbers of every picture, and the tables
     assert len(list(out.iterdir())) == len(pictures_) + len(numbers) + 1
     for path in out.glob("*.png"):
@@ -121,8 +123,8 @@ def test_console_says_where_and_what(report):
     out, printed = report
     lines = printed.splitlines()
     assert lines[-1] == f"The page: {out / 'index.html'}"
-    assert sum(line.startswith(f"{i + 1}/{len(build.SECTIONS)} ") for i, line in enumerate(lines)) == 3
-    assert len(lines) == len(build.SECTIONS) + 5 + 1
+    assert sum(line.startswith(f"{i + 1}/{len(build.SECTIONS)} ") for i, line in enumerate(lines)) == 4
+    assert len(lines) == len(build.SECTIONS) + 6 + 1
     assert "before learning" in printed
     assert printed.isascii()
 

@@ -17,13 +17,13 @@ from rich.markup import escape
 from threadpoolctl import threadpool_limits
 
 import ddnref
-from ddnref.report import gaps, peers, subspaces, terminal, whitening
+from ddnref.report import gaps, peers, profile, subspaces, terminal, whitening
 from ddnref.report.backends import Backend
 from ddnref.report.content import Content, Context, Headline, Picture, Section, Text
 from ddnref.report.page import file_name, page
 from ddnref.report.pictures import png, style
 
-SECTIONS: tuple[Section, ...] = (subspaces.SECTION, whitening.SECTION, gaps.SECTION)
+SECTIONS: tuple[Section, ...] = (subspaces.SECTION, whitening.SECTION, gaps.SECTION, profile.SECTION)
 """The chapters of the report, in order. A new one is a file that defines a `Section`, and its name here."""
 
 

@@ -5,24 +5,16 @@ The ladder: four ways to compute one gradient
 The tutorial on deep declarative networks derives the reverse pass through an eigendecomposition in three steps, v1 to
 v3. All return the same gradient, each in less time than the one before. They are in `ddnref.reference`. The last rung
 is `ddnref.eigh_vjp`, which adds a relative tolerance and the check for a gauge. This page times them at the build of
-these pages, on one thread.
+these pages, on one thread. ``ddnref report`` draws the same chart at more sizes.
 """
-
-import importlib.util
-import os
-import time
-import tracemalloc
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
 
 import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.datasets import load_digits
-from threadpoolctl import threadpool_limits
 
 import ddnref
 from ddnref import reference
+from ddnref.report import cost, peers
 
 # %%
 # The problem
@@ -61,72 +53,26 @@ for name, backward in rungs.items():
     print(f"{name:<6} differs from float64 by {np.linalg.norm(backward() - exact) / np.linalg.norm(exact):.0e}")
 
 # %%
-# Timing
-# ------
-# The median of repeated calls, each method after a warm-up, all on one thread in one process. Numbers depend on the
-# machine; the ratio to the forward pass, which every method shares, is what to compare.
+# Time and memory
+# ---------------
+# Random matrices of the same size. The median of repeated calls, after a warm-up, on one thread, each library in a
+# process of its own, because their thread pools disturb each other. Numbers depend on the machine; the ratio to
+# NumPy's forward pass is what to compare.
+#
+# Peak memory is how far the address space of a fresh process grows during the call. That is the same measure for all
+# libraries; ``tracemalloc`` sees NumPy's arrays only. It is counted in pages, so it is shown for larger matrices.
 
+small, larger = (5, 32), (5, 64)
+missing = [name for name, version in peers.versions().items() if version is None]
+timed, peak = {}, {}
+for library in ("NumPy", "PyTorch", "JAX"):
+    if library not in missing:
+        found = cost.seconds(library, [small, larger])
+        timed |= found
+        peak |= cost.peaks(library, {key: value for key, value in found.items() if key[1] == larger})
 
-def median_time(call, seconds=0.4):
-    call()
-    call()
-    times = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 3:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
-
-
-def torch_case():
-    import torch
-
-    torch.set_num_threads(1)
-    leaf, bar = torch.tensor(x, requires_grad=True), torch.tensor(v_bar)
-    vectors = torch.linalg.eigh(leaf)[1]
-
-    def forward():
-        with torch.no_grad():
-            torch.linalg.eigh(leaf)
-
-    return forward, lambda: torch.autograd.grad(vectors, leaf, bar, retain_graph=True)
-
-
-def jax_case():
-    import jax
-    import jax.numpy as jnp
-
-    leaf, bar = jnp.asarray(x), jnp.asarray(v_bar)
-    forward = jax.jit(lambda x: jnp.linalg.eigh(x)[1])
-    pull_back = jax.vjp(forward, leaf)[1]  # holds what the forward saved; compiled on its own
-    backward = jax.jit(lambda pull_back, bar: pull_back(bar)[0])
-    return lambda: forward(leaf).block_until_ready(), lambda: backward(pull_back, bar).block_until_ready()
-
-
-seconds = {}
-missing = []
-with threadpool_limits(1):
-    seconds["NumPy forward"] = median_time(lambda: ddnref.eigh(x))
-    for name, backward in rungs.items():
-        seconds[name] = median_time(backward)
-    for name, module, case in (("PyTorch", "torch", torch_case), ("JAX", "jax", jax_case)):
-        if importlib.util.find_spec(module) is None:
-            missing.append(name)
-            continue
-        forward, backward = case()
-        seconds[f"{name} forward"] = median_time(forward)
-        seconds[name] = median_time(backward)
-
-# %%
-# Peak memory of the backward pass, for the rungs (``tracemalloc`` sees NumPy's arrays, not those of PyTorch and JAX).
-
-peak = {}
-for name, backward in rungs.items():
-    tracemalloc.start()
-    backward()
-    peak[name] = tracemalloc.get_traced_memory()[1] / x.nbytes
-    tracemalloc.stop()
+seconds = {name: value for (name, size), value in timed.items() if size == small}
+inputs = {name: value / (5 * 64 * 64 * 4) for (name, _), value in peak.items()}
 
 # %%
 # The profile
@@ -136,7 +82,7 @@ unit = seconds["NumPy forward"]
 bars = [*rungs, "PyTorch", "JAX"]
 colours = {"PyTorch": "#c4501b", "JAX": "#6b6b6b"}
 
-fig, (ax, ax_2) = plt.subplots(1, 2, figsize=(9, 3.9), layout="constrained", width_ratios=[1.7, 1])
+fig, (ax, ax_2) = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained", width_ratios=[1.35, 1])
 for place, name in enumerate(bars):
     if name in missing:
         ax.text(place, 1.0, "not\ninstalled", ha="center", va="bottom", fontsize=9)
@@ -152,11 +98,14 @@ ax.set_title("forward (light) and backward (dark), (5, 32) float32", loc="left")
 ax.set_xlim(-0.7, len(bars) - 0.3)
 ax.set_ylim(None, 3 * max(seconds.values()) / unit)
 ax.set_axisbelow(True)
-ax_2.bar(range(4), list(peak.values()), 0.6, color="#0067a5")
-for place, value in enumerate(peak.values()):
-    ax_2.text(place, value, f"{value:.2g}", ha="center", va="bottom", fontsize=9)
-ax_2.set_xticks(range(4), list(peak))
-ax_2.set_title("backward: peak memory / input", loc="left")
+for place, name in enumerate(bars):
+    if name in inputs:
+        ax_2.bar(place, inputs[name], 0.6, color=colours.get(name, "#0067a5"))
+    label = f"{inputs[name]:.2g}" if name in inputs else "not\ninstalled" if name in missing else "not\nknown"
+    ax_2.text(place, inputs.get(name, 0), label, ha="center", va="bottom", fontsize=9)
+ax_2.set_xticks(range(len(bars)), bars)
+ax_2.set_title("backward: peak memory / input, (5, 64)", loc="left")
+ax_2.set_xlim(-0.6, len(bars) - 0.4)
 ax_2.set_axisbelow(True)
 fig.supxlabel(
     f"wall-clock, one thread, measured when these pages were built; NumPy forward pass: {unit * 1e6:.0f} µs",
