@@ -43,7 +43,7 @@ from ddnref._linalg import bordered, hermitian_part, hermitian_product, identity
 from ddnref._unrolled import power_unrolled_vjp, simultaneous_unrolled_vjp
 
 METHODS = ("bordered", "fixed_point", "unrolled")
-CHUNK = 2**17  # entries of the systems that NumPy holds at once: 8 items at m = 128, one from 512 on
+CHUNK = 2**16  # entries of the systems that NumPy holds at once: 4 items at m = 128, one from 256 on
 
 
 def power_iteration_vjp(
