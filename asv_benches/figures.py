@@ -1,6 +1,6 @@
 """Measure the stated figures of the eigenpairs and print them beside their bars as a Markdown table.
 
-- ``python asv_benches/figures.py``: all of them, about five minutes on an idle machine;
+- ``python asv_benches/figures.py``: all of them, about ten minutes on an idle machine;
 - ``--quick``: a smoke test, smallest sizes and no time to measure anything;
 - ``--only NAME``: some of them, may be repeated; ``--list`` names them;
 - ``--write PATH``: write the table as well.
