@@ -39,7 +39,7 @@ from ddnref._array import (
 )
 from ddnref._eigh import RTOL
 from ddnref._errors import GaugeError
-from ddnref._linalg import bordered, hermitian_part, hermitian_product, identity, solve, with_diagonal
+from ddnref._linalg import bordered, hermitian_part, identity, solve, with_diagonal
 from ddnref._unrolled import power_unrolled_vjp, simultaneous_unrolled_vjp
 
 METHODS = ("bordered", "fixed_point", "unrolled")
@@ -210,8 +210,9 @@ def _vjp(
     rayleigh = xp.sum(y * z_y, axis=-2)
     size = xp.max(xp.abs(rayleigh), axis=-1, keepdims=True)
     left, bad = algorithm(xp, double(xp, w_bar), double(xp, v_bar), rayleigh, y, z, z_y, size, eps(xp, w.dtype))
-    left, y = xp.astype(left, x.dtype, copy=False), xp.astype(y, x.dtype, copy=False)
-    x_bar = hermitian_product(left, y) if symmetric else left @ xp.matrix_transpose(y)
+    left = xp.astype(left / 2 if symmetric else left, x.dtype, copy=False)
+    x_bar = left @ xp.matrix_transpose(xp.astype(y, x.dtype, copy=False))
+    x_bar = x_bar + xp.matrix_transpose(x_bar) if symmetric else x_bar
     if throw and is_true(xp.any(bad & xp.isfinite(w[..., 0]))):
         raise GaugeError(
             "An eigenvalue is repeated to working precision, or the n-th cuts a cluster of equal ones, so that its "
