@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array_api_compat
+from numpy.linalg import LinAlgError
 
 from ddnref import _numpy
 from ddnref._array import Array, full, nan_where
@@ -63,3 +64,39 @@ def _eigh_cupy(s: Array) -> tuple[Array, Array]:
     parts = [xp.linalg.eigh(flat[i : i + CUPY_EIGH_BATCH]) for i in range(0, flat.shape[0], CUPY_EIGH_BATCH)]
     w, v = parts[0] if len(parts) == 1 else (xp.concat([p[k] for p in parts]) for k in (0, 1))
     return xp.reshape(w, s.shape[:-1]), xp.reshape(v, s.shape)
+
+
+def identity(n: int, like: Array) -> Array:
+    """The n×n identity, of the dtype and on the device of `like`."""
+    xp = array_api_compat.array_namespace(like)
+    i = xp.arange(n, device=array_api_compat.device(like))
+    return xp.astype(i[:, None] == i[None, :], like.dtype)
+
+
+def solve(a: Array, b: Array) -> Array:
+    """``A⁻¹ B`` of ``(..., n, n)`` and ``(..., n, k)`` with equal batch axes; NaN for its bad items alone.
+
+    Bad are items with NaN or infinity and those whose elimination meets a pivot that is exactly zero: a matrix
+    singular only up to rounding is for the caller to notice, from its condition. Reads nothing on the host.
+    """
+    xp = array_api_compat.array_namespace(a, b)
+    if 0 in b.shape:
+        return xp.zeros_like(b)
+    finite = xp.all(xp.isfinite(a), axis=(-2, -1), keepdims=True)
+    x = _solve_finite(xp.where(finite, a, identity(a.shape[-1], a)), b)
+    return nan_where(~(finite & xp.all(xp.isfinite(x), axis=(-2, -1), keepdims=True)), x)
+
+
+def _solve_finite(a: Array, b: Array) -> Array:
+    """NaN or infinity in singular items: PyTorch's flag, CuPy's and JAX's division by zero, NumPy's one at a time."""
+    xp = array_api_compat.array_namespace(a, b)
+    if array_api_compat.is_torch_array(a):
+        x, info = xp.linalg.solve_ex(a, b)
+        return nan_where((info != 0)[..., None, None], x)
+    try:
+        return xp.linalg.solve(a, b)
+    except LinAlgError:  # for the whole batch, without saying which item
+        if a.ndim == 2:
+            return full(b.shape, float("nan"), b)
+        alone = [_solve_finite(a[i, ...], b[i, ...]) for i in range(a.shape[0])]
+        return xp.stack(alone)
