@@ -1,6 +1,7 @@
 """ddnref: forward solvers and explicit, verified VJPs on the Python array API."""
 
 from ddnref import testing
+from ddnref._bordered import BlockDiagonal, Diagonal, DiagonalPlusLowRank, Products
 from ddnref._eigh import eigh, eigh_vjp, gauge_residual
 from ddnref._errors import (
     ConvergenceError,
@@ -10,6 +11,7 @@ from ddnref._errors import (
     OptimalityError,
     SingularError,
 )
+from ddnref._implicit import argmin_vjp, eq_argmin_vjp, ineq_argmin_vjp, lineq_argmin_vjp, root_vjp
 from ddnref._matrix_functions import (
     expm,
     expm_fwd,
@@ -29,27 +31,36 @@ from ddnref._topk import eigh_topk, eigh_topk_fwd, eigh_topk_vjp
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "BlockDiagonal",
     "ConvergenceError",
     "DdnrefError",
+    "Diagonal",
+    "DiagonalPlusLowRank",
     "GaugeError",
     "NonFiniteError",
     "OptimalityError",
+    "Products",
     "SingularError",
+    "argmin_vjp",
     "eigh",
     "eigh_topk",
     "eigh_topk_fwd",
     "eigh_topk_vjp",
     "eigh_vjp",
+    "eq_argmin_vjp",
     "expm",
     "expm_fwd",
     "expm_vjp",
     "gauge_residual",
+    "ineq_argmin_vjp",
     "invsqrtm",
     "invsqrtm_fwd",
     "invsqrtm_vjp",
+    "lineq_argmin_vjp",
     "logm",
     "logm_fwd",
     "logm_vjp",
+    "root_vjp",
     "spectral_function",
     "spectral_function_fwd",
     "spectral_function_vjp",
