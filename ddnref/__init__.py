@@ -26,6 +26,22 @@ from ddnref._matrix_functions import (
     sqrtm_fwd,
     sqrtm_vjp,
 )
+from ddnref._nodes._least_squares import (
+    least_squares_on_sphere,
+    least_squares_on_sphere_vjp,
+    weighted_least_squares,
+    weighted_least_squares_vjp,
+)
+from ddnref._nodes._projections import (
+    project_ball,
+    project_ball_vjp,
+    project_simplex,
+    project_simplex_vjp,
+    project_sphere,
+    project_sphere_vjp,
+)
+from ddnref._nodes._robust_pool import robust_pool, robust_pool_vjp
+from ddnref._nodes._sinkhorn import sinkhorn, sinkhorn_vjp
 from ddnref._spectral import spectral_function, spectral_function_fwd, spectral_function_vjp
 from ddnref._topk import eigh_topk, eigh_topk_fwd, eigh_topk_vjp
 
@@ -56,11 +72,23 @@ __all__ = [
     "invsqrtm",
     "invsqrtm_fwd",
     "invsqrtm_vjp",
+    "least_squares_on_sphere",
+    "least_squares_on_sphere_vjp",
     "lineq_argmin_vjp",
     "logm",
     "logm_fwd",
     "logm_vjp",
+    "project_ball",
+    "project_ball_vjp",
+    "project_simplex",
+    "project_simplex_vjp",
+    "project_sphere",
+    "project_sphere_vjp",
+    "robust_pool",
+    "robust_pool_vjp",
     "root_vjp",
+    "sinkhorn",
+    "sinkhorn_vjp",
     "spectral_function",
     "spectral_function_fwd",
     "spectral_function_vjp",
@@ -68,4 +96,6 @@ __all__ = [
     "sqrtm_fwd",
     "sqrtm_vjp",
     "testing",
+    "weighted_least_squares",
+    "weighted_least_squares_vjp",
 ]

@@ -170,7 +170,7 @@ def solve(h: Structure, a: Array) -> Solution:
     none = a[..., :0, :]
     if isinstance(h, Products):
         return _projected_cg(h, xp.matrix_transpose(none[..., :0]), none, a, none)
-    w, singular = _probed(h, a)
+    w, singular = probed(h, a)
     return Solution(w, none, singular, xp.ones_like(singular))
 
 
@@ -203,7 +203,7 @@ def _dense(h: Dense, c_: Array, free: Array, a: Array, c: Array) -> Solution:
     c_ = c_ * size
     top = xp.concat([h.x, -xp.matrix_transpose(c_)], axis=-1)
     bottom = xp.concat([c_, size * free], axis=-1)
-    x, singular = _probed(Dense(xp.concat([top, bottom], axis=-2)), xp.concat([a, size * c], axis=-2))
+    x, singular = probed(Dense(xp.concat([top, bottom], axis=-2)), xp.concat([a, size * c], axis=-2))
     return Solution(x[..., :n, :], x[..., n:, :] * size, singular, xp.ones_like(singular))
 
 
@@ -211,14 +211,14 @@ def _schur(h: Structure, c_: Array, free: Array, a: Array, c: Array) -> Solution
     """``(C H⁻¹ Cᵀ) η = c − C H⁻¹ a``, then ``w = H⁻¹ (a + Cᵀ η)``."""
     xp = array_api_compat.array_namespace(a)
     k = a.shape[-1]
-    solved, singular = _probed(h, xp.concat([a, xp.matrix_transpose(c_)], axis=-1))
+    solved, singular = probed(h, xp.concat([a, xp.matrix_transpose(c_)], axis=-1))
     h_a, h_c = solved[..., :k], solved[..., k:]
-    eta, schur_singular = _probed(Dense(c_ @ h_c + free), c - c_ @ h_a)
+    eta, schur_singular = probed(Dense(c_ @ h_c + free), c - c_ @ h_a)
     singular = singular | schur_singular
     return Solution(h_a + h_c @ eta, eta, singular, xp.ones_like(singular))
 
 
-def _probed(h: Structure, b: Array) -> tuple[Array, Array]:
+def probed(h: Structure, b: Array) -> tuple[Array, Array]:
     """``H⁻¹ B``, and whether H is singular to working precision.
 
     One more right-hand side, of the size of the rows of H with fixed signs, bounds from below the condition number
