@@ -140,10 +140,10 @@ def test_float32(case, xp, rng):
     arrays = [rng.standard_normal(y.shape).astype(np.float32), y, *(single[i] for i in case.needs)]
     exact = case.vjp(*(a.astype(np.float64) for a in arrays), **({"throw": False} if case.throws else {}))
     if case.name == "least_squares_on_sphere":  # y is a solution to float32 only
-        exact = case.vjp(arrays[0].astype(float), case.forward(*sample.inputs), *(a.astype(float) for a in single))
-    for got, e in zip(
-        xp.jit(partial(case.vjp, **throwing(case)))(*(xp.asarray(a) for a in arrays)), exact, strict=True
-    ):
+        double = [a.astype(np.float64) for a in single]
+        exact = case.vjp(arrays[0].astype(np.float64), case.forward(*double), *double)
+    vjp = xp.jit(partial(case.vjp, **throwing(case)))
+    for got, e in zip(vjp(*(xp.asarray(a) for a in arrays)), exact, strict=True):
         assert xp.numpy(got).dtype == np.float32
         assert relative(xp.numpy(got), e) <= 20 * np.finfo(np.float32).eps * sample.condition
 
@@ -227,9 +227,9 @@ def test_bad_arrays(case, rng):
         case.forward(*(a + 0j for a in inputs))
     with pytest.raises(ValueError, match="has shape"):
         case.forward(np.asarray(1.0), *inputs[1:])
-    with pytest.raises(TypeError, match="dtype float32"):
+    with pytest.raises(TypeError, match="float32"):
         case.vjp(np.zeros_like(y, dtype=np.float32), y, *needed)
-    with pytest.raises(ValueError, match="y_bar has shape|plan_bar has shape|y has shape"):
+    with pytest.raises(ValueError, match="has shape"):
         case.vjp(np.ones((*y.shape, 2)), y, *needed)
 
 

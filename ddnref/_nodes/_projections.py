@@ -320,7 +320,9 @@ def _reverse_face(y_bar: Array, s: Array) -> Array:
     """``ȳ_S − s_S (s_Sᵀ ȳ_S) / |S|``: the part along the face on which y may move."""
     xp = array_api_compat.array_namespace(y_bar)
     support = s * s
-    return support * y_bar - s * (xp.sum(s * y_bar, axis=-1, keepdims=True) / xp.sum(support, axis=-1, keepdims=True))
+    count = xp.sum(support, axis=-1, keepdims=True)
+    mean = xp.sum(s * y_bar, axis=-1, keepdims=True) / xp.where(count > 0, count, xp.ones_like(count))
+    return support * y_bar - s * mean
 
 
 def _reverse_l2(y_bar: Array, y: Array, x: Array, radius: float) -> Array:

@@ -306,7 +306,7 @@ def _raise(info: SinkhornInfo, rtol: float) -> NoReturn:
     worst = float(xp.max(info.residual_norm))
     raise ConvergenceError(
         f"sinkhorn did not converge: the error of the marginals is {worst:.1e} > rtol {rtol:.1e} after "
-        f"{int(xp.max(info.n_iter))} updates. Likely eps is small against the cost: the iteration slows down as eps falls. "
+        f"{int(xp.max(info.n_iter))} updates. Likely eps is small against the cost. "
         "Raise eps, maxiter or rtol, or pass throw=False to get NaN for these items."
     )
 
