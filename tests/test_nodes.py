@@ -82,6 +82,17 @@ def throwing(case, throw=False):
     return {"throw": throw} if case.throws else {}
 
 
+def compiled(case, xp, throw=False):
+    """Forward and VJP as the library compiles them; JAX needs a loop of its own, and nothing can be raised."""
+    options = throwing(case, throw and xp.name != "jax")
+    loop = {}
+    if case.iterative and xp.name == "jax":
+        import jax
+
+        loop = {"while_loop": jax.lax.while_loop}
+    return xp.jit(partial(case.forward, **options, **loop)), xp.jit(partial(case.vjp, **options))
+
+
 @cases
 @pytest.mark.parametrize(("batch", "m"), [((), 3), ((3,), 6), ((2, 2), 4)])
 def test_agrees_with_finite_differences(case, batch, m, rng):
@@ -96,16 +107,11 @@ def test_every_library_agrees_traced_and_not(case, xp, rng):
     y = case.forward(*inputs)
     y_bar = rng.standard_normal(y.shape)
     needed = [inputs[i] for i in case.needs]
-    loop = {}
-    if case.iterative and xp.name == "jax":
-        import jax
-
-        loop = {"while_loop": jax.lax.while_loop}
-    forward = xp.jit(partial(case.forward, **throwing(case), **loop))
+    forward, vjp = compiled(case, xp)
     got = forward(*(xp.asarray(a) for a in inputs))
     assert relative(xp.numpy(got), y) <= 1e-11
     arrays = [xp.asarray(a) for a in (y_bar, y, *needed)]
-    for bar, e in zip(xp.jit(partial(case.vjp, **throwing(case)))(*arrays), case.vjp(y_bar, y, *needed), strict=True):
+    for bar, e in zip(vjp(*arrays), case.vjp(y_bar, y, *needed), strict=True):
         assert relative(xp.numpy(bar), e) <= 1e-11
         assert xp.numpy(bar).dtype == np.float64
 
@@ -133,7 +139,8 @@ def test_float32(case, xp, rng):
     if case.iterative and "rtol" in case.options:
         case = Case(case.name, case.sample, case.needs, {"eps": 0.2}, case.vjp_options, True)
     single = [a.astype(np.float32) for a in sample.inputs]
-    y = xp.numpy(xp.jit(partial(case.forward, **throwing(case)))(*(xp.asarray(a) for a in single)))
+    forward, vjp = compiled(case, xp)
+    y = xp.numpy(forward(*(xp.asarray(a) for a in single)))
     assert y.dtype == np.float32
     if case.name != "sinkhorn":  # its marginals, rounded to float32, do not sum to one in float64
         assert relative(y, case.forward(*(a.astype(np.float64) for a in single))) <= 1e-5
@@ -142,7 +149,6 @@ def test_float32(case, xp, rng):
     if case.name == "least_squares_on_sphere":  # y is a solution to float32 only
         double = [a.astype(np.float64) for a in single]
         exact = case.vjp(arrays[0].astype(np.float64), case.forward(*double), *double)
-    vjp = xp.jit(partial(case.vjp, **throwing(case)))
     for got, e in zip(vjp(*(xp.asarray(a) for a in arrays)), exact, strict=True):
         assert xp.numpy(got).dtype == np.float32
         assert relative(xp.numpy(got), e) <= 20 * np.finfo(np.float32).eps * sample.condition
@@ -156,7 +162,7 @@ def test_one_bad_item_leaves_the_others_alone(case, bad, xp, rng):
     y_bar = rng.standard_normal(y.shape)
     good = case.vjp(y_bar, y, *(inputs[i] for i in case.needs))
     inputs[0].reshape(4, -1)[2, 0] = bad
-    forward, vjp = (xp.jit(partial(f, **throwing(case))) for f in (case.forward, case.vjp))
+    forward, vjp = compiled(case, xp)
     got = forward(*(xp.asarray(a) for a in inputs))
     bars = vjp(xp.asarray(y_bar), got, *(xp.asarray(inputs[i]) for i in case.needs))
     others = [0, 1, 3]
@@ -186,7 +192,7 @@ def test_mutants_are_rejected(case, rng):
 @pytest.mark.parametrize("batch", [(0,), (2, 0)])
 def test_empty_batches(case, batch, xp):
     inputs = [xp.asarray(np.zeros((*batch, *a.shape))) for a in case.inputs(np.random.default_rng(0), ())]
-    forward, vjp = (xp.jit(partial(f, **throwing(case, xp.name != "jax"))) for f in (case.forward, case.vjp))
+    forward, vjp = compiled(case, xp, throw=True)
     y = forward(*inputs)
     bars = vjp(y, y, *(inputs[i] for i in case.needs))
     assert [tuple(g.shape) for g in bars] == [tuple(a.shape) for a in inputs]
