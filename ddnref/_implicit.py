@@ -338,14 +338,14 @@ def ineq_argmin_vjp(
     Raises
     ------
     OptimalityError
-        `y` is not stationary or not feasible, or a multiplier of an inequality is positive.
+        `y` is not stationary or not feasible; where a multiplier of an inequality is positive it is not stationary.
     SingularError, ConvergenceError, TypeError, ValueError
         As `eq_argmin_vjp`.
 
     Notes
     -----
     A constraint is active where `y` is within ``rtol * ‖y‖ + atol`` of its boundary (to first order) and its
-    multiplier is not zero, ``|ν_j| ‖∂h_j‖ > rtol * ‖∇f‖``; the system of `eq_argmin_vjp` holds the active ones, each
+    multiplier is not zero, ``−ν_j ‖∂h_j‖ > rtol * ‖∇f‖``; the system of `eq_argmin_vjp` holds the active ones, each
     item of a batch its own. Where a constraint is touched with a zero multiplier the activity changes and only
     one-sided derivatives exist: what comes back is the one of the side on which the constraint is not active.
 

@@ -137,18 +137,19 @@ def _activity(
         ones = Diagonal(full(f_y.shape, 1.0, f_y))
         nu = bordered_solve(ones, h_y, near, -f_y[..., None], xp.zeros_like(h)[..., None]).eta[..., 0]
     force, floor = nu * norms, point.rtol * norm(f_y)[..., None]
-    active = equal | (near & ~(xp.abs(force) <= floor))  # NaN stays active, to be reported
-    held = (h <= reach) & (~equal | (h >= -reach)) & (equal | ~near | (force <= floor))
+    # A positive force is not active either: where it is no rounding, the Newton step will follow it. NaN stays active.
+    active = equal | (near & ~(force >= -floor))
+    held = (h <= reach) & (~equal | (h >= -reach))
     return active, xp.where(active, nu, xp.zeros_like(nu)), xp.all(held, axis=-1)
 
 
 def _multipliers_hold(point: Point, step: Array, f_y: Array, h_y: Array, hessian: Structure) -> Array:
     """Whether the Newton step of the multipliers is small, as forces ``h_yᵀ δν`` against those of the problem."""
     xp = array_api_compat.array_namespace(h_y)
-    scale = norm(f_y)
+    bound = point.rtol * norm(f_y)
     if not isinstance(hessian, Products):
-        scale = scale + norm(hessian.row_size() * point.y)
-    return norm((xp.matrix_transpose(h_y) @ step[..., None])[..., 0]) <= point.rtol * scale
+        bound = bound + xp.max(hessian.row_size(), axis=-1) * point.tolerance  # by so much may ∇f itself be off
+    return norm((xp.matrix_transpose(h_y) @ step[..., None])[..., 0]) <= bound
 
 
 def of_shape(name: str, array: Array, y: Array, shape: tuple[int, ...]) -> Array:

@@ -523,6 +523,18 @@ def test_activity_follows_the_multiplier_on_both_sides_of_a_change(rng):
     assert relative(*gradients) > 1e-2
 
 
+@pytest.mark.parametrize("noise", [1e-17, -1e-17, 1e-12, -1e-12])
+def test_rounding_at_a_touched_constraint_is_no_error(noise):
+    """The gradient of f is rounding itself there, and its sign means nothing: one of both sides comes back."""
+    bars = ddnref.ineq_argmin_vjp(
+        np.ones(2), np.asarray([0.0, 2.0]), None, np.asarray([noise, 2.0]),
+        gradient=lambda y, x: y - x, hessian=lambda y, nu, x: np.eye(2), constraint=lambda y, x: -y,
+        constraint_jacobian=lambda y, x: -np.eye(2), residual_vjp=lambda w, eta, y, nu, x: -w,
+    )  # fmt: skip
+    assert bars[1] == 1
+    assert min(abs(bars[0]), abs(bars[0] - 1)) <= 1e-15
+
+
 def test_a_touched_constraint_counts_as_inactive():
     bars = ddnref.ineq_argmin_vjp(
         np.ones(2), np.asarray([0.0, 2.0]), None, np.asarray([0.0, 2.0]),

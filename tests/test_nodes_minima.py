@@ -250,6 +250,21 @@ def test_singular_weighted_least_squares(xp):
         ddnref.weighted_least_squares(xp.asarray(a[1]), xp.asarray(b[1]), xp.asarray(weights[1]))
 
 
+@pytest.mark.parametrize("which", [1, 2, 3])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_bad_target_weight_or_ridge(which, bad, xp, rng):
+    inputs = [rng.standard_normal((2, 6, 2)), rng.standard_normal((2, 6)), np.ones((2, 6)), np.ones(2)]
+    good = ddnref.weighted_least_squares(*inputs)
+    inputs[which].reshape(2, -1)[0, 0] = bad
+    arrays = [xp.asarray(a) for a in inputs]
+    y = ddnref.weighted_least_squares(*arrays, throw=False)
+    assert np.all(np.isnan(xp.numpy(y)[0]))
+    np.testing.assert_allclose(xp.numpy(y)[1], good[1], rtol=1e-12)
+    for bar in ddnref.weighted_least_squares_vjp(y, y, *arrays, throw=False):
+        assert np.all(np.isnan(xp.numpy(bar)[0]))
+        assert np.all(np.isfinite(xp.numpy(bar)[1]))
+
+
 def test_static_errors_of_least_squares():
     a, b = np.ones((4, 2)), np.ones(4)
     with pytest.raises(ValueError, match=r"b has shape \(3,\), expected \(4,\)"):

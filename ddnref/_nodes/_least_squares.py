@@ -224,6 +224,7 @@ def weighted_least_squares(
     xp = _check_weighted(a, b, weights, ridge)
     refuse_recording("weighted_least_squares", a)
     a, b = _finite_or_nan(a, b)
+    weights = nan_where(~xp.isfinite(weights), weights)
     a_ = _with_bias(a, bias)
     h = _normal_matrix(a_, weights, ridge, bias)
     y, singular = probed(Dense(h), xp.matrix_transpose(a_) @ (weights * b)[..., None])
@@ -287,6 +288,7 @@ def weighted_least_squares_vjp(
     shape = (*b.shape[:-1], n + 1 if bias else n)
     check_shapes(y_bar=(y_bar, shape), y=(y, shape))
     a, b = _finite_or_nan(a, b)
+    weights = nan_where(~xp.isfinite(weights), weights)
     a_ = _with_bias(a, bias)
     u, singular = probed(Dense(_normal_matrix(a_, weights, ridge, bias)), y_bar[..., None])
     _refuse(singular, throw)
@@ -329,6 +331,7 @@ def _normal_matrix(a_: Array, weights: Array, ridge: Array | None, bias: bool) -
         return h
     i = xp.arange(a_.shape[-1], device=array_api_compat.device(a_))
     d = xp.astype(i < a_.shape[-1] - bias, a_.dtype)
+    ridge = nan_where(~xp.isfinite(ridge), ridge)
     return h + ridge[..., None, None] * (d * _linalg.identity(a_.shape[-1], a_))
 
 
