@@ -26,7 +26,8 @@ from benchmarks import THREADS  # isort: skip - pins the threads before NumPy
 
 import numpy as np
 from benchmarks import _accuracy as accuracy
-from benchmarks._common import Case, Ratio, alternating, interleaved, pin_threads
+from benchmarks import nodes
+from benchmarks._common import Case, Ratio, alternating, backend, interleaved, pin_threads
 
 MARGIN = 1.1  # for noise, on figures that a clock enters
 BUSY = 0.1  # of one core, in other processes, above which a timing is not judged
@@ -185,6 +186,14 @@ def read_rows(_: Sizes) -> Iterator[Row]:
             yield Row(f"host reads of eigh_vjp, throw={throw}", f"skipped: {missing}")
 
 
+def sinkhorn_rows(sizes: Sizes) -> Iterator[Row]:
+    for size in sizes:
+        forward, vjp = nodes.calls(backend("numpy"), size.m)
+        ratio = interleaved(vjp, forward)
+        figure = f"sinkhorn_vjp / sinkhorn, n = {size.m}, eps 0.05, marginal error 1e-9"
+        yield at_most(figure, ratio.median, size.bar, written(ratio), MARGIN)
+
+
 _PEER_SIZES = tuple(Size(batch, m, SINGLE) for batch, m in ((5, 32), (5, 64), (5, 128), (5, 256), (1000, 32)))
 
 # The products come first, before any other library has started its threads.
@@ -209,6 +218,7 @@ FIGURES: dict[str, tuple[Callable[[Sizes], Iterator[Row]], Sizes]] = {
     "finite-differences": (difference_rows, ()),
     "float32": (float32_rows, ()),
     "host-reads": (read_rows, ()),
+    "sinkhorn": (sinkhorn_rows, (Size(1, 200, bar=1.5),)),
 }
 
 

@@ -8,7 +8,8 @@ from problems import projector_gradient, relative, rotation, symmetric, with_spe
 from smooth import SMOOTH
 
 import ddnref
-from ddnref._rules import RULES, options_of, plain_forward
+from ddnref._rule import options_of, plain_forward
+from ddnref._rules import RULES
 
 pytestmark = pytest.mark.framework("torch")
 

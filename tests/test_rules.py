@@ -13,7 +13,8 @@ from problems import adjoint, relative
 
 import ddnref
 from conftest import Backend
-from ddnref._rules import RULES, Rule, as_tuple, options_of, plain_forward, plain_vjp
+from ddnref._rule import Rule, as_tuple, options_of, plain_forward, plain_vjp
+from ddnref._rules import RULES
 from ddnref._samples import random_spectrum, square, twice
 from ddnref.testing import assert_vjp, check_vjp
 
@@ -126,7 +127,7 @@ def test_one_bad_item_leaves_the_others_alone(rule, xp, rng):
     others = [0, 1, 3, 4]
     for i, x in enumerate(sample.inputs):
         bad = x.copy()
-        bad[2, ..., -1] = np.nan
+        bad[2] = np.where(np.arange(x[2].size) == x[2].size - 1, np.nan, x[2].ravel()).reshape(x[2].shape)
         for y, same in zip(evaluate((*good_inputs[:i], xp.asarray(bad), *good_inputs[i + 1 :])), good, strict=True):
             y, same = xp.numpy(y), xp.numpy(same)
             assert np.all(np.isnan(y[2]))
@@ -226,8 +227,9 @@ def test_every_mutant_is_rejected(rule, is_complex, m, rng):
 
 
 def test_the_table_is_the_public_api():
-    differentiable = {name.removesuffix("_vjp") for name in ddnref.__all__ if name.endswith("_vjp")}
-    assert differentiable == set(RULES)
+    pairs = {name.removesuffix("_vjp") for name in ddnref.__all__ if name.endswith("_vjp")}
+    general = {"root", "argmin", "eq_argmin", "lineq_argmin", "ineq_argmin"}  # take functions: nothing to bridge
+    assert pairs - general == set(RULES)
     for name, rule in RULES.items():
         assert rule.function is getattr(ddnref, name)
         assert rule.vjp is getattr(ddnref, f"{name}_vjp")

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from ddnref._array import Array
-from ddnref._rules import WARNING, bind, failed, rule_of, spread
+from ddnref._rule import WARNING, bind, failed, spread
+from ddnref._rules import rule_of
 
 
 def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..., Any]:

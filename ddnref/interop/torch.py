@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 import torch
 
 from ddnref._errors import GaugeError
-from ddnref._rules import WARNING, Bound, Rule, bind, failed, rule_of, spread
+from ddnref._rule import WARNING, Bound, Rule, bind, failed, spread
+from ddnref._rules import rule_of
 
 Tensor: TypeAlias = Any  # torch is optional, so that types must not depend on it
 
@@ -90,6 +91,7 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
 
 def _operation(rule: Rule, bound: Bound) -> Any:
     first_order = None if bound.undefined is None else _first_order(bound.undefined, rule.refusal)
+    reverse = _opaque(bound.reverse, rule.refusal) if rule.vjp_info else bound.reverse
     needs, fields = rule.needs, 0 if rule.info is None else len(rule.info._fields)
 
     class Operation(torch.autograd.Function):
@@ -112,7 +114,7 @@ def _operation(rule: Rule, bound: Bound) -> Any:
         @staticmethod
         def backward(ctx: Any, *bars: Tensor | None) -> Any:
             arrays = ctx.saved_tensors
-            gradients = bound.reverse(bars[: len(bars) - fields], arrays)
+            gradients = reverse(bars[: len(bars) - fields], arrays)
             if not gradients:
                 return (None,) * len(ctx.needs_input_grad)
             warned = tuple(_warn_where_nan(gradient) for gradient in gradients)
@@ -130,10 +132,40 @@ def _operation(rule: Rule, bound: Bound) -> Any:
     return Operation
 
 
-def _batched(size: int, in_dims: tuple[int | None, ...], arrays: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Every array with the mapped axis in front."""
+def _opaque(reverse: Callable[..., Any], refusal: str) -> Callable[..., Any]:
+    """A VJP that iterates: its loop reads flags, so it is run on whole batches, and not differentiated again."""
+
+    class Reverse(torch.autograd.Function):
+        @staticmethod
+        def forward(count: int, *arrays: Tensor | None) -> tuple[Tensor, ...]:
+            return reverse(arrays[:count], arrays[count:])  # type: ignore[no-any-return]
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *bars: Tensor | None) -> Any:
+            raise NotImplementedError(refusal)
+
+        @staticmethod
+        def vmap(
+            info: Any, in_dims: tuple[int | None, ...], count: int, *arrays: Tensor | None
+        ) -> tuple[tuple[Tensor, ...], int]:
+            return Reverse.apply(count, *_batched(info.batch_size, in_dims[1:], arrays)), 0
+
+    def opaque(bars: tuple[Tensor | None, ...], arrays: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if all(bar is None for bar in bars):
+            return ()
+        return Reverse.apply(len(bars), *bars, *arrays)  # type: ignore[no-any-return]
+
+    return opaque
+
+
+def _batched(size: int, in_dims: tuple[int | None, ...], arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Every array with the mapped axis in front, ``None`` where it is missing."""
     return tuple(
-        array.expand(size, *array.shape) if dim is None else array.movedim(dim, 0)
+        array.movedim(dim, 0) if dim is not None else None if array is None else array.expand(size, *array.shape)
         for array, dim in zip(arrays, in_dims, strict=True)
     )
 

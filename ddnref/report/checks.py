@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ddnref import testing
 from ddnref._array import Array
-from ddnref._rules import Rule, as_tuple, options_of, plain_forward, plain_vjp
+from ddnref._rule import Rule, as_tuple, options_of, plain_forward, plain_vjp
 from ddnref._samples import Sample
 from ddnref.report.backends import Backend
 
