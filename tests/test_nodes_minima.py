@@ -389,6 +389,8 @@ def test_options_of_sinkhorn(rng):
     assert 1e-9 < info.residual_norm <= 1e-2
     assert fine_info.residual_norm <= 1.01e-9
     assert abs(np.abs(rough.sum(1) - p).sum() - info.residual_norm) <= 1e-12
+    enough, _ = ddnref.sinkhorn(cost, p, q, eps=0.05, maxiter=int(fine_info.n_iter))  # none left to see it in the loop
+    assert np.array_equal(enough, fine)
     with pytest.raises(ConvergenceError, match=r"after 3 updates.*Raise eps, maxiter or rtol"):
         ddnref.sinkhorn(cost, p, q, eps=0.05, maxiter=3)
     assert np.all(np.isnan(ddnref.sinkhorn(cost, p, q, eps=0.05, maxiter=3, throw=False)[0]))

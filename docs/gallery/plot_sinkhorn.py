@@ -37,10 +37,10 @@ flower, z, q, _ = palette("flower.jpg")
 # The plan
 # --------
 # The cost of carrying mass from one colour to another is the squared distance between them. :func:`ddnref.sinkhorn`
-# returns the plan :math:`P` of the problem with entropy :math:`\\varepsilon`,
+# returns the plan :math:`P` of the problem with entropy :math:`\varepsilon`,
 #
-# .. math:: P = \\arg\\min \\; \\langle C, P \\rangle + \\varepsilon \\sum_{ij} P_{ij} (\\log P_{ij} - 1)
-#           \\quad \\text{subject to} \\quad P 1 = p, \\; P^T 1 = q .
+# .. math:: P = \arg\min \; \langle C, P \rangle + \varepsilon \sum_{ij} P_{ij} (\log P_{ij} - 1)
+#           \quad \text{subject to} \quad P 1 = p, \; P^T 1 = q .
 #
 # Every colour of the first photograph becomes the mean of the colours that its mass is carried to.
 
@@ -69,7 +69,7 @@ plt.show()
 # %%
 # The gradient of the transport cost
 # ----------------------------------
-# The loss :math:`L = \\langle C, P(C) \\rangle` depends on the cost twice: directly, and through the plan.
+# The loss :math:`L = \langle C, P(C) \rangle` depends on the cost twice: directly, and through the plan.
 # :func:`ddnref.sinkhorn_vjp` takes the cotangent of the plan, which is :math:`C`, and the plan itself, and nothing
 # else. From the cost the chain rule goes on to the colours.
 
