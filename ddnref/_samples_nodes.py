@@ -37,8 +37,9 @@ def simplex(convert: Convert, rng: np.random.Generator, batch: Batch, m: int, is
 def least_squares_on_sphere(
     convert: Convert, rng: np.random.Generator, batch: Batch, m: int, is_complex: bool
 ) -> Sample:
-    """Overdetermined, its free solution well outside."""
+    """Overdetermined, its free solution well outside. In one dimension nothing could move."""
     del is_complex
+    m = max(m, 2)
     a, b = rng.standard_normal((*batch, m + 2, m)), 3 * rng.standard_normal((*batch, m + 2))
     return Sample((convert(a), convert(b)), {}, None, 0.1, 1e3)
 

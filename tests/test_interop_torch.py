@@ -213,12 +213,13 @@ def test_tensors_go_straight_into_the_pair(torch):
 
 @pytest.mark.parametrize("name", RULES)
 def test_recording_torchs_own_derivative_is_refused(name, torch):
-    options, _ = options_of(RULES[name], SMOOTH[name].options)
+    inputs, _, given = SMOOTH[name]
+    options, _ = options_of(RULES[name], given)
     options.pop("throw", None)
-    x = torch.eye(3, requires_grad=True)
+    x = inputs(torch.ones(3, 3, requires_grad=True), torch.diag(torch.arange(1.0, 4)))
     with pytest.raises(TypeError, match=rf"given to {'eigh' if name == 'eigh_topk' else name} requires grad.*"
                                         r"interop\.torch\.differentiable"):  # fmt: skip
-        getattr(ddnref, name)(x, **options)
+        getattr(ddnref, name)(*x, **options)
 
 
 def test_only_cotangents_that_exist_are_used(torch, differentiable, monkeypatch):

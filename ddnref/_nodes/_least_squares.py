@@ -99,7 +99,15 @@ def least_squares_on_sphere(a: Array, b: Array, /, *, radius: float = 1.0, throw
 
 
 def least_squares_on_sphere_vjp(
-    y_bar: Array, y: Array, a: Array, b: Array, /, *, radius: float = 1.0, throw: bool = True
+    y_bar: Array,
+    y: Array,
+    a: Array,
+    b: Array,
+    /,
+    *,
+    radius: float = 1.0,
+    check_rtol: float | None = None,
+    throw: bool = True,
 ) -> tuple[Array, Array]:
     r"""Gradient of a loss of `least_squares_on_sphere`: `eq_argmin_vjp`, with its callables.
 
@@ -111,6 +119,9 @@ def least_squares_on_sphere_vjp(
     b : (..., m) array
     radius, throw
         As in `least_squares_on_sphere`.
+    check_rtol : float, optional
+        `y` is accepted as the minimum where a Newton step from it is at most ``check_rtol * ‖y‖``; default
+        ``sqrt(eps)``.
 
     Returns
     -------
@@ -166,6 +177,7 @@ def least_squares_on_sphere_vjp(
         constraint=lambda y, a, b: (xp.sum(y * y, axis=-1, keepdims=True) - radius * radius) / 2,  # noqa: ARG005
         constraint_jacobian=lambda y, a, b: y[..., None, :],  # noqa: ARG005
         residual_vjp=residual_vjp,
+        rtol=check_rtol,
         throw=throw,
     )
     return a_bar, b_bar

@@ -188,8 +188,9 @@ def against_double(p: Problem) -> Measured | None:
         return p.backend.convert(values.astype(DOUBLE[values.dtype.kind]))
 
     vjp = p.case.rule.vjp
-    # Rounded eigenvectors have a phase residual of single precision; judged in double it would count as a gauge.
-    accepting = {"gauge_rtol": math.inf} if "gauge_rtol" in inspect.signature(vjp).parameters else {}
+    # Outputs rounded to single precision, judged in double, would count as a gauge, or as no solution.
+    names = {"gauge_rtol", "check_rtol"} & set(inspect.signature(vjp).parameters)
+    accepting = dict.fromkeys(names, math.inf)
     _, options = options_of(p.case.rule, {**p.sample.options, **accepting}, p.backend.while_loop)
     exact = p.backend.bind(plain_vjp(p.case.rule), **options)(*map(double, (*p.bars, *p.kept)))
     single = p.pull(p.bars)
