@@ -2,6 +2,8 @@
 
 from ddnref import testing
 from ddnref._eigh import eigh, eigh_vjp, gauge_residual
+from ddnref._eigsh import EigshInfo, eigsh, eigsh_fwd
+from ddnref._eigsh_vjp import EigshVjpInfo, eigsh_vjp
 from ddnref._errors import (
     ConvergenceError,
     DdnrefError,
@@ -31,6 +33,8 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "ConvergenceError",
     "DdnrefError",
+    "EigshInfo",
+    "EigshVjpInfo",
     "GaugeError",
     "NonFiniteError",
     "OptimalityError",
@@ -40,6 +44,9 @@ __all__ = [
     "eigh_topk_fwd",
     "eigh_topk_vjp",
     "eigh_vjp",
+    "eigsh",
+    "eigsh_fwd",
+    "eigsh_vjp",
     "expm",
     "expm_fwd",
     "expm_vjp",
