@@ -13,6 +13,7 @@ from typing import NamedTuple, NoReturn
 
 import array_api_compat
 
+from ddnref import _numpy
 from ddnref._array import Array, check_dtypes, check_shapes, eps, full, is_true, namespace, nan_where, real_dtype
 from ddnref._deflated import Shifted, cg, direct, shifted
 from ddnref._eigsh import WHICH, is_cut
@@ -265,6 +266,8 @@ def _expanded(g: Given, sign: Array, b: Array) -> Array:
 
 def _of_matrix(g: Given, half: Array) -> Array:
     xp = array_api_compat.array_namespace(half)
+    if array_api_compat.is_numpy_array(half):
+        return _numpy.hermitian_sum(xp.matrix_transpose(half), xp.matrix_transpose(g.v))
     left, right = (xp.matrix_transpose(xp.concat(pair, axis=-2)) for pair in ([half, g.v], [g.v, half]))
     return hermitian_product(left, right)
 
@@ -289,10 +292,10 @@ def _raise(info: EigshVjpInfo, bad: Array, tol: Tolerances) -> None:
         )
     if is_true(xp.any(bad)):
         raise GaugeError(
-            f"The loss depends on a choice that the matrix does not determine, by more than gauge_rtol "
+            "The loss depends on a choice that the matrix does not determine, by more than gauge_rtol "
             f"{tol.gauge:.1e}. Likely it treats eigenpairs inside a cluster of equal eigenvalues individually, or "
-            "depends on the phase of a complex eigenvector; no gradient exists there. Write it through the cluster's projector V_c V_cᴴ; "
-            "or pass throw=False to get NaN for these items, gauge_rtol=inf to accept the masked gradient."
+            "depends on the phase of a complex eigenvector; no gradient exists there. Write it through the "
+            "cluster's projector V_c V_cᴴ; or pass throw=False to get NaN for these items, gauge_rtol=inf to accept the masked gradient."
         )
     _raise_convergence(info, tol)
 

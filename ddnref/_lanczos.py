@@ -20,7 +20,7 @@ import array_api_compat
 from ddnref._array import Array, Namespace, eps, full
 from ddnref._linalg import adjoint, eigh, hermitian_part
 from ddnref._loops import WhileLoop, run
-from ddnref._rows import SelfAdjoint, as_dtype, inner, noise, norms, put_row, real, scaled, without
+from ddnref._rows import SelfAdjoint, as_dtype, dots, inner, noise, norms, put_row, real, scaled, without
 
 FAR = 8  # · scale: the stand-in for a Ritz value that is not there; T is at most 3 · scale
 
@@ -148,22 +148,24 @@ def _extended(a: SelfAdjoint, plan: Plan, state: State) -> tuple[Array, Array, A
     l, p = plan.l, plan.p  # noqa: E741
     q = xp.concat([state.y, full((*a.batch, p - l, a.m), 0.0, state.y)], axis=-2)
     scale, rows, beta = state.scale, [], state.scale
-    blur = noise(1, a.m, a.like)
+    unit = eps(xp, a.like.dtype)
+    blur = unit * noise(1, a.m, a.like)
+    zeros = full((*a.batch, 1, p - l), 0.0, a.like)
     for j in range(l, p):
         basis = q[..., : j + 1, :]
         y = a.apply(q[..., j : j + 1, :])
-        scale = xp.maximum(scale, norms(y)[..., 0])
         h = inner(y, basis)
-        y = y - h @ basis
         # At rounding level, so that an invariant subspace is left in a random direction and never divides by zero.
-        delta = eps(xp, a.like.dtype) * xp.where(scale > 0, scale, xp.ones_like(scale))
-        y = y + as_dtype(delta, y)[..., None, None] * blur
+        size = scale + xp.astype(scale == 0, scale.dtype)
+        y = y - h @ basis + as_dtype(size, y)[..., None, None] * blur
         g = inner(y, basis)
         y = y - g @ basis
+        h = h + g
         beta = norms(y)
         q = put_row(q, j + 1, scaled(y, beta))
-        beta = xp.where(beta > 4 * delta[..., None], beta, xp.zeros_like(beta))[..., 0]
-        rows.append(xp.concat([h + g, full((*a.batch, 1, p - j - 1), 0.0, h)], axis=-1))
+        beta = xp.where(beta > 4 * unit * size[..., None], beta, xp.zeros_like(beta))[..., 0]
+        scale = xp.maximum(scale, (dots(h, h)[..., 0] + beta * beta) ** 0.5)  # ‖A q_j‖
+        rows.append(xp.concat([h, zeros[..., : p - j - 1]], axis=-1))
     return q, xp.concat(rows, axis=-2), beta, scale
 
 

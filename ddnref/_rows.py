@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import array_api_compat
 import numpy as np
 
+from ddnref import _numpy
 from ddnref._array import Array, Namespace, check_dtypes, check_shapes, check_square, full, namespace
 from ddnref._linalg import hermitian_part
 from ddnref._operators import LinearOperator
@@ -64,7 +65,8 @@ def self_adjoint(a: Array | LinearOperator, function: str, like: Array | None = 
     if like is not None:
         check_dtypes(v0=(like, a.dtype))
         check_shapes(v0=(like, tuple(a.shape[:-1])))
-    s_t = xp.matrix_transpose(hermitian_part(a))  # rows q ↦ (S qᵀ)ᵀ = q Sᵀ
+    s = _numpy.symmetrised(a) if array_api_compat.is_numpy_array(a) else hermitian_part(a)
+    s_t = xp.matrix_transpose(s)  # rows q ↦ (S qᵀ)ᵀ = q Sᵀ
     return SelfAdjoint(lambda q: q @ s_t, tuple(a.shape[:-2]), (a.shape[-1],), a)
 
 
