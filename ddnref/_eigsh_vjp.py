@@ -16,9 +16,9 @@ import array_api_compat
 from ddnref import _numpy
 from ddnref._array import Array, check_dtypes, check_shapes, eps, full, is_true, namespace, nan_where, real_dtype
 from ddnref._deflated import Shifted, cg, direct, shifted
-from ddnref._eigsh import WHICH, is_cut
+from ddnref._eigsh import CLUSTER_RTOL, WHICH, is_cut
 from ddnref._errors import ConvergenceError, GaugeError
-from ddnref._gauge import RTOL, exceeds, largest, masked
+from ddnref._gauge import exceeds, largest, masked
 from ddnref._linalg import hermitian_product
 from ddnref._loops import CHECK_EVERY, WhileLoop
 from ddnref._operators import LinearOperator
@@ -96,7 +96,7 @@ def eigsh_vjp(
         Largest accepted residual of a solve, relative to its right-hand side; default 1e-11, and 1e-6 in single
         precision. A residual at rounding level of the solution is accepted as well.
     cluster_rtol, gauge_rtol : float, optional
-        ``rtol`` and ``gauge_rtol`` of `eigh_vjp`, relative to ‖A‖.
+        ``rtol`` (default ``32 * eps``, as in `eigsh`) and ``gauge_rtol`` of `eigh_vjp`.
     maxiter : int, optional
         Most iterations of conjugate gradients; default ``max(1000, m)``.
     method : {"auto", "cg", "direct"}
@@ -157,7 +157,7 @@ def eigsh_vjp(
     unit = eps(xp, w.dtype)
     tol = Tolerances(
         (1e-11 if unit < 1e-10 else 1e-6) if rtol is None else rtol,
-        RTOL * unit if cluster_rtol is None else cluster_rtol,
+        CLUSTER_RTOL * unit if cluster_rtol is None else cluster_rtol,
         unit**0.5 if gauge_rtol is None else gauge_rtol,
     )
     is_operator = isinstance(saved_and_x[-1], LinearOperator)
@@ -239,6 +239,7 @@ def _solve(g: Given, tol: Tolerances, method: str, loop: dict[str, object], scal
     sign = xp.sign(g.w) if g.which == "LM" else full(g.w.shape, 1.0 if g.which == "LA" else -1.0, g.w)
     s = Shifted(g.a, g.w, g.v, sign, g.w_rest, g.rest)
     b = without(without(g.v_bar, g.v), g.v)
+    b = xp.where((norms(b) > 8 * eps(xp, g.w.dtype) * norms(g.v_bar))[..., None], b, xp.zeros_like(b))  # only rounding
     n_iter = xp.zeros(g.w.shape, dtype=xp.int32, device=array_api_compat.device(g.w))
     positive = n_iter == 0
     if g.rest is not None and g.rest.shape[-2] == g.a.m - g.w.shape[-1]:
@@ -294,8 +295,9 @@ def _raise(info: EigshVjpInfo, bad: Array, tol: Tolerances) -> None:
         raise GaugeError(
             "The loss depends on a choice that the matrix does not determine, by more than gauge_rtol "
             f"{tol.gauge:.1e}. Likely it treats eigenpairs inside a cluster of equal eigenvalues individually, or "
-            "depends on the phase of a complex eigenvector; no gradient exists there. Write it through the "
-            "cluster's projector V_c V_cᴴ; or pass throw=False to get NaN for these items, gauge_rtol=inf to accept the masked gradient."
+            "depends on the phase of a complex eigenvector; no gradient exists there. Write it through the cluster's "
+            "projector V_c V_cᴴ; or pass throw=False to get NaN for these items, gauge_rtol=inf to accept the masked "
+            "gradient."
         )
     _raise_convergence(info, tol)
 

@@ -234,6 +234,7 @@ def _refined(a: SelfAdjoint, plan: Plan, state: State) -> Found:
     xp = array_api_compat.array_namespace(state.y)
     k, n = plan.k, plan.k + 1
     y = state.y[..., :n, :]
+    y = 1.5 * y - inner(y, y) @ y / 2  # orthonormal to rounding: a Newton step for (Y Yᴴ)^(-1/2) Y
     ay = a.apply(y)
     far = _far(state.scale)
     missing = xp.where(state.live[..., :n], xp.zeros_like(far), far)

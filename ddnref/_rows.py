@@ -79,6 +79,8 @@ def _of_operator(a: LinearOperator, function: str, like: Array | None) -> SelfAd
     given = {f"params[{i}]": parameter for i, parameter in enumerate(a.params)}
     namespace(**given, v0=like)
     n = len(a.domain_shape)
+    if like is not None and tuple(like.shape[like.ndim - n :]) != tuple(a.domain_shape):
+        raise ValueError(f"A vector has shape {tuple(like.shape)}, expected (..., *{tuple(a.domain_shape)}).")
     y = a(full(a.domain_shape, 0.0, a.params[0]) if like is None else like)
     batch = tuple(y.shape[: y.ndim - n])
     check_shapes(**{"operator.apply(params, v)": (y, (*batch, *a.domain_shape))})
@@ -107,8 +109,12 @@ def namespace_of(x: Array) -> Namespace:
 
 
 @lru_cache(maxsize=64)
-def _is_complex(dtype: Any) -> bool:
+def _complex(kind: str, dtype: Any) -> bool:  # noqa: ARG001 - dtypes of two libraries must not be compared
     return "complex" in str(dtype)
+
+
+def _is_complex(dtype: Any) -> bool:
+    return _complex(type(dtype).__module__, dtype)
 
 
 def conj(x: Array) -> Array:
