@@ -93,7 +93,7 @@ def eigsh_vjp(
     which : {"LA", "SA", "LM"}
         As given to `eigsh`.
     rtol : float, optional
-        Largest accepted residual of a solve, relative to its right-hand side; default 1e-11, and 1e-6 in single
+        Largest accepted residual of a solve, relative to its right-hand side; default 1e-10, and 1e-6 in single
         precision. A residual at rounding level of the solution is accepted as well.
     cluster_rtol, gauge_rtol : float, optional
         ``rtol`` (default ``32 * eps``, as in `eigsh`) and ``gauge_rtol`` of `eigh_vjp`.
@@ -156,7 +156,7 @@ def eigsh_vjp(
     xp = array_api_compat.array_namespace(w)
     unit = eps(xp, w.dtype)
     tol = Tolerances(
-        (1e-11 if unit < 1e-10 else 1e-6) if rtol is None else rtol,
+        (1e-10 if unit < 1e-10 else 1e-6) if rtol is None else rtol,
         CLUSTER_RTOL * unit if cluster_rtol is None else cluster_rtol,
         unit**0.5 if gauge_rtol is None else gauge_rtol,
     )
