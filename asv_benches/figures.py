@@ -26,6 +26,7 @@ from benchmarks import THREADS  # isort: skip - pins the threads before NumPy
 
 import numpy as np
 from benchmarks import _accuracy as accuracy
+from benchmarks import _eigsh_cases as eigsh_cases
 from benchmarks import nodes
 from benchmarks._common import Case, Ratio, alternating, backend, interleaved, pin_threads
 
@@ -194,6 +195,27 @@ def sinkhorn_rows(sizes: Sizes) -> Iterator[Row]:
         yield at_most(figure, ratio.median, size.bar, written(ratio), MARGIN)
 
 
+def eigsh_rows(sizes: Sizes) -> Iterator[Row]:
+    """The spectrum 1/i at m = 2048 and a Gaussian matrix at m = 1024; the bars belong to these sizes."""
+    for size, spectrum in zip(sizes, ("1/i", "gaussian"), strict=False):
+        problem = (spectrum, size.m)
+        ratio = interleaved(eigsh_cases.ours(*problem), eigsh_cases.full(*problem))
+        figure = f"eigsh and its VJP, k = 4 / full spectrum, {spectrum}, m = {size.m} float64"
+        yield at_most(figure, ratio.median, size.bar, written(ratio), MARGIN)
+        ratio = interleaved(eigsh_cases.forward(*problem), eigsh_cases.scipy_forward(*problem))
+        yield Row(f"eigsh / scipy.sparse.linalg.eigsh, forward, {spectrum}, m = {size.m}", written(ratio), timed=True)
+        yield at_most(f"gradient of eigsh, {spectrum}, m = {size.m}", eigsh_cases.gradient_error(*problem), 1e-8)
+
+
+def grid_rows(sizes: Sizes) -> Iterator[Row]:
+    shape = eigsh_cases.GRID if sizes[0].m == math.prod(eigsh_cases.GRID) else (10, 20)
+    result = eigsh_cases.grid(shape)
+    figure = f"eigsh of a matrix-free Laplacian, {shape[0]}×{shape[1]} grid, k = 6 smallest"
+    yield at_most(f"{figure}: largest residual / ‖A‖", result.residual, 1e-8)
+    yield at_most(f"{figure}: gradient of the edge weights against finite differences", result.error, 1e-6)
+    yield at_most(f"{figure}: peak memory of the process in GiB", result.peak, 1.0)
+
+
 _PEER_SIZES = tuple(Size(batch, m, SINGLE) for batch, m in ((5, 32), (5, 64), (5, 128), (5, 256), (1000, 32)))
 
 # The products come first, before any other library has started its threads.
@@ -211,6 +233,8 @@ FIGURES: dict[str, tuple[Callable[[Sizes], Iterator[Row]], Sizes]] = {
     "top4": (top4_rows, (Size(1, 1024, bar=5.0),)),
     "jax": (jax_rows, _PEER_SIZES),
     "autograd": (autograd_rows, _PEER_SIZES),
+    "eigsh": (eigsh_rows, (Size(1, 2048, bar=0.09), Size(1, 1024, bar=0.8))),
+    "eigsh-grid": (grid_rows, (Size(1, 20_000),)),
     "projector": (projector_rows, ()),
     "scales": (scales_rows, ()),
     "trace": (trace_rows, ()),

@@ -3,6 +3,8 @@
 from ddnref import testing
 from ddnref._bordered import BlockDiagonal, Diagonal, DiagonalPlusLowRank, Products
 from ddnref._eigh import eigh, eigh_vjp, gauge_residual
+from ddnref._eigsh import EigshInfo, eigsh, eigsh_fwd
+from ddnref._eigsh_vjp import EigshVjpInfo, eigsh_vjp
 from ddnref._errors import (
     ConvergenceError,
     DdnrefError,
@@ -50,6 +52,7 @@ from ddnref._nodes._projections import (
 )
 from ddnref._nodes._robust_pool import robust_pool, robust_pool_vjp
 from ddnref._nodes._sinkhorn import sinkhorn, sinkhorn_vjp
+from ddnref._operators import LinearOperator
 from ddnref._qr import qr, qr_vjp
 from ddnref._spectral import spectral_function, spectral_function_fwd, spectral_function_vjp
 from ddnref._topk import eigh_topk, eigh_topk_fwd, eigh_topk_vjp
@@ -61,7 +64,10 @@ __all__ = [
     "DdnrefError",
     "Diagonal",
     "DiagonalPlusLowRank",
+    "EigshInfo",
+    "EigshVjpInfo",
     "GaugeError",
+    "LinearOperator",
     "NonFiniteError",
     "OptimalityError",
     "Products",
@@ -74,6 +80,9 @@ __all__ = [
     "eigh_topk_fwd",
     "eigh_topk_vjp",
     "eigh_vjp",
+    "eigsh",
+    "eigsh_fwd",
+    "eigsh_vjp",
     "eq_argmin_vjp",
     "expm",
     "expm_fwd",

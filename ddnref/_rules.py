@@ -10,6 +10,8 @@ import ddnref._eigh as eigen
 import ddnref._matrix_functions as matrix_functions
 import ddnref._spectral as spectral
 import ddnref._topk as topk
+from ddnref import _eigsh as kpairs
+from ddnref import _eigsh_vjp as kpairs_vjp
 from ddnref import _iteration as iteration
 from ddnref import _iteration_vjp as iteration_vjp
 from ddnref import _qr as factorisation
@@ -150,6 +152,26 @@ _TABLE = (
         docs="k largest or smallest eigenpairs",
         singular="as `eigh`; a cluster cut by the k-th eigenvalue: `GaugeError`",
         **_CLOSED,
+    ),
+    Rule(
+        name="eigsh",
+        function=kpairs.eigsh,
+        forward=kpairs.eigsh_fwd,
+        vjp=kpairs_vjp.eigsh_vjp,
+        sample=samples.eigsh,
+        outputs=2,
+        needs=(0,),
+        info=kpairs.EigshInfo,
+        vjp_info=True,
+        refusal=(
+            "A second derivative through eigsh was asked for. Its gradient comes from an iterative solve, which is not "
+            "differentiated again: use ddnref.eigh_topk, whose gradient is a closed form."
+        ),
+        tangent="symmetric",
+        symmetrises=True,
+        docs="k largest, smallest or largest-in-magnitude eigenpairs, matrix-free",
+        singular="as `eigh_topk`",
+        cost="k systems by conjugate gradients",
     ),
     _spectral_rule(
         "spectral_function",

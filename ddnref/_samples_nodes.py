@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ddnref._samples import Convert, Sample
+from ddnref._samples import Convert, Sample, is_double
 
 Batch = tuple[int, ...]
 
@@ -61,7 +61,7 @@ def sinkhorn(convert: Convert, rng: np.random.Generator, batch: Batch, m: int, i
     p, q = rng.uniform(0.5, 1.5, (*batch, m)), rng.uniform(0.5, 1.5, (*batch, m + 1))
     p, q = p / np.sum(p, axis=-1, keepdims=True), q / np.sum(q, axis=-1, keepdims=True)
     inputs = tuple(convert(z) for z in (rng.uniform(0, 1, (*batch, m, m + 1)), p, q))
-    rtol = 1e-13 if "64" in str(inputs[0].dtype) else 1e-6
+    rtol = 1e-13 if is_double(inputs[0]) else 1e-6
     return Sample(inputs, {"eps": 0.2, "rtol": rtol}, None, 0.3, 1e3)
 
 

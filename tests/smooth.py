@@ -66,6 +66,7 @@ def transport(x: Any, steps: Any) -> tuple[Any, ...]:
 SMOOTH = {
     "eigh": Smooth(positive, pairs),
     "eigh_topk": Smooth(positive, pairs, {"k": 2}),
+    "eigsh": Smooth(positive, lambda result: pairs(result[0]), {"k": 2}),
     "spectral_function": Smooth(positive, whole, {"f": cube, "df": cube_derivative}),
     **{name: Smooth(positive, whole) for name in ("sqrtm", "invsqrtm", "logm", "expm")},
     "power_iteration": Smooth(positive, without_info),

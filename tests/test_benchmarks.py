@@ -16,7 +16,7 @@ import pytest
 from conftest import need
 
 BENCHES = Path(__file__).parents[1] / "asv_benches"
-MODULES = ("eigh", "spectral", "ladder", "nodes")
+MODULES = ("eigh", "eigsh", "spectral", "ladder", "nodes")
 PREFIXES = ("time_", "peakmem_", "track_")
 
 before = dict(os.environ)

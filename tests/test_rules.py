@@ -96,15 +96,16 @@ def test_structure_of_the_vjp(rule, is_complex, xp, rng):
     sample = rule.sample(xp.asarray, rng, (3,), 6, is_complex)
     _, kept, bars, vjp = solve(rule, sample, xp)
     gradients = vjp(*bars, *kept)
+    tolerance = STRUCTURE * (sample.condition if rule.vjp_info else 1)  # an iterative solve amplifies its rounding
     if rule.tangent == "symmetric":
         x_bar = xp.numpy(gradients[0])
         assert np.array_equal(x_bar, adjoint(x_bar)), "not exactly Hermitian"
     twice = vjp(*(2.5 * b for b in bars), *kept)
-    assert relative(flat(xp, twice), 2.5 * flat(xp, gradients)) <= STRUCTURE
+    assert relative(flat(xp, twice), 2.5 * flat(xp, gradients)) <= tolerance
     assert np.all(flat(xp, vjp(*(0 * b for b in bars), *kept)) == 0)
     for i in range(3):
         one = vjp(*(a[i, ...] for a in (*bars, *kept)))
-        assert relative(flat(xp, one), flat(xp, tuple(g[i, ...] for g in gradients))) <= STRUCTURE
+        assert relative(flat(xp, one), flat(xp, tuple(g[i, ...] for g in gradients))) <= tolerance
 
 
 @domains
