@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 
+import array_api_compat
+
 import ddnref._eigh as eigen
 import ddnref._matrix_functions as matrix_functions
 import ddnref._spectral as spectral
@@ -45,6 +47,11 @@ def _repeated(*arrays: Array, rtol: float | None = None) -> Array:
 
 def _saved_eigh_vjp(w_bar: Array | None, v_bar: Array | None, w: Array, v: Array) -> Array:
     return eigen.eigh_vjp(w_bar, v_bar, w, v, gauge_rtol=float("inf"), throw=False)
+
+
+def _always(*arrays: Array, rtol: float | None = None) -> Array:  # noqa: ARG001
+    xp = array_api_compat.array_namespace(arrays[0])
+    return xp.any(xp.isfinite(arrays[0])) | True
 
 
 _MASKED = (
@@ -163,6 +170,7 @@ _TABLE = (
         needs=(0,),
         info=kpairs.EigshInfo,
         vjp_info=True,
+        undefined=_always,
         refusal=(
             "A second derivative through eigsh was asked for. Its gradient comes from an iterative solve, which is not "
             "differentiated again: use ddnref.eigh_topk, whose gradient is a closed form."

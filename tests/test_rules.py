@@ -247,3 +247,12 @@ def test_the_table_is_the_public_api():
         assert rule.function is getattr(ddnref, name)
         assert rule.vjp is getattr(ddnref, f"{name}_vjp")
     assert sorted(ddnref.__all__) == ddnref.__all__
+
+
+def test_what_is_saved_carries_second_derivatives_or_they_are_refused(rng):
+    """Or a bridge would drop the part of a second derivative that passes through saved arrays, in silence."""
+    for rule in RULES.values():
+        sample = rule.sample(np.asarray, rng, (), 4, False)
+        _, saved = plain_forward(rule)(*sample.inputs, **options_of(rule, sample.options)[0])
+        assert not saved or rule.saved_vjp is not None or rule.undefined is not None, rule.name
+        assert (rule.undefined is None) == (rule.refusal == ""), rule.name

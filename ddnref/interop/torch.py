@@ -90,7 +90,8 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
 
 
 def _operation(rule: Rule, bound: Bound) -> Any:
-    first_order = None if bound.undefined is None else _first_order(bound.undefined, rule.refusal)
+    guarded = bound.undefined is not None and not rule.vjp_info  # an opaque one refuses by itself
+    first_order = _first_order(bound.undefined, rule.refusal) if guarded else None
     reverse = _opaque(bound.reverse, rule.refusal) if rule.vjp_info else bound.reverse
     needs, fields = rule.needs, 0 if rule.info is None else len(rule.info._fields)
 
@@ -177,7 +178,7 @@ def _warn_where_nan(x_bar: Tensor) -> Tensor:
     return x_bar
 
 
-def _first_order(undefined: Callable[..., Any], refusal: str) -> Any:
+def _first_order(undefined: Any, refusal: str) -> Any:
     class FirstOrder(torch.autograd.Function):
         """Identity on a gradient; its own derivative is refused where that would be wrong."""
 
