@@ -10,7 +10,7 @@ import numpy as np
 
 import ddnref
 from ddnref._operators import LinearOperator
-from ddnref._rules import eigen_loss
+from ddnref._samples import eigen_loss
 
 from ._common import Call
 
@@ -136,7 +136,7 @@ def grid(shape: tuple[int, int] = GRID, k: int = 6, basis: int = 64, step: float
             moved = operator.with_params(
                 *(p + sign * h / size * bar for p, bar in zip(operator.params, bars, strict=True))
             )
-            (w, v), _, _ = solve(moved, v0=start)
+            ((w, v), _), _ = solve(moved, v0=start)
             f.append(float(value(w, v.reshape(-1, k))))
         return (f[0] - f[1]) / (2 * h)
 

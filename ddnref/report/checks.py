@@ -192,6 +192,8 @@ def against_double(p: Problem) -> Measured | None:
     # Outputs rounded to single precision, judged in double, would count as a gauge, or as no solution.
     names = {"gauge_rtol", "check_rtol"} & set(inspect.signature(vjp).parameters)
     accepting = dict.fromkeys(names, math.inf)
+    if p.case.rule.vjp_info:
+        accepting["rtol"] = float(np.finfo(np.float32).eps)  # what saved pairs of that precision let a solve reach
     _, options = options_of(p.case.rule, {**p.sample.options, **accepting}, p.backend.while_loop)
     exact = p.backend.bind(plain_vjp(p.case.rule), **options)(*map(double, (*p.bars, *p.kept)))
     single = p.pull(p.bars)
