@@ -65,7 +65,7 @@ def eigsh(
         How many, ``1 <= k <= m``.
     which : {"LA", "SA", "LM"}
         The largest eigenvalues, descending; the smallest, ascending; the largest magnitudes, descending.
-    v0 : (..., m) or (..., *domain_shape) array, optional
+    v0 : (..., m) or (..., \*domain_shape) array, optional
         Where to start; default a random vector with a fixed seed. An operator's batch axes are those of `v0`, or
         else those that its parameters give to the image of one vector.
     rtol : float, optional
@@ -89,7 +89,7 @@ def eigsh(
 
     Returns
     -------
-    (w, v) : (..., k) real array, and (..., m, k) array or (..., *domain_shape, k) for an operator
+    (w, v) : (..., k) real array, and (..., m, k) array or (..., \*domain_shape, k) for an operator
         Eigenvalues and orthonormal eigenvectors.
     info : EigshInfo
 
@@ -157,7 +157,7 @@ def eigsh_fwd(
     throw: bool = True,
     while_loop: WhileLoop | None = None,
 ) -> tuple[tuple[tuple[Array, Array], tuple[Array, Array]], EigshInfo]:
-    """`eigsh` and what its reverse pass can use.
+    r"""`eigsh` and what its reverse pass can use.
 
     Parameters
     ----------
@@ -168,7 +168,7 @@ def eigsh_fwd(
     -------
     (w, v)
         The outputs of `eigsh`.
-    (w_rest, v_rest) : (..., r) and (..., m, r) or (..., *domain_shape, r) arrays
+    (w_rest, v_rest) : (..., r) and (..., m, r) or (..., \*domain_shape, r) arrays
         Leftover Ritz pairs, most wanted first; the first value is that of the eigenvalue next to the k. After a full
         decomposition all others, ``r = m - k``: then the derivative needs no solve.
     info : EigshInfo

@@ -86,7 +86,7 @@ def eigsh_vjp(
     Parameters
     ----------
     w_bar : (..., k) real array or None
-    v_bar : (..., m, k) or (..., *domain_shape, k) array or None
+    v_bar : (..., m, k) or (..., \*domain_shape, k) array or None
     w, v
         The outputs of `eigsh`.
     *saved_and_x

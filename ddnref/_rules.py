@@ -211,7 +211,7 @@ _TABLE = (
         sample=node_samples.sphere,
         needs=(0,),
         docs="nearest point on the L1, L2 or L∞ sphere",
-        singular="ties, the centre: `OptimalityError`",
+        singular="points that are not unique (the centre, ties): `SingularError`",
         cost="O(m)",
     ),
     _node_rule(
@@ -256,7 +256,7 @@ _TABLE = (
         info=transport.SinkhornInfo,
         tangent=("dense", "zero-sum", "zero-sum"),
         docs="entropic optimal transport: cost and both marginals",
-        singular="marginals without mass: `SingularError`",
+        singular="a plan in parts that exchange no mass: `SingularError`",
         cost="a factorisation of the smaller side",
     ),
     _node_rule(
