@@ -1,6 +1,6 @@
-"""Measure the stated figures of the eigendecomposition and print them beside their bars as a Markdown table.
+"""Measure the stated figures of the eigenpairs and print them beside their bars as a Markdown table.
 
-- ``python asv_benches/figures.py``: all of them, about five minutes on an idle machine;
+- ``python asv_benches/figures.py``: all of them, about ten minutes on an idle machine;
 - ``--quick``: a smoke test, smallest sizes and no time to measure anything;
 - ``--only NAME``: some of them, may be repeated; ``--list`` names them;
 - ``--write PATH``: write the table as well.
@@ -27,6 +27,7 @@ from benchmarks import THREADS  # isort: skip - pins the threads before NumPy
 import numpy as np
 from benchmarks import _accuracy as accuracy
 from benchmarks import _eigsh_cases as eigsh_cases
+from benchmarks import _iteration as iteration
 from benchmarks import nodes
 from benchmarks._common import Case, Ratio, alternating, backend, interleaved, pin_threads
 
@@ -216,6 +217,58 @@ def grid_rows(sizes: Sizes) -> Iterator[Row]:
     yield at_most(f"{figure}: peak memory of the process in GiB", result.peak, 1.0)
 
 
+def iteration_error_rows(sizes: Sizes) -> Iterator[Row]:
+    for size in sizes:
+        for (n, method), worst in iteration.errors(size.m).items():
+            figure = f"iteration VJP, {method}: worst error in float32, five distributions, (5, {size.m}), n = {n}"
+            yield at_most(figure, worst, 1e-6 if method == "bordered" else 1e-4)
+        textbook = ", ".join(f"{iteration.textbook_error(size.m, n):.2g} (n = {n})" for n in (1, 4))
+        yield Row(f"the textbook's structured form there, zero-mean matrices, m = {size.m}", textbook)
+    for method in iteration.IMPLICIT:
+        yield at_most(f"iteration VJP, {method}: the same at top gap 1e-2", iteration.error_at_gap(1e-2, method), 1e-5)
+
+
+def iteration_time_rows(sizes: Sizes) -> Iterator[Row]:
+    for size in sizes:
+        for n in (1, 4):
+            ratio = interleaved(iteration.ours(size.batch, size.m, n), iteration.textbook(size.batch, size.m, n))
+            figure = f"iteration VJP / textbook's three solves a pair, ({size.batch}, {size.m}) float32, n = {n}"
+            yield at_most(figure, ratio.median, size.bar, written(ratio), MARGIN)
+
+
+def iteration_memory_rows(sizes: Sizes) -> Iterator[Row]:
+    for size in sizes:
+        for n in (1, 4):
+            figure = f"peak memory, iteration VJP / textbook's, ({size.batch}, {size.m}) float32, n = {n}"
+            yield at_most(figure, iteration.memory(size.m, n), size.bar)
+
+
+def iteration_step_rows(_: Sizes) -> Iterator[Row]:
+    figure = "100 eager torch steps / power iteration until its rule stops it, (5, 128) float32"
+    try:
+        ratio = interleaved(iteration.torch_power(5, 128), iteration.our_power(5, 128))
+        ours, theirs = iteration.final_residuals(5, 128)
+        figure += f", residuals {theirs:.1e} and {ours:.1e}"
+        yield at_least(figure, ratio.median, 15.0, written(ratio), MARGIN)
+    except NotImplementedError as missing:
+        yield Row(figure, f"skipped: {missing}")
+    ratio = interleaved(iteration.qr_of_all_columns(1, 512), iteration.our_steps(1, 512, 4))
+    ratio = Ratio(*(iteration.STEPS * value for value in ratio))
+    figure = "QR of all 512 columns / a step of simultaneous iteration with n = 4, float32"
+    yield at_least(figure, ratio.median, 50.0, written(ratio), MARGIN)
+    for steps in (100, 2000):
+        figure = f"simultaneous iteration, (5, 512), n = 4, {steps} steps: items whose status is not true"
+        yield at_most(figure, iteration.misreported(steps), 0)
+
+
+def iteration_read_rows(_: Sizes) -> Iterator[Row]:
+    for throw, bar in ((False, 0), (True, 1)):
+        try:
+            yield at_most(f"host reads of the iteration VJP, throw={throw}", iteration.host_reads(throw), bar)
+        except NotImplementedError as missing:
+            yield Row(f"host reads of the iteration VJP, throw={throw}", f"skipped: {missing}")
+
+
 _PEER_SIZES = tuple(Size(batch, m, SINGLE) for batch, m in ((5, 32), (5, 64), (5, 128), (5, 256), (1000, 32)))
 
 # The products come first, before any other library has started its threads.
@@ -243,6 +296,14 @@ FIGURES: dict[str, tuple[Callable[[Sizes], Iterator[Row]], Sizes]] = {
     "float32": (float32_rows, ()),
     "host-reads": (read_rows, ()),
     "sinkhorn": (sinkhorn_rows, (Size(1, 200, bar=1.5),)),
+    "iteration-errors": (iteration_error_rows, tuple(Size(5, m) for m in (32, 128, 512, 1024))),
+    "iteration-time": (
+        iteration_time_rows,
+        (Size(5, 32, bar=1.0), *(Size(5, m, bar=0.4) for m in (128, 256, 512, 1024))),
+    ),
+    "iteration-memory": (iteration_memory_rows, tuple(Size(5, m, bar=0.75) for m in (128, 256, 512, 1024))),
+    "iteration-steps": (iteration_step_rows, ()),
+    "iteration-host-reads": (iteration_read_rows, ()),
 }
 
 

@@ -22,6 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 
 from benchmarks import _accuracy as accuracy
+from benchmarks import _iteration as iteration
 
 from ddnref import _rule, _rules
 
@@ -73,6 +74,15 @@ def figures() -> dict[str, tuple[str, Callable[[], float]]]:
         measured[f"eigh_vjp: extra m×m arrays, {dtype}"] = ("extra arrays", extra)
     for throw in (False, True):
         measured[f"eigh_vjp: host reads, throw={throw}"] = ("host reads", partial(accuracy.host_reads, throw))
+        reads = partial(iteration.host_reads, throw)
+        measured[f"simultaneous_iteration_vjp: host reads, throw={throw}"] = ("host reads", reads)
+    for method in iteration.IMPLICIT:
+        error = partial(iteration.error_at_gap, 1e-2, method)
+        measured[f"simultaneous_iteration_vjp: float32 error at gap 1e-2, {method}"] = ("error", error)
+    measured["simultaneous_iteration_vjp: memory over the textbook's"] = (
+        "extra arrays",
+        partial(iteration.memory, 128, 4),
+    )
     measured["eigh_vjp: error of a cluster's projector"] = (
         "error",
         lambda: float(np.max(accuracy.projector_errors("ddnref"))),

@@ -73,6 +73,29 @@ def identity(n: int, like: Array) -> Array:
     return xp.astype(i[:, None] == i[None, :], like.dtype)
 
 
+def bordered(x: Array, y: Array) -> Array:
+    """``[[−X, Y], [Yᵀ, 0]]`` of real ``(..., m, m)`` and ``(..., m, n)``, in the precision of `y`."""
+    if array_api_compat.is_numpy_array(x):
+        return _numpy.bordered(x, y)
+    xp = array_api_compat.array_namespace(x)
+    n = y.shape[-1]
+    corner = full((*y.shape[:-2], n, n), 0.0, y)
+    above = xp.concat([-xp.astype(x, y.dtype, copy=False), y], axis=-1)
+    return xp.concat([above, xp.concat([xp.matrix_transpose(y), corner], axis=-1)], axis=-2)
+
+
+def with_diagonal(a: Array, d: Array) -> Array:
+    """`a` with its leading diagonal entries replaced by ``(..., m)`` others; on NumPy `a` itself, overwritten."""
+    if array_api_compat.is_numpy_array(a):
+        return _numpy.with_diagonal(a, d)
+    xp = array_api_compat.array_namespace(a)
+    n, m = a.shape[-1], d.shape[-1]
+    i = xp.arange(n, device=array_api_compat.device(a))
+    leading = (i[:, None] == i[None, :]) & (i[:, None] < m)
+    d = xp.concat([d, xp.zeros_like(a[..., m:, 0])], axis=-1)
+    return xp.where(leading, d[..., None, :], a)
+
+
 def solve(a: Array, b: Array) -> Array:
     """``A⁻¹ B`` of ``(..., n, n)`` and ``(..., n, k)`` with equal batch axes; NaN for its bad items alone.
 
@@ -83,7 +106,9 @@ def solve(a: Array, b: Array) -> Array:
     if 0 in b.shape:
         return xp.zeros_like(b)
     finite = xp.all(xp.isfinite(a), axis=(-2, -1), keepdims=True)
-    x = _solve_finite(xp.where(finite, a, identity(a.shape[-1], a)), b)
+    if not (array_api_compat.is_numpy_array(a) and finite.all()):  # where it is: no further copy
+        a = xp.where(finite, a, identity(a.shape[-1], a))
+    x = _solve_finite(a, b)
     return nan_where(~(finite & xp.all(xp.isfinite(x), axis=(-2, -1), keepdims=True)), x)
 
 

@@ -161,6 +161,21 @@ def hermitian_sum(b: Array, v: Array) -> Array:
     return x
 
 
+def bordered(x: Array, y: Array) -> Array:
+    """``[[−X, Y], [Yᵀ, 0]]``, each block written once: the standard form writes twice and converts before."""
+    m, n = y.shape[-2:]
+    a = np.empty((*x.shape[:-2], m + n, m + n), dtype=y.dtype)
+    np.negative(x, out=a[..., :m, :m])
+    a[..., :m, m:], a[..., m:, :m], a[..., m:, m:] = y, y.mT, 0
+    return a
+
+
+def with_diagonal(a: Array, d: Array) -> Array:
+    """`a` itself with other leading diagonal entries: m numbers are written where the standard form writes m²."""
+    _diagonal(a)[..., : d.shape[-1]] = d
+    return a
+
+
 def eigh_vjp(
     w_bar: Array | None, v_bar: Array, w: Array, v: Array, near: Array
 ) -> tuple[Array, tuple[Array, Array] | None]:

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+import ddnref
 from conftest import need
 
 BENCHES = Path(__file__).parents[1] / "asv_benches"
-MODULES = ("eigh", "eigsh", "spectral", "ladder", "nodes")
+MODULES = ("eigh", "eigsh", "iteration", "spectral", "ladder", "nodes")
 PREFIXES = ("time_", "peakmem_", "track_")
 
 before = dict(os.environ)
@@ -28,6 +29,7 @@ try:
     import history
     from benchmarks import _accuracy as accuracy
     from benchmarks import _common as common
+    from benchmarks import _iteration as iteration
     from benchmarks._cases import products
 finally:
     sys.path.remove(str(BENCHES))
@@ -73,7 +75,7 @@ def run(cls: type, method: str, parameters: tuple[Any, ...]) -> Any:
 @pytest.mark.parametrize(("cls", "method"), methods())
 def test_benchmark_runs(cls: type, method: str, request: pytest.FixtureRequest) -> None:
     parameters = smallest(cls)
-    if cls is benchmarks["eigh"].EighTorchApart or "torch" in parameters:
+    if cls in (benchmarks["eigh"].EighTorchApart, benchmarks["iteration"].IterationForward) or "torch" in parameters:
         need(request.config, "torch")
     value = run(cls, method, parameters)
     if method.startswith("track_"):
@@ -92,7 +94,7 @@ def test_backends_run(name: str) -> None:
 def test_every_module_has_the_three_kinds() -> None:
     names = {
         name: {m.values[1].split("_")[0] for m in methods() if m.values[0].__module__.endswith(name)}
-        for name in ("eigh", "spectral")
+        for name in ("eigh", "iteration", "spectral")
     }
     assert names == {name: {"time", "peakmem", "track"} for name in names}
 
@@ -176,6 +178,28 @@ def test_closed_form_of_the_projector_gradient() -> None:
 
     numerical = (loss(p.x + 1e-6 * d) - loss(p.x - 1e-6 * d)) / 2e-6
     assert np.allclose(numerical, np.sum(accuracy.projector_gradient(p) * d, axis=(-2, -1)), rtol=1e-6)
+
+
+def test_the_textbook_form_is_the_same_gradient() -> None:
+    """In float64, from eigenvalues a little off, so that its matrix can be solved with."""
+    (p,) = iteration.pairs(iteration.matrices("uniform", 5, 8), (2,))
+    x = p.x.astype(np.float64)
+    w, v = (a[..., -1:] for a in np.linalg.eigh(x))
+    v_bar = p.v_bar[..., :1].astype(np.float64)
+    ours = ddnref.simultaneous_iteration_vjp(None, v_bar, w, v, x, symmetric=True)
+    assert np.allclose(iteration.structured(v_bar, w * (1 + 1e-7), v, x), ours, atol=1e-5 * np.max(np.abs(ours)))
+
+
+def test_an_untrue_status_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert iteration.misreported(steps=20, m=32) == 0
+    solve = ddnref.simultaneous_iteration
+
+    def boasting(*arguments: Any, **options: Any) -> Any:
+        pair, info = solve(*arguments, **options)
+        return pair, info._replace(converged=np.ones_like(info.converged))
+
+    monkeypatch.setattr(ddnref, "simultaneous_iteration", boasting)
+    assert iteration.misreported(steps=20, m=32) == 5
 
 
 def test_verdicts() -> None:

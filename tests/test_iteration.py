@@ -259,16 +259,17 @@ def test_repeated_eigenvalues_are_refused(xp, rng):
         ddnref.simultaneous_iteration_vjp(ahead, None, w[:, -2:], v[..., -2:], x, symmetric=True)
 
 
+@pytest.mark.parametrize("m", [64, 300])  # one chunk, and one item in each
 @pytest.mark.parametrize("n", [1, 4])
 @pytest.mark.parametrize(("method", "bar"), [("bordered", 1e-6), ("fixed_point", 1e-4)])
-def test_single_precision_from_correctly_rounded_pairs(n, method, bar, rng):
+def test_single_precision_from_correctly_rounded_pairs(n, m, method, bar, rng):
     """Random cotangents, zero-mean Gaussian matrices: where the node's textbook form is off by 0.05 and more."""
-    x = symmetric(rng, 64, (5,)).astype(np.float32)
+    x = symmetric(rng, m, (5,)).astype(np.float32)
     w, v = np.linalg.eigh(x.astype(np.float64))
     order = np.argsort(-np.abs(w), axis=-1)[:, :n]
     w_n = np.take_along_axis(w, order, axis=-1)
     v_n = np.take_along_axis(v, order[:, None, :], axis=-1)
-    w_bar, v_bar = rng.standard_normal((5, n)), rng.standard_normal((5, 64, n))
+    w_bar, v_bar = rng.standard_normal((5, n)), rng.standard_normal((5, m, n))
     single = ddnref.simultaneous_iteration_vjp(
         *(a.astype(np.float32) for a in (w_bar, v_bar, w_n, v_n)), x, method=method, symmetric=True
     )

@@ -10,7 +10,7 @@ import pytest
 from problems import relative, rotation, symmetric, with_spectrum
 
 import ddnref
-from ddnref import _numpy
+from ddnref import _linalg, _numpy
 
 
 def twin(w_bar, v_bar, w, v):
@@ -124,3 +124,19 @@ def test_neighbours_of_a_nan_item_bit_for_bit_with_blas_on_one_thread():
     )
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", code], env=environment, timeout=120, check=True)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 3, 5)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_bordered_systems(shape, dtype, rng):
+    """Against the standard-only forms, exactly; a narrow matrix comes out in the precision of its border."""
+    x = rng.standard_normal((*shape, shape[-1])).astype(dtype)
+    y, d = rng.standard_normal((*shape, 2)), rng.standard_normal(shape)
+    for name, values in (("bordered", (x, y)), ("with_diagonal", (x.astype(np.float64), d))):
+        ours = getattr(_linalg, name)(*(a.copy() for a in values))
+        standard = getattr(_linalg, name)(*(array_api_strict.asarray(a) for a in values))
+        assert ours.dtype == np.float64
+        assert np.array_equal(ours, np.asarray(standard))
+    a = _linalg.bordered(x, y)
+    standard = _linalg.with_diagonal(array_api_strict.asarray(a.copy()), array_api_strict.asarray(d))
+    assert np.array_equal(_linalg.with_diagonal(a, d), np.asarray(standard))  # only the leading entries
