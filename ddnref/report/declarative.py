@@ -1,4 +1,4 @@
-"""The tutorial's comparison: eigenvectors by iteration, gradients by its forms and by ours, their precision and cost."""
+"""The tutorial's comparison: eigenvectors by iteration, their gradients by its forms and ours; precision and cost."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ddnref.report.declarative_precision import (
     Key,
     Precision,
     gradients,
-    measure,
     median,
+    precision,
     worst,
 )
 from ddnref.report.matrices import DISTRIBUTIONS
@@ -65,8 +65,8 @@ class Costs(NamedTuple):
     missing: tuple[str, ...]
 
 
-def measure_costs(context: Context, what: Plan) -> Costs:
-    """Times one library after the other, then memory of all at once."""
+def measure(context: Context, what: Plan) -> tuple[Costs, Precision]:
+    """Times one library after the other; then memory, of all at once, and precision, which do not mind the company."""
     installed = {"NumPy": True, **{name: version is not None for name, version in peers.versions().items()}}
     missing = tuple(name for name in PROCESSES if not installed[name])
     processes = [process for name, process in PROCESSES.items() if name not in missing]
@@ -74,8 +74,10 @@ def measure_costs(context: Context, what: Plan) -> Costs:
     for process in context.track(processes, "Timing the tutorial's passes"):
         timed[process] = cost.seconds(process, what.sizes, what.patience, what.calls)
     with ThreadPoolExecutor() as pool:
-        weighed = list(pool.map(cost.peaks, timed, timed.values()))
-    return Costs(_together(timed.values()), _together(weighed), missing)
+        weighed = pool.map(cost.peaks, timed, timed.values())
+        seeds = range(context.seed, context.seed + what.seeds)
+        found = precision(context.track(what.widths, "Precision of the tutorial's passes"), seeds)
+        return Costs(_together(timed.values()), _together(weighed), missing), found
 
 
 def _together(parts: Iterable[Figures]) -> Figures:
@@ -154,7 +156,7 @@ def costs_table(found: Costs, what: Plan, n: int, kind: str) -> Table:
     return Table(f"{kind}-{n}", caption, ("pass", *(str(size[:2]) for size in sizes)), rows, ".3g")
 
 
-def skipped(found: Costs, precision: Precision, what: Plan) -> list[str]:
+def skipped(found: Costs, exact: Precision, what: Plan) -> list[str]:
     """What was skipped, each by name and reason."""
     costs = [
         f"{name} at {size} ({reason.removeprefix('skipped: ')})"
@@ -162,7 +164,7 @@ def skipped(found: Costs, precision: Precision, what: Plan) -> list[str]:
         for name in names(size[-1])
         if (reason := state(found, what, name, size)).startswith("skipped")
     ]
-    return costs + [f"precision at m = {m} ({guess:.0f} s a seed expected)" for m, guess in precision.skipped.items()]
+    return costs + [f"precision at m = {m} ({guess:.0f} s a seed expected)" for m, guess in exact.skipped.items()]
 
 
 # --- the section ------------------------------------------------------------------------------------------------
@@ -201,7 +203,7 @@ def _precision(found: Precision, what: Plan) -> list[Part]:
     ]  # fmt: skip
 
 
-def _costs(found: Costs, precision: Precision, what: Plan) -> list[Part]:
+def _costs(found: Costs, exact: Precision, what: Plan) -> list[Part]:
     made = f"<code>{what.command}</code> makes it, on the machine where it runs."
     parts: list[Part] = []
     captions = {
@@ -223,7 +225,7 @@ def _costs(found: Costs, precision: Precision, what: Plan) -> list[Part]:
         drawing = draw_cost(figures, what.sizes, kind)
         parts.append(Picture(f"{kind}-by-size", captions[kind], alt, drawing, columns, rows))
         parts += [costs_table(found, what, n, kind) for n in what.pairs]
-    if left_out := skipped(found, precision, what):
+    if left_out := skipped(found, exact, what):
         parts.append(Text(
             f"Skipped, because one call is expected to take more than {what.patience:g} s (one seed of the precision "
             f"{PATIENCE:.0f} s), at m⁴ from the largest size that was measured, or a Jacobian and its copies more than "
@@ -243,13 +245,8 @@ def headline(found: Precision) -> Headline:
 
 def _run(context: Context) -> Content:
     what = plan(full=context.full)
-    seeds = range(context.seed, context.seed + what.seeds)
-    widths = context.track(what.widths, "Precision of the tutorial's passes")
-    precision = measure(widths, seeds, PATIENCE)
-    costs = measure_costs(context, what)
-    return Content(
-        [_INTRODUCTION, *_precision(precision, what), *_costs(costs, precision, what)], [headline(precision)]
-    )
+    costs, found = measure(context, what)
+    return Content([_INTRODUCTION, *_precision(found, what), *_costs(costs, found, what)], [headline(found)])
 
 
 SECTION = Section("declarative", "Eigenvectors as a declarative node", _run)
