@@ -48,7 +48,7 @@ class Plan(NamedTuple):
         return [(BATCH, m, n) for n in self.pairs for m in self.widths]
 
 
-QUICK = Plan((32, 64, 128), (1, 4), seeds=2, calls=3, patience=0.5, command="ddnref report")
+QUICK = Plan((32, 64, 128), (1, 4), seeds=2, calls=3, patience=1.5, command="ddnref report")
 FULL = Plan((32, 64, 128, 256, 512, 1024), (1, 4), seeds=100, calls=10, patience=20.0, command="ddnref report --full")
 
 
