@@ -13,7 +13,7 @@ from ddnref.report.cli import main
 from ddnref.report.content import Context, Picture, Table, Text
 
 M = 12
-PLAN = declarative.Plan((8, M, 16), (1, 4), seeds=1, calls=1, patience=0.5, command="ddnref report")
+PLAN = declarative.Plan((8, M, 16), (1, 4), seeds=1, calls=1, repeat=0.0, patience=0.5, command="ddnref report")
 SHORT = {"DDN-J", "DDN-E", "DDN-E, pinv", "IFT-J", "IFT-E, B stored", "IFT-E"}
 OURS = {"fixed_point", "bordered"}
 
@@ -21,8 +21,8 @@ OURS = {"fixed_point", "bordered"}
 def fake(monkeypatch, *, memory=True, installed=("torch", "jax")):
     """A small plan; one second for every pass but PI-DDN-J, which is measured at the first size only."""
 
-    def seconds(process, sizes, patience, least):
-        assert (patience, least) == (PLAN.patience, PLAN.calls)
+    def seconds(process, sizes, patience, *, least, repeat):
+        assert (patience, least, repeat) == (PLAN.patience, PLAN.calls, PLAN.repeat)
         torch = process == declarative_passes.PROCESSES["PyTorch"]
         return {
             (name, size): 1.0
@@ -170,7 +170,7 @@ def test_a_size_whose_precision_takes_too_long_is_skipped(monkeypatch):
 
 def test_other_process_finds_the_passes():
     process = declarative_passes.PROCESSES["NumPy"]
-    found = cost.seconds(process, [(1, 4, 1), (1, 4, 4)], 1e6, 1)
+    found = cost.seconds(process, [(1, 4, 1), (1, 4, 4)], 1e6, least=1, repeat=1e-3)
     expected = {(name, (1, 4, n)) for n in (1, 4) for name in declarative_passes.names(n) if name[:2] != "AT"}
     assert set(found) == expected
 

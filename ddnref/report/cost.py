@@ -54,12 +54,14 @@ _NOTHING_KEPT = {  # malloc takes all but small change from the system and gives
 }
 
 
-def seconds(library: str, sizes: Sequence[Size], patience: float = PATIENCE, least: int = LEAST) -> Figures:
+def seconds(
+    library: str, sizes: Sequence[Size], patience: float = PATIENCE, *, least: int = LEAST, repeat: float = REPEAT
+) -> Figures:
     """Median time of every pass of a library at every size, growing; skips what is `expected` to exceed `patience`.
 
     A library is a name in `PASSES`, or ``"module:function"``, a function of the size that returns the calls by name.
     """
-    return _ask(_PINNED, ["seconds", library, sizes, patience, least])
+    return _ask(_PINNED, ["seconds", library, sizes, patience, least, repeat])
 
 
 def peaks(library: str, timed: Figures) -> Figures:
@@ -222,7 +224,9 @@ def _figures(flat: list[Any]) -> Figures:
     return {(name, tuple(size)): value for name, size, value in flat}
 
 
-def _answer_seconds(library: str, sizes: Sequence[Sequence[int]], patience: float, least: int) -> Figures:
+def _answer_seconds(
+    library: str, sizes: Sequence[Sequence[int]], patience: float, least: int, repeat: float
+) -> Figures:
     found: Figures = {}
     for size in map(tuple, sizes):
         calls = _calls(library, size)
@@ -231,7 +235,7 @@ def _answer_seconds(library: str, sizes: Sequence[Sequence[int]], patience: floa
         for name, call in wanted.items():
             if guess[name] <= LONG:
                 call()
-        found |= {(name, size): value for name, value in medians(wanted, least=least).items()}
+        found |= {(name, size): value for name, value in medians(wanted, repeat, least).items()}
     return found
 
 

@@ -37,7 +37,8 @@ class Plan(NamedTuple):
     seeds: int
     """Of the precision."""
     calls: int
-    """Of every pass that is timed, at least."""
+    repeat: float
+    """Seconds for which a pass is repeated, and `calls` times unless that takes five times as long."""
     patience: float
     """Seconds that one timed call may be expected to take."""
     command: str
@@ -48,8 +49,16 @@ class Plan(NamedTuple):
         return [(BATCH, m, n) for n in self.pairs for m in self.widths]
 
 
-QUICK = Plan((32, 64, 128), (1, 4), seeds=2, calls=3, patience=1.5, command="ddnref report")
-FULL = Plan((32, 64, 128, 256, 512, 1024), (1, 4), seeds=100, calls=10, patience=20.0, command="ddnref report --full")
+QUICK = Plan((32, 64, 128), (1, 4), seeds=2, calls=3, repeat=0.03, patience=1.5, command="ddnref report")
+FULL = Plan(
+    (32, 64, 128, 256, 512, 1024),
+    (1, 4),
+    seeds=100,
+    calls=10,
+    repeat=0.1,
+    patience=20.0,
+    command="ddnref report --full",
+)
 
 
 def plan(*, full: bool) -> Plan:
@@ -72,7 +81,7 @@ def measure(context: Context, what: Plan) -> tuple[Costs, Precision]:
     processes = [process for name, process in PROCESSES.items() if name not in missing]
     timed = {}
     for process in context.track(processes, "Timing the tutorial's passes"):
-        timed[process] = cost.seconds(process, what.sizes, what.patience, what.calls)
+        timed[process] = cost.seconds(process, what.sizes, what.patience, least=what.calls, repeat=what.repeat)
     with ThreadPoolExecutor() as pool:
         weighed = pool.map(cost.peaks, timed, timed.values())
         seeds = range(context.seed, context.seed + what.seeds)

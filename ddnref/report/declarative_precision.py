@@ -133,7 +133,7 @@ def _gradients(
     key: Key, truth: Truth, x: Matrix, w: Matrix, v: Matrix, seed: int
 ) -> Iterator[tuple[Key, NDArray[Any]]]:
     n = key.n
-    for kind in COTANGENTS:
+    for kind in COTANGENTS if key.distribution == "gaussian" else ("random",):
         v_bar = cotangent(kind, v.shape, seed)
         right = truth.gradient(v_bar)
         for name, found in _backward(key.m, n, v_bar.astype(x.dtype), x, w, v):
