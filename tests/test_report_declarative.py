@@ -70,7 +70,8 @@ def test_tables_have_all_methods_and_skipped_is_named(monkeypatch):
     told = next(part.html for part in found.parts if isinstance(part, Text) and part.html.startswith("Skipped"))
     assert f"PI-DDN-J at (5, {M}, 1) (5.1 s expected, 0.5 s allowed)" in told  # (12 / 8)⁴
     assert told.count(" expected, ") == 2
-    assert "ddnref report</code>" in "".join(part.caption for part in found.parts if isinstance(part, Picture))
+    assert all("ddnref report</code>" in part.caption for part in found.parts if isinstance(part, Picture))
+    assert "1 seeds, m up to 16. <code>ddnref report --full</code>" in found.parts[1].html
 
 
 def test_the_numbers_say_who_is_right(monkeypatch):
