@@ -191,7 +191,7 @@ _INTRODUCTION = Text(
 
 def _made(what: Plan) -> Text:
     return Text(
-        f"All of it is made by <code>{what.command}</code>, with NumPy arrays whatever the backend: {what.seeds} seeds, "
+        f"Made by <code>{what.command}</code>, with NumPy arrays whatever the backend: {what.seeds} seeds, "
         f"m up to {what.widths[-1]}. <code>{FULL.command}</code> takes the tutorial's {FULL.seeds} seeds and sizes to "
         f"{FULL.widths[-1]}, and hours."
     )
