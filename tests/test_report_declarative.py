@@ -70,7 +70,8 @@ def test_tables_have_all_methods_and_skipped_is_named(monkeypatch):
     told = next(part.html for part in found.parts if isinstance(part, Text) and part.html.startswith("Skipped"))
     assert f"PI-DDN-J at (5, {M}, 1) (5.1 s expected, 0.5 s allowed)" in told  # (12 / 8)⁴
     assert told.count(" expected, ") == 2
-    assert "ddnref report</code>" in "".join(part.caption for part in found.parts if isinstance(part, Picture))
+    assert all("ddnref report</code>" in part.caption for part in found.parts if isinstance(part, Picture))
+    assert "1 seeds, m up to 16. <code>ddnref report --full</code>" in found.parts[1].html
 
 
 def test_the_numbers_say_who_is_right(monkeypatch):
@@ -142,9 +143,8 @@ def test_the_plan_follows_the_option(monkeypatch):
 
 def test_memory_that_would_not_do_is_skipped(monkeypatch):
     assert declarative_passes.expected_bytes("PI-IFT-E", (5, 1024, 1)) == 0.0
-    assert declarative_passes.expected_bytes("SI-DDN-J", (5, 64, 4)) == 4 * declarative_passes.expected_bytes(
-        "SI-IFT-J", (5, 64, 4)
-    )
+    assert declarative_passes.expected_bytes("SI-DDN-J", (5, 64, 4)) == 24 * 5 * 4 * 64**3
+    assert declarative_passes.expected_bytes("SI-IFT-J", (5, 64, 4)) == 8 * 5 * 64**3
     size = (5, 8, 1)
     everything = set(declarative_passes.numpy_passes(size))
     assert everything == {name for name in declarative_passes.names(1) if not name.startswith("AT")}

@@ -189,6 +189,14 @@ _INTRODUCTION = Text(
 )
 
 
+def _made(what: Plan) -> Text:
+    return Text(
+        f"Made by <code>{what.command}</code>, with NumPy arrays whatever the backend: {what.seeds} seeds, "
+        f"m up to {what.widths[-1]}. <code>{FULL.command}</code> takes the tutorial's {FULL.seeds} seeds and sizes to "
+        f"{FULL.widths[-1]}, and hours."
+    )
+
+
 def _precision(found: Precision, what: Plan) -> list[Part]:
     made = f"{what.seeds} seeds; <code>{what.command}</code> makes it."
     widths = [m for m in what.widths if m not in found.skipped]
@@ -255,7 +263,9 @@ def headline(found: Precision) -> Headline:
 def _run(context: Context) -> Content:
     what = plan(full=context.full)
     costs, found = measure(context, what)
-    return Content([_INTRODUCTION, *_precision(found, what), *_costs(costs, found, what)], [headline(found)])
+    return Content(
+        [_INTRODUCTION, _made(what), *_precision(found, what), *_costs(costs, found, what)], [headline(found)]
+    )
 
 
 SECTION = Section("declarative", "Eigenvectors as a declarative node", _run)

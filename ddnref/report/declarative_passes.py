@@ -57,16 +57,16 @@ class Backward(NamedTuple):
     """A backward pass ``run(v_bar, x, w, v)``."""
 
     run: Callable[..., Matrix]
-    jacobian: bool = False
-    """Whether it stores m×m² numbers for each eigenvector."""
+    jacobian: int = 0
+    """Bytes that it takes for each of the m×m² numbers of a Jacobian, if it stores one: as measured, rounded up."""
 
 
 BACKWARD: dict[str, Backward] = {
-    "DDN-J": Backward(partial(reference.ddn_vjp_jacobian, mode="solve"), jacobian=True),
+    "DDN-J": Backward(partial(reference.ddn_vjp_jacobian, mode="solve"), jacobian=24),
     "DDN-E": Backward(partial(reference.ddn_vjp_schur, mode="solve")),
     "DDN-E, pinv": Backward(partial(reference.ddn_vjp_schur, mode="pinv")),
-    "IFT-J": Backward(reference.ift_vjp_jacobian, jacobian=True),
-    "IFT-E, B stored": Backward(partial(reference.ift_vjp_structured, store_b=True), jacobian=True),
+    "IFT-J": Backward(reference.ift_vjp_jacobian, jacobian=8),
+    "IFT-E, B stored": Backward(partial(reference.ift_vjp_structured, store_b=True), jacobian=8),
     "IFT-E": Backward(reference.ift_vjp_structured),
     "fixed_point": Backward(partial(_implicit, "fixed_point")),
     "bordered": Backward(partial(_implicit, "bordered")),
@@ -93,11 +93,11 @@ def names(n: int) -> list[str]:
 
 
 def expected_bytes(name: str, size: Size) -> float:
-    """What a pass with a Jacobian stores, at least: four arrays of its size in the float64 that LAPACK works in."""
+    """What a pass with a Jacobian takes; nothing to speak of for the others."""
     b, m, n = size
     pairs = n if name.endswith("DDN-J") else 1  # the others take one pair at a time
-    jacobian = any(one.jacobian and name == full_name(short, n) for short, one in BACKWARD.items())
-    return 4.0 * b * m**3 * pairs * 8 if jacobian else 0.0
+    each = next((one.jacobian for short, one in BACKWARD.items() if name == full_name(short, n)), 0)
+    return float(b * m**3 * pairs * each)
 
 
 # --- what the process that measures calls -----------------------------------------------------------------------
