@@ -176,6 +176,12 @@ def _reverse(rule: Rule, options: dict[str, Any]) -> Callable[..., tuple[Array |
     return reverse
 
 
+def input_counts(rule: Rule) -> range:
+    """How many arrays the operation takes: some inputs may be optional."""
+    inputs = [p for p in inspect.signature(rule.forward).parameters.values() if p.kind is p.POSITIONAL_ONLY]
+    return range(sum(p.default is p.empty for p in inputs), len(inputs) + 1)
+
+
 def spread(flags: Array, like: Array) -> Array:
     """One flag per item, shaped to broadcast against an array of these items; for one without them, any flag."""
     xp = array_api_compat.array_namespace(flags)

@@ -155,3 +155,12 @@ def test_static_errors(differentiable):
         differentiable(np.sum)
     with pytest.raises(TypeError, match=r"differentiable\(ddnref\.eigh_topk, k=\.\.\.\)"):
         differentiable(ddnref.eigh_topk)
+
+
+def test_optional_inputs(jax, differentiable, rng):
+    """Weighted least squares without its last input, the ridge."""
+    from jax.test_util import check_grads
+
+    op = differentiable(ddnref.weighted_least_squares)
+    a, b, weights = (jax.numpy.asarray(rng.uniform(0.5, 1.5, shape)) for shape in ((6, 2), (6,), (6,)))
+    check_grads(op, (a, b, weights), order=2, modes=["rev"])

@@ -110,6 +110,26 @@ def test_compiles_without_a_graph_break(name, torch, differentiable):
     torch.testing.assert_close(traced, eager)
 
 
+@pytest.mark.filterwarnings(*TRACED)
+@pytest.mark.parametrize("name", ["eigh", "least_squares_on_sphere", "weighted_least_squares"])
+def test_compiles_where_nothing_requires_grad(name, torch, differentiable):
+    torch._dynamo.reset()
+    op = operation(torch, differentiable, name)
+    x = torch.randn(2, 4, 4, dtype=torch.float64)
+    compiled = torch.compile(lambda x: total(op(x)), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), total(op(x)))
+
+
+def test_optional_inputs(torch, differentiable):
+    """Without its last input, the ridge, the operation is another one to PyTorch."""
+    a, b = torch.randn(6, 2, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    op = differentiable(ddnref.weighted_least_squares)
+    weights = torch.ones(6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda weights: op(a, b, weights), weights)
+    ridge = torch.ones((), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda ridge: op(a, b, weights.detach(), ridge), ridge)
+
+
 @pytest.mark.parametrize("name", [name for name, rule in RULES.items() if not rule.vjp_info])
 @pytest.mark.filterwarnings(*TRACED)
 def test_plain_vjp_compiles_without_a_graph_break(name, torch):

@@ -7,6 +7,7 @@ through our VJP; where that would be wrong, at repeated eigenvalues, they raise.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -14,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ddnref._errors import GaugeError
-from ddnref._rule import WARNING, Bound, Rule, bind, failed, spread
+from ddnref._rule import WARNING, Bound, Rule, bind, failed, input_counts, spread
 from ddnref._rules import rule_of
 
 Tensor: TypeAlias = Any  # torch is optional, so that types must not depend on it
@@ -77,11 +78,11 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     """
     rule = rule_of(operation)
     bound = bind(rule, options)
-    operate = _operation(rule, bound)
+    operations = {count: _operation(rule, bound, count) for count in input_counts(rule)}
     n, fields = rule.outputs, 0 if rule.info is None else len(rule.info._fields)
 
     def function(*inputs: Tensor) -> Any:
-        flat = operate.apply(*inputs)
+        flat = operations[len(inputs)].apply(*inputs)
         return bound.result(flat[:n], flat[len(flat) - fields :])
 
     function.__name__ = function.__qualname__ = rule.name
@@ -89,11 +90,19 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     return function
 
 
-def _operation(rule: Rule, bound: Bound) -> Any:
+def _operation(rule: Rule, bound: Bound, count: int) -> Any:
     guarded = bound.undefined is not None and not rule.vjp_info  # an opaque one refuses by itself
     first_order = _first_order(bound.undefined, rule.refusal) if guarded else None
     reverse = _opaque(bound.reverse, rule.refusal) if rule.vjp_info else bound.reverse
     needs, fields = rule.needs, 0 if rule.info is None else len(rule.info._fields)
+
+    def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs, saved, info = bound.forward(*inputs)
+        return *outputs, *saved, *info
+
+    # torch.compile counts parameters to see whether the first one is a context.
+    parameters = [inspect.Parameter(f"input_{i}", inspect.Parameter.POSITIONAL_ONLY) for i in range(count)]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
 
     class Operation(torch.autograd.Function):
         """Outputs, saved arrays and status; saved ones are outputs too, so that second derivatives pass through."""
@@ -101,16 +110,11 @@ def _operation(rule: Rule, bound: Bound) -> Any:
         generate_vmap_rule = rule.info is None
 
         @staticmethod
-        def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
-            outputs, saved, info = bound.forward(*inputs)
-            return *outputs, *saved, *info
-
-        @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
             ctx.set_materialize_grads(False)
             results = output[: len(output) - fields]
             ctx.mark_non_differentiable(*output[len(results) :])
-            ctx.save_for_backward(*results, *(inputs[i] for i in needs))
+            ctx.save_for_backward(*results, *(inputs[i] for i in needs if i < count))
 
         @staticmethod
         def backward(ctx: Any, *bars: Tensor | None) -> Any:
@@ -118,11 +122,12 @@ def _operation(rule: Rule, bound: Bound) -> Any:
             gradients = reverse(bars[: len(bars) - fields], arrays)
             if not gradients:
                 return (None,) * len(ctx.needs_input_grad)
-            warned = tuple(_warn_where_nan(gradient) for gradient in gradients)
+            warned = tuple(_warn_where_nan(gradient) for gradient in gradients[:count])
             if first_order is None or not torch.is_grad_enabled():
                 return warned
             return tuple(first_order.apply(gradient, *arrays) for gradient in warned)
 
+    Operation.forward = staticmethod(forward)
     if rule.info is not None:  # a loop that reads flags cannot be traced by vmap, and need not: batch axes lead
 
         @staticmethod  # type: ignore[misc]
