@@ -26,8 +26,10 @@ from benchmarks import THREADS  # isort: skip - pins the threads before NumPy
 
 import numpy as np
 from benchmarks import _accuracy as accuracy
+from benchmarks import _eigsh_cases as eigsh_cases
 from benchmarks import _iteration as iteration
-from benchmarks._common import Case, Ratio, alternating, interleaved, pin_threads
+from benchmarks import nodes
+from benchmarks._common import Case, Ratio, alternating, backend, interleaved, pin_threads
 
 MARGIN = 1.1  # for noise, on figures that a clock enters
 BUSY = 0.1  # of one core, in other processes, above which a timing is not judged
@@ -186,6 +188,35 @@ def read_rows(_: Sizes) -> Iterator[Row]:
             yield Row(f"host reads of eigh_vjp, throw={throw}", f"skipped: {missing}")
 
 
+def sinkhorn_rows(sizes: Sizes) -> Iterator[Row]:
+    for size in sizes:
+        forward, vjp = nodes.calls(backend("numpy"), size.m)
+        ratio = interleaved(vjp, forward)
+        figure = f"sinkhorn_vjp / sinkhorn, n = {size.m}, eps 0.05, marginal error 1e-9"
+        yield at_most(figure, ratio.median, size.bar, written(ratio), MARGIN)
+
+
+def eigsh_rows(sizes: Sizes) -> Iterator[Row]:
+    """The spectrum 1/i at m = 2048 and a Gaussian matrix at m = 1024; the bars belong to these sizes."""
+    for size, spectrum in zip(sizes, ("1/i", "gaussian"), strict=False):
+        problem = (spectrum, size.m)
+        ratio = interleaved(eigsh_cases.ours(*problem), eigsh_cases.full(*problem))
+        figure = f"eigsh and its VJP, k = 4 / full spectrum, {spectrum}, m = {size.m} float64"
+        yield at_most(figure, ratio.median, size.bar, written(ratio), MARGIN)
+        ratio = interleaved(eigsh_cases.forward(*problem), eigsh_cases.scipy_forward(*problem))
+        yield Row(f"eigsh / scipy.sparse.linalg.eigsh, forward, {spectrum}, m = {size.m}", written(ratio), timed=True)
+        yield at_most(f"gradient of eigsh, {spectrum}, m = {size.m}", eigsh_cases.gradient_error(*problem), 1e-8)
+
+
+def grid_rows(sizes: Sizes) -> Iterator[Row]:
+    shape = eigsh_cases.GRID if sizes[0].m == math.prod(eigsh_cases.GRID) else (10, 20)
+    result = eigsh_cases.grid(shape)
+    figure = f"eigsh of a matrix-free Laplacian, {shape[0]}×{shape[1]} grid, k = 6 smallest"
+    yield at_most(f"{figure}: largest residual / ‖A‖", result.residual, 1e-8)
+    yield at_most(f"{figure}: gradient of the edge weights against finite differences", result.error, 1e-6)
+    yield at_most(f"{figure}: peak memory of the process in GiB", result.peak, 1.0)
+
+
 def iteration_error_rows(sizes: Sizes) -> Iterator[Row]:
     for size in sizes:
         for (n, method), worst in iteration.errors(size.m).items():
@@ -255,6 +286,8 @@ FIGURES: dict[str, tuple[Callable[[Sizes], Iterator[Row]], Sizes]] = {
     "top4": (top4_rows, (Size(1, 1024, bar=5.0),)),
     "jax": (jax_rows, _PEER_SIZES),
     "autograd": (autograd_rows, _PEER_SIZES),
+    "eigsh": (eigsh_rows, (Size(1, 2048, bar=0.09), Size(1, 1024, bar=0.8))),
+    "eigsh-grid": (grid_rows, (Size(1, 20_000),)),
     "projector": (projector_rows, ()),
     "scales": (scales_rows, ()),
     "trace": (trace_rows, ()),
@@ -262,6 +295,7 @@ FIGURES: dict[str, tuple[Callable[[Sizes], Iterator[Row]], Sizes]] = {
     "finite-differences": (difference_rows, ()),
     "float32": (float32_rows, ()),
     "host-reads": (read_rows, ()),
+    "sinkhorn": (sinkhorn_rows, (Size(1, 200, bar=1.5),)),
     "iteration-errors": (iteration_error_rows, tuple(Size(5, m) for m in (32, 128, 512, 1024))),
     "iteration-time": (
         iteration_time_rows,

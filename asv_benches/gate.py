@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from benchmarks import _accuracy as accuracy
 from benchmarks import _iteration as iteration
 
-from ddnref import _rules
+from ddnref import _rule, _rules
 
 RECORD = Path(__file__).with_name("gate.json")
 M = 320  # wide enough for tiles and block rows
@@ -52,9 +52,9 @@ def products(name: str) -> float:
     """Matrix products in the VJP of a rule, NumPy form, in units of m³ multiplications."""
     rule = _rules.RULES[name]
     sample = rule.sample(np.asarray, np.random.default_rng(0), (), M, False)
-    forward, vjp = _rules.options_of(rule, sample.options)
+    forward, vjp = _rule.options_of(rule, sample.options)
     outputs, saved = rule.forward(*sample.inputs, **forward)
-    outputs = _rules.as_tuple(outputs)
+    outputs = _rule.as_tuple(outputs)
     bars = sample.loss[1](*outputs) if sample.loss else outputs
     arrays = [np.ascontiguousarray(a).view(Counted) for a in (*bars, *outputs, *saved)]
     Counted.multiplications = 0

@@ -1,7 +1,10 @@
 """ddnref: forward solvers and explicit, verified VJPs on the Python array API."""
 
 from ddnref import testing
+from ddnref._bordered import BlockDiagonal, Diagonal, DiagonalPlusLowRank, Products
 from ddnref._eigh import eigh, eigh_vjp, gauge_residual
+from ddnref._eigsh import EigshInfo, eigsh, eigsh_fwd
+from ddnref._eigsh_vjp import EigshVjpInfo, eigsh_vjp
 from ddnref._errors import (
     ConvergenceError,
     DdnrefError,
@@ -10,6 +13,7 @@ from ddnref._errors import (
     OptimalityError,
     SingularError,
 )
+from ddnref._implicit import argmin_vjp, eq_argmin_vjp, ineq_argmin_vjp, lineq_argmin_vjp, root_vjp
 from ddnref._iteration import (
     align_signs,
     eigen_residual,
@@ -32,42 +36,86 @@ from ddnref._matrix_functions import (
     sqrtm_fwd,
     sqrtm_vjp,
 )
+from ddnref._nodes._least_squares import (
+    least_squares_on_sphere,
+    least_squares_on_sphere_vjp,
+    weighted_least_squares,
+    weighted_least_squares_vjp,
+)
+from ddnref._nodes._projections import (
+    project_ball,
+    project_ball_vjp,
+    project_simplex,
+    project_simplex_vjp,
+    project_sphere,
+    project_sphere_vjp,
+)
+from ddnref._nodes._robust_pool import robust_pool, robust_pool_vjp
+from ddnref._nodes._sinkhorn import sinkhorn, sinkhorn_vjp
+from ddnref._operators import LinearOperator
 from ddnref._qr import qr, qr_vjp
 from ddnref._spectral import spectral_function, spectral_function_fwd, spectral_function_vjp
 from ddnref._topk import eigh_topk, eigh_topk_fwd, eigh_topk_vjp
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "BlockDiagonal",
     "ConvergenceError",
     "DdnrefError",
+    "Diagonal",
+    "DiagonalPlusLowRank",
+    "EigshInfo",
+    "EigshVjpInfo",
     "GaugeError",
+    "LinearOperator",
     "NonFiniteError",
     "OptimalityError",
+    "Products",
     "SingularError",
     "align_signs",
+    "argmin_vjp",
     "eigen_residual",
     "eigh",
     "eigh_topk",
     "eigh_topk_fwd",
     "eigh_topk_vjp",
     "eigh_vjp",
+    "eigsh",
+    "eigsh_fwd",
+    "eigsh_vjp",
+    "eq_argmin_vjp",
     "expm",
     "expm_fwd",
     "expm_vjp",
     "fixed_point_residual",
     "gauge_residual",
+    "ineq_argmin_vjp",
     "invsqrtm",
     "invsqrtm_fwd",
     "invsqrtm_vjp",
+    "least_squares_on_sphere",
+    "least_squares_on_sphere_vjp",
+    "lineq_argmin_vjp",
     "logm",
     "logm_fwd",
     "logm_vjp",
     "power_iteration",
     "power_iteration_vjp",
+    "project_ball",
+    "project_ball_vjp",
+    "project_simplex",
+    "project_simplex_vjp",
+    "project_sphere",
+    "project_sphere_vjp",
     "qr",
     "qr_vjp",
+    "robust_pool",
+    "robust_pool_vjp",
+    "root_vjp",
     "simultaneous_iteration",
     "simultaneous_iteration_vjp",
+    "sinkhorn",
+    "sinkhorn_vjp",
     "spectral_function",
     "spectral_function_fwd",
     "spectral_function_vjp",
@@ -75,4 +123,6 @@ __all__ = [
     "sqrtm_fwd",
     "sqrtm_vjp",
     "testing",
+    "weighted_least_squares",
+    "weighted_least_squares_vjp",
 ]

@@ -104,6 +104,13 @@ def check_shapes(**pairs: tuple[Array | None, tuple[int, ...]]) -> None:
             raise ValueError(f"{name} has shape {tuple(array.shape)}, expected {tuple(shape)}.")
 
 
+def check_real(**arrays: Array | None) -> None:
+    """Raise ``TypeError`` for a complex array where the operation is defined for real ones; ``None`` is skipped."""
+    for name, array in arrays.items():
+        if array is not None and array_api_compat.array_namespace(array).isdtype(array.dtype, "complex floating"):
+            raise TypeError(f"{name} has dtype {array.dtype}; this operation is defined for real arrays only.")
+
+
 def check_square(name: str, x: Array) -> None:
     """Raise ``ValueError`` unless `x` is a square matrix or a batch of them."""
     if x.ndim < 2 or x.shape[-1] != x.shape[-2]:

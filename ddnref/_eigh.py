@@ -11,9 +11,7 @@ a loss cannot depend on the length of an eigenvector.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import NoReturn
 
 import array_api_compat
 
@@ -33,12 +31,10 @@ from ddnref._array import (
     refuse_non_finite,
     refuse_recording,
 )
-from ddnref._columns import Columns, columns_of, scatter, take
-from ddnref._errors import GaugeError
+from ddnref._columns import Columns, columns_of, take
+from ddnref._gauge import RTOL, exceeds, jump, masked, raise_gauge, ratio
 from ddnref._linalg import adjoint, hermitian_part, hermitian_product
 from ddnref._linalg import eigh as _eigh
-
-RTOL = 16  # neighbours closer than this many eps·max|λ| are equal; exact repeats split by at most 1, their spread by 13
 
 
 def eigh(x: Array, /, *, check_finite: bool = False) -> tuple[Array, Array]:
@@ -187,7 +183,7 @@ def eigh_vjp(
         gauge_rtol = eps(xp, w.dtype) ** 0.5
     x_bar, bad = _eigh_vjp(xp, w_bar, v_bar, w, v, columns, near, gauge_rtol, throw)
     if throw and bad is not None and is_true(xp.any(bad)):
-        _raise_gauge(gauge_residual(w_bar, v_bar, w, v, index=index, rtol=rtol), gauge_rtol)
+        raise_gauge(gauge_residual(w_bar, v_bar, w, v, index=index, rtol=rtol), gauge_rtol)
     return x_bar
 
 
@@ -240,10 +236,10 @@ def gauge_residual(
         return residual
     near = _near(xp, w, rtol)
     if w_bar is not None:
-        residual = xp.maximum(residual, _ratio(*_jump(w_bar, near, columns)))
+        residual = xp.maximum(residual, ratio(*jump(w_bar, near, columns)))
     if v_bar is not None:
         m_ = adjoint(v) @ v_bar
-        residual = xp.maximum(residual, _ratio(*_masked(m_, _same(near, columns), columns)))
+        residual = xp.maximum(residual, ratio(*masked(m_, _same(near, columns), columns)))
     return residual
 
 
@@ -271,11 +267,11 @@ def _eigh_vjp(
     if array_api_compat.is_numpy_array(v) and v_bar is not None and columns == range(w.shape[-1]):
         return _numpy_vjp(w_bar, v_bar, w, v, near, gauge_rtol, throw)
     v_k = take(v, columns, -1)
-    bad = None if w_bar is None else _exceeds(*_jump(w_bar, near, columns), gauge_rtol)
+    bad = None if w_bar is None else exceeds(*jump(w_bar, near, columns), gauge_rtol)
     if v_bar is None:
         return hermitian_product(v_k * _or_nan(w_bar, bad, throw)[..., None, :], v_k), bad
     m_, same = adjoint(v) @ v_bar, _same(near, columns)
-    gauge = _exceeds(*_masked(m_, same, columns), gauge_rtol)
+    gauge = exceeds(*masked(m_, same, columns), gauge_rtol)
     bad = gauge if bad is None else bad | gauge
     diagonal = _or_nan(xp.zeros_like(w[..., : len(columns)]) if w_bar is None else w_bar, bad, throw)
     twice = 2 * w  # the ½ of the Hermitian part, where it costs nothing
@@ -295,9 +291,9 @@ def _numpy_vjp(
     x_bar, masked = _numpy.eigh_vjp(w_bar, v_bar, w, v, near)
     if masked is None:
         return x_bar, None
-    bad = _exceeds(*masked, gauge_rtol)
+    bad = exceeds(*masked, gauge_rtol)
     if w_bar is not None:
-        bad |= _exceeds(*_jump(w_bar, near, range(w.shape[-1])), gauge_rtol)
+        bad |= exceeds(*jump(w_bar, near, range(w.shape[-1])), gauge_rtol)
     if not throw:
         x_bar[bad] = float("nan")
     return x_bar, bad
@@ -323,52 +319,6 @@ def _same(near: Array, columns: Columns) -> Array:
     first = xp.zeros((*near.shape[:-1], 1), dtype=apart.dtype, device=array_api_compat.device(near))
     cluster = xp.concat([first, xp.cumulative_sum(apart, axis=-1, dtype=apart.dtype)], axis=-1)
     return cluster[..., :, None] == take(cluster, columns, -1)[..., None, :]
-
-
-def _masked(m_: Array, same: Array, columns: Columns) -> tuple[Array, Array]:
-    """The largest entry of ``M − Mᴴ`` inside clusters (its diagonal is the phase), and the largest of ``M``."""
-    xp = array_api_compat.array_namespace(m_)
-    inside = xp.where(same, m_, full((), 0.0, m_))
-    inside_h = adjoint(take(inside, columns, -2))  # M is zero in the columns not chosen
-    return _largest(inside - scatter(inside_h, columns, m_.shape[-2], -2), 2), _largest(m_, 2)
-
-
-def _jump(w_bar: Array, near: Array, columns: Columns) -> tuple[Array, Array]:
-    """The largest jump of ``λ̄`` between neighbours of a cluster, and the largest ``λ̄``."""
-    xp = array_api_compat.array_namespace(w_bar)
-    every = scatter(w_bar, columns, near.shape[-1] + 1, -1)
-    jump = every[..., 1:] - every[..., :-1]
-    return _largest(xp.where(near, jump, xp.zeros_like(jump)), 1), _largest(w_bar, 1)
-
-
-def _largest(x: Array, axes: int) -> Array:
-    """The largest magnitude over the last one or two axes, 0 of nothing."""
-    xp = array_api_compat.array_namespace(x)
-    if 0 in x.shape[x.ndim - axes :]:
-        return full(x.shape[: x.ndim - axes], 0.0, xp.real(x) if xp.isdtype(x.dtype, "complex floating") else x)
-    return xp.max(xp.abs(x), axis=-1 if axes == 1 else (-2, -1))
-
-
-def _exceeds(part: Array, whole: Array, rtol: float) -> Array:
-    """``part > rtol * whole``; nothing exceeds an infinite `rtol`, and 0 · ∞ is not asked for."""
-    return part > rtol * whole if math.isfinite(rtol) else part < 0
-
-
-def _ratio(part: Array, whole: Array) -> Array:
-    xp = array_api_compat.array_namespace(part)
-    return part / xp.where(whole > 0, whole, xp.ones_like(whole))
-
-
-def _raise_gauge(residual: Array, gauge_rtol: float) -> NoReturn:
-    xp = array_api_compat.array_namespace(residual)
-    worst = float(xp.max(xp.where(xp.isnan(residual), xp.zeros_like(residual), residual)))
-    raise GaugeError(
-        f"The loss depends on a choice that the matrix does not determine: gauge residual {worst:.1e} > gauge_rtol "
-        f"{gauge_rtol:.1e}. Likely it treats eigenvectors or eigenvalues inside a cluster of equal eigenvalues "
-        "individually, cuts such a cluster, or depends on the phase of a complex eigenvector; no gradient exists "
-        "there. Write it through the cluster's projector V_c V_cᴴ or through ddnref.spectral_function; or pass "
-        "throw=False to get NaN for these items, gauge_rtol=inf to accept the masked gradient."
-    )
 
 
 # --- static facts ---------------------------------------------------------------------------------------------

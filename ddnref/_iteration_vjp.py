@@ -37,8 +37,8 @@ from ddnref._array import (
     namespace,
     nan_where,
 )
-from ddnref._eigh import RTOL
 from ddnref._errors import GaugeError
+from ddnref._gauge import RTOL
 from ddnref._linalg import bordered, hermitian_part, identity, solve, with_diagonal
 from ddnref._unrolled import power_unrolled_vjp, simultaneous_unrolled_vjp
 

@@ -80,6 +80,19 @@ def eigh_topk(convert: Convert, rng: np.random.Generator, batch: tuple[int, ...]
     return eigh(convert, rng, batch, m, is_complex, k=max(1, m // 3))
 
 
+def eigsh(convert: Convert, rng: np.random.Generator, batch: tuple[int, ...], m: int, is_complex: bool) -> Sample:
+    """Large enough ones for the iteration, which small matrices leave no room for."""
+    sample = eigh(convert, rng, batch, m, is_complex, k=max(1, m // 6))
+    options: dict[str, Any] = {"method": "iterative", "basis": m // 2 + 3} if m >= 12 else {}
+    if is_double(sample.inputs[0]):
+        options["rtol"] = 1e-14
+    return sample._replace(options={**sample.options, **options})
+
+
+def is_double(x: Array) -> bool:
+    return str(x.dtype).rpartition(".")[2] in ("float64", "complex128")
+
+
 def spectral(
     convert: Convert,
     rng: np.random.Generator,

@@ -43,12 +43,19 @@ def _stiefel_retract(x: Array, d: Array) -> Array:
     return u @ v_h
 
 
+def _zero_sum_project(x: Array, d: Array) -> Array:  # noqa: ARG001
+    xp = array_api_compat.array_namespace(d)
+    return d - xp.mean(d, axis=-1, keepdims=True)
+
+
 TANGENTS: dict[str, Tangent] = {
     "dense": Tangent(lambda x, d: d, lambda x, d: x + d),  # noqa: ARG005
     "symmetric": Tangent(lambda x, d: hermitian_part(d), lambda x, d: x + d),  # noqa: ARG005
     "stiefel": Tangent(_stiefel_project, _stiefel_retract),
+    "zero-sum": Tangent(_zero_sum_project, lambda x, d: x + d),
 }
-"""Named tangent spaces: free entries, symmetric (Hermitian if complex), orthonormal columns."""
+"""Named tangent spaces: free entries, symmetric (Hermitian if complex), orthonormal columns, a fixed sum along the
+last axis (histograms)."""
 
 
 class Direction(NamedTuple):
@@ -154,7 +161,7 @@ def check_vjp(
     saves: bool = False,
     needs: Sequence[int] = (),
     loss: tuple[Callable[..., Array], Callable[..., Any]] | None = None,
-    tangent: str | Tangent = "dense",
+    tangent: str | Tangent | tuple[str | Tangent, ...] = "dense",
     symmetrises: bool = False,
     gap: float = math.inf,
     step: float | None = None,
@@ -178,7 +185,7 @@ def check_vjp(
     loss : (value, gradient), optional
         ``value(*outputs)`` a real scalar, ``gradient(*outputs)`` its cotangents. Default: a random linear function
         of the outputs. Needed where outputs have a gauge: an eigenvector's sign must not matter.
-    tangent : {"dense", "symmetric", "stiefel"} or Tangent
+    tangent : {"dense", "symmetric", "stiefel", "zero-sum"} or Tangent, or a tuple with one for each input
         Where the inputs may move.
     symmetrises : bool
         `f` takes non-symmetric input and symmetrises it: adds a non-symmetric direction, without which a missing
@@ -212,7 +219,7 @@ def check_vjp(
     False
     """
     rng = np.random.default_rng(seed)
-    space = TANGENTS[tangent] if isinstance(tangent, str) else tangent
+    spaces = _spaces(tangent, len(inputs))
     for x in inputs:
         _double(x)
 
@@ -234,14 +241,14 @@ def check_vjp(
 
     rows: list[Direction] = []
     structure, worst_step = 0.0, math.nan
-    for i, (x, x_bar) in enumerate(zip(inputs, bars, strict=True)):
+    for i, (x, x_bar, space) in enumerate(zip(inputs, bars, spaces, strict=True)):
         xp = _double(x)
         h = _default_step(_norm(xp, x), gap) if step is None else step
         worst_step = h if math.isnan(worst_step) else min(worst_step, h)
         if space is TANGENTS["symmetric"]:
             structure = max(structure, _norm(xp, x_bar - adjoint(x_bar)) / (_norm(xp, x_bar) or 1.0))
 
-        def at(d: Array, i: int = i, x: Array = x) -> float:
+        def at(d: Array, i: int = i, x: Array = x, space: Tangent = space) -> float:
             return float(value(*forward(*inputs[:i], space.retract(x, d), *inputs[i + 1 :])[0]))
 
         suffix = f" of input {i}" if len(inputs) > 1 else ""
@@ -267,6 +274,14 @@ def assert_vjp(f: Callable[..., Any], f_vjp: Callable[..., Any], *inputs: Array,
     if not report.passed:
         raise AssertionError(f"The VJP disagrees with finite differences.\n{report}")
     return report
+
+
+def _spaces(tangent: Any, count: int) -> list[Tangent]:
+    """One tangent space for each input."""
+    given = tangent if type(tangent) is tuple else (tangent,) * count
+    if len(given) != count:
+        raise ValueError(f"tangent has {len(given)} entries for {count} inputs.")
+    return [TANGENTS[space] if isinstance(space, str) else space for space in given]
 
 
 def _directions(

@@ -48,18 +48,23 @@ PAGES = {  # page: whether it has mathematics
     "conventions": True,
     "eigen": True,
     "spectral": True,
+    "eigsh": True,
+    "nodes": True,
     "iterations": True,
     "figures": False,
     "api": False,
     "generated/ddnref.eigh_vjp": True,
     "auto_gallery/index": False,
     "auto_gallery/plot_eigen_digits": True,
+    "auto_gallery/plot_eigsh_photograph": True,
     "auto_gallery/plot_iteration_digits": True,
     "auto_gallery/plot_ladder": True,
     "auto_gallery/plot_repeated_eigenvalues": True,
+    "auto_gallery/plot_robust_pooling": True,
+    "auto_gallery/plot_sinkhorn": True,
     "auto_gallery/plot_whitening": True,
 }
-ON_A_PHONE = ("index", "which-gradient", "eigen", "figures", "auto_gallery/plot_ladder")
+ON_A_PHONE = ("index", "which-gradient", "eigen", "nodes", "figures", "auto_gallery/plot_ladder")
 ERRORS = re.compile(
     r'CONSOLE[:(\d)]*\].*?"((?:Uncaught|Error|Failed|Access|Refused|Mixed|ParseError|KaTeX).*?)", source'
 )

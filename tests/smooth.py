@@ -45,13 +45,37 @@ def cube_derivative(w: Any) -> Any:
     return 3 * w**2
 
 
+def histogram(x: Any) -> Any:
+    weights = 1 + x * x
+    return weights / weights.sum(-1)[..., None]
+
+
+def column(x: Any, steps: Any) -> tuple[Any, ...]:
+    """A vector longer than one."""
+    return (positive(x, steps)[0][..., 0],)
+
+
+def regression(x: Any, steps: Any) -> tuple[Any, ...]:
+    return positive(x, steps)[0][..., :2], x[..., 0], 1 + x[..., 1] ** 2, 1 + x[..., 0, 0] ** 2
+
+
+def transport(x: Any, steps: Any) -> tuple[Any, ...]:
+    return x * x, histogram(x[..., 0]), histogram(x[..., 1])
+
+
 SMOOTH = {
     "eigh": Smooth(positive, pairs),
     "eigh_topk": Smooth(positive, pairs, {"k": 2}),
+    "eigsh": Smooth(positive, lambda result: pairs(result[0]), {"k": 2}),
     "spectral_function": Smooth(positive, whole, {"f": cube, "df": cube_derivative}),
     **{name: Smooth(positive, whole) for name in ("sqrtm", "invsqrtm", "logm", "expm")},
     "power_iteration": Smooth(positive, without_info),
     "simultaneous_iteration": Smooth(positive, without_info, {"n": 2}),
+    **{name: Smooth(column, whole) for name in ("project_sphere", "project_ball", "project_simplex")},
+    "least_squares_on_sphere": Smooth(lambda x, steps: (*positive(x, steps), 9 + x[..., 0]), whole),
+    "weighted_least_squares": Smooth(regression, whole),
+    "sinkhorn": Smooth(transport, without_info, {"eps": 0.5, "rtol": 1e-13}),
+    "robust_pool": Smooth(column, without_info, {"rtol": 1e-14}),
     "qr": Smooth(lambda x, steps: (positive(x, steps)[0][..., :2],), whole),
 }
 

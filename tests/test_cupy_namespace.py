@@ -15,7 +15,8 @@ import pytest
 
 import ddnref
 from conftest import backend, need
-from ddnref._rules import RULES, options_of, plain_forward, plain_vjp
+from ddnref._rule import options_of, plain_forward, plain_vjp
+from ddnref._rules import RULES
 from ddnref.testing import check_vjp
 
 MODULES = [module for name in sorted(p.name for p in pkgutil.iter_modules(ddnref.__path__))

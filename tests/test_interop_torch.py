@@ -8,7 +8,8 @@ from problems import projector_gradient, relative, rotation, symmetric, with_spe
 from smooth import SMOOTH
 
 import ddnref
-from ddnref._rules import RULES, options_of, plain_forward
+from ddnref._rule import options_of, plain_forward
+from ddnref._rules import RULES
 
 pytestmark = pytest.mark.framework("torch")
 
@@ -64,7 +65,11 @@ def test_gradcheck_and_gradgradcheck(name, dtype, torch, differentiable):
     x = torch.randn(2, 3, 3, dtype=getattr(torch, dtype), requires_grad=True)
     op = operation(torch, differentiable, name)
     assert torch.autograd.gradcheck(op, x)
-    assert torch.autograd.gradgradcheck(op, x)
+    if RULES[name].vjp_info:
+        with pytest.raises(NotImplementedError, match="second derivative through"):
+            torch.autograd.gradgradcheck(op, x)
+    else:
+        assert torch.autograd.gradgradcheck(op, x)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -78,6 +83,8 @@ def test_functorch(name, torch, differentiable):
 
     each = torch.stack([torch.func.grad(loss)(item) for item in x])
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(x), each)
+    if RULES[name].vjp_info:
+        return  # a second derivative is refused, see above
     hessian = torch.func.jacrev(torch.func.jacrev(loss))(x[0])
     torch.testing.assert_close(hessian, torch.autograd.functional.hessian(loss, x[0]))
 
@@ -101,6 +108,26 @@ def test_compiles_without_a_graph_break(name, torch, differentiable):
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     (traced,) = torch.autograd.grad(compiled(x), x)
     torch.testing.assert_close(traced, eager)
+
+
+@pytest.mark.filterwarnings(*TRACED)
+@pytest.mark.parametrize("name", ["eigh", "least_squares_on_sphere", "weighted_least_squares"])
+def test_compiles_where_nothing_requires_grad(name, torch, differentiable):
+    torch._dynamo.reset()
+    op = operation(torch, differentiable, name)
+    x = torch.randn(2, 4, 4, dtype=torch.float64)
+    compiled = torch.compile(lambda x: total(op(x)), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), total(op(x)))
+
+
+def test_optional_inputs(torch, differentiable):
+    """Without its last input, the ridge, the operation is another one to PyTorch."""
+    a, b = torch.randn(6, 2, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    op = differentiable(ddnref.weighted_least_squares)
+    weights = torch.ones(6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda weights: op(a, b, weights), weights)
+    ridge = torch.ones((), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda ridge: op(a, b, weights.detach(), ridge), ridge)
 
 
 @pytest.mark.parametrize("name", [name for name, rule in RULES.items() if not rule.vjp_info])
@@ -212,12 +239,13 @@ def test_tensors_go_straight_into_the_pair(torch):
 
 @pytest.mark.parametrize("name", RULES)
 def test_recording_torchs_own_derivative_is_refused(name, torch):
-    options, _ = options_of(RULES[name], SMOOTH[name].options)
+    inputs, _, given = SMOOTH[name]
+    options, _ = options_of(RULES[name], given)
     options.pop("throw", None)
-    x = torch.eye(3, requires_grad=True)
+    x = inputs(torch.ones(3, 3, requires_grad=True), torch.diag(torch.arange(1.0, 4)))
     with pytest.raises(TypeError, match=rf"given to {'eigh' if name == 'eigh_topk' else name} requires grad.*"
                                         r"interop\.torch\.differentiable"):  # fmt: skip
-        getattr(ddnref, name)(x, **options)
+        getattr(ddnref, name)(*x, **options)
 
 
 def test_only_cotangents_that_exist_are_used(torch, differentiable, monkeypatch):

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from ddnref.report import build, gaps, page, peers, pictures, subspace_model, whitening
+from ddnref.report import build, declarative, gaps, page, peers, pictures, subspace_model, whitening
 from ddnref.report.backends import backend
 from ddnref.report.cli import main
 from ddnref.report.content import Content, Context, Headline, Section, Table, Text
 
 STEPS = 12
+TIMED = ("profile", "declarative")
 
 
 def run(out, *options):
@@ -42,6 +43,9 @@ def report(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ddnref.report.subspaces.ITERATIONS", STEPS)
         patch.setattr("ddnref.report.profile.SIZES", ((2, 8), (1, 128)))
+        patch.setattr("ddnref.report.declarative.QUICK", declarative.QUICK._replace(widths=(8, 16), seeds=1))
+        patch.setattr("ddnref.report.declarative.SMALL", 16)
+        patch.setattr("ddnref.report.declarative_precision.SMALL", 16)
         code, printed = run(out, "--seed", "3")
     assert code == 0
     return out, printed
@@ -57,7 +61,7 @@ def one_thread():
 def alone(monkeypatch):
     """Nothing to compare with, few steps, and nothing timed, because times differ from run to run."""
     monkeypatch.setattr(peers, "_installed", lambda module: False)
-    monkeypatch.setattr(build, "SECTIONS", [section for section in build.SECTIONS if section.name != "profile"])
+    monkeypatch.setattr(build, "SECTIONS", [section for section in build.SECTIONS if section.name not in TIMED])
     monkeypatch.setattr("ddnref.report.subspaces.ITERATIONS", 3)
 
 
@@ -66,7 +70,7 @@ def test_files(report):
     pictures_ = {path.stem for path in out.glob("*.png")}
     numbers = {path.stem for path in out.glob("*.csv")}
     assert {"subspaces-course", "subspaces-weights", "subspaces-eigen-digits", "whitening-covariance",
-            "gaps-error", "profile-time"} <= pictures_  # fmt: skip
+            "gaps-error", "profile-time", "declarative-gradients", "declarative-time-by-size"} <= pictures_  # fmt: skip
     assert pictures_ < numbers  # the numbers of every picture, and the tables
     assert len(list(out.iterdir())) == len(pictures_) + len(numbers) + 1
     for path in out.glob("*.png"):
@@ -123,8 +127,8 @@ def test_console_says_where_and_what(report):
     out, printed = report
     lines = printed.splitlines()
     assert lines[-1] == f"The page: {out / 'index.html'}"
-    assert sum(line.startswith(f"{i + 1}/{len(build.SECTIONS)} ") for i, line in enumerate(lines)) == 4
-    assert len(lines) == len(build.SECTIONS) + 6 + 1
+    assert sum(line.startswith(f"{i + 1}/{len(build.SECTIONS)} ") for i, line in enumerate(lines)) == 5
+    assert len(lines) == len(build.SECTIONS) + 7 + 1
     assert "before learning" in printed
     assert printed.isascii()
 

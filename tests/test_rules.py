@@ -13,7 +13,8 @@ from problems import adjoint, relative
 
 import ddnref
 from conftest import Backend
-from ddnref._rules import RULES, Rule, as_tuple, options_of, plain_forward, plain_vjp
+from ddnref._rule import Rule, as_tuple, options_of, plain_forward, plain_vjp
+from ddnref._rules import RULES
 from ddnref._samples import random_spectrum, square, twice
 from ddnref.testing import assert_vjp, check_vjp
 
@@ -41,11 +42,21 @@ class Solved(NamedTuple):
 
 
 def solve(rule: Rule, sample, backend: Backend) -> Solved:
-    """With the cotangents of the sample's loss, or ones."""
+    """With the cotangents of the sample's loss, or random ones."""
     forward, vjp = options_of(rule, sample.options, backend.while_loop)
     outputs, saved = plain_forward(rule)(*sample.inputs, **forward)
-    bars = as_tuple(sample.loss[1](*outputs)) if sample.loss else tuple(backend.namespace.ones_like(y) for y in outputs)
+    bars = (
+        as_tuple(sample.loss[1](*outputs))
+        if sample.loss
+        else tuple(random(backend, y, i) for i, y in enumerate(outputs))
+    )
     return Solved(outputs, (*outputs, *saved, *needed(rule, sample.inputs)), bars, partial(plain_vjp(rule), **vjp))
+
+
+def random(backend: Backend, like, seed: int):
+    y = backend.numpy(like)
+    z = np.random.default_rng(seed).standard_normal((2, *y.shape))
+    return backend.asarray((z[0] + 1j * z[1] if np.iscomplexobj(y) else z[0]).astype(y.dtype))
 
 
 def needed(rule: Rule, inputs: tuple) -> tuple:
@@ -85,24 +96,27 @@ def test_structure_of_the_vjp(rule, is_complex, xp, rng):
     sample = rule.sample(xp.asarray, rng, (3,), 6, is_complex)
     _, kept, bars, vjp = solve(rule, sample, xp)
     gradients = vjp(*bars, *kept)
+    tolerance = STRUCTURE * (sample.condition if rule.vjp_info else 1)  # an iterative solve amplifies its rounding
     if rule.tangent == "symmetric":
         x_bar = xp.numpy(gradients[0])
         assert np.array_equal(x_bar, adjoint(x_bar)), "not exactly Hermitian"
     twice = vjp(*(2.5 * b for b in bars), *kept)
-    assert relative(flat(xp, twice), 2.5 * flat(xp, gradients)) <= STRUCTURE
+    assert relative(flat(xp, twice), 2.5 * flat(xp, gradients)) <= tolerance
     assert np.all(flat(xp, vjp(*(0 * b for b in bars), *kept)) == 0)
     for i in range(3):
         one = vjp(*(a[i, ...] for a in (*bars, *kept)))
-        assert relative(flat(xp, one), flat(xp, tuple(g[i, ...] for g in gradients))) <= STRUCTURE
+        assert relative(flat(xp, one), flat(xp, tuple(g[i, ...] for g in gradients))) <= tolerance
 
 
 @domains
 def test_float32_agrees_with_float64_on_identical_inputs(rule, is_complex, xp, rng):
     sample = rule.sample(np.asarray, rng, (4,), 8, is_complex)
     _, kept, bars, vjp = solve(rule, sample, Backend("numpy", np))
-    if "gauge_rtol" in inspect.signature(rule.vjp).parameters:
-        # cotangents rounded to float32 leave a phase of 1e-7 in float64: judge it as float32
-        vjp = partial(vjp, gauge_rtol=float(np.finfo(np.float32).eps) ** 0.5)
+    # outputs and cotangents rounded to float32 leave a phase, or miss the solution, by 1e-7: judge it as float32
+    for name in {"gauge_rtol", "check_rtol"} & set(inspect.signature(rule.vjp).parameters):
+        vjp = partial(vjp, **{name: float(np.finfo(np.float32).eps) ** 0.5})
+    if rule.vjp_info:
+        vjp = partial(vjp, rtol=float(np.finfo(np.float32).eps))
     arrays = [a.astype(np.complex64 if np.iscomplexobj(a) else np.float32) for a in (*bars, *kept)]
     single = vjp(*(xp.asarray(a) for a in arrays))
     double = vjp(*(a.astype(np.complex128 if np.iscomplexobj(a) else np.float64) for a in arrays))
@@ -126,7 +140,7 @@ def test_one_bad_item_leaves_the_others_alone(rule, xp, rng):
     others = [0, 1, 3, 4]
     for i, x in enumerate(sample.inputs):
         bad = x.copy()
-        bad[2, ..., -1] = np.nan
+        bad[2] = np.where(np.arange(x[2].size) == x[2].size - 1, np.nan, x[2].ravel()).reshape(x[2].shape)
         for y, same in zip(evaluate((*good_inputs[:i], xp.asarray(bad), *good_inputs[i + 1 :])), good, strict=True):
             y, same = xp.numpy(y), xp.numpy(same)
             assert np.all(np.isnan(y[2]))
@@ -199,7 +213,7 @@ def mutants(rule: Rule, inputs: tuple):
     yield "one part in a million", wrap(lambda g: g * (1 + 1e-6))
     if rule.symmetrises:
         yield "one triangle (no symmetrisation)", wrap(one_triangle)
-    elif inputs[0].shape[-1] == inputs[0].shape[-2] > 1:
+    elif inputs[0].ndim > 1 and inputs[0].shape[-1] == inputs[0].shape[-2] > 1:
         yield "transposed", wrap(lambda g: np.swapaxes(g, -1, -2))
     for i in range(rule.outputs):
         yield f"no cotangent {i}", lambda *a, i=i, **k: vjp(*a[:i], 0 * a[i], *a[i + 1 :], **k)
@@ -226,9 +240,19 @@ def test_every_mutant_is_rejected(rule, is_complex, m, rng):
 
 
 def test_the_table_is_the_public_api():
-    differentiable = {name.removesuffix("_vjp") for name in ddnref.__all__ if name.endswith("_vjp")}
-    assert differentiable == set(RULES)
+    pairs = {name.removesuffix("_vjp") for name in ddnref.__all__ if name.endswith("_vjp")}
+    general = {"root", "argmin", "eq_argmin", "lineq_argmin", "ineq_argmin"}  # take functions: nothing to bridge
+    assert pairs - general == set(RULES)
     for name, rule in RULES.items():
         assert rule.function is getattr(ddnref, name)
         assert rule.vjp is getattr(ddnref, f"{name}_vjp")
     assert sorted(ddnref.__all__) == ddnref.__all__
+
+
+def test_what_is_saved_carries_second_derivatives_or_they_are_refused(rng):
+    """Or a bridge would drop the part of a second derivative that passes through saved arrays, in silence."""
+    for rule in RULES.values():
+        sample = rule.sample(np.asarray, rng, (), 4, False)
+        _, saved = plain_forward(rule)(*sample.inputs, **options_of(rule, sample.options)[0])
+        assert not saved or rule.saved_vjp is not None or rule.undefined is not None, rule.name
+        assert (rule.undefined is None) == (rule.refusal == ""), rule.name

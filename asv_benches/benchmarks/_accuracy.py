@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddnref import _rules, _samples, eigh, eigh_vjp, spectral_function_fwd, spectral_function_vjp, testing
+from ddnref import _rule, _rules, _samples, eigh, eigh_vjp, spectral_function_fwd, spectral_function_vjp, testing
 from ddnref._eigh import has_repeated
 
 from ._common import Call, lean_problem, load, load_jax, problem
@@ -138,11 +138,11 @@ def single_precision_error(name: str, m: int = 32) -> float:
     gradients = []
     for dtype in ("float32", "float64"):
         sample = rule.sample(partial(_rounded, dtype=dtype), np.random.default_rng(0), (20,), m, False)
-        forward_options, vjp_options = _rules.options_of(rule, sample.options)
-        outputs, saved = _rules.plain_forward(rule)(*sample.inputs, **forward_options)
+        forward_options, vjp_options = _rule.options_of(rule, sample.options)
+        outputs, saved = _rule.plain_forward(rule)(*sample.inputs, **forward_options)
         bars = sample.loss[1](*outputs) if sample.loss else _fixed_cotangents(outputs)
         needed = (sample.inputs[i] for i in rule.needs)
-        gradients.append(_rules.plain_vjp(rule)(*bars, *outputs, *saved, *needed, **vjp_options)[0])
+        gradients.append(_rule.plain_vjp(rule)(*bars, *outputs, *saved, *needed, **vjp_options)[0])
     errors = relative(gradients[0].astype(np.float64), gradients[1])
     return float(np.max(errors) / (np.finfo(np.float32).eps * sample.condition))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ddnref import _rules
+from ddnref import _rule, _rules
 
 from . import _accuracy as accuracy
 from ._cases import products
@@ -24,7 +24,7 @@ def calls(on: Backend, name: str, size: tuple[int, int], dtype: str) -> tuple[Ca
 
     sample = rule.sample(convert, np.random.default_rng(0), size[:1], size[1], False)
     throw = on.options.get("throw", True)
-    forward_options, vjp_options = ({**o, "throw": throw} for o in _rules.options_of(rule, sample.options))
+    forward_options, vjp_options = ({**o, "throw": throw} for o in _rule.options_of(rule, sample.options))
     outputs, saved = rule.forward(*sample.inputs, **forward_options)
     y_bar = convert(np.random.default_rng(1).standard_normal((*size, size[1])))
     return (
@@ -61,7 +61,7 @@ class SpectralMemory:
         on = backend(name)
         self.rule = _rules.RULES[function]
         sample = self.rule.sample(on.array, np.random.default_rng(0), (), 2, False)
-        self.options, self.vjp_options = _rules.options_of(self.rule, sample.options)
+        self.options, self.vjp_options = _rule.options_of(self.rule, sample.options)
         p = lean_problem(m, "float64")
         self.w, self.v = on.array(p.w), on.array(p.v)
 

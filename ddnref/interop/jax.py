@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from ddnref._array import Array
-from ddnref._rules import WARNING, bind, failed, rule_of, spread
+from ddnref._rule import WARNING, bind, failed, spread
+from ddnref._rules import rule_of
 
 
 def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -80,9 +81,9 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
         kept: tuple[tuple[Array, ...], tuple[Array, ...]], bars: tuple[tuple[Any, ...], ...]
     ) -> tuple[Array, ...]:
         results, inputs = kept
-        arrays = *results, *(inputs[i] for i in rule.needs)
+        arrays = *results, *(inputs[i] for i in rule.needs if i < len(inputs))
         used = tuple(None if isinstance(bar, SymbolicZero) else jnp.conj(bar) for bar in (*bars[0], *bars[1]))
-        gradients = reverse(used, arrays)
+        gradients = reverse(used, arrays)[: len(inputs)]
         if not gradients:
             return tuple(map(jnp.zeros_like, inputs))
         for gradient in gradients:
@@ -92,7 +93,7 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     operate.defvjp(operate_fwd, operate_bwd, symbolic_zeros=True)
 
     def function(*inputs: Array) -> Any:
-        outputs, _, info = operate(*inputs)
+        outputs, _, info = operate(*map(jnp.asarray, inputs))  # JAX hands some constants on as NumPy's
         return result(outputs, info)
 
     function.__name__ = function.__qualname__ = rule.name

@@ -7,6 +7,7 @@ through our VJP; where that would be wrong, at repeated eigenvalues, they raise.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -14,7 +15,8 @@ from typing import Any, TypeAlias
 import torch
 
 from ddnref._errors import GaugeError
-from ddnref._rules import WARNING, Bound, Rule, bind, failed, rule_of, spread
+from ddnref._rule import WARNING, Bound, Rule, bind, failed, input_counts, spread
+from ddnref._rules import rule_of
 
 Tensor: TypeAlias = Any  # torch is optional, so that types must not depend on it
 
@@ -76,11 +78,11 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     """
     rule = rule_of(operation)
     bound = bind(rule, options)
-    operate = _operation(rule, bound)
+    operations = {count: _operation(rule, bound, count) for count in input_counts(rule)}
     n, fields = rule.outputs, 0 if rule.info is None else len(rule.info._fields)
 
     def function(*inputs: Tensor) -> Any:
-        flat = operate.apply(*inputs)
+        flat = operations[len(inputs)].apply(*inputs)
         return bound.result(flat[:n], flat[len(flat) - fields :])
 
     function.__name__ = function.__qualname__ = rule.name
@@ -88,9 +90,19 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     return function
 
 
-def _operation(rule: Rule, bound: Bound) -> Any:
-    first_order = None if bound.undefined is None else _first_order(bound.undefined, rule.refusal)
+def _operation(rule: Rule, bound: Bound, count: int) -> Any:
+    guarded = bound.undefined is not None and not rule.vjp_info  # an opaque one refuses by itself
+    first_order = _first_order(bound.undefined, rule.refusal) if guarded else None
+    reverse = _opaque(bound.reverse, rule.refusal) if rule.vjp_info else bound.reverse
     needs, fields = rule.needs, 0 if rule.info is None else len(rule.info._fields)
+
+    def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs, saved, info = bound.forward(*inputs)
+        return *outputs, *saved, *info
+
+    # torch.compile counts parameters to see whether the first one is a context.
+    parameters = [inspect.Parameter(f"input_{i}", inspect.Parameter.POSITIONAL_ONLY) for i in range(count)]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
 
     class Operation(torch.autograd.Function):
         """Outputs, saved arrays and status; saved ones are outputs too, so that second derivatives pass through."""
@@ -98,28 +110,24 @@ def _operation(rule: Rule, bound: Bound) -> Any:
         generate_vmap_rule = rule.info is None
 
         @staticmethod
-        def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
-            outputs, saved, info = bound.forward(*inputs)
-            return *outputs, *saved, *info
-
-        @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
             ctx.set_materialize_grads(False)
             results = output[: len(output) - fields]
             ctx.mark_non_differentiable(*output[len(results) :])
-            ctx.save_for_backward(*results, *(inputs[i] for i in needs))
+            ctx.save_for_backward(*results, *(inputs[i] for i in needs if i < count))
 
         @staticmethod
         def backward(ctx: Any, *bars: Tensor | None) -> Any:
             arrays = ctx.saved_tensors
-            gradients = bound.reverse(bars[: len(bars) - fields], arrays)
+            gradients = reverse(bars[: len(bars) - fields], arrays)
             if not gradients:
                 return (None,) * len(ctx.needs_input_grad)
-            warned = tuple(_warn_where_nan(gradient) for gradient in gradients)
+            warned = tuple(_warn_where_nan(gradient) for gradient in gradients[:count])
             if first_order is None or not torch.is_grad_enabled():
                 return warned
             return tuple(first_order.apply(gradient, *arrays) for gradient in warned)
 
+    Operation.forward = staticmethod(forward)
     if rule.info is not None:  # a loop that reads flags cannot be traced by vmap, and need not: batch axes lead
 
         @staticmethod  # type: ignore[misc]
@@ -130,10 +138,40 @@ def _operation(rule: Rule, bound: Bound) -> Any:
     return Operation
 
 
-def _batched(size: int, in_dims: tuple[int | None, ...], arrays: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Every array with the mapped axis in front."""
+def _opaque(reverse: Callable[..., Any], refusal: str) -> Callable[..., Any]:
+    """A VJP that iterates: its loop reads flags, so it is run on whole batches, and not differentiated again."""
+
+    class Reverse(torch.autograd.Function):
+        @staticmethod
+        def forward(count: int, *arrays: Tensor | None) -> tuple[Tensor, ...]:
+            return reverse(arrays[:count], arrays[count:])  # type: ignore[no-any-return]
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *bars: Tensor | None) -> Any:
+            raise NotImplementedError(refusal)
+
+        @staticmethod
+        def vmap(
+            info: Any, in_dims: tuple[int | None, ...], count: int, *arrays: Tensor | None
+        ) -> tuple[tuple[Tensor, ...], int]:
+            return Reverse.apply(count, *_batched(info.batch_size, in_dims[1:], arrays)), 0
+
+    def opaque(bars: tuple[Tensor | None, ...], arrays: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if all(bar is None for bar in bars):
+            return ()
+        return Reverse.apply(len(bars), *bars, *arrays)  # type: ignore[no-any-return]
+
+    return opaque
+
+
+def _batched(size: int, in_dims: tuple[int | None, ...], arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Every array with the mapped axis in front, ``None`` where it is missing."""
     return tuple(
-        array.expand(size, *array.shape) if dim is None else array.movedim(dim, 0)
+        array.movedim(dim, 0) if dim is not None else None if array is None else array.expand(size, *array.shape)
         for array, dim in zip(arrays, in_dims, strict=True)
     )
 
@@ -145,7 +183,7 @@ def _warn_where_nan(x_bar: Tensor) -> Tensor:
     return x_bar
 
 
-def _first_order(undefined: Callable[..., Any], refusal: str) -> Any:
+def _first_order(undefined: Any, refusal: str) -> Any:
     class FirstOrder(torch.autograd.Function):
         """Identity on a gradient; its own derivative is refused where that would be wrong."""
 

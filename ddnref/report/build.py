@@ -17,36 +17,42 @@ from rich.markup import escape
 from threadpoolctl import threadpool_limits
 
 import ddnref
-from ddnref.report import gaps, peers, profile, subspaces, terminal, whitening
+from ddnref.report import declarative, gaps, peers, profile, subspaces, terminal, whitening
 from ddnref.report.backends import Backend
 from ddnref.report.content import Content, Context, Headline, Picture, Section, Text
 from ddnref.report.page import file_name, page
 from ddnref.report.pictures import png, style
 
-SECTIONS: tuple[Section, ...] = (subspaces.SECTION, whitening.SECTION, gaps.SECTION, profile.SECTION)
+SECTIONS: tuple[Section, ...] = (
+    subspaces.SECTION,
+    whitening.SECTION,
+    gaps.SECTION,
+    profile.SECTION,
+    declarative.SECTION,
+)
 """The chapters of the report, in order. A new one is a file that defines a `Section`, and its name here."""
 
 
-def build(backend: Backend, out: Path, seed: int) -> Path:
+def build(backend: Backend, out: Path, seed: int, *, full: bool = False) -> Path:
     """Run all sections on a backend, write everything to `out`, and say where the page is."""
     console = terminal.console()
-    found = _run(console, backend, seed)
+    found = _run(console, backend, seed, full)
     pictures: dict[str, bytes] = {}
     for section, content in found:
         pictures |= write_parts(section, content, out)
     path = out / "index.html"
-    path.write_text(page(found, pictures, _facts(backend, seed)), encoding="utf-8")
+    path.write_text(page(found, pictures, _facts(backend, seed, full)), encoding="utf-8")
     _say(console, path, [headline for _, content in found for headline in content.headlines])
     return path
 
 
-def _run(console: Console, backend: Backend, seed: int) -> list[tuple[Section, Content]]:
+def _run(console: Console, backend: Backend, seed: int, full: bool) -> list[tuple[Section, Content]]:
     found = []
     # Matrices of 64×64 gain nothing from BLAS threads, which spin for seconds where other work has the cores.
     with terminal.progress(console) as track, style(), threadpool_limits(1):
         for i, section in enumerate(SECTIONS, 1):
             start = time.perf_counter()
-            found.append((section, section.run(Context(backend, seed, track))))
+            found.append((section, section.run(Context(backend, seed, track, full))))
             took = time.perf_counter() - start
             console.print(f"{i}/{len(SECTIONS)} {escape(section.title)}: {took:.0f} s", soft_wrap=True)
     return found
@@ -69,7 +75,7 @@ def write_parts(section: Section, content: Content, out: Path) -> dict[str, byte
     return pictures
 
 
-def _facts(backend: Backend, seed: int) -> list[tuple[str, str]]:
+def _facts(backend: Backend, seed: int, full: bool) -> list[tuple[str, str]]:
     versions = {
         "ddnref": ddnref.__version__,
         "Python": platform.python_version(),
@@ -80,7 +86,7 @@ def _facts(backend: Backend, seed: int) -> list[tuple[str, str]]:
     }
     compared = {name: version or "not installed" for name, version in peers.versions().items()}
     return [
-        ("Made by:", f"ddnref report --backend {backend.name} --seed {seed}"),
+        ("Made by:", f"ddnref report --backend {backend.name} --seed {seed}{' --full' if full else ''}"),
         ("Check every derivative on your machine:", f"ddnref verify --backend {backend.name}"),
         ("Backend:", f"{backend.name} {backend.version}, double precision"),
         ("Versions:", ", ".join(f"{name} {version}" for name, version in versions.items())),

@@ -42,7 +42,7 @@ def _report(arguments: argparse.Namespace) -> int:
         except OSError as error:
             sys.stderr.write(f"ddnref: the folder for the report cannot be made: {error}\n")
             return 2
-        build(library, arguments.out, arguments.seed)
+        build(library, arguments.out, arguments.seed, full=arguments.full)
     return 0
 
 
@@ -58,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     report = _command(commands, "report", "see it work on real data: one web page with pictures and numbers")
     report.add_argument("--out", type=Path, default=Path("ddnref-report"), metavar="DIR",
                         help="folder for the page, pictures and CSV files (default: %(default)s)")  # fmt: skip
+    report.add_argument("--full", action="store_true",
+                        help="the declarative section at the tutorial's sizes and seeds: takes hours")  # fmt: skip
     report.set_defaults(command=_report)
     return parser
 

@@ -64,6 +64,8 @@ class Context(NamedTuple):
     backend: Backend
     seed: int
     track: Track
+    full: bool = False
+    """Whether to take the time for everything."""
 
 
 class Section(NamedTuple):

@@ -13,6 +13,7 @@ its BLAS: they are there before the call.
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import mmap
 import os
@@ -32,13 +33,14 @@ import ddnref
 from ddnref import reference
 
 Call: TypeAlias = Callable[[], Any]
-Size: TypeAlias = tuple[int, int]
-"""A batch of b matrices, m×m: ``(b, m)``."""
+Size: TypeAlias = tuple[int, ...]
+"""A batch of b matrices, m×m: ``(b, m)``, and what else a problem needs."""
 Figures: TypeAlias = dict[tuple[str, Size], float]
 """By pass and size; what was skipped is not in it."""
 
 PATIENCE = 8.0  # seconds that one call may be expected to take
-REPEAT = 0.1  # seconds for which a call is repeated, and three times unless that takes five times as long
+REPEAT = 0.1  # seconds for which a call is repeated, and `LEAST` times unless that takes five times as long
+LEAST = 3
 LONG = 0.5  # seconds; a call that takes longer is not made to warm up: it was at a smaller size
 THREADS = 1
 _PINNED = {
@@ -52,9 +54,14 @@ _NOTHING_KEPT = {  # malloc takes all but small change from the system and gives
 }
 
 
-def seconds(library: str, sizes: Sequence[Size], patience: float = PATIENCE) -> Figures:
-    """Median time of every pass of a library at every size, growing; skips what is `expected` to exceed `patience`."""
-    return _ask(_PINNED, ["seconds", library, sizes, patience])
+def seconds(
+    library: str, sizes: Sequence[Size], patience: float = PATIENCE, *, least: int = LEAST, repeat: float = REPEAT
+) -> Figures:
+    """Median time of every pass of a library at every size, growing; skips what is `expected` to exceed `patience`.
+
+    A library is a name in `PASSES`, or ``"module:function"``, a function of the size that returns the calls by name.
+    """
+    return _ask(_PINNED, ["seconds", library, sizes, patience, least, repeat])
 
 
 def peaks(library: str, timed: Figures) -> Figures:
@@ -67,7 +74,7 @@ def expected(name: str, size: Size, known: Figures) -> float:
     before = [other for one, other in known if one == name]
     if not before:
         return 0.0
-    b, m = before[-1]
+    b, m = before[-1][:2]
     return known[name, before[-1]] * (size[0] / b) * (size[1] / m) ** 4
 
 
@@ -129,15 +136,23 @@ def _jax(p: Problem) -> dict[str, Call]:
 PASSES: dict[str, Callable[[Problem], dict[str, Call]]] = {"NumPy": _numpy, "PyTorch": _torch, "JAX": _jax}
 
 
+def _calls(library: str, size: Size) -> dict[str, Call]:
+    module, _, function = library.partition(":")
+    if not function:
+        return PASSES[library](problem(size))
+    found: dict[str, Call] = getattr(importlib.import_module(module), function)(size)
+    return found
+
+
 # --- measuring --------------------------------------------------------------------------------------------------
 
 
-def medians(calls: dict[str, Call], repeat: float = REPEAT) -> dict[str, float]:
+def medians(calls: dict[str, Call], repeat: float = REPEAT, least: int = LEAST) -> dict[str, float]:
     """Median seconds of each call, all in turn."""
     times: dict[str, list[float]] = {name: [] for name in calls}
 
     def unfinished(taken: list[float]) -> bool:
-        return sum(taken) < (repeat if len(taken) >= 3 else 5 * repeat)
+        return sum(taken) < (repeat if len(taken) >= least else 5 * repeat)
 
     while names := [name for name, taken in times.items() if unfinished(taken)]:
         for name in names:
@@ -206,27 +221,28 @@ def _flat(figures: Figures) -> list[Any]:
 
 
 def _figures(flat: list[Any]) -> Figures:
-    return {(name, (b, m)): value for name, (b, m), value in flat}
+    return {(name, tuple(size)): value for name, size, value in flat}
 
 
-def _answer_seconds(library: str, sizes: Sequence[Sequence[int]], patience: float) -> Figures:
+def _answer_seconds(
+    library: str, sizes: Sequence[Sequence[int]], patience: float, least: int, repeat: float
+) -> Figures:
     found: Figures = {}
-    for b, m in sizes:
-        size = b, m
-        calls = PASSES[library](problem(size))
+    for size in map(tuple, sizes):
+        calls = _calls(library, size)
         guess = {name: expected(name, size, found) for name in calls}
         wanted = {name: call for name, call in calls.items() if guess[name] <= patience}
         for name, call in wanted.items():
             if guess[name] <= LONG:
                 call()
-        found |= {(name, size): value for name, value in medians(wanted).items()}
+        found |= {(name, size): value for name, value in medians(wanted, repeat, least).items()}
     return found
 
 
 def _answer_peaks(library: str, timed: list[Any]) -> Figures:
     known, found = _figures(timed), Figures()
     for size in dict.fromkeys(size for _, size in known):
-        calls = PASSES[library](problem(size))
+        calls = _calls(library, size)
         for name in [name for name, other in known if other == size]:
             if known[name, size] <= LONG:
                 calls[name]()  # compiled, and the BLAS has its buffers

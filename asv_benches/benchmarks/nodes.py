@@ -1,0 +1,71 @@
+"""Declarative nodes: Sinkhorn's gradient against its forward pass, on every backend."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+import ddnref
+
+from ._accuracy import extra_arrays
+from ._common import BACKENDS, Backend, Call, backend, interleaved, load_jax, prepared
+
+
+def transport(n: int, eps: float = 0.05) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Two clouds of n points in the unit square, squared distances up to 1, equal masses."""
+    rng = np.random.default_rng(0)
+    x, y = rng.uniform(size=(n, 1, 2)), rng.uniform(size=(1, n, 2))
+    cost = np.sum((x - y) ** 2, axis=-1)
+    return cost / np.max(cost), np.full(n, 1 / n), np.full(n, 1 / n), eps
+
+
+def calls(on: Backend, n: int) -> tuple[Call, Call]:
+    """Forward pass to a marginal error of 1e-9 and the VJP at its plan, every check on that the backend allows."""
+    *inputs, eps = transport(n)
+    arrays = [on.array(a) for a in inputs]
+    options: dict[str, Any] = dict(on.options)
+    if on.name == "jax":
+        options["while_loop"] = load_jax().lax.while_loop
+    plan, _ = ddnref.sinkhorn(*arrays, eps=eps, rtol=1e-9)
+    plan_bar = on.array(np.random.default_rng(1).standard_normal((n, n)))
+    return (
+        prepared(on, partial(ddnref.sinkhorn, eps=eps, rtol=1e-9), *arrays, **options),
+        prepared(on, partial(ddnref.sinkhorn_vjp, eps=eps), plan_bar, plan, **on.options),
+    )
+
+
+class Sinkhorn:
+    """Time of the forward pass and of the VJP."""
+
+    params = (BACKENDS, (50, 200))
+    param_names = ("backend", "n")
+
+    def setup(self, name: str, n: int) -> None:
+        self.forward, self.vjp = calls(backend(name), n)
+        self.forward()
+        self.vjp()
+
+    def time_forward(self, *_: object) -> None:
+        self.forward()
+
+    def time_vjp(self, *_: object) -> None:
+        self.vjp()
+
+
+class SinkhornRatio:
+    """time(VJP) / time(forward) and the memory of the VJP, at eps 0.05 and a marginal error of 1e-9."""
+
+    params = (50, 200)
+    param_names = ("n",)
+    unit = "ratio"
+
+    def track_vjp_over_forward(self, n: int) -> float:
+        forward, vjp = calls(backend("numpy"), n)
+        return interleaved(vjp, forward).median
+
+    def track_extra_arrays(self, n: int) -> float:
+        *inputs, eps = transport(n)
+        plan, _ = ddnref.sinkhorn(*inputs, eps=eps)
+        return extra_arrays(partial(ddnref.sinkhorn_vjp, plan, plan, eps=eps), plan)
