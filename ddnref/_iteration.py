@@ -35,15 +35,19 @@ from ddnref._linalg import eigh, hermitian_part
 from ddnref._loops import CHECK_EVERY, Info, WhileLoop, run
 from ddnref._qr import qr
 
-RTOL = 16  # in units of eps: the rounding of one product reaches 2 to 4 of them at m = 1024
+RTOL = 16  # in units of eps, with √m more: the rounding of products with m terms reached 18 at m = 512
 MAXITER = 1000
 
 
 class _Power(NamedTuple):
+    """A frozen item keeps its v; all else follows from v and comes out as it was."""
+
     v: Array
     z: Array
     """``X v``, or the start vector before the first step."""
     w: Array
+    size: Array
+    """``‖z‖`` with the sign of λ; 1 where it is zero."""
     residual: Array
     n_iter: Array
     active: Array
@@ -79,7 +83,8 @@ def power_iteration(
     reference : (..., m) or (m,) array, optional
         As in `align_signs`.
     rtol : float, optional
-        Stop when ``‖X v − λ v‖ <= rtol * ‖X v‖``; default ``16 * eps``.
+        Stop when ``‖X v − λ v‖ <= rtol * ‖X v‖``; default ``(16 + √m) * eps``, the rounding
+        of the products.
     maxiter : int, default 1000
     check_every : int, default 10
         Steps between two looks at the stopping rule: each reads one flag on the host.
@@ -130,10 +135,11 @@ def power_iteration(
     xp, x, scale, bad, rtol = _prepare("power_iteration", x, symmetric, align, rtol)
     one = full(x.shape[:-2], 1.0, x)
     z = _start(xp, v0, x, ())
-    state = _Power(z, z, one, float("inf") * one, xp.zeros_like(one, dtype=xp.int32), ~bad)
+    size = _length(xp, z)
+    state = _Power(z, z, one, xp.where(size > 0, size, one), one, xp.zeros_like(one, dtype=xp.int32), ~bad)
 
     def body(state: _Power) -> _Power:
-        return _power_step(xp, x, state, rtol)
+        return _power_step(xp, x, state, rtol, one)
 
     state = run(lambda s: s.active, body, state, maxiter=maxiter, check_every=check_every, while_loop=while_loop)
     converged = ~bad & (state.residual <= rtol)
@@ -145,29 +151,29 @@ def power_iteration(
     return (w, nan_where(bad[..., None], v)), info
 
 
-def _power_step(xp: Namespace, x: Array, state: _Power, rtol: float) -> _Power:
-    """``v = ± z/‖z‖`` and one product with it, by which it is judged; frozen items keep theirs."""
-    old = _length(xp, state.z)
-    old = xp.where(old == 0, xp.ones_like(old), old)  # of a frozen item
-    v = state.z / xp.where(state.w[..., None] < 0, -old, old)
+def _power_step(xp: Namespace, x: Array, state: _Power, rtol: float, one: Array) -> _Power:
+    """``v = ± z/‖z‖`` and one product with it, by which it is judged."""
+    v = xp.where(state.active[..., None], state.z / state.size[..., None], state.v)
     z = (x @ v[..., None])[..., 0]
-    w = xp.sum(v * z, axis=-1)
-    size = _length(xp, z)[..., 0]
-    zero = size == 0  # v is in the null space: a zero matrix, or a start vector without a part in the range
-    residual = _length(xp, z - w[..., None] * v)[..., 0] / xp.where(zero, xp.ones_like(size), size)
-    residual = xp.where(zero, xp.ones_like(size), residual)
-    active = state.active
+    w = xp.vecdot(v, z)
+    size = _length(xp, z)
+    there = size > 0  # or v is in the null space: a zero matrix, or a start vector without a part in the range
+    size = xp.where(there, size, one)
+    residual = xp.where(there, _length(xp, z - w[..., None] * v) / size, one)
     return _Power(
-        xp.where(active[..., None], v, state.v),
-        xp.where(active[..., None], z, state.z),
-        xp.where(active, w, state.w),
-        xp.where(active, residual, state.residual),
-        state.n_iter + xp.astype(active, xp.int32),
-        active & (residual > rtol) & ~zero,
+        v,
+        z,
+        w,
+        xp.where(w < 0, -size, size),
+        residual,
+        state.n_iter + xp.astype(state.active, state.n_iter.dtype),
+        state.active & there & (residual > rtol),
     )
 
 
 class _Simultaneous(NamedTuple):
+    """A frozen item keeps its q, as in `_Power`."""
+
     q: Array
     z: Array
     """``X q``, or the start before the first step."""
@@ -265,25 +271,18 @@ def simultaneous_iteration(
 
 
 def _simultaneous_step(xp: Namespace, x: Array, state: _Simultaneous, rtol: float, symmetric: bool) -> _Simultaneous:
-    q, _ = qr(state.z)
+    q = xp.where(state.active[..., None, None], qr(state.z)[0], state.q)
     z = x @ q
     t = xp.matrix_transpose(q) @ z
     size = _norm(xp, t)
-    zero = size == 0
+    there = size > 0
     left = _norm(xp, z - q @ t)
     if not symmetric:
         left = left + _norm(xp, xp.tril(t, k=-1))  # each column by itself: T is triangular
-    residual = xp.where(zero, xp.ones_like(size), left / xp.where(zero, xp.ones_like(size), size))
-    active = state.active
-    wide = active[..., None, None]
-    return _Simultaneous(
-        xp.where(wide, q, state.q),
-        xp.where(wide, z, state.z),
-        xp.where(wide, t, state.t),
-        xp.where(active, residual, state.residual),
-        state.n_iter + xp.astype(active, xp.int32),
-        active & (residual > rtol) & ~zero,
-    )
+    one = xp.ones_like(size)
+    residual = xp.where(there, left / xp.where(there, size, one), one)
+    n_iter = state.n_iter + xp.astype(state.active, state.n_iter.dtype)
+    return _Simultaneous(q, z, t, residual, n_iter, state.active & there & (residual > rtol))
 
 
 def _ritz(xp: Namespace, t: Array, symmetric: bool) -> tuple[Array, Array]:
@@ -313,7 +312,7 @@ def _triangular_eigenvectors(xp: Namespace, t: Array) -> Array:
             gap = t[..., k, k] - t[..., i, i]
             u[i] = total / xp.where(gap == 0, full((), float("nan"), gap), gap)
         column = xp.stack(u, axis=-1)
-        columns.append(column / _length(xp, column))
+        columns.append(column / _length(xp, column)[..., None])
     return xp.stack(columns, axis=-1)
 
 
@@ -433,7 +432,8 @@ def _prepare(
     x = xp.where(bad[..., None, None], xp.zeros_like(x), x)
     x = hermitian_part(x) if symmetric else x
     scale = _power_of_two(xp, x)
-    return xp, x / scale[..., None, None], scale, bad, RTOL * eps(xp, x.dtype) if rtol is None else rtol
+    default = (RTOL + x.shape[-1] ** 0.5) * eps(xp, x.dtype)
+    return xp, x / scale[..., None, None], scale, bad, default if rtol is None else rtol
 
 
 def _power_of_two(xp: Namespace, x: Array) -> Array:
@@ -474,8 +474,8 @@ def _norm(xp: Namespace, x: Array, axis: int | tuple[int, int] = (-2, -1)) -> Ar
 
 
 def _length(xp: Namespace, v: Array) -> Array:
-    """Euclidean length along the last axis, which is kept."""
-    return xp.sqrt(xp.sum(v * v, axis=-1, keepdims=True))
+    """Euclidean length along the last axis."""
+    return xp.sqrt(xp.vecdot(v, v))
 
 
 def _raise(bad: Array, info: Info, maxiter: int, rtol: float) -> NoReturn:
