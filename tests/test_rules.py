@@ -50,7 +50,8 @@ def solve(rule: Rule, sample, backend: Backend) -> Solved:
         if sample.loss
         else tuple(random(backend, y, i) for i, y in enumerate(outputs))
     )
-    return Solved(outputs, (*outputs, *saved, *needed(rule, sample.inputs)), bars, backend.jit(partial(plain_vjp(rule), **vjp)))
+    kept = *outputs, *saved, *needed(rule, sample.inputs)
+    return Solved(outputs, kept, bars, backend.jit(partial(plain_vjp(rule), **vjp)))
 
 
 def random(backend: Backend, like, seed: int):
