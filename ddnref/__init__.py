@@ -14,14 +14,9 @@ from ddnref._errors import (
     SingularError,
 )
 from ddnref._implicit import argmin_vjp, eq_argmin_vjp, ineq_argmin_vjp, lineq_argmin_vjp, root_vjp
-from ddnref._iteration import (
-    align_signs,
-    eigen_residual,
-    fixed_point_residual,
-    power_iteration,
-    simultaneous_iteration,
-)
+from ddnref._iteration import power_iteration, simultaneous_iteration
 from ddnref._iteration_vjp import power_iteration_vjp, simultaneous_iteration_vjp
+from ddnref._loops import IterationInfo
 from ddnref._matrix_functions import (
     expm,
     expm_fwd,
@@ -50,9 +45,10 @@ from ddnref._nodes._projections import (
     project_sphere,
     project_sphere_vjp,
 )
-from ddnref._nodes._robust_pool import robust_pool, robust_pool_vjp
-from ddnref._nodes._sinkhorn import sinkhorn, sinkhorn_vjp
+from ddnref._nodes._robust_pool import RobustPoolInfo, robust_pool, robust_pool_vjp
+from ddnref._nodes._sinkhorn import SinkhornInfo, sinkhorn, sinkhorn_vjp
 from ddnref._operators import LinearOperator
+from ddnref._pairs import align_signs, eigen_residual, fixed_point_residual
 from ddnref._qr import qr, qr_vjp
 from ddnref._spectral import spectral_function, spectral_function_fwd, spectral_function_vjp
 from ddnref._topk import eigh_topk, eigh_topk_fwd, eigh_topk_vjp
@@ -67,11 +63,14 @@ __all__ = [
     "EigshInfo",
     "EigshVjpInfo",
     "GaugeError",
+    "IterationInfo",
     "LinearOperator",
     "NonFiniteError",
     "OptimalityError",
     "Products",
+    "RobustPoolInfo",
     "SingularError",
+    "SinkhornInfo",
     "align_signs",
     "argmin_vjp",
     "eigen_residual",

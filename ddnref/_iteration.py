@@ -32,18 +32,23 @@ from ddnref._array import (
 )
 from ddnref._errors import ConvergenceError, NonFiniteError
 from ddnref._linalg import eigh, hermitian_part
-from ddnref._loops import CHECK_EVERY, Info, WhileLoop, run
+from ddnref._loops import CHECK_EVERY, IterationInfo, WhileLoop, run
+from ddnref._pairs import SIGNS, align_signs, norm
 from ddnref._qr import qr
 
-RTOL = 16  # in units of eps: the rounding of one product reaches 2 to 4 of them at m = 1024
+RTOL = 16  # in units of eps, with √m more: the rounding of products with m terms reached 18 at m = 512
 MAXITER = 1000
 
 
 class _Power(NamedTuple):
+    """A frozen item keeps its v; all else follows from v and comes out as it was."""
+
     v: Array
     z: Array
     """``X v``, or the start vector before the first step."""
     w: Array
+    size: Array
+    """``‖z‖`` with the sign of λ; 1 where it is zero."""
     residual: Array
     n_iter: Array
     active: Array
@@ -62,7 +67,7 @@ def power_iteration(
     check_every: int = CHECK_EVERY,
     throw: bool = True,
     while_loop: WhileLoop | None = None,
-) -> tuple[tuple[Array, Array], Info]:
+) -> tuple[tuple[Array, Array], IterationInfo]:
     """The eigenvalue of largest magnitude and its eigenvector, by power iteration.
 
     Parameters
@@ -79,7 +84,8 @@ def power_iteration(
     reference : (..., m) or (m,) array, optional
         As in `align_signs`.
     rtol : float, optional
-        Stop when ``‖X v − λ v‖ <= rtol * ‖X v‖``; default ``16 * eps``.
+        Stop when ``‖X v − λ v‖ <= rtol * ‖X v‖``; default ``(16 + √m) * eps``, the rounding
+        of the products.
     maxiter : int, default 1000
     check_every : int, default 10
         Steps between two looks at the stopping rule: each reads one flag on the host.
@@ -93,7 +99,7 @@ def power_iteration(
     -------
     (w, v) : (...) and (..., m) arrays
         Eigenvalue and eigenvector of unit length.
-    info : Info
+    info : IterationInfo
         ``converged``, ``n_iter``, ``residual_norm`` (relative), each ``(...)``.
 
     Raises
@@ -130,44 +136,45 @@ def power_iteration(
     xp, x, scale, bad, rtol = _prepare("power_iteration", x, symmetric, align, rtol)
     one = full(x.shape[:-2], 1.0, x)
     z = _start(xp, v0, x, ())
-    state = _Power(z, z, one, float("inf") * one, xp.zeros_like(one, dtype=xp.int32), ~bad)
+    size = _length(xp, z)
+    state = _Power(z, z, one, xp.where(size > 0, size, one), one, xp.zeros_like(one, dtype=xp.int32), ~bad)
 
     def body(state: _Power) -> _Power:
-        return _power_step(xp, x, state, rtol)
+        return _power_step(xp, x, state, rtol, one)
 
     state = run(lambda s: s.active, body, state, maxiter=maxiter, check_every=check_every, while_loop=while_loop)
     converged = ~bad & (state.residual <= rtol)
     w, residual = nan_where(bad, scale * state.w), nan_where(bad, state.residual)
     v = state.v if align is None else align_signs(state.v, reference, sign=align, axis=-1)
-    info = Info(converged, state.n_iter, residual)
+    info = IterationInfo(converged, state.n_iter, residual)
     if throw and not is_true(xp.all(converged)):
         _raise(bad, info, maxiter, rtol)
     return (w, nan_where(bad[..., None], v)), info
 
 
-def _power_step(xp: Namespace, x: Array, state: _Power, rtol: float) -> _Power:
-    """``v = ± z/‖z‖`` and one product with it, by which it is judged; frozen items keep theirs."""
-    old = _length(xp, state.z)
-    old = xp.where(old == 0, xp.ones_like(old), old)  # of a frozen item
-    v = state.z / xp.where(state.w[..., None] < 0, -old, old)
+def _power_step(xp: Namespace, x: Array, state: _Power, rtol: float, one: Array) -> _Power:
+    """``v = ± z/‖z‖`` and one product with it, by which it is judged."""
+    v = xp.where(state.active[..., None], state.z / state.size[..., None], state.v)
     z = (x @ v[..., None])[..., 0]
-    w = xp.sum(v * z, axis=-1)
-    size = _length(xp, z)[..., 0]
-    zero = size == 0  # v is in the null space: a zero matrix, or a start vector without a part in the range
-    residual = _length(xp, z - w[..., None] * v)[..., 0] / xp.where(zero, xp.ones_like(size), size)
-    residual = xp.where(zero, xp.ones_like(size), residual)
-    active = state.active
+    w = xp.vecdot(v, z)
+    size = _length(xp, z)
+    there = size > 0  # or v is in the null space: a zero matrix, or a start vector without a part in the range
+    size = xp.where(there, size, one)
+    residual = xp.where(there, _length(xp, z - w[..., None] * v) / size, one)
     return _Power(
-        xp.where(active[..., None], v, state.v),
-        xp.where(active[..., None], z, state.z),
-        xp.where(active, w, state.w),
-        xp.where(active, residual, state.residual),
-        state.n_iter + xp.astype(active, xp.int32),
-        active & (residual > rtol) & ~zero,
+        v,
+        z,
+        w,
+        xp.where(w < 0, -size, size),
+        residual,
+        state.n_iter + xp.astype(state.active, state.n_iter.dtype),
+        state.active & there & (residual > rtol),
     )
 
 
 class _Simultaneous(NamedTuple):
+    """A frozen item keeps its q, as in `_Power`."""
+
     q: Array
     z: Array
     """``X q``, or the start before the first step."""
@@ -191,7 +198,7 @@ def simultaneous_iteration(
     check_every: int = CHECK_EVERY,
     throw: bool = True,
     while_loop: WhileLoop | None = None,
-) -> tuple[tuple[Array, Array], Info]:
+) -> tuple[tuple[Array, Array], IterationInfo]:
     """The n eigenvalues of largest magnitude and their eigenvectors, by simultaneous (orthogonal, QR) iteration.
 
     Parameters
@@ -212,7 +219,7 @@ def simultaneous_iteration(
     (w, v) : (..., n) and (..., m, n) arrays
         Eigenvalues, largest magnitude first, and eigenvectors of unit length in the columns (right ones if `x` is not
         symmetric, and then not orthogonal).
-    info : Info
+    info : IterationInfo
         ``converged``, ``n_iter``, ``residual_norm`` (relative), each ``(...)``.
 
     Raises
@@ -258,32 +265,25 @@ def simultaneous_iteration(
     converged = ~bad & (state.residual <= rtol)
     if align is not None:
         v = align_signs(v, reference, sign=align)
-    info = Info(converged, state.n_iter, nan_where(bad, state.residual))
+    info = IterationInfo(converged, state.n_iter, nan_where(bad, state.residual))
     if throw and not is_true(xp.all(converged)):
         _raise(bad, info, maxiter, rtol)
     return (nan_where(bad[..., None], scale[..., None] * w), nan_where(bad[..., None, None], v)), info
 
 
 def _simultaneous_step(xp: Namespace, x: Array, state: _Simultaneous, rtol: float, symmetric: bool) -> _Simultaneous:
-    q, _ = qr(state.z)
+    q = xp.where(state.active[..., None, None], qr(state.z)[0], state.q)
     z = x @ q
     t = xp.matrix_transpose(q) @ z
-    size = _norm(xp, t)
-    zero = size == 0
-    left = _norm(xp, z - q @ t)
+    size = norm(xp, t)
+    there = size > 0
+    left = norm(xp, z - q @ t)
     if not symmetric:
-        left = left + _norm(xp, xp.tril(t, k=-1))  # each column by itself: T is triangular
-    residual = xp.where(zero, xp.ones_like(size), left / xp.where(zero, xp.ones_like(size), size))
-    active = state.active
-    wide = active[..., None, None]
-    return _Simultaneous(
-        xp.where(wide, q, state.q),
-        xp.where(wide, z, state.z),
-        xp.where(wide, t, state.t),
-        xp.where(active, residual, state.residual),
-        state.n_iter + xp.astype(active, xp.int32),
-        active & (residual > rtol) & ~zero,
-    )
+        left = left + norm(xp, xp.tril(t, k=-1))  # each column by itself: T is triangular
+    one = xp.ones_like(size)
+    residual = xp.where(there, left / xp.where(there, size, one), one)
+    n_iter = state.n_iter + xp.astype(state.active, state.n_iter.dtype)
+    return _Simultaneous(q, z, t, residual, n_iter, state.active & there & (residual > rtol))
 
 
 def _ritz(xp: Namespace, t: Array, symmetric: bool) -> tuple[Array, Array]:
@@ -313,101 +313,8 @@ def _triangular_eigenvectors(xp: Namespace, t: Array) -> Array:
             gap = t[..., k, k] - t[..., i, i]
             u[i] = total / xp.where(gap == 0, full((), float("nan"), gap), gap)
         column = xp.stack(u, axis=-1)
-        columns.append(column / _length(xp, column))
+        columns.append(column / _length(xp, column)[..., None])
     return xp.stack(columns, axis=-1)
-
-
-def align_signs(v: Array, reference: Array | None = None, /, *, sign: str = "positive", axis: int = -2) -> Array:
-    """Flip eigenvectors so that their inner product with a reference has a given sign.
-
-    Parameters
-    ----------
-    v : array of real vectors, ``(..., m, n)`` in columns (``axis=-2``) or ``(..., m)`` (``axis=-1``)
-    reference : array, optional
-        One vector ``(m,)`` for all, or an array that broadcasts against `v`: one for each. Default ``(1, 0, …, 0)``:
-        the sign of the first component.
-    sign : {"positive", "negative"}
-    axis : {-2, -1}
-        Along which axis the vectors lie.
-
-    Returns
-    -------
-    v : array of the same shape
-        A vector orthogonal to its reference stays as it is.
-
-    Raises
-    ------
-    ValueError
-        Unknown `sign` or `axis`; a reference that does not fit.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> ddnref.align_signs(np.asarray([[-0.6, 0.8], [0.8, 0.6]])).tolist()
-    [[0.6, 0.8], [-0.8, 0.6]]
-    """
-    xp = namespace(v=v, reference=reference)
-    if sign not in SIGNS or axis not in (-1, -2):
-        raise ValueError(f'sign is {sign!r} and axis {axis!r}, expected "positive" or "negative" and -2 or -1.')
-    if reference is None:
-        inner = v[..., :1, :] if axis == -2 else v[..., :1]
-    else:
-        along = reference[:, None] if axis == -2 and reference.ndim == 1 else reference
-        if along.ndim > v.ndim or any(a not in (1, b) for a, b in zip(along.shape[::-1], v.shape[::-1], strict=False)):
-            raise ValueError(f"reference has shape {tuple(reference.shape)}, which does not fit v: {tuple(v.shape)}.")
-        inner = xp.sum(along * v, axis=axis, keepdims=True)
-    return xp.where(inner < 0 if sign == "positive" else inner > 0, -v, v)
-
-
-SIGNS = ("positive", "negative")
-
-
-def eigen_residual(x: Array, w: Array, v: Array, /) -> Array:
-    """``‖X v − λ v‖`` of each eigenpair: the "eigen gap" of the declarative-network papers.
-
-    Parameters
-    ----------
-    x : (..., m, m) array
-    w : (...) or (..., n) array
-    v : (..., m) array, or (..., m, n) array of columns
-
-    Returns
-    -------
-    residual : (...) or (..., n) real array
-        Absolute: divide by ``|w|`` or ``‖X‖`` to compare matrices of different size.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Mixed libraries, devices or dtypes; shapes that do not fit.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> float(ddnref.eigen_residual(2 * np.eye(2), np.asarray(2.0), np.asarray([1.0, 0.0])))
-    0.0
-    """
-    xp, y, z = _columns_and_product(x, w, v)
-    residual = _norm(xp, z - _wide(w, x, v) * y, axis=-2)
-    return residual[..., 0] if v.ndim < x.ndim else residual
-
-
-def fixed_point_residual(x: Array, w: Array, v: Array, /) -> Array:
-    """``‖v − sign(λ) X v / ‖X v‖‖``: how far each eigenvector is from a fixed point of power iteration.
-
-    Parameters, errors and shape of the result as `eigen_residual`. NaN where ``X v = 0``.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> float(ddnref.fixed_point_residual(-2 * np.eye(2), np.asarray(-2.0), np.asarray([1.0, 0.0])))
-    0.0
-    """
-    xp, y, z = _columns_and_product(x, w, v)
-    size = _norm(xp, z, axis=-2)[..., None, :]
-    size = xp.where(_wide(w, x, v) < 0, -size, size)
-    residual = _norm(xp, y - z / xp.where(size == 0, full((), float("nan"), size), size), axis=-2)
-    return residual[..., 0] if v.ndim < x.ndim else residual
 
 
 # --- below: static facts and small pieces -----------------------------------------------------------------------
@@ -433,7 +340,8 @@ def _prepare(
     x = xp.where(bad[..., None, None], xp.zeros_like(x), x)
     x = hermitian_part(x) if symmetric else x
     scale = _power_of_two(xp, x)
-    return xp, x / scale[..., None, None], scale, bad, RTOL * eps(xp, x.dtype) if rtol is None else rtol
+    default = (RTOL + x.shape[-1] ** 0.5) * eps(xp, x.dtype)
+    return xp, x / scale[..., None, None], scale, bad, default if rtol is None else rtol
 
 
 def _power_of_two(xp: Namespace, x: Array) -> Array:
@@ -456,29 +364,12 @@ def _start(xp: Namespace, v0: Array | None, x: Array, columns: tuple[int, ...]) 
     return xp.broadcast_to(v0, shape)
 
 
-def _columns_and_product(x: Array, w: Array, v: Array) -> tuple[Namespace, Array, Array]:
-    xp = namespace(x=x, w=w, v=v)
-    check_square("x", x)
-    n = v.shape[-1:] if v.ndim == x.ndim else ()
-    check_shapes(v=(v, (*x.shape[:-1], *n)), w=(w, (*x.shape[:-2], *n)))
-    y = v if n else v[..., None]
-    return xp, y, x @ y
-
-
-def _wide(w: Array, x: Array, v: Array) -> Array:
-    return w[..., None, :] if v.ndim == x.ndim else w[..., None, None]
-
-
-def _norm(xp: Namespace, x: Array, axis: int | tuple[int, int] = (-2, -1)) -> Array:
-    return xp.sqrt(xp.sum(xp.real(x * xp.conj(x)) if xp.isdtype(x.dtype, "complex floating") else x * x, axis=axis))
-
-
 def _length(xp: Namespace, v: Array) -> Array:
-    """Euclidean length along the last axis, which is kept."""
-    return xp.sqrt(xp.sum(v * v, axis=-1, keepdims=True))
+    """Euclidean length along the last axis."""
+    return xp.sqrt(xp.vecdot(v, v))
 
 
-def _raise(bad: Array, info: Info, maxiter: int, rtol: float) -> NoReturn:
+def _raise(bad: Array, info: IterationInfo, maxiter: int, rtol: float) -> NoReturn:
     xp = array_api_compat.array_namespace(bad)
     if is_true(xp.any(bad)):
         raise NonFiniteError(

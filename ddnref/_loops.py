@@ -63,7 +63,7 @@ def _any(flags: Array) -> Array:
     return array_api_compat.array_namespace(flags).any(flags)
 
 
-class Info(NamedTuple):
+class IterationInfo(NamedTuple):
     """How an iteration ended, for each item of the batch."""
 
     converged: Array

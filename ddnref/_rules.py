@@ -20,7 +20,7 @@ from ddnref import _qr as factorisation
 from ddnref import _samples as samples
 from ddnref import _samples_nodes as node_samples
 from ddnref._array import Array
-from ddnref._loops import Info
+from ddnref._loops import IterationInfo
 from ddnref._nodes import _least_squares as least_squares
 from ddnref._nodes import _projections as projections
 from ddnref._nodes import _robust_pool as robust
@@ -111,7 +111,7 @@ def _iteration_rule(name: str, docs: str) -> Rule:
         sample=getattr(samples, name),
         outputs=2,
         needs=(0,),
-        info=Info,
+        info=IterationInfo,
         docs=docs + "; not only symmetric matrices",
         singular="repeated eigenvalues: `GaugeError`",
         cost="a factorisation per pair",

@@ -31,11 +31,11 @@ def power_unrolled_vjp(
     xp = array_api_compat.array_namespace(x)
     s = hermitian_part(x) if symmetric else x
     kept = [_start(xp, v0, x, ())]
-    kept[0] = kept[0] / _length(xp, kept[0])
+    kept[0] = kept[0] / _length(xp, kept[0])[..., None]
     signed_lengths = []
     for _ in range(n_iter - 1):
         z = _product(s, kept[-1])
-        length = _length(xp, z)
+        length = _length(xp, z)[..., None]
         length = xp.where(xp.sum(kept[-1] * z, axis=-1, keepdims=True) < 0, -length, length)
         signed_lengths.append(length)
         kept.append(z / length)

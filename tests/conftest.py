@@ -90,6 +90,7 @@ def backend(name: str, device: Any = None) -> Backend:
         import jax.numpy as namespace
 
         jax.config.update("jax_enable_x64", True)
+        jax.config.update("jax_disable_most_optimizations", True)  # most of the time is compilation
         return Backend(name, namespace, jit=jax.jit, while_loop=jax.lax.while_loop)
     return Backend(name, namespace, device)
 

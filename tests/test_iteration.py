@@ -48,7 +48,7 @@ def test_pairs_agree_with_eig(is_symmetric, batch, xp, rng):
     (w_3, v_3), info = ddnref.simultaneous_iteration(xp.asarray(x), 3, **loop)
     assert relative(xp.numpy(w_3), w) <= 1e-13
     assert relative(xp.numpy(v_3), v) <= 1e-12
-    assert np.all(xp.numpy(info.residual_norm) <= 16 * np.finfo(float).eps)
+    assert np.all(xp.numpy(info.residual_norm) <= (16 + 7**0.5) * np.finfo(float).eps)
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e10, 1e25])

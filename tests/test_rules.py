@@ -50,7 +50,8 @@ def solve(rule: Rule, sample, backend: Backend) -> Solved:
         if sample.loss
         else tuple(random(backend, y, i) for i, y in enumerate(outputs))
     )
-    return Solved(outputs, (*outputs, *saved, *needed(rule, sample.inputs)), bars, partial(plain_vjp(rule), **vjp))
+    kept = *outputs, *saved, *needed(rule, sample.inputs)
+    return Solved(outputs, kept, bars, backend.jit(partial(plain_vjp(rule), **vjp)))
 
 
 def random(backend: Backend, like, seed: int):
@@ -118,7 +119,7 @@ def test_float32_agrees_with_float64_on_identical_inputs(rule, is_complex, xp, r
     if rule.vjp_info:
         vjp = partial(vjp, rtol=float(np.finfo(np.float32).eps))
     arrays = [a.astype(np.complex64 if np.iscomplexobj(a) else np.float32) for a in (*bars, *kept)]
-    single = vjp(*(xp.asarray(a) for a in arrays))
+    single = xp.jit(vjp)(*(xp.asarray(a) for a in arrays))
     double = vjp(*(a.astype(np.complex128 if np.iscomplexobj(a) else np.float64) for a in arrays))
     assert all(str(x_bar.dtype).endswith("complex64" if is_complex else "float32") for x_bar in single)
     tolerance = 20 * np.finfo(np.float32).eps * sample.condition
@@ -130,10 +131,12 @@ def test_one_bad_item_leaves_the_others_alone(rule, xp, rng):
     sample = rule.sample(np.asarray, rng, (5,), 6, False)
     forward, vjp = options_of(rule, sample.options, xp.while_loop)
 
+    solve, pull = xp.jit(partial(plain_forward(rule), **forward)), xp.jit(partial(plain_vjp(rule), **vjp))
+
     def evaluate(inputs):
-        outputs, saved = plain_forward(rule)(*inputs, **forward)
+        outputs, saved = solve(*inputs)
         bars = [xp.asarray(np.random.default_rng(i).standard_normal(y.shape)) for i, y in enumerate(outputs)]
-        return *outputs, *plain_vjp(rule)(*bars, *outputs, *saved, *needed(rule, inputs), **vjp)
+        return *outputs, *pull(*bars, *outputs, *saved, *needed(rule, inputs))
 
     good_inputs = tuple(map(xp.asarray, sample.inputs))
     good = evaluate(good_inputs)
