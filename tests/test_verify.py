@@ -256,4 +256,4 @@ def test_table_fits_the_terminal(small, monkeypatch, width, says_where):
     for row in rows:
         assert len(row) <= width
         assert " pass " in row
-        assert ("float32, m=3, batch (2,)" in row) == says_where
+        assert any(place in row for place in ("float32, m=3, batch (2,)", "nowhere")) == says_where
