@@ -109,7 +109,7 @@ def power_iteration_vjp(
     >>> import numpy as np
     >>> x = np.diag(np.asarray([3.0, 1.0]))
     >>> (w, v), _ = ddnref.power_iteration(x)
-    >>> np.round(ddnref.power_iteration_vjp(None, np.asarray([0.0, 1.0]), w, v, x), 12)  # of v[1]
+    >>> np.round(ddnref.power_iteration_vjp(None, np.asarray([0.0, 1.0]), w, v, x), 12) + 0.0  # of v[1]
     array([[0. , 0. ],
            [0.5, 0. ]])
     """
@@ -172,7 +172,8 @@ def simultaneous_iteration_vjp(
     >>> import numpy as np
     >>> x = np.diag(np.asarray([3.0, 1.0, -2.0]))
     >>> (w, v), _ = ddnref.simultaneous_iteration(x, 2, symmetric=True)
-    >>> np.round(ddnref.simultaneous_iteration_vjp(np.asarray([0.0, 1.0]), None, w, v, x, symmetric=True), 12)
+    >>> w_bar = np.asarray([0.0, 1.0])
+    >>> np.round(ddnref.simultaneous_iteration_vjp(w_bar, None, w, v, x, symmetric=True), 12) + 0.0
     array([[0., 0., 0.],
            [0., 0., 0.],
            [0., 0., 1.]])
