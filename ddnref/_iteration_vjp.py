@@ -205,6 +205,8 @@ def _vjp(
     algorithm = {"fixed_point": _fixed_point, "bordered": _bordered_symmetric if symmetric else _bordered}[method]
 
     z = hermitian_part(x) if symmetric else x
+    if not array_api_compat.is_numpy_array(z):  # NumPy converts where it needs to, a chunk at a time
+        z = double(xp, z)
     y = double(xp, v)
     y = y / xp.sqrt(xp.sum(y * y, axis=-2, keepdims=True))
     z_y = z @ y

@@ -25,7 +25,7 @@ from ddnref.report.verify import measure, verify, worst
 @pytest.fixture
 def small(monkeypatch):
     """Few problems: enough to see every check."""
-    for sizes, batches in (("SIZES", "BATCHES"), ("COMPILED_SIZES", "COMPILED_BATCHES")):
+    for sizes, batches in (("SIZES", "BATCHES"), ("FEW_SIZES", "FEW_BATCHES")):
         monkeypatch.setattr(checks, sizes, (3,))
         monkeypatch.setattr(checks, batches, ((2,),))
 

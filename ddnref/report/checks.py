@@ -26,8 +26,8 @@ COMPLEX = ("complex128", "complex64")
 SIZES = (1, 2, 5, 16)
 BATCHES: tuple[tuple[int, ...], ...] = ((), (3,), (2, 2))
 
-COMPILED_SIZES = (1, 5)  # a backend that compiles takes a second for every shape, whatever its size
-COMPILED_BATCHES: tuple[tuple[int, ...], ...] = ((), (2, 2))
+FEW_SIZES = (1, 5)  # other libraries run the same code, a call of theirs takes ten times as long, or is compiled
+FEW_BATCHES: tuple[tuple[int, ...], ...] = ((), (2, 2))
 
 SINGLE = {"f": "float32", "c": "complex64"}
 DOUBLE = {"f": "float64", "c": "complex128"}
@@ -105,7 +105,7 @@ class Problem(NamedTuple):
 
 def cases(backend: Backend, rule: Rule, dtypes: tuple[str, ...]) -> list[Case]:
     """All problems for a rule."""
-    sizes, batches = (COMPILED_SIZES, COMPILED_BATCHES) if backend.compiles else (SIZES, BATCHES)
+    sizes, batches = (SIZES, BATCHES) if backend.name == "numpy" else (FEW_SIZES, FEW_BATCHES)
     taken = [dtype for dtype in dtypes if rule.is_complex or dtype not in COMPLEX]
     return [Case(rule, dtype, m, batch) for dtype in taken for m in sizes for batch in batches]
 
@@ -193,7 +193,7 @@ def against_double(p: Problem) -> Measured | None:
     names = {"gauge_rtol", "check_rtol"} & set(inspect.signature(vjp).parameters)
     accepting = dict.fromkeys(names, math.inf)
     if p.case.rule.vjp_info:
-        accepting["rtol"] = float(np.finfo(np.float32).eps)  # what saved pairs of that precision let a solve reach
+        accepting["rtol"] = 16 * float(np.finfo(np.float32).eps)  # what saved pairs of that precision let a solve reach
     _, options = options_of(p.case.rule, {**p.sample.options, **accepting}, p.backend.while_loop)
     exact = p.backend.bind(plain_vjp(p.case.rule), **options)(*map(double, (*p.bars, *p.kept)))
     single = p.pull(p.bars)
