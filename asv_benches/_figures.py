@@ -161,12 +161,17 @@ def float32_rows(_: Sizes) -> Iterator[Row]:
         yield at_most(figure, accuracy.single_precision_error(name), 20)
 
 
-def read_rows(_: Sizes) -> Iterator[Row]:
+def host_read_rows(what: str, reads: Callable[[bool], int]) -> Iterator[Row]:
     for throw, bar in ((False, 0), (True, 1)):
+        figure = f"host reads of {what}, throw={throw}"
         try:
-            yield at_most(f"host reads of eigh_vjp, throw={throw}", accuracy.host_reads(throw), bar)
+            yield at_most(figure, reads(throw), bar)
         except NotImplementedError as missing:
-            yield Row(f"host reads of eigh_vjp, throw={throw}", f"skipped: {missing}")
+            yield Row(figure, f"skipped: {missing}")
+
+
+def read_rows(_: Sizes) -> Iterator[Row]:
+    yield from host_read_rows("eigh_vjp", accuracy.host_reads)
 
 
 def sinkhorn_rows(sizes: Sizes) -> Iterator[Row]:
@@ -243,11 +248,7 @@ def iteration_step_rows(_: Sizes) -> Iterator[Row]:
 
 
 def iteration_read_rows(_: Sizes) -> Iterator[Row]:
-    for throw, bar in ((False, 0), (True, 1)):
-        try:
-            yield at_most(f"host reads of the iteration VJP, throw={throw}", iteration.host_reads(throw), bar)
-        except NotImplementedError as missing:
-            yield Row(f"host reads of the iteration VJP, throw={throw}", f"skipped: {missing}")
+    yield from host_read_rows("the iteration VJP", iteration.host_reads)
 
 
 _PEER_SIZES = tuple(Size(batch, m, SINGLE) for batch, m in ((5, 32), (5, 64), (5, 128), (5, 256), (1000, 32)))

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import array_api_compat
 
 from ddnref._array import Array
+from ddnref._linalg import identity
 from ddnref._loops import WhileLoop, run
 from ddnref._rows import SelfAdjoint, as_dtype, dots, inner, namespace_of, norms, without
 
@@ -116,7 +117,7 @@ def direct(s: Shifted, b: Array) -> Array:
     xp = array_api_compat.array_namespace(b)
     matrix = s.a.matrix()
     m = s.a.m
-    eye = xp.eye(m, dtype=b.dtype, device=array_api_compat.device(b))
+    eye = identity(m, b)
     c = xp.max(xp.sum(xp.abs(matrix), axis=-1), axis=-1)[..., None, None, None]
     v_t = xp.matrix_transpose(s.v)
     span = v_t @ (xp.conj(s.v) if xp.isdtype(b.dtype, "complex floating") else s.v)

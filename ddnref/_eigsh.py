@@ -115,8 +115,9 @@ def eigsh(
     copy whose component in that vector is below rounding would be missed. Prototypes with blocks of 2 and 4, and
     with Chebyshev filters, took longer.
 
-    Measured with its derivative against NumPy's full decomposition and the closed form (float64, k = 4, one thread of
-    a shared machine): 0.84 for a Gaussian matrix with m = 1024, 0.11 to 0.13 for the spectrum 1/i with m = 2048.
+    Measured with its derivative against NumPy's full decomposition and the closed form, by
+    ``python asv_benches/figures.py --only eigsh`` (float64, k = 4, one thread of a shared machine): 0.84 for a Gaussian
+    matrix with m = 1024, 0.11 to 0.13 for the spectrum 1/i with m = 2048.
 
     Cost: (2 m² + 8 m basis) flops a product, ``basis * m`` numbers of memory. An eigenvalue that is hard to tell from
     its neighbours, relative to the whole spectrum, takes many cycles.

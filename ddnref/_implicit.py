@@ -17,6 +17,7 @@ from typing import Any
 from ddnref._array import Array, check_shapes
 from ddnref._bordered import Products, Structure, as_structure, solve
 from ddnref._kkt import Bars, Functions, Point, as_tuple, constrained, negative, of_shape, unconstrained
+from ddnref._linalg import matvec
 
 
 def root_vjp(
@@ -298,7 +299,7 @@ def lineq_argmin_vjp(
     functions = Functions(
         gradient=lambda y, a, b, *x: gradient(y, *x),  # noqa: ARG005
         hessian=lambda y, nu, a, b, *x: hessian(y, *x),  # noqa: ARG005
-        constraint=lambda y, a, b, *x: (a @ y[..., None])[..., 0] - b,  # noqa: ARG005
+        constraint=lambda y, a, b, *x: matvec(a, y) - b,  # noqa: ARG005
         constraint_jacobian=lambda y, a, b, *x: a,  # noqa: ARG005
         residual_vjp=residual_vjp,
     )

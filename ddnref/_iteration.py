@@ -31,7 +31,7 @@ from ddnref._array import (
     refuse_recording,
 )
 from ddnref._errors import ConvergenceError, NonFiniteError
-from ddnref._linalg import eigh, hermitian_part
+from ddnref._linalg import eigh, hermitian_part, matvec
 from ddnref._loops import CHECK_EVERY, IterationInfo, WhileLoop, run
 from ddnref._pairs import SIGNS, align_signs, norm
 from ddnref._qr import qr
@@ -155,7 +155,7 @@ def power_iteration(
 def _power_step(xp: Namespace, x: Array, state: _Power, rtol: float, one: Array) -> _Power:
     """``v = ± z/‖z‖`` and one product with it, by which it is judged."""
     v = xp.where(state.active[..., None], state.z / state.size[..., None], state.v)
-    z = (x @ v[..., None])[..., 0]
+    z = matvec(x, v)
     w = xp.vecdot(v, z)
     size = _length(xp, z)
     there = size > 0  # or v is in the null space: a zero matrix, or a start vector without a part in the range

@@ -38,7 +38,7 @@ from ddnref._array import (
     nan_where,
 )
 from ddnref._errors import GaugeError
-from ddnref._gauge import RTOL
+from ddnref._gauge import RTOL, exceeds, largest
 from ddnref._linalg import bordered, hermitian_part, identity, solve, with_diagonal
 from ddnref._unrolled import power_unrolled_vjp, simultaneous_unrolled_vjp
 
@@ -271,8 +271,9 @@ def _inside(xp: Namespace, w_bar: Array, m_: Array, w: Array, size: Array, unit:
     k = xp.where(same, xp.zeros_like(skew), skew / xp.where(same, xp.ones_like(gap), gap))
     k = k + w_bar[..., None, :] * identity(w.shape[-1], w)
     jump = xp.where(same, w_bar[..., None, :] - w_bar[..., :, None], xp.zeros_like(gap))
-    bad = _exceeds(xp, xp.where(same, skew, xp.zeros_like(skew)), m_, unit)
-    return k, bad | _exceeds(xp, jump, w_bar[..., None], unit)
+    inside = largest(xp.where(same, skew, xp.zeros_like(skew)), 2)
+    bad = exceeds(inside, largest(m_, 2), unit**0.5)
+    return k, bad | exceeds(largest(jump, 2), largest(w_bar, 1), unit**0.5)
 
 
 def _fixed_point(
@@ -326,10 +327,6 @@ def _solve_each(xp: Namespace, systems: Iterable[Array], right: Array, size: Arr
         growth.append(both[..., 1:])
     largest = xp.max(xp.abs(xp.concat(growth, axis=-1)), axis=(-2, -1))
     return xp.concat(columns, axis=-1), ~(largest * size[..., 0] * (RTOL * unit * n**0.5) < 1)
-
-
-def _exceeds(xp: Namespace, part: Array, whole: Array, unit: float) -> Array:
-    return xp.max(xp.abs(part), axis=(-2, -1)) > unit**0.5 * xp.max(xp.abs(whole), axis=(-2, -1))
 
 
 def _check(

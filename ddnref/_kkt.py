@@ -20,6 +20,7 @@ from ddnref._array import (
 )
 from ddnref._bordered import Diagonal, Products, Solution, Structure, as_structure, bordered_solve, solve
 from ddnref._errors import ConvergenceError, OptimalityError, SingularError
+from ddnref._linalg import matvec
 
 Bars: TypeAlias = Array | tuple[Array, ...]
 
@@ -116,7 +117,7 @@ def constrained(
     )
     active, nu, feasible = _activity(point, f_y, h, h_y, nu, equal)
     hessian = as_structure(of.hessian(y, nu, *inputs), y, "hessian")
-    l_y = f_y - (xp.matrix_transpose(h_y) @ nu[..., None])[..., 0]
+    l_y = f_y - matvec(xp.matrix_transpose(h_y), nu)
     solution = bordered_solve(
         hessian, h_y, active, xp.stack([y_bar, -l_y], axis=-1), xp.stack([xp.zeros_like(h), -h], axis=-1)
     )
@@ -149,7 +150,7 @@ def _multipliers_hold(point: Point, step: Array, f_y: Array, h_y: Array, hessian
     bound = point.rtol * norm(f_y)
     if not isinstance(hessian, Products):
         bound = bound + xp.max(hessian.row_size(), axis=-1) * point.tolerance  # by so much may ∇f itself be off
-    return norm((xp.matrix_transpose(h_y) @ step[..., None])[..., 0]) <= bound
+    return norm(matvec(xp.matrix_transpose(h_y), step)) <= bound
 
 
 def of_shape(name: str, array: Array, y: Array, shape: tuple[int, ...]) -> Array:

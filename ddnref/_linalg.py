@@ -66,6 +66,16 @@ def _eigh_cupy(s: Array) -> tuple[Array, Array]:
     return xp.reshape(w, s.shape[:-1]), xp.reshape(v, s.shape)
 
 
+def matvec(a: Array, x: Array) -> Array:
+    """``A x`` for vectors ``(..., n)``."""
+    return (a @ x[..., None])[..., 0]
+
+
+def outer(u: Array, v: Array) -> Array:
+    """``u vᵀ`` for vectors."""
+    return u[..., :, None] * v[..., None, :]
+
+
 def identity(n: int, like: Array) -> Array:
     """The n×n identity, of the dtype and on the device of `like`."""
     xp = array_api_compat.array_namespace(like)

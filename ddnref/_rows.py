@@ -16,7 +16,7 @@ import numpy as np
 
 from ddnref import _numpy
 from ddnref._array import Array, Namespace, check_dtypes, check_shapes, check_square, full, namespace
-from ddnref._linalg import hermitian_part
+from ddnref._linalg import hermitian_part, identity
 from ddnref._operators import LinearOperator
 
 
@@ -49,7 +49,7 @@ class SelfAdjoint(NamedTuple):
     def matrix(self) -> Array:
         """The map as a matrix ``(..., m, m)``, exactly Hermitian."""
         xp = array_api_compat.array_namespace(self.like)
-        eye = xp.eye(self.m, dtype=self.like.dtype, device=array_api_compat.device(self.like))
+        eye = identity(self.m, self.like)
         return hermitian_part(xp.matrix_transpose(self.apply(xp.broadcast_to(eye, (*self.batch, self.m, self.m)))))
 
 

@@ -14,7 +14,7 @@ import array_api_compat
 from ddnref._array import Array, Namespace
 from ddnref._eigh import eigh_vjp
 from ddnref._iteration import _length, _start
-from ddnref._linalg import eigh, hermitian_part
+from ddnref._linalg import eigh, hermitian_part, matvec, outer
 from ddnref._qr import qr, qr_vjp
 
 
@@ -34,7 +34,7 @@ def power_unrolled_vjp(
     kept[0] = kept[0] / _length(xp, kept[0])[..., None]
     signed_lengths = []
     for _ in range(n_iter - 1):
-        z = _product(s, kept[-1])
+        z = matvec(s, kept[-1])
         length = _length(xp, z)[..., None]
         length = xp.where(xp.sum(kept[-1] * z, axis=-1, keepdims=True) < 0, -length, length)
         signed_lengths.append(length)
@@ -44,12 +44,12 @@ def power_unrolled_vjp(
     if v_bar is not None:
         bar = xp.where(xp.sum(last * v, axis=-1, keepdims=True) < 0, -v_bar, v_bar)
     if w_bar is not None:
-        s_bar = s_bar + _outer(w_bar[..., None] * last, last)
-        bar = bar + w_bar[..., None] * (_product(s, last) + _product(xp.matrix_transpose(s), last))
+        s_bar = s_bar + outer(w_bar[..., None] * last, last)
+        bar = bar + w_bar[..., None] * (matvec(s, last) + matvec(xp.matrix_transpose(s), last))
     for before, length in zip(reversed(kept), reversed(signed_lengths), strict=True):
         z_bar = (bar - last * xp.sum(last * bar, axis=-1, keepdims=True)) / length
-        s_bar = s_bar + _outer(z_bar, before)
-        bar, last = _product(xp.matrix_transpose(s), z_bar), before
+        s_bar = s_bar + outer(z_bar, before)
+        bar, last = matvec(xp.matrix_transpose(s), z_bar), before
     return hermitian_part(s_bar) if symmetric else s_bar
 
 
@@ -97,11 +97,3 @@ def _ritz_vjp(
     t_bar = eigh_vjp(values_bar, u_bar, values, u, gauge_rtol=float("inf"), throw=False)
     q_bar = q_bar + (s @ q + xp.matrix_transpose(s) @ q) @ t_bar
     return q_bar, q @ t_bar @ q_t
-
-
-def _product(x: Array, v: Array) -> Array:
-    return (x @ v[..., None])[..., 0]
-
-
-def _outer(a: Array, b: Array) -> Array:
-    return a[..., :, None] * b[..., None, :]

@@ -155,13 +155,12 @@ def test_runs_where_no_value_can_be_read(rule, second, rng):
     """On torch's meta device nothing that iterates can run: there its VJP is given what NumPy computed."""
     sample = rule.sample(np.asarray, rng, (2,), 5, False)
     valueless = second.name == "torch"
-    if valueless and rule.vjp_info:
-        return
     forward, vjp = options_of(rule, sample.options)
     on = Backend("numpy", np) if valueless and rule.info is not None else second
     inputs = tuple(map(on.asarray, sample.inputs))
     outputs, saved = plain_forward(rule)(*inputs, **forward)
-    kept = tuple(a if on is second else second.asarray(a) for a in (*outputs, *saved, *needed(rule, inputs)))
+    kept = (*outputs, *saved, *needed(rule, inputs))
+    kept = kept if on is second else tuple(second.asarray(np.ascontiguousarray(a)) for a in kept)
     gradients = plain_vjp(rule)(*kept[: rule.outputs], *kept, **vjp)
     for x, x_bar in zip(sample.inputs, gradients, strict=True):
         assert tuple(x_bar.shape) == x.shape

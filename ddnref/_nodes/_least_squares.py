@@ -94,7 +94,7 @@ def least_squares_on_sphere(a: Array, b: Array, /, *, radius: float = 1.0, throw
             "the smallest singular vector of A (b = 0, or a column of A that is zero or repeated). Add a ridge row to "
             "A along the wanted solution, perturb b, or pass throw=False to get NaN for these items."
         )
-    y = (v @ z[..., None])[..., 0]
+    y = _linalg.matvec(v, z)
     return nan_where(hard[..., None], y)
 
 
@@ -163,8 +163,8 @@ def least_squares_on_sphere_vjp(
     s = _linalg.hermitian_product(a_t, a_t)
 
     def residual_vjp(w: Array, eta: Array, y: Array, nu: Array, a: Array, b: Array) -> tuple[Array, Array]:  # noqa: ARG001
-        a_w = _apply(a, w)
-        return _outer(_apply(a, y) - b, w) + _outer(a_w, y), -a_w
+        a_w = _linalg.matvec(a, w)
+        return _linalg.outer(_linalg.matvec(a, y) - b, w) + _linalg.outer(a_w, y), -a_w
 
     a_bar, b_bar = eq_argmin_vjp(
         y_bar,
@@ -172,7 +172,7 @@ def least_squares_on_sphere_vjp(
         None,
         a,
         b,
-        gradient=lambda y, a, b: _apply(a_t, _apply(a, y) - b),
+        gradient=lambda y, a, b: _linalg.matvec(a_t, _linalg.matvec(a, y) - b),
         hessian=lambda y, nu, a, b: s - nu[..., None] * _linalg.identity(n, s),  # noqa: ARG005
         constraint=lambda y, a, b: (xp.sum(y * y, axis=-1, keepdims=True) - radius * radius) / 2,  # noqa: ARG005
         constraint_jacobian=lambda y, a, b: y[..., None, :],  # noqa: ARG005
@@ -305,8 +305,8 @@ def weighted_least_squares_vjp(
     u, singular = probed(Dense(_normal_matrix(a_, weights, ridge, bias)), y_bar[..., None])
     _refuse(singular, throw)
     u = nan_where(singular[..., None], u[..., 0])
-    z, r = _apply(a_, u), b - _apply(a_, y)
-    a_bar = _outer(weights * r, u) - _outer(weights * z, y)
+    z, r = _linalg.matvec(a_, u), b - _linalg.matvec(a_, y)
+    a_bar = _linalg.outer(weights * r, u) - _linalg.outer(weights * z, y)
     ridge_bar = None if ridge is None else -xp.sum(u[..., :n] * y[..., :n], axis=-1)
     return a_bar[..., :n], weights * z, z * r, ridge_bar
 
@@ -366,14 +366,6 @@ def _refuse(singular: Array, throw: bool) -> None:
             "other (a constant one beside the bias). Pass a ridge, drop columns, or pass throw=False to get NaN for "
             "these items."
         )
-
-
-def _apply(a: Array, x: Array) -> Array:
-    return (a @ x[..., None])[..., 0]
-
-
-def _outer(u: Array, v: Array) -> Array:
-    return u[..., :, None] * v[..., None, :]
 
 
 def _finite_or_nan(a: Array, b: Array) -> tuple[Array, Array]:

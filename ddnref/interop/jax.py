@@ -57,16 +57,7 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     rule = rule_of(operation)
     forward, reverse, undefined, result = bind(rule, options, jax.lax.while_loop)
 
-    @jax.custom_jvp
-    def first_order(x_bar: Array, *arrays: Array) -> Array:  # noqa: ARG001
-        return x_bar
-
-    @first_order.defjvp
-    def _(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
-        x_bar, *arrays = primals
-        refused = undefined(*arrays) if undefined is not None else jnp.asarray(False)
-        keep = jnp.where(spread(refused, x_bar), jnp.nan, 1.0).astype(tangents[0].real.dtype)
-        return x_bar, tangents[0] * keep
+    first_order = _first_order(undefined)
 
     @jax.custom_vjp
     def operate(*inputs: Array) -> tuple[tuple[Array, ...], ...]:
@@ -99,6 +90,24 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     function.__name__ = function.__qualname__ = rule.name
     function.__doc__ = operation.__doc__
     return function
+
+
+def _first_order(undefined: Callable[..., Array] | None) -> Callable[..., Array]:
+    """Identity on a gradient; its own derivative is NaN where that would be wrong."""
+    if undefined is None:
+        return lambda x_bar, *arrays: x_bar  # noqa: ARG005
+
+    @jax.custom_jvp
+    def first_order(x_bar: Array, *arrays: Array) -> Array:  # noqa: ARG001
+        return x_bar
+
+    @first_order.defjvp
+    def _(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+        x_bar, *arrays = primals
+        keep = jnp.where(spread(undefined(*arrays), x_bar), jnp.nan, 1.0).astype(tangents[0].real.dtype)
+        return x_bar, tangents[0] * keep
+
+    return first_order  # type: ignore[no-any-return]
 
 
 def _warn(flags: Array) -> None:

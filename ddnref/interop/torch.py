@@ -96,14 +96,6 @@ def _operation(rule: Rule, bound: Bound, count: int) -> Any:
     reverse = _opaque(bound.reverse, rule.refusal) if rule.vjp_info else bound.reverse
     needs, fields = rule.needs, 0 if rule.info is None else len(rule.info._fields)
 
-    def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
-        outputs, saved, info = bound.forward(*inputs)
-        return *outputs, *saved, *info
-
-    # torch.compile counts parameters to see whether the first one is a context.
-    parameters = [inspect.Parameter(f"input_{i}", inspect.Parameter.POSITIONAL_ONLY) for i in range(count)]
-    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-
     class Operation(torch.autograd.Function):
         """Outputs, saved arrays and status; saved ones are outputs too, so that second derivatives pass through."""
 
@@ -127,7 +119,7 @@ def _operation(rule: Rule, bound: Bound, count: int) -> Any:
                 return warned
             return tuple(first_order.apply(gradient, *arrays) for gradient in warned)
 
-    Operation.forward = staticmethod(forward)
+    Operation.forward = staticmethod(_forward(bound, count))
     if rule.info is not None:  # a loop that reads flags cannot be traced by vmap, and need not: batch axes lead
 
         @staticmethod  # type: ignore[misc]
@@ -136,6 +128,19 @@ def _operation(rule: Rule, bound: Bound, count: int) -> Any:
 
         Operation.vmap = vmap
     return Operation
+
+
+def _forward(bound: Bound, count: int) -> Callable[..., Any]:
+    """Outputs, saved arrays and status in one tuple, from so many inputs."""
+
+    def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs, saved, info = bound.forward(*inputs)
+        return *outputs, *saved, *info
+
+    # torch.compile counts parameters to see whether the first one is a context.
+    parameters = [inspect.Parameter(f"input_{i}", inspect.Parameter.POSITIONAL_ONLY) for i in range(count)]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return forward
 
 
 def _opaque(reverse: Callable[..., Any], refusal: str) -> Callable[..., Any]:

@@ -11,9 +11,10 @@ stored: `ddnref.eigsh` needs its product with an image, and `ddnref.eigsh_vjp` r
 # The operator
 # ------------
 #
-# ``(L u)_i = Σ_j w_ij (u_i − u_j)`` as differences along rows and columns. A `ddnref.LinearOperator` carries its
-# parameters, the weights, in the open: three pure functions say how to apply it and how it depends on them. L is
-# self-adjoint, so the adjoint is L itself.
+# .. math:: (L u)_i = \sum_j w_{ij}\,(u_i - u_j)
+#
+# as differences along rows and columns. A `ddnref.LinearOperator` carries its parameters, the weights, in the open:
+# three pure functions say how to apply it and how it depends on them. L is self-adjoint, so the adjoint is L itself.
 
 import matplotlib.pyplot as plt
 import numpy as np
