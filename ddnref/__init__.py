@@ -13,6 +13,8 @@ from ddnref._errors import (
     OptimalityError,
     SingularError,
 )
+from ddnref._gram import gram_eigh, gram_eigh_fwd, gram_eigh_vjp
+from ddnref._gram_values import gram_eigvalsh, gram_eigvalsh_fwd, gram_eigvalsh_vjp
 from ddnref._implicit import argmin_vjp, eq_argmin_vjp, ineq_argmin_vjp, lineq_argmin_vjp, root_vjp
 from ddnref._iteration import power_iteration, simultaneous_iteration
 from ddnref._iteration_vjp import power_iteration_vjp, simultaneous_iteration_vjp
@@ -50,6 +52,7 @@ from ddnref._nodes._sinkhorn import SinkhornInfo, sinkhorn, sinkhorn_vjp
 from ddnref._operators import LinearOperator
 from ddnref._pairs import align_signs, eigen_residual, fixed_point_residual
 from ddnref._qr import qr, qr_vjp
+from ddnref._reducers import GramState, Reducer, SumState, gram_reducer, sum_reducer
 from ddnref._spectral import spectral_function, spectral_function_fwd, spectral_function_vjp
 from ddnref._topk import eigh_topk, eigh_topk_fwd, eigh_topk_vjp
 
@@ -63,14 +66,17 @@ __all__ = [
     "EigshInfo",
     "EigshVjpInfo",
     "GaugeError",
+    "GramState",
     "IterationInfo",
     "LinearOperator",
     "NonFiniteError",
     "OptimalityError",
     "Products",
+    "Reducer",
     "RobustPoolInfo",
     "SingularError",
     "SinkhornInfo",
+    "SumState",
     "align_signs",
     "argmin_vjp",
     "eigen_residual",
@@ -88,6 +94,13 @@ __all__ = [
     "expm_vjp",
     "fixed_point_residual",
     "gauge_residual",
+    "gram_eigh",
+    "gram_eigh_fwd",
+    "gram_eigh_vjp",
+    "gram_eigvalsh",
+    "gram_eigvalsh_fwd",
+    "gram_eigvalsh_vjp",
+    "gram_reducer",
     "ineq_argmin_vjp",
     "invsqrtm",
     "invsqrtm_fwd",
@@ -121,6 +134,7 @@ __all__ = [
     "sqrtm",
     "sqrtm_fwd",
     "sqrtm_vjp",
+    "sum_reducer",
     "testing",
     "weighted_least_squares",
     "weighted_least_squares_vjp",

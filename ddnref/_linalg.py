@@ -42,6 +42,20 @@ def eigh(s: Array) -> tuple[Array, Array]:
     return nan_where(bad[..., 0], w), nan_where(bad, v)
 
 
+def eigvalsh(s: Array) -> Array:
+    """Eigenvalues alone of exactly Hermitian `s`, ascending; NaN for its non-finite items alone."""
+    xp = array_api_compat.array_namespace(s)
+    finite = xp.all(xp.isfinite(s), axis=(-2, -1), keepdims=True)
+    s = xp.where(finite, s, xp.zeros_like(s))
+    if array_api_compat.is_cupy_array(s) and s.ndim > 2:
+        w = _eigh_cupy(s)[0]
+    elif array_api_compat.is_jax_array(s):
+        w = xp.linalg.eigvalsh(s, symmetrize_input=False)
+    else:
+        w = xp.linalg.eigvalsh(s)
+    return nan_where(~finite[..., 0], w)
+
+
 def _eigh_finite(s: Array) -> tuple[Array, Array]:
     xp = array_api_compat.array_namespace(s)
     if array_api_compat.is_numpy_array(s):
