@@ -204,7 +204,7 @@ def gram_eigh_vjp(
     xp, e = _check(v, w_bar, e_bar, w, e, w_all, u_all)
     columns = columns_of(w.shape[-1], v)
     near, u = neighbours(xp, w_all, rtol), take(u_all, columns, -1)
-    root = xp.sqrt(w)
+    root = xp.sqrt(nan_where(~(w > 0), w))  # refused eigenvectors leave no gradient
     residuals = [] if w_bar is None else [jump(w_bar, near, columns)]
     if e_bar is not None:
         e_bar = v.split(e_bar, "e_bar")
