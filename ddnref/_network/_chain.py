@@ -23,7 +23,7 @@ from ddnref._array import (
     namespace,
     nan_where,
 )
-from ddnref._network import _construct, _losses, _sweeps
+from ddnref._network import _construct, _from_torch, _losses, _sweeps
 from ddnref._network._activations import Activation
 from ddnref._network._losses import Loss
 from ddnref._network._sweeps import AnyLayer, LayerDerivatives, Params
@@ -207,6 +207,12 @@ class Chain:
     ) -> Self:
         """A chain of dense layers from ``[W1, b1, W2, …]``."""
         return cls(_construct.from_arrays(arrays, activation), loss, reduction)
+
+    @classmethod
+    def from_torch(cls, module: Any, *, loss: Any = "cross_entropy", reduction: str | None = None) -> Self:
+        """A chain that shares its weights with a `torch.nn.Sequential`."""
+        criterion, reduction = _from_torch.loss_from(loss, reduction)
+        return cls(_from_torch.layers_from(module), criterion, reduction)
 
 
 def _marked(x: Array, bad: Array | None) -> Array:
