@@ -14,17 +14,8 @@ from typing import Any, Self
 
 import array_api_compat
 
-from ddnref._array import (
-    Array,
-    check_dtypes,
-    check_real,
-    check_shapes,
-    is_true,
-    library,
-    namespace,
-    nan_where,
-)
-from ddnref._network import _construct, _from_torch, _losses, _sweeps
+from ddnref._array import Array, check_dtypes, check_real, namespace
+from ddnref._network import _checks, _construct, _from_torch, _losses, _sweeps
 from ddnref._network._activations import Activation
 from ddnref._network._losses import Loss
 from ddnref._network._sweeps import AnyLayer, LayerDerivatives, Params
@@ -104,7 +95,7 @@ class Chain:
         namespace(**names)
         check_real(**names)
         check_dtypes(**{name: (array, names["params[0]"].dtype) for name, array in names.items()})
-        _refuse_recorded(names)
+        _checks.refuse_recorded(names)
         _sweeps.output_shape(self.layers, None)
 
     @property
@@ -113,9 +104,20 @@ class Chain:
         return _sweeps.joined(self._parts)
 
     def with_params(self, params: Sequence[Array]) -> Self:
-        """The same chain with other arrays, shaped like `params`; those of the old one are left alone."""
+        """The same chain with other arrays.
+
+        Parameters
+        ----------
+        params : sequence of arrays
+            Shaped like `params`, in the same library and dtype. Under ``jax.jit`` these may be traced.
+
+        Returns
+        -------
+        chain : Chain
+            A new one; this one stays as it is.
+        """
         params = list(params)
-        _check_list("params", params, self.params)
+        _checks.like_params("params", params, self.params)
         layers = [layer.with_params(p) for layer, p in zip(self.layers, self.split(params), strict=True)]
         return type(self)(layers, self.criterion, self.reduction)
 
@@ -130,32 +132,65 @@ class Chain:
     # --- values ---------------------------------------------------------------------------------------------------
 
     def forward(self, x: Array, order: int = 2) -> tuple[Array, list[Any]]:
-        """Outputs, and what derivatives up to `order` need of each layer."""
-        self._check_input(x)
+        """Outputs ``(N, C)``, and what derivatives up to `order` (of the activations: 0, 1 or 2) need of each layer."""
+        _checks.inputs(self.layers, x, next(part[0] for part in self._parts if part))
         return _sweeps.forward(self.layers, self._parts, x, order)
 
     def output(self, x: Array) -> Array:
-        """Outputs ``(N, C)`` of the last layer."""
+        """Outputs of the last layer.
+
+        Parameters
+        ----------
+        x : (N, ...) array
+            Samples, also none; of the dtype of the parameters.
+
+        Returns
+        -------
+        y : (N, C) array
+        """
         return self.forward(x, 0)[0]
 
     def loss(self, x: Array, t: Array, *, throw: bool = True) -> Array:
-        """The loss, an array without axes."""
+        """The loss.
+
+        Parameters
+        ----------
+        x : (N, ...) array
+        t : (N,) or (N, C) array
+            Targets, as the loss takes them.
+        throw : bool, default True
+            Raise for targets out of range, reading one flag; with ``False`` such a sample is NaN.
+
+        Returns
+        -------
+        loss : () array
+        """
         y = self.output(x)
-        bad = self._check_targets(y, t, throw)
+        bad = _checks.bad_targets(self.criterion, self.reduction, y, t, throw)
         xp = array_api_compat.array_namespace(y)
-        return self.scale(y.shape[0]) * xp.sum(_marked(self.criterion.value(y, t), bad))
+        return self.scale(y.shape[0]) * xp.sum(_checks.marked(self.criterion.value(y, t), bad))
 
     # --- first order ----------------------------------------------------------------------------------------------
 
     def gradient(self, x: Array, t: Array, *, throw: bool = True) -> list[Array]:
-        """The gradient of the loss, a list like `params`."""
+        """The gradient of the loss.
+
+        Parameters
+        ----------
+        x, t, throw
+            As in `loss`.
+
+        Returns
+        -------
+        gradient : list of arrays like `params`
+        """
         return self._gradient(x, t, throw)[1]
 
     def loss_and_gradient(self, x: Array, t: Array, *, throw: bool = True) -> tuple[Array, list[Array]]:
-        """Both from one pass."""
+        """The loss and its gradient, as `loss` and `gradient` return them, from one pass."""
         (y, bad), gradient = self._gradient(x, t, throw)
         xp = array_api_compat.array_namespace(y)
-        return self.scale(y.shape[0]) * xp.sum(_marked(self.criterion.value(y, t), bad)), gradient
+        return self.scale(y.shape[0]) * xp.sum(_checks.marked(self.criterion.value(y, t), bad)), gradient
 
     def _gradient(self, x: Array, t: Array, throw: bool) -> tuple[tuple[Array, Array | None], list[Array]]:
         y, saved, y_bar, bad = self._reverse(x, t, 1, throw)
@@ -163,22 +198,57 @@ class Chain:
         return (y, bad), _sweeps.joined(bars)
 
     def per_sample_gradients(self, x: Array, t: Array, *, throw: bool = True) -> list[Array]:
-        """The gradients of the samples' losses ``(N, *shape)``; `gradient` is their mean or sum."""
+        """The gradient of every sample's own loss; `gradient` is their mean or sum.
+
+        Parameters
+        ----------
+        x, t, throw
+            As in `loss`.
+
+        Returns
+        -------
+        gradients : list of arrays (N, *shape)
+        """
         y, saved, y_bar, _ = self._reverse(x, t, 1, throw)
         y_bar = y_bar / self.scale(y.shape[0])
         parts = self._parts
         return _sweeps.joined(_sweeps.vjp(self.layers, parts, saved, y_bar, wrt="params", per_sample=True)[0])
 
     def layer_derivatives(self, x: Array, t: Array, *, throw: bool = True) -> tuple[LayerDerivatives, ...]:
-        """One record for each layer: input, pre-activation, output, and the loss's derivative by the output."""
+        """What every layer sees of the derivatives of the loss.
+
+        Parameters
+        ----------
+        x, t, throw
+            As in `loss`.
+
+        Returns
+        -------
+        records : tuple of LayerDerivatives
+            One for each layer: `z_in`, its input; `s`, its pre-activation, or ``None``; `z_out`, its output; `b`, the
+            derivative of the loss with respect to that; `inner`, the records inside a `Residual`. All ``(N, ...)``.
+        """
         _, saved, y_bar, _ = self._reverse(x, t, 0, throw)
         return _sweeps.derivatives(self.layers, self._parts, saved, y_bar)
 
     # --- second order ---------------------------------------------------------------------------------------------
 
     def hvp(self, x: Array, t: Array, v: Sequence[Array], *, throw: bool = True) -> list[Array]:
-        """``H v``."""
-        v = self._check_vector(v)
+        """Product of the Hessian of the loss with one or several vectors.
+
+        Parameters
+        ----------
+        x, t, throw
+            As in `loss`.
+        v : sequence of arrays like `params`
+            For k vectors, every array with one more axis of length k in front.
+
+        Returns
+        -------
+        product : list of arrays shaped like v
+        """
+        v = list(v)
+        _checks.like_params("v", v, self.params, leading=True)
         y, saved, y_bar, bad = self._reverse(x, t, 2, throw)
         parts, v_parts = self._parts, self.split(v)
         y_dot, saved_dot = _sweeps.forward_dot(self.layers, parts, saved, v_parts)
@@ -187,10 +257,21 @@ class Chain:
         return _sweeps.joined(dots[0])
 
     def ggnvp(self, x: Array, t: Array, v: Sequence[Array], *, throw: bool = True) -> list[Array]:
-        """``G v``."""
-        v = self._check_vector(v)
+        """Product of the generalised Gauss–Newton matrix with one or several vectors.
+
+        Parameters
+        ----------
+        x, t, v, throw
+            As in `hvp`.
+
+        Returns
+        -------
+        product : list of arrays shaped like v
+        """
+        v = list(v)
+        _checks.like_params("v", v, self.params, leading=True)
         y, saved = self.forward(x, 1)
-        bad = self._check_targets(y, t, throw)
+        bad = _checks.bad_targets(self.criterion, self.reduction, y, t, throw)
         parts = self._parts
         y_dot, _ = _sweeps.forward_dot(self.layers, parts, saved, self.split(v))
         bars, _ = _sweeps.vjp(self.layers, parts, saved, self._curved(y, t, y_dot, bad), wrt="params")
@@ -199,50 +280,13 @@ class Chain:
     def _reverse(self, x: Array, t: Array, order: int, throw: bool) -> tuple[Array, list[Any], Array, Array | None]:
         """Outputs, what was saved, the loss's derivative by the outputs, and which samples have bad targets."""
         y, saved = self.forward(x, order)
-        bad = self._check_targets(y, t, throw)
-        return y, saved, self.scale(y.shape[0]) * _marked(self.criterion.gradient(y, t), bad), bad
+        bad = _checks.bad_targets(self.criterion, self.reduction, y, t, throw)
+        return y, saved, self.scale(y.shape[0]) * _checks.marked(self.criterion.gradient(y, t), bad), bad
 
     def _curved(self, y: Array, t: Array, y_dot: Array | None, bad: Array | None) -> Array:
         """``∇²ℓ ẏ`` with the factor of the mean."""
         product = _losses.hessian_product(self.criterion, y, t, y_dot)
-        return self.scale(y.shape[0]) * _marked(product, bad)
-
-    # --- checks ---------------------------------------------------------------------------------------------------
-
-    def _check_input(self, x: Array) -> None:
-        first = next(part[0] for part in self._parts if part)
-        namespace(x=x, params=first)
-        check_dtypes(x=(x, first.dtype))
-        _refuse_recorded({"x": x})
-        if x.ndim < 2:
-            raise ValueError(f"x has shape {tuple(x.shape)}, expected (N, features): one row for each sample.")
-        _sweeps.output_shape(self.layers, tuple(x.shape[1:]))
-
-    def _check_targets(self, y: Array, t: Array, throw: bool) -> Array | None:
-        if y.ndim != 2:
-            raise ValueError(f"The last layer gives shape {tuple(y.shape)}; a loss takes (N, C): end with a Dense.")
-        if y.shape[0] == 0 and self.reduction == "mean":
-            raise ValueError('x holds no samples: the mean over none is not defined. Pass reduction="sum" for zero.')
-        library(x=y, t=t)
-        if self.criterion.check is not None:
-            self.criterion.check(y, t)
-        if self.criterion.valid is None:
-            return None
-        bad = ~self.criterion.valid(y, t)
-        if not throw:
-            return bad
-        if is_true(array_api_compat.array_namespace(bad).any(bad)):
-            raise ValueError(
-                f"t is out of range in at least one sample: class indices lie in [0, {y.shape[-1]}), weights of "
-                "classes are not negative, binary targets lie in [0, 1], and none is NaN. Likely labels that count "
-                "from one, or a padding value. Pass throw=False to get NaN for these samples."
-            )
-        return None
-
-    def _check_vector(self, v: Sequence[Array]) -> list[Array]:
-        v = list(v)
-        _check_list("v", v, self.params, leading=True)
-        return v
+        return self.scale(y.shape[0]) * _checks.marked(product, bad)
 
     # --- other ways to make one -----------------------------------------------------------------------------------
 
@@ -351,34 +395,3 @@ class Chain:
         """
         criterion, reduction = _from_torch.loss_from(loss, reduction)
         return cls(_from_torch.layers_from(module), criterion, reduction)
-
-
-def _refuse_recorded(arrays: dict[str, Array]) -> None:
-    """``TypeError`` for tensors whose graph PyTorch would keep, next to the derivatives that are written out here."""
-    for name, array in arrays.items():
-        if array_api_compat.is_torch_array(array) and array.requires_grad:
-            raise TypeError(
-                f"{name} requires grad, so PyTorch would record every operation of the chain. Pass "
-                f"{name}.detach(), which shares its memory; Chain.from_torch does so for the weights."
-            )
-
-
-def _marked(x: Array, bad: Array | None) -> Array:
-    """`x`, whose sample axis is the first or that before the last, NaN in bad samples."""
-    if bad is None:
-        return x
-    return nan_where(bad if x.ndim == 1 else bad[:, None], x)
-
-
-def _check_list(name: str, given: Sequence[Array], like: Sequence[Array], leading: bool = False) -> None:
-    """Static facts of a list of arrays like the parameters, with or without one leading axis on every entry."""
-    if len(given) != len(like):
-        raise ValueError(f"{name} has {len(given)} arrays, expected {len(like)}, one for each of the chain's params.")
-    lead: tuple[int, ...] = ()
-    if leading and given and getattr(given[0], "ndim", 0) == like[0].ndim + 1:
-        lead = (given[0].shape[0],)
-    for i, (array, p) in enumerate(zip(given, like, strict=True)):
-        label = f"{name}[{i}]"
-        namespace(**{label: array, "params": p})
-        check_dtypes(**{label: (array, p.dtype)})
-        check_shapes(**{label: (array, (*lead, *p.shape))})
