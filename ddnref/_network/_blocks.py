@@ -170,10 +170,10 @@ class Elementwise(Parameterless):
         """The same."""
         return shape
 
-    def forward(self, params: Params, x: Array, order: int = 2) -> tuple[Array, AffineSaved]:
+    def forward(self, params: Params, x: Array, order: int = 2) -> tuple[Array, AffineSaved | None]:
         """``y = φ(x)``."""
         y, slope, curvature = jet(self.phi, x, order)
-        return y, AffineSaved(x, x, y, slope, curvature, x)
+        return y, AffineSaved(x, x, y, slope, curvature, x) if order else None
 
     def vjp(
         self, params: Params, saved: AffineSaved, y_bar: Array, *, wrt: str = "both", per_sample: bool = False

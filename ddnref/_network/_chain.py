@@ -228,7 +228,7 @@ class Chain:
             One for each layer: `z_in`, its input; `s`, its pre-activation, or ``None``; `z_out`, its output; `b`, the
             derivative of the loss with respect to that; `inner`, the records inside a `Residual`. All ``(N, ...)``.
         """
-        _, saved, y_bar, _ = self._reverse(x, t, 0, throw)
+        _, saved, y_bar, _ = self._reverse(x, t, 1, throw)
         return _sweeps.derivatives(self.layers, self._parts, saved, y_bar)
 
     # --- second order ---------------------------------------------------------------------------------------------

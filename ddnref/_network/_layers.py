@@ -104,14 +104,14 @@ class Affine:
         """The inverse of `shaped`."""
         return y_bar
 
-    def forward(self, params: Params, x: Array, order: int = 2) -> tuple[Array, AffineSaved]:
-        """``y = φ(W x + b)``."""
+    def forward(self, params: Params, x: Array, order: int = 2) -> tuple[Array, AffineSaved | None]:
+        """``y = φ(W x + b)``; with `order` 0 nothing is saved."""
         u = self.lift(x)
         s = self.linear(params[0], u)
         if self.bias is not None:
             s = s + self.spread(params[1])
         y, slope, curvature = jet(self.phi, s, order)
-        return self.shaped(y, x), AffineSaved(u, s, y, slope, curvature, x)
+        return self.shaped(y, x), AffineSaved(u, s, y, slope, curvature, x) if order else None
 
     def vjp(
         self, params: Params, saved: AffineSaved, y_bar: Array, *, wrt: str = "both", per_sample: bool = False
