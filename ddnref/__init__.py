@@ -13,6 +13,9 @@ from ddnref._errors import (
     OptimalityError,
     SingularError,
 )
+from ddnref._ggn._directional import DirectionalDerivatives, ggn_damped_newton, ggn_directional_derivatives
+from ddnref._ggn._functions import ggn_eigh, ggn_eigvalsh
+from ddnref._ggn._state import Ggn, GgnState, ggn_reducer
 from ddnref._gram import gram_eigh, gram_eigh_fwd, gram_eigh_vjp
 from ddnref._gram_values import gram_eigvalsh, gram_eigvalsh_fwd, gram_eigvalsh_vjp
 from ddnref._implicit import argmin_vjp, eq_argmin_vjp, ineq_argmin_vjp, lineq_argmin_vjp, root_vjp
@@ -74,11 +77,14 @@ __all__ = [
     "Dense",
     "Diagonal",
     "DiagonalPlusLowRank",
+    "DirectionalDerivatives",
     "EigshInfo",
     "EigshVjpInfo",
     "Flatten",
     "Frozen",
     "GaugeError",
+    "Ggn",
+    "GgnState",
     "GramState",
     "IterationInfo",
     "Layer",
@@ -110,6 +116,11 @@ __all__ = [
     "expm_vjp",
     "fixed_point_residual",
     "gauge_residual",
+    "ggn_damped_newton",
+    "ggn_directional_derivatives",
+    "ggn_eigh",
+    "ggn_eigvalsh",
+    "ggn_reducer",
     "gram_eigh",
     "gram_eigh_fwd",
     "gram_eigh_vjp",
