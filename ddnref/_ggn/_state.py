@@ -201,8 +201,8 @@ def _refuse_non_finite(gram: Array, shards: list[Shard]) -> None:
     some = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
     raise NonFiniteError(
         f"{len(bad)} of {before} samples (numbers {some}) have activations or derivatives that are NaN or infinite, "
-        "and with them the Gram matrix. Likely NaN in x, or weights that have diverged. Leave them out by subsampling=, "
-        "or pass throw=False to get NaN."
+        "and with them the Gram matrix. Likely NaN in x, or weights that have diverged. Leave them out by "
+        "subsampling=, or pass throw=False to get NaN."
     )
 
 
