@@ -22,10 +22,15 @@ NAMED_LOSSES = {"CrossEntropyLoss": "cross_entropy", "MSELoss": "mse", "BCEWithL
 
 def layers_from(module: Any) -> list[AnyLayer]:
     """The layers of a Sequential, each activation merged into the affine layer before it."""
-    if type(module).__name__ != "Sequential" or not hasattr(module, "named_children"):
+    if type(module).__name__ != "Sequential" or not hasattr(module, "parameters"):
         raise TypeError(f"module is a {type(module).__name__}, expected a torch.nn.Sequential.")
     layers: list[AnyLayer] = []
+    seen: set[int] = set()
     for name, child in _children(module, ""):
+        own = {id(p) for p in child.parameters()}
+        if own & seen:
+            raise _unsupported(name, child, "it shares a weight with a module before it, and a chain counts each alone")
+        seen |= own
         activation = _activation(name, child)
         if activation is None:
             layers += _layer(name, child)
@@ -53,8 +58,8 @@ def loss_from(loss: Any, reduction: str | None) -> tuple[str | Loss, str]:
 
 
 def _children(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, child in module.named_children():
-        path = f"{prefix}{name}"
+    for i, child in enumerate(module):  # named_children would leave out a module that comes twice
+        path = f"{prefix}{i}"
         if type(child).__name__ == "Sequential":
             yield from _children(child, f"{path}.")
         else:
