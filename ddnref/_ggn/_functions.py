@@ -222,4 +222,4 @@ def top(ggn: Ggn, i: int, k: int | None, method: str) -> tuple[Array, Array]:
             f"k is {wanted}, expected 1 <= k <= {bound}: the GGN{where} has at most min(D, N M) non-zero eigenvalues, "
             f"for n = N M = {ggn.grams[i].shape[-1]} columns."
         )
-    return _spectrum.pairs(ggn.grams[i], wanted, method)
+    return _spectrum.pairs(ggn.grams[i], wanted, method, bound)
