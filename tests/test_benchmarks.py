@@ -17,7 +17,7 @@ import ddnref
 from conftest import need
 
 BENCHES = Path(__file__).parents[1] / "asv_benches"
-MODULES = ("eigh", "eigsh", "iteration", "spectral", "ladder", "nodes")
+MODULES = ("eigh", "eigsh", "ggn", "iteration", "spectral", "ladder", "nodes")
 PREFIXES = ("time_", "peakmem_", "track_")
 
 before = dict(os.environ)
