@@ -155,9 +155,10 @@ def _extended(a: SelfAdjoint, plan: Plan, state: State) -> tuple[Array, Array, A
         basis = q[..., : j + 1, :]
         y = a.apply(q[..., j : j + 1, :])
         h = inner(y, basis)
-        # At rounding level, so that an invariant subspace is left in a random direction and never divides by zero.
+        # At rounding level, so that an invariant subspace is left in a random direction and never divides by zero; in
+        # another one at each step, because an operator may map a vector of its null space to exact zeros.
         size = scale + xp.astype(scale == 0, scale.dtype)
-        y = y - h @ basis + as_dtype(size, y)[..., None, None] * blur
+        y = y - h @ basis + as_dtype(size, y)[..., None, None] * xp.roll(blur, j)
         g = inner(y, basis)
         y = y - g @ basis
         h = h + g

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import ddnref
-from ddnref._ggn import _options, _spectrum, _state
+from ddnref._ggn import _spectrum
 
 from ._common import Call, Case, load
 
@@ -112,7 +112,7 @@ def vivit(task: str, net: str) -> Call:
     module, x, t = _module(torch, net)
     module, loss = extend(module), extend(torch.nn.CrossEntropyLoss())
     group: dict[str, Any] = {"params": list(module.parameters())}
-    group |= {"criterion": lambda w: list(range(len(w) - K, len(w))), "damping": lambda w, *_: DAMPING * torch.ones(K)}
+    group |= {"criterion": lambda w: list(range(len(w) - K, len(w))), "damping": lambda *_: DAMPING * torch.ones(K)}
     kind = {
         "eigvalsh": EigvalshComputation,
         "eigh": EighComputation,
