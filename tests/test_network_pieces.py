@@ -20,8 +20,8 @@ def test_erf_is_that_of_scipy(dtype, xp):
     x = np.concatenate([np.linspace(-7, 7, 1401), [0.0, 1e-300, -1e-8, 2.5, 1e4, -1e4, np.inf, -np.inf, np.nan]])
     x = x.astype(dtype)
     for f in (erf, erf_standard):
-        if xp.name == "torch" and f is erf_standard:
-            continue
+        if f is erf_standard and xp.name in ("torch", "jax"):
+            continue  # they have their own
         y = xp.numpy(f(xp.asarray(x)))
         assert y.dtype == dtype
         assert np.array_equal(np.isnan(y), np.isnan(x))
