@@ -12,16 +12,16 @@ from functools import partial
 import array_api_compat
 import numpy as np
 import pytest
+from test_network import block_arrays, block_chain, targets
 
 import ddnref
 from conftest import backend, need
 from ddnref import _network
-from ddnref._rule import options_of, plain_forward, plain_vjp
 from ddnref._network._activations import ACTIVATIONS, jet
 from ddnref._network._losses import LOSSES
+from ddnref._rule import options_of, plain_forward, plain_vjp
 from ddnref._rules import RULES
 from ddnref.testing import check_vjp
-from test_network import block_arrays, block_chain, targets
 
 NAMES = sorted(p.name for p in pkgutil.iter_modules(ddnref.__path__))
 NAMES += sorted(f"_network.{p.name}" for p in pkgutil.iter_modules(_network.__path__))
