@@ -467,6 +467,9 @@ def test_static_facts_of_chains(rng):
         ddnref.Dense(w + 0j)
     with pytest.raises(TypeError, match=r"params\[1\] has dtype"):
         ddnref.Chain([ddnref.Dense(w), ddnref.Dense(np.ones((2, 3), np.float32))], "mse")
+    single = ddnref.Residual([ddnref.Frozen(ddnref.Dense(np.ones((3, 3), np.float32)))])
+    with pytest.raises(TypeError, match=r"constants\[0\] has dtype float32"):
+        ddnref.Chain([ddnref.Dense(w), single], "mse")
     with pytest.raises(ValueError, match="nothing to add the shortcut"):
         ddnref.Chain([ddnref.Residual([ddnref.Dense(w)])], "mse").output(np.ones((2, 4)))
     with pytest.raises(ValueError, match="layers is empty"):
