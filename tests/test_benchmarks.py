@@ -17,7 +17,7 @@ import ddnref
 from conftest import need
 
 BENCHES = Path(__file__).parents[1] / "asv_benches"
-MODULES = ("eigh", "eigsh", "ggn", "iteration", "spectral", "ladder", "nodes")
+MODULES = ("eigh", "eigsh", "ggn", "iteration", "spectral", "ladder", "networks", "nodes")
 PREFIXES = ("time_", "peakmem_", "track_")
 
 before = dict(os.environ)
@@ -76,7 +76,9 @@ def run(cls: type, method: str, parameters: tuple[Any, ...]) -> Any:
 @pytest.mark.parametrize(("cls", "method"), methods())
 def test_benchmark_runs(cls: type, method: str, request: pytest.FixtureRequest) -> None:
     parameters = smallest(cls)
-    if cls in (benchmarks["eigh"].EighTorchApart, benchmarks["iteration"].IterationForward) or "torch" in parameters:
+    networks = benchmarks["networks"]
+    torch_only = {benchmarks["eigh"].EighTorchApart, benchmarks["iteration"].IterationForward}
+    if cls in torch_only | {networks.NetworksOverTorch, networks.NetworksErrors} or "torch" in parameters:
         need(request.config, "torch")
     if cls in (benchmarks["ggn"].GgnRatio, benchmarks["ggn"].GgnErrors) and importlib.util.find_spec("vivit") is None:
         with pytest.raises(NotImplementedError, match="vivit is not installed"):
