@@ -7,7 +7,7 @@ from typing import Any
 for library in ("OMP", "OPENBLAS", "MKL"):
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
-import pytest
+import pytest  # noqa: E402
 
 collect_ignore = [
     f"ddnref/interop/{name}.py" for name in ("torch", "jax") if importlib.util.find_spec(name) is None
