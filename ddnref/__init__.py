@@ -50,6 +50,7 @@ from ddnref._nodes._sinkhorn import SinkhornInfo, sinkhorn, sinkhorn_vjp
 from ddnref._operators import LinearOperator
 from ddnref._pairs import align_signs, eigen_residual, fixed_point_residual
 from ddnref._qr import qr, qr_vjp
+from ddnref._solve import solve, solve_fwd, solve_vjp
 from ddnref._spectral import spectral_function, spectral_function_fwd, spectral_function_vjp
 from ddnref._topk import eigh_topk, eigh_topk_fwd, eigh_topk_vjp
 
@@ -115,6 +116,9 @@ __all__ = [
     "simultaneous_iteration_vjp",
     "sinkhorn",
     "sinkhorn_vjp",
+    "solve",
+    "solve_fwd",
+    "solve_vjp",
     "spectral_function",
     "spectral_function_fwd",
     "spectral_function_vjp",

@@ -58,6 +58,14 @@ class Rule(NamedTuple):
     tangent: str | tuple[str, ...] = "dense"
     """Where the inputs may move, as in `ddnref.testing`; a tuple has one for each."""
     symmetrises: bool = False
+    recursive: bool = False
+    """Whether the VJP takes ``solve=``, the function by which it solves its own systems: a bridge hands it this very
+    operation made differentiable, and so the VJP can be differentiated again, although it iterates."""
+
+    @property
+    def opaque(self) -> bool:
+        """Whether the VJP iterates and is not differentiated again."""
+        return self.vjp_info and not self.recursive
 
 
 def options_of(rule: Rule, options: dict[str, Any], while_loop: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -171,7 +179,7 @@ def _reverse(rule: Rule, options: dict[str, Any]) -> Callable[..., tuple[Array |
         if not used:
             return through_saved
         through_outputs = vjp(*bars[:n], *arrays, **accepting)
-        return tuple(a + b for a, b in zip(through_saved, through_outputs, strict=True))
+        return tuple(b if a is None else a + b for a, b in zip(through_saved, through_outputs, strict=True))
 
     return reverse
 

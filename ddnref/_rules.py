@@ -18,7 +18,9 @@ from ddnref import _iteration as iteration
 from ddnref import _iteration_vjp as iteration_vjp
 from ddnref import _qr as factorisation
 from ddnref import _samples as samples
+from ddnref import _samples_linear as linear_samples
 from ddnref import _samples_nodes as node_samples
+from ddnref import _solve as dense
 from ddnref._array import Array
 from ddnref._loops import IterationInfo
 from ddnref._nodes import _least_squares as least_squares
@@ -268,6 +270,19 @@ _TABLE = (
         docs="robust mean: quadratic, Huber, pseudo-Huber, Welsch, truncated",
         singular="no curvature, all outliers: `SingularError`",
         cost="O(m)",
+    ),
+    Rule(
+        name="solve",
+        function=dense.solve,
+        forward=dense.solve_fwd,
+        vjp=dense.solve_vjp,
+        sample=linear_samples.solve,
+        outputs=1,
+        needs=(1,),
+        saved_vjp=dense.saved_solve_vjp,
+        docs="dense linear systems, many right-hand sides",
+        singular="singular matrices: `SingularError`",
+        cost="n² flops, from the factors of the forward",
     ),
 )
 
