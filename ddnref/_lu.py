@@ -1,8 +1,9 @@
 """LU factorisation with partial pivoting and triangular systems, for the array libraries that lack them in one form.
 
-``P A = L U``, both factors packed in one array. SciPy's LAPACK for NumPy, cuSOLVER through cupyx for CuPy, the
-libraries' own for PyTorch and JAX, and a form in nothing but the standard for any other; what the pivots mean is
-each one's own affair. An item that is not finite, or singular, is factorised as NaN and leaves the others alone.
+``P A = L U``, both factors packed in one array, as LAPACK has them; ``pivots[k]`` is the row, counted from 0, that step
+k exchanged with row k. SciPy's LAPACK for NumPy, cuSOLVER through cupyx for CuPy, the libraries' own for PyTorch and
+JAX, and a form in nothing but the standard for any other. An item that is not finite, or singular, comes out as NaN
+and leaves the others alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import array_api_compat
 import numpy as np
 from scipy.linalg import get_blas_funcs, get_lapack_funcs
 
-from ddnref._array import Array, eps, full, nan_where
+from ddnref._array import Array, Namespace, eps, full, nan_where
 from ddnref._linalg import adjoint, identity
 
 PIVOT_RTOL = 64  # · eps: pivots of matrices singular up to rounding were below that in 98 of 100, κ = 1e12: above 2e4
@@ -46,7 +47,7 @@ def lu_solve(lu: Array, pivots: Array, b: Array, *, adjoint: bool = False) -> Ar
     elif array_api_compat.is_torch_array(lu):
         import torch
 
-        x = torch.linalg.lu_solve(lu, pivots, b, adjoint=adjoint)
+        x = torch.linalg.lu_solve(lu, pivots + 1, b, adjoint=adjoint)
     elif array_api_compat.is_jax_array(lu):
         import jax
 
@@ -108,7 +109,7 @@ def _factor(a: Array) -> tuple[Array, Array]:
         import torch
 
         lu, pivots, _ = torch.linalg.lu_factor_ex(a)
-        return lu, pivots
+        return lu, pivots - 1
     if array_api_compat.is_jax_array(a):
         import jax
 
@@ -215,37 +216,44 @@ def _items(x: Array, own: int) -> list[Array]:
 
 
 def _factor_standard(a: Array) -> tuple[Array, Array]:
-    """Gaussian elimination of a whole batch, one column a step; the pivots are the rows of A in the order of L."""
+    """Gaussian elimination of a whole batch, one column a step."""
     xp = array_api_compat.array_namespace(a)
-    n = a.shape[-1]
-    i = xp.arange(n, device=array_api_compat.device(a))
-    order = xp.broadcast_to(i, a.shape[:-1])
-    for k in range(n):
-        candidates = xp.where(i >= k, xp.abs(a[..., :, k]), full((), -1.0, xp.real(a) if _is_complex(a) else a))
-        p = xp.argmax(candidates, axis=-1, keepdims=True)
-        swap = xp.where(i == k, p, xp.where(i == p, k, i))
-        a = xp.take_along_axis(a, xp.broadcast_to(swap[..., None], a.shape), axis=-2)
-        order = xp.take_along_axis(order, swap, axis=-1)
-        pivot = a[..., k, k][..., None]
+    i = xp.arange(a.shape[-1], device=array_api_compat.device(a))
+    pivots = []
+    for k in range(a.shape[-1]):
+        size = xp.abs(a[..., :, k])
+        p = xp.argmax(xp.where(i >= k, size, full((), -1.0, size)), axis=-1, keepdims=True)
+        pivots.append(p)
+        a = xp.take_along_axis(a, xp.broadcast_to(_swap(xp, i, k, p)[..., None], a.shape), axis=-2)
         below = i > k
+        pivot = a[..., k, k][..., None]
         column = a[..., :, k] / xp.where(pivot == 0, xp.ones_like(pivot), pivot)
         column = xp.where(below, column, xp.zeros_like(column))
         row = xp.where(below, a[..., k, :], xp.zeros_like(column))
         a = a - column[..., :, None] * row[..., None, :]
         a = xp.where(below[:, None] & (i == k), column[..., :, None], a)
-    return a, order
+    joined = xp.concat(pivots, axis=-1) if pivots else xp.zeros(a.shape[:-1], dtype=i.dtype, device=i.device)
+    return a, xp.astype(joined, xp.int32)
 
 
-def _solve_standard(lu: Array, order: Array, b: Array, is_adjoint: bool) -> Array:
+def _swap(xp: Namespace, i: Array, k: int, p: Array) -> Array:
+    """Row numbers `i` with k and p exchanged."""
+    return xp.where(i == k, p, xp.where(i == p, k, i))
+
+
+def _solve_standard(lu: Array, pivots: Array, b: Array, is_adjoint: bool) -> Array:
     xp = array_api_compat.array_namespace(lu)
-    order = xp.argsort(order, axis=-1) if is_adjoint else order
-    order = xp.broadcast_to(order[..., None], b.shape)
+    i = xp.arange(lu.shape[-1], device=array_api_compat.device(lu))
+    order = xp.broadcast_to(i, pivots.shape)
+    for k in range(lu.shape[-1]):
+        order = xp.take_along_axis(order, _swap(xp, i, k, xp.astype(pivots[..., k][..., None], i.dtype)), axis=-1)
     if is_adjoint:
-        lu_h = adjoint(lu)
-        y = solve_triangular(lu_h, b, lower=True)
-        return xp.take_along_axis(solve_triangular(lu_h, y, lower=False, unit_diagonal=True), order, axis=-2)
-    y = solve_triangular(lu, xp.take_along_axis(b, order, axis=-2), lower=True, unit_diagonal=True)
-    return solve_triangular(lu, y, lower=False)
+        y = solve_triangular(adjoint(lu), b, lower=True)
+        y = solve_triangular(adjoint(lu), y, lower=False, unit_diagonal=True)
+        back = xp.argsort(order, axis=-1)
+        return xp.take_along_axis(y, xp.broadcast_to(back[..., None], y.shape), axis=-2)
+    b = xp.take_along_axis(b, xp.broadcast_to(order[..., None], b.shape), axis=-2)
+    return solve_triangular(lu, solve_triangular(lu, b, lower=True, unit_diagonal=True), lower=False)
 
 
 def _triangular_standard(a: Array, b: Array, lower: bool, unit_diagonal: bool) -> Array:
@@ -260,6 +268,3 @@ def _triangular_standard(a: Array, b: Array, lower: bool, unit_diagonal: bool) -
         rows[k] = total if unit_diagonal else total / a[..., k, k][..., None]
     return xp.stack([rows[k] for k in range(n)], axis=-2)
 
-
-def _is_complex(x: Array) -> bool:
-    return bool(array_api_compat.array_namespace(x).isdtype(x.dtype, "complex floating"))

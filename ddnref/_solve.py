@@ -102,7 +102,7 @@ def solve_fwd(a: Array, b: Array, /, *, throw: bool = True) -> tuple[Array, tupl
     lu, pivots, singular = lu_factor(a)
     x = _solved(lu, pivots, b, is_adjoint=False)
     if throw and is_true(xp.any(singular)):
-        _raise(singular)
+        raise_singular(singular)
     return x, (lu, pivots)
 
 
@@ -163,7 +163,7 @@ def solve_vjp(
     _batch("x", lu, x)
     failed = xp.any(xp.isnan(xp.linalg.diagonal(lu)), axis=-1)
     if throw and is_true(xp.any(failed)):
-        _raise(failed)
+        raise_singular(failed)
     y = _solved(lu, pivots, x_bar, is_adjoint=True)
     y = nan_where(xp.any(xp.isnan(x), axis=-1, keepdims=True), y)
     return _minus_outer(y, x, lu), y if b is None else summed_to(y, tuple(b.shape))
@@ -245,7 +245,7 @@ def _minus_outer(y: Array, x: Array, a: Array) -> Array:
     return summed_to(-_columns(y, batch, lead) @ adjoint(_columns(x, batch, lead)), tuple(a.shape))
 
 
-def _raise(singular: Array) -> None:
+def raise_singular(singular: Array) -> None:
     xp = array_api_compat.array_namespace(singular)
     count, items = int(xp.sum(xp.astype(singular, xp.int32))), math.prod(singular.shape)
     raise SingularError(
