@@ -16,6 +16,12 @@ from ddnref._errors import (
 from ddnref._implicit import argmin_vjp, eq_argmin_vjp, ineq_argmin_vjp, lineq_argmin_vjp, root_vjp
 from ddnref._iteration import power_iteration, simultaneous_iteration
 from ddnref._iteration_vjp import power_iteration_vjp, simultaneous_iteration_vjp
+from ddnref._krylov._bicgstab import bicgstab
+from ddnref._krylov._cg import cg
+from ddnref._krylov._common import Progress, SolveInfo
+from ddnref._krylov._gmres import gmres
+from ddnref._krylov._lsmr import LeastSquaresInfo, lsmr
+from ddnref._krylov._minres import minres
 from ddnref._loops import IterationInfo
 from ddnref._matrix_functions import (
     expm,
@@ -64,15 +70,20 @@ __all__ = [
     "EigshVjpInfo",
     "GaugeError",
     "IterationInfo",
+    "LeastSquaresInfo",
     "LinearOperator",
     "NonFiniteError",
     "OptimalityError",
     "Products",
+    "Progress",
     "RobustPoolInfo",
     "SingularError",
     "SinkhornInfo",
+    "SolveInfo",
     "align_signs",
     "argmin_vjp",
+    "bicgstab",
+    "cg",
     "eigen_residual",
     "eigh",
     "eigh_topk",
@@ -88,6 +99,7 @@ __all__ = [
     "expm_vjp",
     "fixed_point_residual",
     "gauge_residual",
+    "gmres",
     "ineq_argmin_vjp",
     "invsqrtm",
     "invsqrtm_fwd",
@@ -98,6 +110,8 @@ __all__ = [
     "logm",
     "logm_fwd",
     "logm_vjp",
+    "lsmr",
+    "minres",
     "power_iteration",
     "power_iteration_vjp",
     "project_ball",
