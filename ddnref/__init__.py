@@ -17,6 +17,13 @@ from ddnref._errors import (
 from ddnref._implicit import argmin_vjp, eq_argmin_vjp, ineq_argmin_vjp, lineq_argmin_vjp, root_vjp
 from ddnref._iteration import power_iteration, simultaneous_iteration
 from ddnref._iteration_vjp import power_iteration_vjp, simultaneous_iteration_vjp
+from ddnref._krylov._bicgstab import bicgstab
+from ddnref._krylov._cg import cg
+from ddnref._krylov._common import Progress, SolveInfo
+from ddnref._krylov._gmres import gmres
+from ddnref._krylov._lsmr import LeastSquaresInfo, lsmr
+from ddnref._krylov._minres import minres
+from ddnref._linear_solve import linear_solve, linear_solve_vjp
 from ddnref._loops import IterationInfo
 from ddnref._matrix_functions import (
     expm,
@@ -85,6 +92,7 @@ __all__ = [
     "EigshVjpInfo",
     "GaugeError",
     "IterationInfo",
+    "LeastSquaresInfo",
     "LinearOperator",
     "NonFiniteError",
     "OperatorCheck",
@@ -92,14 +100,18 @@ __all__ = [
     "OperatorReport",
     "OptimalityError",
     "Products",
+    "Progress",
     "RobustPoolInfo",
     "SingularError",
     "SinkhornInfo",
+    "SolveInfo",
     "add",
     "adjoint",
     "align_signs",
     "argmin_vjp",
     "as_operator",
+    "bicgstab",
+    "cg",
     "check_operator",
     "compose",
     "convolution",
@@ -122,17 +134,22 @@ __all__ = [
     "fixed_point_residual",
     "from_scipy",
     "gauge_residual",
+    "gmres",
     "ineq_argmin_vjp",
     "invsqrtm",
     "invsqrtm_fwd",
     "invsqrtm_vjp",
     "least_squares_on_sphere",
     "least_squares_on_sphere_vjp",
+    "linear_solve",
+    "linear_solve_vjp",
     "lineq_argmin_vjp",
     "logm",
     "logm_fwd",
     "logm_vjp",
+    "lsmr",
     "mask",
+    "minres",
     "normal",
     "power_iteration",
     "power_iteration_vjp",

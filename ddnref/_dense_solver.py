@@ -8,8 +8,16 @@ from typing import Any
 import array_api_compat
 
 from ddnref._array import Array, eps, is_true
-from ddnref._krylov import SolveInfo
-from ddnref._krylov._common import BREAKDOWN, CONVERGED, NOT_FINITE, SLACK, STAGNATION, Options, raise_if_failed
+from ddnref._krylov._common import (
+    BREAKDOWN,
+    CONVERGED,
+    NOT_FINITE,
+    SLACK,
+    STAGNATION,
+    Options,
+    SolveInfo,
+    raise_if_failed,
+)
 from ddnref._krylov._vectors import norms
 from ddnref._operators import LinearOperator, as_operator
 from ddnref._solve import raise_singular, solve

@@ -22,7 +22,12 @@ from ddnref import _linalg
 from ddnref._array import Array, check_dtypes, check_shapes, namespace, nan_where
 from ddnref._dense_solver import DIRECT_UP_TO, direct
 from ddnref._errors import DdnrefError
-from ddnref._krylov import SolveInfo, bicgstab, cg, gmres, lsmr, minres
+from ddnref._krylov._bicgstab import bicgstab
+from ddnref._krylov._cg import cg
+from ddnref._krylov._common import SolveInfo
+from ddnref._krylov._gmres import gmres
+from ddnref._krylov._lsmr import LeastSquaresInfo, lsmr
+from ddnref._krylov._minres import minres
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator, adjoint, as_operator
 from ddnref._solve import summed_to
@@ -72,7 +77,8 @@ def linear_solve(
     x : (..., \*domain_shape) array
         Least squares where the operator is tall, the shortest solution where it is wide.
     info : SolveInfo
-        ``converged``, ``n_iter``, ``residual_norm`` (recomputed, relative), ``status``, for each right-hand side.
+        ``converged``, ``n_iter``, ``residual_norm`` (recomputed, relative), ``status``, for each right-hand side. Of
+        least squares the residual is the smaller one of ``‖b − A x‖ / ‖b‖`` and ``‖Aᴴ(b − A x)‖ / ‖Aᴴ b‖``.
 
     Raises
     ------
@@ -105,7 +111,8 @@ def linear_solve(
     options = {"x0": x0, "preconditioner": preconditioner, "rtol": rtol, "maxiter": maxiter}
     options |= {"check_every": check_every, "while_loop": while_loop}
     given = {name: value for name, value in options.items() if value is not None}
-    return solver_of(operator, solver)(operator, b, **given, throw=throw)
+    x, info = solver_of(operator, solver)(operator, b, **given, throw=throw)
+    return x, _judged(info)
 
 
 def linear_solve_vjp(
@@ -243,6 +250,15 @@ def adjoint_solve(
         return solve(operator, b, **options)
     except DdnrefError as error:
         raise type(error)(f"In a solve for the derivative of linear_solve: {error}") from error
+
+
+def _judged(info: SolveInfo | LeastSquaresInfo) -> SolveInfo:
+    """With the residual that decided, where a least-squares solver watched two."""
+    if not isinstance(info, LeastSquaresInfo):
+        return info
+    xp = array_api_compat.array_namespace(info.status)
+    smaller = xp.minimum(info.residual_norm, info.normal_residual_norm)
+    return SolveInfo(info.converged, info.n_iter, smaller, info.status)
 
 
 # --- below: shapes and statuses ---------------------------------------------------------------------------------
