@@ -19,7 +19,7 @@ from typing import Any
 import array_api_compat
 
 from ddnref import _linalg
-from ddnref._array import Array, check_dtypes, check_shapes, namespace, nan_where
+from ddnref._array import Array, check_dtypes, check_shapes, namespace, nan_where, refuse_recording
 from ddnref._dense_solver import DIRECT_UP_TO, direct
 from ddnref._errors import DdnrefError
 from ddnref._krylov._bicgstab import bicgstab
@@ -106,6 +106,8 @@ def linear_solve(
     (array([1., 1.]), 1)
     """
     a = as_operator(operator)
+    for array in (*a.params, b):
+        refuse_recording("linear_solve", array)
     if x0 is not None and a.size > math.prod(a.range_shape):
         raise ValueError("x0 is given, but the operator is wide: the shortest solution starts from zero.")
     options = {"x0": x0, "preconditioner": preconditioner, "rtol": rtol, "maxiter": maxiter}

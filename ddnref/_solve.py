@@ -22,7 +22,7 @@ from ddnref._array import (
     refuse_recording,
 )
 from ddnref._errors import SingularError
-from ddnref._linalg import adjoint
+from ddnref._linalg import adjoint, move_axis
 from ddnref._lu import lu_factor, lu_factor_vjp, lu_solve
 
 
@@ -212,7 +212,7 @@ def _columns(v: Array, batch: tuple[int, ...], lead: tuple[int, ...]) -> Array:
     extra = len(lead) - len(batch)
     if extra == 0:
         return v[..., None]
-    return xp.moveaxis(xp.reshape(v, (math.prod(lead[:extra]), *v.shape[extra:])), 0, -1)
+    return move_axis(xp.reshape(v, (math.prod(lead[:extra]), *v.shape[extra:])), 0, -1)
 
 
 def _solved(lu: Array, pivots: Array, b: Array, *, is_adjoint: bool) -> Array:
@@ -234,7 +234,7 @@ def _solved(lu: Array, pivots: Array, b: Array, *, is_adjoint: bool) -> Array:
 
 def _rows(x: Array, lead: tuple[int, ...]) -> Array:
     xp = array_api_compat.array_namespace(x)
-    return xp.reshape(xp.moveaxis(x, -1, 0), (*lead, x.shape[-2]))
+    return xp.reshape(move_axis(x, -1, 0), (*lead, x.shape[-2]))
 
 
 def _minus_outer(y: Array, x: Array, a: Array) -> Array:

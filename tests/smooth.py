@@ -82,6 +82,7 @@ SMOOTH = {
     "sinkhorn": Smooth(transport, without_info, {"eps": 0.5, "rtol": 1e-13}),
     "robust_pool": Smooth(column, without_info, {"rtol": 1e-14}),
     "solve": Smooth(system, whole),
+    "linear_solve": Smooth(system, without_info, {"solver": "gmres", "rtol": 1e-13}),
     "qr": Smooth(lambda x, steps: (positive(x, steps)[0][..., :2],), whole),
 }
 

@@ -12,6 +12,7 @@ import math
 import array_api_compat
 
 from ddnref._array import Array, namespace
+from ddnref._linalg import move_axis
 from ddnref._operators._operator import (
     LinearOperator,
     Params,
@@ -99,7 +100,7 @@ def _rows_times(x: Array, a: Array) -> Array:
     if x.ndim - 1 <= batch:
         return (x[..., None, :] @ a)[..., 0, :]
     y = _rows(x, batch) @ a
-    return xp.reshape(xp.moveaxis(y, -2, 0), (*x.shape[: x.ndim - 1 - batch], *y.shape[:-2], y.shape[-1]))
+    return xp.reshape(move_axis(y, -2, 0), (*x.shape[: x.ndim - 1 - batch], *y.shape[:-2], y.shape[-1]))
 
 
 def _rows(x: Array, batch: int) -> Array:
@@ -107,7 +108,7 @@ def _rows(x: Array, batch: int) -> Array:
     xp = array_api_compat.array_namespace(x)
     lead = tuple(x.shape[: max(0, x.ndim - 1 - batch)])
     flat = xp.reshape(x, (math.prod(lead), *x.shape[len(lead) :]))
-    return xp.moveaxis(flat, 0, -2)
+    return move_axis(flat, 0, -2)
 
 
 def _alike(a: Array, b: Array) -> tuple[Array, Array]:

@@ -10,7 +10,7 @@ import array_api_compat
 import numpy as np
 
 from ddnref._array import Array, full, namespace, real_dtype
-from ddnref._linalg import identity
+from ddnref._linalg import identity, move_axis
 
 Params = tuple[Array, ...]
 
@@ -82,7 +82,7 @@ class LinearOperator(NamedTuple):
         y = self.apply(self.params, xp.reshape(identity(self.size, like), (self.size, *self.domain_shape)))
         batch = tuple(y.shape[1 : y.ndim - len(self.range_shape)])
         columns = xp.reshape(y, (self.size, *batch, math.prod(self.range_shape)))
-        return xp.moveaxis(columns, 0, -1)
+        return move_axis(columns, 0, -1)
 
 
 # --- what vectors and parameters must be ------------------------------------------------------------------------

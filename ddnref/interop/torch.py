@@ -136,7 +136,7 @@ def _operation(rule: Rule, bound: Bound, layout: Layout) -> Any:
             gradients = reverse(bars[: len(bars) - fields], arrays)
             if not gradients:
                 return (None,) * len(ctx.needs_input_grad)
-            warned = tuple(None if g is None else _warn_where_nan(g) for g in gradients[:count])
+            warned = tuple(None if g is None else _warn_where_nan(g, rule.recursive) for g in gradients[:count])
             if first_order is None or not torch.is_grad_enabled():
                 return warned
             return tuple(first_order.apply(gradient, *arrays) for gradient in warned)
@@ -205,9 +205,14 @@ def _opaque(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., Any]:
     return opaque
 
 
-def _warn_where_nan(x_bar: Tensor) -> Tensor:
-    """The gradient, passed through the warning in one of its columns, or a compiler would drop that as unused."""
+def _warn_where_nan(x_bar: Tensor, shared: bool) -> Tensor:
+    """The gradient, passed through the warning in one of its columns, or a compiler would drop that as unused.
+
+    Not in place where the gradient is shared with what computed it, and differentiated again.
+    """
     column = x_bar[..., :1] if x_bar.ndim else x_bar
+    if shared and torch.is_grad_enabled():
+        return torch.where(torch.ops.ddnref.warn(failed(x_bar)), torch.nan, x_bar)
     column.copy_(torch.where(torch.ops.ddnref.warn(failed(x_bar)), torch.nan, column))
     return x_bar
 
