@@ -24,6 +24,7 @@ from ddnref._krylov._gmres import gmres
 from ddnref._krylov._lsmr import LeastSquaresInfo, lsmr
 from ddnref._krylov._minres import minres
 from ddnref._linear_solve import linear_solve, linear_solve_vjp
+from ddnref._linear_solve_jvp import linear_solve_jvp
 from ddnref._loops import IterationInfo
 from ddnref._matrix_functions import (
     expm,
@@ -142,6 +143,7 @@ __all__ = [
     "least_squares_on_sphere",
     "least_squares_on_sphere_vjp",
     "linear_solve",
+    "linear_solve_jvp",
     "linear_solve_vjp",
     "lineq_argmin_vjp",
     "logm",

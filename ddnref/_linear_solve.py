@@ -195,16 +195,16 @@ def linear_solve_vjp(
     call = {"solver": solver, "preconditioner": preconditioner, "rtol": rtol, "maxiter": maxiter}
     call |= {"check_every": check_every, "throw": throw, "while_loop": while_loop}
     n, m, domain, target = math.prod(a.range_shape), a.size, a.domain_shape, a.range_shape
-    y, info = adjoint_solve(solve, adjoint_of(operator), x_bar, x0=y0, **call)
-    y = nan_where(spread(_missing(x, domain), target), without_failed(y, info, target))
+    y, info = solve_for_derivative(solve, adjoint_of(operator), x_bar, x0=y0, **call)
+    y = nan_where(spread(missing(x, domain), target), without_failed(y, info, target))
     params_bar = _minus(a.params_vjp(a.params, y, x))
     if n > m:
-        z, more = adjoint_solve(solve, operator, y, **call)
+        z, more = solve_for_derivative(solve, operator, y, **call)
         r = b - a.apply(a.params, x)
         params_bar = _plus(params_bar, a.params_vjp(a.params, r, without_failed(z, more, domain)))
         info = worse(info, more)
     elif n < m:
-        w, more = adjoint_solve(solve, adjoint_of(operator), x, **call)
+        w, more = solve_for_derivative(solve, adjoint_of(operator), x, **call)
         s = x_bar - a.adjoint(a.params, y)
         params_bar = _plus(params_bar, a.params_vjp(a.params, without_failed(w, more, target), s))
         info = worse(info, more)
@@ -244,7 +244,7 @@ def adjoint_of(operator: Array | LinearOperator) -> Array | LinearOperator:
     return operator if operator.self_adjoint else adjoint(operator)
 
 
-def adjoint_solve(
+def solve_for_derivative(
     solve: Solver, operator: Array | LinearOperator, b: Array, **options: Any
 ) -> tuple[Array, SolveInfo]:
     """A solve that belongs to a derivative, and says so where it fails."""
@@ -292,7 +292,7 @@ def without_failed(x: Array, info: SolveInfo, shape: tuple[int, ...]) -> Array:
     return nan_where(spread(~info.converged, shape), x)
 
 
-def _missing(x: Array, shape: tuple[int, ...]) -> Array:
+def missing(x: Array, shape: tuple[int, ...]) -> Array:
     """Which vectors have a NaN."""
     xp = array_api_compat.array_namespace(x)
     return xp.any(xp.isnan(x), axis=tuple(range(x.ndim - len(shape), x.ndim)))
