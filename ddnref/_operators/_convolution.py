@@ -16,6 +16,7 @@ from ddnref._operators._fourier import filtered, inverse, multiplier, transform
 from ddnref._operators._operator import (
     LinearOperator,
     Params,
+    as_complex,
     as_shape,
     conj,
     cotangent,
@@ -78,7 +79,7 @@ def convolution(
     if len(small) != n or any(not 1 <= k <= size for k, size in zip(small, sizes, strict=True)):
         raise ValueError(
             f"kernel has shape {tuple(kernel.shape)}; expected {n} axes for the grid {sizes}, batch axes in front, "
-            "none of them empty or longer than the grid's. Crop a larger kernel, or sum it over the periods of the grid."
+            "none empty or longer than the grid's. Crop a larger kernel, or sum it over the periods of the grid."
         )
     return _convolution(kernel, small, sizes, self_adjoint or positive_definite, positive_definite)
 
@@ -158,11 +159,9 @@ def _crop(g: Array, small: tuple[int, ...], shape: tuple[int, ...]) -> Array:
 
 def _correlation(y_bar: Array, x: Array, k: Array, shape: tuple[int, ...]) -> Array:
     """``Σ_i ȳ_i conj(x_{i − j})`` for all j of the grid, summed over the batch in the spectrum."""
-    xp = array_api_compat.array_namespace(x)
     n = len(shape)
     if is_complex(k) or is_complex(x) or is_complex(y_bar):
-        kind = next(a.dtype for a in (k, x, y_bar) if is_complex(a))
-        y_bar, x = xp.astype(y_bar, kind, copy=False), xp.astype(x, kind, copy=False)
+        y_bar, x = as_complex(y_bar), as_complex(x)
     is_real = not is_complex(x)
     product = transform(y_bar, n) * conj(transform(x, n))
     like = zeros((*k.shape[: k.ndim - n], *product.shape[product.ndim - n :]), product)

@@ -8,6 +8,7 @@ mask        y = m ∘ x       as diagonal, m real
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import array_api_compat
 

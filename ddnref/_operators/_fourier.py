@@ -10,7 +10,7 @@ import array_api_compat
 
 from ddnref._array import Array
 from ddnref._operators import _numpy
-from ddnref._operators._operator import is_complex
+from ddnref._operators._operator import as_complex, is_complex, zeros
 
 
 def transform(x: Array, n: int) -> Array:
@@ -19,6 +19,9 @@ def transform(x: Array, n: int) -> Array:
         return _numpy.transform(x, n)
     xp = array_api_compat.array_namespace(x)
     axes = tuple(range(-n, 0))
+    if 0 in x.shape:  # an empty batch, which PyTorch's transforms refuse
+        points = x.shape[-1] if is_complex(x) else x.shape[-1] // 2 + 1
+        return as_complex(zeros((*x.shape[:-1], points), x))
     return xp.fft.fftn(x, axes=axes) if is_complex(x) else xp.fft.rfftn(x, axes=axes)
 
 
@@ -26,6 +29,8 @@ def inverse(z: Array, shape: tuple[int, ...], is_real: bool) -> Array:
     """From a spectrum, half of one if the result is real, to the grid."""
     xp = array_api_compat.array_namespace(z)
     axes = tuple(range(-len(shape), 0))
+    if 0 in z.shape:
+        return zeros((*z.shape[: z.ndim - len(shape)], *shape), xp.real(z) if is_real else z)
     return xp.fft.irfftn(z, s=shape, axes=axes) if is_real else xp.fft.ifftn(z, axes=axes)
 
 
@@ -41,7 +46,7 @@ def filtered(x: Array, factor: Array, shape: tuple[int, ...], is_real: bool) -> 
         parts = filtered(xp.stack([xp.real(x), xp.imag(x)]), factor, shape, True)
         return xp.astype(parts[0, ...], x.dtype) + xp.astype(parts[1, ...], x.dtype) * 1j
     if not is_real and not is_complex(x):
-        x = xp.astype(x, xp.complex64 if x.dtype == xp.float32 else xp.complex128)
+        x = as_complex(x)
     if array_api_compat.is_numpy_array(x):
         return _numpy.filtered(x, factor, shape)
     return inverse(transform(x, len(shape)) * factor, shape, is_real)

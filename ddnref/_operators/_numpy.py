@@ -2,8 +2,9 @@
 
 Measured on 256×256 points, float64, one thread, forms interleaved in one process (median of 200, ms): `rfft2`, product,
 `irfft2` of NumPy 1.00, of SciPy 0.95; one axis at a time, overwriting, NumPy 0.69, SciPy 0.66; besides that the
-normalisation in the factor and a real factor doubled for the interleaved parts 0.61. In float32: 1.36, 0.54, 1.19,
-0.43, 0.37; NumPy's is not vectorised there. Adding a shift to the factor in each product instead of once: 0.92.
+normalisation in the factor, and a real factor doubled for the interleaved parts, 0.61. In float32: 1.36, 0.54, 1.19,
+0.43, 0.37; NumPy's is not vectorised there. With the shift added to the factor in each product, 0.92.
+A batch of 64 grids of 128×128 (best of 15, ms): in chunks of 4 30, all at once 51, one by one 47.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-CHUNK = 2**17  # numbers in a chunk of a batch of grids: the spectrum stays in the second-level cache
+CHUNK = 2**16  # numbers in a chunk of a batch of grids, 4 of 128×128: their spectra stay in the second-level cache
 
 
 def transform(x: Array, n: int) -> Array:
@@ -36,21 +37,19 @@ def multiplier(spectrum: Array, shape: tuple[int, ...]) -> Array:
 
 def filtered(x: Array, factor: Array, shape: tuple[int, ...]) -> Array:
     """The grids of a batch in chunks that stay in cache."""
-    n, lead = len(shape), x.shape[: x.ndim - len(shape)]
-    if not lead or x.size <= CHUNK or lead[0] < 1 or factor.ndim > x.ndim:
-        return _filtered(x, factor, shape)
-    width = max(1, CHUNK * lead[0] // x.size)
-    if width >= lead[0]:
+    lead = x.shape[: x.ndim - len(shape)]
+    width = max(1, CHUNK * lead[0] // x.size) if lead and x.size else 1
+    if x.size <= CHUNK or not lead or width >= lead[0] or factor.ndim > x.ndim:
         return _filtered(x, factor, shape)
     shared = factor.ndim < x.ndim or factor.shape[0] == 1
-    if factor.ndim == x.ndim and shared and x.ndim > n:
+    if factor.ndim == x.ndim and factor.shape[0] == 1:
         factor = factor[0]
-    starts = range(0, lead[0], width)
-    if width == 1:
-        parts = [filtered(x[i], factor if shared else factor[i], shape)[None] for i in starts]
-    else:
-        parts = [filtered(x[i : i + width], factor if shared else factor[i : i + width], shape) for i in starts]
-    return np.concatenate(parts)
+    batch = np.broadcast_shapes(lead, factor.shape[: factor.ndim - len(shape)])
+    y = np.empty((*batch, *shape), dtype=x.dtype)
+    for i in range(0, lead[0], width):
+        part = slice(i, i + width) if width > 1 else i
+        y[part] = filtered(x[part], factor if shared else factor[part], shape)
+    return y
 
 
 def _filtered(x: Array, factor: Array, shape: tuple[int, ...]) -> Array:

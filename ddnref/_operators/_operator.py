@@ -79,8 +79,10 @@ class LinearOperator(NamedTuple):
                 raise TypeError("An operator without parameters has no dtype: pass like=, an array that has.")
             like = self.params[0]
         xp = array_api_compat.array_namespace(like)
-        y = self.apply(self.params, xp.reshape(identity(self.size, like), (self.size, *self.domain_shape)))
-        batch = tuple(y.shape[1 : y.ndim - len(self.range_shape)])
+        one = self.apply(self.params, zeros(self.domain_shape, like))
+        batch = tuple(one.shape[: one.ndim - len(self.range_shape)])
+        eye = xp.reshape(identity(self.size, like), (self.size, *(1,) * len(batch), *self.domain_shape))
+        y = self.apply(self.params, eye)
         columns = xp.reshape(y, (self.size, *batch, math.prod(self.range_shape)))
         return move_axis(columns, 0, -1)
 
@@ -95,7 +97,7 @@ def check_vector(name: str, x: Array, shape: tuple[int, ...], params: Params) ->
         wanted = ", ".join(["...", *map(str, shape)])
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({wanted}): batch axes lead.")
     for i, parameter in enumerate(params):
-        if parameter.dtype is x.dtype or parameter.dtype == x.dtype:
+        if type(parameter) is type(x) and parameter.dtype == x.dtype:
             continue
         namespace(**{name: x, f"params[{i}]": parameter})
         check_precision(xp, **{name: x, f"params[{i}]": parameter})
@@ -127,6 +129,13 @@ def is_complex(x: Array) -> bool:
     return bool(array_api_compat.array_namespace(x).isdtype(x.dtype, "complex floating"))
 
 
+def as_complex(x: Array) -> Array:
+    """The complex dtype of the same precision."""
+    xp = array_api_compat.array_namespace(x)
+    kind = xp.complex64 if x.dtype in (xp.float32, xp.complex64) else xp.complex128
+    return xp.astype(x, kind, copy=False)
+
+
 def conj(x: Array) -> Array:
     """Complex conjugate; nothing to do for real arrays."""
     return array_api_compat.array_namespace(x).conj(x) if is_complex(x) else x
@@ -147,8 +156,7 @@ def over(c: Array, ndim: int) -> Array:
 def times(c: Array | float | complex, y: Array, ndim: int) -> Array:
     """``c y``: one number for each item of a batch times vectors with `ndim` axes."""
     if isinstance(c, complex) and not is_complex(y):
-        xp = array_api_compat.array_namespace(y)
-        y = xp.astype(y, xp.complex64 if y.dtype == xp.float32 else xp.complex128)
+        y = as_complex(y)
     return over(c, ndim) * y
 
 

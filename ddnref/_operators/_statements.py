@@ -14,6 +14,7 @@ from ddnref._operators._operator import LinearOperator, conj, is_complex, times,
 from ddnref.testing import check_vjp
 
 STEPS = 20  # of the power iterations that look for a negative eigenvalue
+ZERO = 1e-15  # an eigenvalue that small, relative to the largest, is no more than rounding
 
 
 class OperatorCheck(NamedTuple):
@@ -123,12 +124,16 @@ def _dtypes(g: Given) -> Iterator[OperatorCheck]:
 def _arguments(g: Given) -> Iterator[OperatorCheck]:
     """Left as they are."""
     xp = g.xp
+
+    def same(z: Array, b: Array) -> bool:
+        return bool(xp.all((z == b) | ((z != z) & (b != b))))  # NaN is another matter
+
     y = g.apply(g.x)
     arrays = (*g.a.params, g.x, y)
     before = [xp.asarray(z, copy=True) for z in arrays]
     g.apply(g.x), g.adjoint(y), g.a.params_vjp(g.a.params, y, g.x)
     names = [*(f"params[{i}]" for i in range(len(g.a.params))), "x", "y"]
-    changed = [name for name, z, b in zip(names, arrays, before, strict=True) if not bool(xp.all(z == b))]
+    changed = [name for name, z, b in zip(names, arrays, before, strict=True) if not same(z, b)]
     yield _fact("pure functions", not changed, f"{', '.join(changed)} changed during a product: write to a copy.")
 
 
@@ -291,7 +296,7 @@ def _positive_definite(g: Given) -> Iterator[OperatorCheck]:
         v = shift * v - a_v
     yield _fact(
         "positive_definite",
-        smallest > 0,
+        smallest > ZERO,
         f"positive_definite is True, but a vector has ⟨x, A x⟩ = {smallest:.1e} ‖A‖ ‖x‖².",
     )
 
