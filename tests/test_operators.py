@@ -179,6 +179,11 @@ def test_difference_is_its_matrix(boundary, last, xp):
     assert (grid.range_shape, y.shape) == ((2, 3, 4), (2, 2, 3, 4))
     np.testing.assert_allclose(y[:, 1], x @ d.T, atol=1e-15)
     ddnref.check_operator(grid, np.zeros((3, 4)))
+    for size in (1, 2):
+        ddnref.check_operator(ddnref.difference((size, 3), boundary=boundary), np.zeros((size, 3)))
+    laplacian = ddnref.normal(grid, np.asarray([0.0, 0.5])).prepared()
+    wanted = np.stack([ddnref.adjoint(grid)(grid(x[i])) + i * 0.5 * x[i] for i in range(2)])
+    np.testing.assert_allclose(laplacian(x), wanted, atol=1e-14)
 
 
 def test_difference_along_chosen_axes():

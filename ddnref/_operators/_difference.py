@@ -14,7 +14,8 @@ from typing import Any
 import array_api_compat
 
 from ddnref._array import Array
-from ddnref._operators._operator import LinearOperator, Params, as_shape
+from ddnref._operators import _numpy
+from ddnref._operators._operator import LinearOperator, Params, as_shape, is_array, no_params_vjp, over
 
 BOUNDARIES = ("periodic", "replicate", "zero")
 
@@ -82,7 +83,27 @@ def difference(
     def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:  # noqa: ARG001
         return ()
 
-    return LinearOperator((), apply, adjoint, params_vjp, sizes, sizes if single else (len(axes), *sizes))
+    def gram(params: Params, shift: Array | float | None) -> LinearOperator:  # noqa: ARG001
+        return _laplacian(axes, boundary, sizes, shift)
+
+    target = sizes if single else (len(axes), *sizes)
+    return LinearOperator((), apply, adjoint, params_vjp, sizes, target, gram=gram)
+
+
+def _laplacian(
+    axes: tuple[int, ...], boundary: str, shape: tuple[int, ...], shift: Array | float | None
+) -> LinearOperator:
+    """``DᵀD + shift``, axis by axis: no component is stored."""
+    number = 0.0 if is_array(shift) or shift is None else shift
+
+    def apply(params: Params, x: Array) -> Array:
+        rho = over(params[0], len(shape)) if params else number
+        if array_api_compat.is_numpy_array(x):
+            return _numpy.laplacian(x, axes, boundary, rho)
+        return sum((_backward(_forward(x, axis, boundary), axis, boundary) for axis in axes), start=rho * x)
+
+    params = (shift,) if is_array(shift) else ()
+    return LinearOperator(params, apply, apply, no_params_vjp, shape, shape, True, shift is not None)
 
 
 def _part(x: Array, axis: int, start: int | None, stop: int | None) -> Array:

@@ -140,7 +140,7 @@ def _arguments(g: Given) -> Iterator[OperatorCheck]:
 def _linear(g: Given) -> Iterator[OperatorCheck]:
     """``A (αx + βz) = α A x + β A z``, α and β complex where vectors are."""
     alpha, beta = (0.7 - 0.4j, -1.3 + 0.2j) if is_complex(g.x) else (0.7, -1.3)
-    for name, product, x in (("apply", g.apply, g.x), ("adjoint", g.adjoint, g.apply(g.x))):
+    for name, product, x in (("apply", g.apply, g.x), ("adjoint", g.adjoint, g.random(g.apply(g.x)))):
         z = g.random(x)
         p, q = product(x), product(z)
         error = _off(product(times(alpha, x, 0) + times(beta, z, 0)), times(alpha, p, 0) + times(beta, q, 0),
