@@ -29,7 +29,7 @@ def problem(name, rng, is_complex=False):
     return {
         "cg": (lambda k, rho: ddnref.normal(ddnref.convolution(k, GRID), rho), (kernel, np.asarray(0.5)), GRID, GRID),
         "minres": (
-            lambda k, d: ddnref.add(ddnref.normal(ddnref.convolution(k, GRID)), ddnref.diagonal(d)),
+            lambda k, d: ddnref.add(ddnref.normal(ddnref.convolution(k, GRID)), ddnref.diagonal(d, GRID)),
             (kernel, np.where(np.arange(12) % 2, -9.0, 3.0).reshape(GRID)),
             GRID,
             GRID,
@@ -92,7 +92,7 @@ def test_every_library_gives_the_same_gradient(name, xp, rng):
     for y, z in zip(map(xp.numpy, theirs), ours, strict=True):
         np.testing.assert_allclose(y, z, rtol=0, atol=1e-9 * max(1.0, np.abs(z).max()))
     for i in range(3):  # a batch is its items, and a parameter gets the sum over its right-hand sides
-        alone = [both(x_bar[j, i], b[j, i], *(p[i] for p in params), loop=None) for j in range(2)]
+        alone = [both(x_bar[j, i], b[j, i], *(p[i, ...] for p in params), loop=None) for j in range(2)]
         for k in range(len(params)):
             np.testing.assert_allclose(ours[2 + k][i], sum(a[2 + k] for a in alone), rtol=1e-8, atol=1e-9)
 

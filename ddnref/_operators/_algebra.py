@@ -18,6 +18,7 @@ from ddnref._operators._operator import (
     conj,
     is_array,
     is_complex,
+    motions_of,
     times,
 )
 
@@ -76,6 +77,16 @@ def scaled(
         p_bar = bare.params_vjp(p, times(_conj(c), y_bar, n), x)
         return (*p_bar, coefficient_bar(y_bar, bare.apply(p, x), c, n)) if parameter else p_bar
 
+    def params_jvp(params: Params, params_dot: Params, x: Array) -> Array:
+        (p, c), (p_dot, c_dot) = split(params), split(params_dot)
+        moved = times(c, bare.params_jvp(p, p_dot, x), n)  # type: ignore[misc]
+        return moved + times(c_dot, bare.apply(p, x), n) if parameter else moved
+
+    def adjoint_jvp(params: Params, params_dot: Params, y: Array) -> Array:
+        (p, c), (p_dot, c_dot) = split(params), split(params_dot)
+        moved = bare.adjoint_jvp(p, p_dot, times(_conj(c), y, n))  # type: ignore[misc]
+        return moved + bare.adjoint(p, times(_conj(c_dot), y, n)) if parameter else moved
+
     def prepare(params: Params) -> LinearOperator:
         p, c = split(params)
         return scaled(bare._replace(params=p).prepared(), c)._replace(self_adjoint=flag, positive_definite=positive)
@@ -86,8 +97,9 @@ def scaled(
     positive = known if positive_definite is None else positive_definite
     params = (*a.params, c) if parameter else a.params
     return LinearOperator(
-        params, apply, adjoint, params_vjp, a.domain_shape, a.range_shape, flag, positive, prepare=prepare
-    )
+        params, apply, adjoint, params_vjp, a.domain_shape, a.range_shape, flag, positive, prepare=prepare,
+        **motions_of((a,), params_jvp, adjoint_jvp),
+    )  # fmt: skip
 
 
 def adjoint(operator: Array | LinearOperator, /) -> LinearOperator:
@@ -122,8 +134,9 @@ def adjoint(operator: Array | LinearOperator, /) -> LinearOperator:
 
     flags = a.self_adjoint, a.positive_definite
     return LinearOperator(
-        a.params, a.adjoint, a.apply, params_vjp, a.range_shape, a.domain_shape, *flags, prepare=prepare
-    )
+        a.params, a.adjoint, a.apply, params_vjp, a.range_shape, a.domain_shape, *flags, prepare=prepare,
+        params_jvp=a.adjoint_jvp, adjoint_jvp=a.params_jvp,
+    )  # fmt: skip
 
 
 def normal(
@@ -192,6 +205,12 @@ def normal(
         p_bar = tuple(left + right for left, right in pairs)
         return (*p_bar, coefficient_bar(y_bar, x, rho, n)) if parameter else p_bar
 
+    def params_jvp(params: Params, params_dot: Params, x: Array) -> Array:
+        (p, _), (p_dot, rho_dot) = split(params), split(params_dot)
+        moved = bare.adjoint(p, bare.params_jvp(p, p_dot, x))  # type: ignore[misc]
+        moved = moved + bare.adjoint_jvp(p, p_dot, bare.apply(p, x))  # type: ignore[misc]
+        return moved + times(rho_dot, x, n) if parameter else moved
+
     positive = damping is not None if positive_definite is None else positive_definite
 
     def prepare(params: Params) -> LinearOperator:
@@ -201,8 +220,9 @@ def normal(
 
     params = (*a.params, damping) if parameter else a.params
     return LinearOperator(
-        params, apply, apply, params_vjp, a.domain_shape, a.domain_shape, True, positive, prepare=prepare
-    )
+        params, apply, apply, params_vjp, a.domain_shape, a.domain_shape, True, positive, prepare=prepare,
+        **motions_of((a,), params_jvp, params_jvp),
+    )  # fmt: skip
 
 
 # --- operators without their arrays -----------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from ddnref._operators._operator import (
     conj,
     cotangent,
     is_complex,
+    linear_motions,
     no_params_vjp,
     over,
     zeros,
@@ -112,8 +113,9 @@ def _convolution(
         return _prepared(power, shape, not is_complex(params[0]), True, shift is not None)
 
     return LinearOperator(
-        (kernel,), apply, adjoint, params_vjp, shape, shape, self_adjoint, positive_definite, gram, prepare
-    )
+        (kernel,), apply, adjoint, params_vjp, shape, shape, self_adjoint, positive_definite, gram, prepare,
+        **linear_motions(apply, adjoint),
+    )  # fmt: skip
 
 
 def _prepared(

@@ -15,7 +15,7 @@ import array_api_compat
 
 from ddnref._array import Array
 from ddnref._operators import _numpy
-from ddnref._operators._operator import LinearOperator, Params, as_shape, is_array, no_params_vjp, over
+from ddnref._operators._operator import LinearOperator, Params, as_shape, is_array, no_motions, no_params_vjp, over
 
 BOUNDARIES = ("periodic", "replicate", "zero")
 
@@ -87,7 +87,7 @@ def difference(
         return _laplacian(axes, boundary, sizes, shift)
 
     target = sizes if single else (len(axes), *sizes)
-    return LinearOperator((), apply, adjoint, params_vjp, sizes, target, gram=gram)
+    return LinearOperator((), apply, adjoint, params_vjp, sizes, target, gram=gram, **no_motions(apply, adjoint))
 
 
 def _laplacian(

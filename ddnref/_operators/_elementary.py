@@ -24,6 +24,7 @@ from ddnref._operators._operator import (
     cotangent,
     is_array,
     is_complex,
+    linear_motions,
     no_params_vjp,
     over,
 )
@@ -69,7 +70,8 @@ def dense(a: Array, /, *, self_adjoint: bool = False, positive_definite: bool = 
     if (self_adjoint or positive_definite) and n != m:
         raise ValueError(f"a has shape {tuple(a.shape)}; only a square matrix can be self-adjoint.")
     adjoint_flag = self_adjoint or positive_definite
-    return LinearOperator((a,), _dense, _dense_adjoint, _dense_vjp, (m,), (n,), adjoint_flag, positive_definite)
+    flags = adjoint_flag, positive_definite
+    return LinearOperator((a,), _dense, _dense_adjoint, _dense_vjp, (m,), (n,), *flags, **_DENSE_MOTIONS)
 
 
 def _dense(params: Params, x: Array) -> Array:
@@ -79,6 +81,9 @@ def _dense(params: Params, x: Array) -> Array:
 
 def _dense_adjoint(params: Params, y: Array) -> Array:
     return conj(_rows_times(conj(y), params[0]))
+
+
+_DENSE_MOTIONS: dict[str, Any] = linear_motions(_dense, _dense_adjoint)
 
 
 def _dense_vjp(params: Params, y_bar: Array, x: Array) -> Params:
@@ -220,7 +225,7 @@ def _diagonal(d: Array, shape: tuple[int, ...], self_adjoint: bool, positive_def
         return _diagonal(power, shape, True, shift is not None)._replace(params_vjp=no_params_vjp)
 
     return LinearOperator(
-        (d,), _times, _times_conj, _times_vjp, shape, shape, self_adjoint, positive_definite, gram=gram
+        (d,), _times, _times_conj, _times_vjp, shape, shape, self_adjoint, positive_definite, gram=gram, **_TIMES_MOTIONS
     )
 
 
@@ -230,6 +235,9 @@ def _times(params: Params, x: Array) -> Array:
 
 def _times_conj(params: Params, y: Array) -> Array:
     return conj(params[0]) * y
+
+
+_TIMES_MOTIONS: dict[str, Any] = linear_motions(_times, _times_conj)
 
 
 def _times_vjp(params: Params, y_bar: Array, x: Array) -> Params:

@@ -20,6 +20,8 @@ from ddnref._operators._operator import (
     as_shape,
     conj,
     cotangent,
+    linear_motions,
+    no_motions,
     zeros,
 )
 
@@ -151,7 +153,8 @@ def _sparse(matrix: Any, domain: tuple[int, ...], target: tuple[int, ...], flags
             bar = bar + cotangent(y_i[rows] * conj(x_i[columns]), data)
         return (bar,)
 
-    return LinearOperator((matrix.data,), apply, adjoint, params_vjp, domain, target, *flags)
+    motions = linear_motions(apply, adjoint)
+    return LinearOperator((matrix.data,), apply, adjoint, params_vjp, domain, target, *flags, **motions)
 
 
 # --- anything with products -------------------------------------------------------------------------------------
@@ -186,7 +189,7 @@ def _products(
     def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:  # noqa: ARG001
         return ()
 
-    return LinearOperator((), apply, adjoint, params_vjp, domain, target, *flags)
+    return LinearOperator((), apply, adjoint, params_vjp, domain, target, *flags, **no_motions(apply, adjoint))
 
 
 def to_scipy(operator: LinearOperator, /, *, dtype: Any = None) -> Any:

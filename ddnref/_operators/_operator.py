@@ -44,6 +44,10 @@ class LinearOperator(NamedTuple):
     prepare: Callable[[Params], LinearOperator] | None = None
     """Optional: ``prepare(params)`` is the same map with all that does not depend on x computed once, such as the
     spectrum of a kernel; see `prepared`."""
+    params_jvp: Callable[[Params, Params, Array], Array] | None = None
+    """Optional, for the forward mode: ``params_jvp(params, params_dot, x) = Ȧ x``."""
+    adjoint_jvp: Callable[[Params, Params, Array], Array] | None = None
+    """Optional, for the forward mode of least squares: ``adjoint_jvp(params, params_dot, y) = Ȧᴴ y``."""
 
     @property
     def size(self) -> int:
@@ -85,6 +89,38 @@ class LinearOperator(NamedTuple):
         y = self.apply(self.params, eye)
         columns = xp.reshape(y, (self.size, *batch, math.prod(self.range_shape)))
         return move_axis(columns, 0, -1)
+
+
+Product = Callable[[Params, Array], Array]
+Motion = Callable[[Params, Params, Array], Array]
+
+
+def linear_motions(apply: Product, adjoint: Product) -> dict[str, Motion]:
+    """How an operator moves that is linear in its parameters: as the operator of what they move by."""
+    return {
+        "params_jvp": lambda params, params_dot, x: apply(params_dot, x),  # noqa: ARG005
+        "adjoint_jvp": lambda params, params_dot, y: adjoint(params_dot, y),  # noqa: ARG005
+    }
+
+
+def no_motions(apply: Product, adjoint: Product) -> dict[str, Motion]:
+    """Of an operator without parameters."""
+
+    def zero(product: Product) -> Motion:
+        return lambda params, params_dot, x: zeros_like(product(params, x))  # noqa: ARG005
+
+    return {"params_jvp": zero(apply), "adjoint_jvp": zero(adjoint)}
+
+
+def motions_of(parts: tuple[LinearOperator, ...], params_jvp: Motion, adjoint_jvp: Motion) -> dict[str, Motion]:
+    """Those of an operator made of others: known where those of all parts are."""
+    known = all(a.params_jvp is not None and a.adjoint_jvp is not None for a in parts)
+    return {"params_jvp": params_jvp, "adjoint_jvp": adjoint_jvp} if known else {}
+
+
+def zeros_like(x: Array) -> Array:
+    """Zeros of the shape, the dtype and on the device of `x`."""
+    return array_api_compat.array_namespace(x).zeros_like(x)
 
 
 # --- what vectors and parameters must be ------------------------------------------------------------------------

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import array_api_compat
 
 from ddnref._array import Array
 from ddnref._operators._algebra import bare_of, normal
 from ddnref._operators._elementary import as_operator
-from ddnref._operators._operator import LinearOperator, Params, broadcast_shape, check_params
+from ddnref._operators._operator import LinearOperator, Params, broadcast_shape, check_params, motions_of
 
 
 def add(*operators: Array | LinearOperator, positive_definite: bool | None = None) -> LinearOperator:
@@ -63,6 +64,12 @@ def add(*operators: Array | LinearOperator, positive_definite: bool | None = Non
     def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
         return tuple(p_bar for a, p in bare.of(params) for p_bar in a.params_vjp(p, y_bar, x))
 
+    def params_jvp(params: Params, params_dot: Params, x: Array) -> Array:
+        return _sum(a.params_jvp(p, d, x) for a, p, d in bare.moving(params, params_dot))
+
+    def adjoint_jvp(params: Params, params_dot: Params, y: Array) -> Array:
+        return _sum(a.adjoint_jvp(p, d, y) for a, p, d in bare.moving(params, params_dot))
+
     flag = all(a.self_adjoint for a in parts.operators)
     positive = all(a.positive_definite for a in parts.operators) if positive_definite is None else positive_definite
 
@@ -70,7 +77,8 @@ def add(*operators: Array | LinearOperator, positive_definite: bool | None = Non
         return add(*bare.prepared(params))._replace(positive_definite=positive)
 
     shapes = first.domain_shape, first.range_shape
-    return LinearOperator(parts.params, apply, adjoint, params_vjp, *shapes, flag, positive, prepare=prepare)
+    motions = motions_of(parts.operators, params_jvp, adjoint_jvp)
+    return LinearOperator(parts.params, apply, adjoint, params_vjp, *shapes, flag, positive, prepare=prepare, **motions)
 
 
 def compose(
@@ -126,6 +134,22 @@ def compose(
             y_bar = y_bar if i + 1 == len(pairs) else a.adjoint(p, y_bar)
         return tuple(bars)
 
+    def params_jvp(params: Params, params_dot: Params, x: Array) -> Array:
+        moved = None
+        for a, p, d in reversed(bare.moving(params, params_dot)):
+            here = a.params_jvp(p, d, x)
+            moved = here if moved is None else here + a.apply(p, moved)
+            x = a.apply(p, x)
+        return moved
+
+    def adjoint_jvp(params: Params, params_dot: Params, y: Array) -> Array:
+        moved = None
+        for a, p, d in bare.moving(params, params_dot):
+            here = a.adjoint_jvp(p, d, y)
+            moved = here if moved is None else here + a.adjoint(p, moved)
+            y = a.adjoint(p, y)
+        return moved
+
     alone = len(parts.operators) == 1
     flag = self_adjoint or positive_definite or (alone and last.self_adjoint)
     positive = positive_definite or (alone and last.positive_definite)
@@ -134,7 +158,8 @@ def compose(
         return compose(*bare.prepared(params))._replace(self_adjoint=flag, positive_definite=positive)
 
     shapes = last.domain_shape, parts.operators[0].range_shape
-    return LinearOperator(parts.params, apply, adjoint, params_vjp, *shapes, flag, positive, prepare=prepare)
+    motions = motions_of(parts.operators, params_jvp, adjoint_jvp)
+    return LinearOperator(parts.params, apply, adjoint, params_vjp, *shapes, flag, positive, prepare=prepare, **motions)
 
 
 def stack(*operators: Array | LinearOperator) -> LinearOperator:
@@ -194,6 +219,13 @@ def stack(*operators: Array | LinearOperator) -> LinearOperator:
         bars = zip(bare.of(params), parted(y_bar), strict=True)
         return tuple(p_bar for (a, p), y_bar_i in bars for p_bar in a.params_vjp(p, y_bar_i, x))
 
+    def params_jvp(params: Params, params_dot: Params, x: Array) -> Array:
+        return _joined([a.params_jvp(p, d, x) for a, p, d in bare.moving(params, params_dot)], ranges, equal)
+
+    def adjoint_jvp(params: Params, params_dot: Params, y: Array) -> Array:
+        moving = zip(bare.moving(params, params_dot), parted(y), strict=True)
+        return _sum(a.adjoint_jvp(p, d, y_i) for (a, p, d), y_i in moving)
+
     def gram(params: Params, shift: Array | float | None) -> LinearOperator:
         """``Σ A_iᴴ A_i + shift``, each in its own cheapest form, the shift in the first."""
         terms = [(a._replace(params=p), None) for a, p in bare.of(params)]
@@ -206,8 +238,9 @@ def stack(*operators: Array | LinearOperator) -> LinearOperator:
     target = (len(ranges), *ranges[0]) if equal else (sum(sizes),)
     some = any(a.gram is not None for a in parts.operators)
     return LinearOperator(
-        parts.params, apply, adjoint, params_vjp, domain, target, gram=gram if some else None, prepare=prepare
-    )
+        parts.params, apply, adjoint, params_vjp, domain, target, gram=gram if some else None, prepare=prepare,
+        **motions_of(parts.operators, params_jvp, adjoint_jvp),
+    )  # fmt: skip
 
 
 # --- parts and their parameters -----------------------------------------------------------------------------
@@ -229,6 +262,10 @@ class _Parts:
     def of(self, params: Params) -> list[tuple[LinearOperator, Params]]:
         """Each operator with its parameters."""
         return [(a, params[i:j]) for a, i, j in zip(self.operators, self.starts, self.starts[1:], strict=False)]
+
+    def moving(self, params: Params, params_dot: Params) -> list[tuple[Any, Params, Params]]:
+        """And with what they move by."""
+        return [(a, p, d) for (a, p), (_, d) in zip(self.of(params), self.of(params_dot), strict=True)]
 
     def prepared(self, params: Params) -> list[LinearOperator]:
         return [a._replace(params=p).prepared() for a, p in self.of(params)]
