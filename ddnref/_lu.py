@@ -51,6 +51,8 @@ def lu_solve(lu: Array, pivots: Array, b: Array, *, adjoint: bool = False) -> Ar
     elif array_api_compat.is_jax_array(lu):
         import jax
 
+        # Differentiated again, pivots carry a tangent, for which their conversion has no rule: numbers shed it.
+        pivots = jax.lax.stop_gradient(pivots.astype(lu.real.dtype)).astype(pivots.dtype)
         x = jax.scipy.linalg.lu_solve((lu, pivots), b, trans=2 if adjoint else 0)
     elif array_api_compat.is_cupy_array(lu):
         x = _solve_cupy(lu, pivots, b, adjoint)
