@@ -63,7 +63,7 @@ def lu_solve(lu: Array, pivots: Array, b: Array, *, adjoint: bool = False) -> Ar
 
 
 def solve_triangular(a: Array, b: Array, *, lower: bool, unit_diagonal: bool = False) -> Array:
-    """``A⁻¹ B`` of triangular ``(..., n, n)`` and ``(..., n, k)`` with equal batch axes; the other triangle is not read.
+    """``A⁻¹ B`` of triangular ``(..., n, n)`` and ``(..., n, k)`` with equal batch axes; reads one triangle only.
 
     A zero on the diagonal gives infinity or NaN, as a division does.
     """
@@ -143,7 +143,7 @@ def _factor_numpy(a: Any) -> tuple[Array, Array, Array]:
     flat = a.reshape(math.prod(batch), n, n)
     lu_t, pivots = np.empty(flat.shape, a.dtype), np.empty(flat.shape[:-1], np.int32)
     singular = np.zeros(len(flat), dtype=bool)
-    (getrf,) = get_lapack_funcs(("getrf",), (a,))
+    getrf: Any = get_lapack_funcs("getrf", (a,))
     for i, item in enumerate(flat if n else ()):
         lu, pivots[i], info = getrf(item)
         singular[i], finite = _judge(lu, info)
@@ -164,7 +164,7 @@ def _judge(lu: Any, info: int) -> tuple[bool, bool]:
 
 
 def _solve_numpy(lu: Any, pivots: Any, b: Any, adjoint: bool) -> Any:
-    (getrs,) = get_lapack_funcs(("getrs",), (lu, b))
+    getrs: Any = get_lapack_funcs("getrs", (lu, b))
     n, k = b.shape[-2:]
     x_t = np.empty((*b.shape[:-2], k, n), b.dtype)
     for item in np.ndindex(b.shape[:-2]):
@@ -173,7 +173,7 @@ def _solve_numpy(lu: Any, pivots: Any, b: Any, adjoint: bool) -> Any:
 
 
 def _triangular_numpy(a: Any, b: Any, lower: bool, unit_diagonal: bool) -> Any:
-    (trsm,) = get_blas_funcs(("trsm",), (a, b))
+    trsm: Any = get_blas_funcs("trsm", (a, b))
     x = np.empty_like(b)
     for item in np.ndindex(b.shape[:-2]):
         by_columns = a[item].flags.f_contiguous
@@ -269,4 +269,3 @@ def _triangular_standard(a: Array, b: Array, lower: bool, unit_diagonal: bool) -
             total = total - a[..., k, j][..., None] * x
         rows[k] = total if unit_diagonal else total / a[..., k, k][..., None]
     return xp.stack([rows[k] for k in range(n)], axis=-2)
-

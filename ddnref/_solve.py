@@ -251,6 +251,6 @@ def raise_singular(singular: Array) -> None:
     raise SingularError(
         f"{count} of {items} matrices are singular to working precision: a pivot of the factorisation is zero or "
         "nothing but rounding. Likely rows or columns that depend on each other, or fewer equations than unknowns. "
-        "Remove the dependence, add a ridge, use ddnref.linear_solve(..., solver=\"lsmr\") for least squares, or pass "
+        'Remove the dependence, add a ridge, use ddnref.linear_solve(..., solver="lsmr") for least squares, or pass '
         "throw=False to get NaN for these items and the right solutions of the others."
     )

@@ -97,10 +97,9 @@ def test_torch_vmap(mapped, torch, rng):
     """Over right-hand sides of a shared operator, over operators, over both; and a gradient of the mapped sum."""
     solve = torch_solve()
     shared_kernel, shared_b = "kernel" not in mapped, "b" not in mapped
-    kernel, rho, b = tensors(
-        torch, kernels(rng) if shared_kernel else kernels(rng, 3), 0.5, rng.standard_normal((*(() if shared_b else (3,)), 2, *SHAPE)),
-        grad=False,
-    )  # fmt: skip
+    kernel = kernels(rng, *([] if shared_kernel else [3]))
+    b = rng.standard_normal((*([] if shared_b else [3]), 2, *SHAPE))
+    kernel, rho, b = tensors(torch, kernel, 0.5, b, grad=False)
 
     def loss(kernel, rho, b):
         return (solve(deblur(kernel, rho), b)[0] ** 3).sum()
@@ -229,6 +228,7 @@ def test_jax_what_has_not_converged_is_nan_and_warns(jax):
         operator = ddnref.diagonal(d)._replace(self_adjoint=True, positive_definite=True)
         return (solve(operator, jax.numpy.ones(12))[0] ** 2).sum()
 
+    gradient = jax.jit(jax.grad(loss))
     with pytest.warns(RuntimeWarning, match="A gradient is NaN"):
-        gradient = jax.block_until_ready((jax.jit(jax.grad(loss))(jax.numpy.logspace(0, 3, 12)), jax.effects_barrier())[0])
+        gradient = jax.block_until_ready((gradient(jax.numpy.logspace(0, 3, 12)), jax.effects_barrier())[0])
     assert np.all(np.isnan(gradient))

@@ -225,7 +225,16 @@ def _diagonal(d: Array, shape: tuple[int, ...], self_adjoint: bool, positive_def
         return _diagonal(power, shape, True, shift is not None)._replace(params_vjp=no_params_vjp)
 
     return LinearOperator(
-        (d,), _times, _times_conj, _times_vjp, shape, shape, self_adjoint, positive_definite, gram=gram, **_TIMES_MOTIONS
+        (d,),
+        _times,
+        _times_conj,
+        _times_vjp,
+        shape,
+        shape,
+        self_adjoint,
+        positive_definite,
+        gram=gram,
+        **_TIMES_MOTIONS,
     )
 
 
