@@ -144,7 +144,8 @@ def _step(system: System, state: _State, go: Array) -> _State:
     x = axpy(axpy(state.x, go, alpha, p_hat), go, omega, s_hat)
     r = axpy(s, go, -omega, t)
     size = norms(r) / system.norm_b
-    flat = go & (xp.abs(omega) == 0) & (size > system.options.rtol)
+    wild = size * system.norm_b > shadow / eps(xp, s.dtype)  # every digit of the residual is lost
+    flat = go & (((xp.abs(omega) == 0) & (size > system.options.rtol)) | (wild & (size < float("inf"))))
     status = mark(status, flat, BREAKDOWN)
     status = mark(status, go & ~flat & ~(size < float("inf")), NOT_FINITE)
     one = xp.ones_like(rho)

@@ -11,7 +11,17 @@ import array_api_compat
 import numpy as np
 
 from ddnref._array import Array, check_dtypes, check_shapes, eps, full, namespace
-from ddnref._krylov._common import CONVERGED, NOT_FINITE, RUNNING, Callback, Options, Preconditioner, System, mark
+from ddnref._krylov._common import (
+    CONVERGED,
+    NOT_FINITE,
+    RUNNING,
+    Callback,
+    Options,
+    Preconditioner,
+    System,
+    mark,
+    quiet,
+)
 from ddnref._krylov._vectors import column, norms, power_of_two
 from ddnref._linalg import adjoint as adjoint_of
 from ddnref._linalg import matvec
@@ -99,7 +109,8 @@ def _check_operator(function: str, a: LinearOperator, self_adjoint: bool, rectan
 
 def _batch(a: LinearOperator, b: Array, x0: Array | None) -> tuple[int, ...]:
     """Leading axes of the solution: those of b, x0 and of the image of one vector, which is a product's only use."""
-    y = a(full(tuple(a.domain_shape), 0.0, b))
+    with quiet(b):
+        y = a(full(tuple(a.domain_shape), 0.0, b))
     n, k = len(a.range_shape), len(a.domain_shape)
     check_dtypes(**{"operator.apply(params, x)": (y, b.dtype)})
     lead = tuple(y.shape[: y.ndim - n])
