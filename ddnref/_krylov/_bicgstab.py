@@ -132,7 +132,7 @@ def _step(system: System, state: _State, go: Array) -> _State:
     p = axpy(own(state.p), go, -state.omega, state.v)
     p = xpay(state.r, beta, p)
     p_hat = p if system.precondition is None else system.precondition(p)
-    v = system.apply(p_hat)
+    v = own(system.apply(p_hat))  # the next product may come in the same buffer
     sigma = complex_dots(state.shadow, v)
     go, status = _divisor(go, status, sigma, tiny * shadow * norms(v))
     alpha = quotient(rho, sigma, go)

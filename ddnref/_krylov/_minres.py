@@ -124,7 +124,7 @@ def minres(
     """
     limits = {"rtol": rtol, "maxiter": maxiter, "check_every": check_every}
     system, x0 = prepare("minres", operator, b, x0, preconditioner, limits, callback, while_loop, self_adjoint=True)
-    return finish("minres", system, rounds(system, x0, _round, restarts=True), throw)
+    return finish("minres", system, rounds(system, x0, _round), throw)
 
 
 def _round(system: System, start: Round, iterate: Callable[..., Any]) -> Result:
