@@ -68,7 +68,10 @@ class Options(NamedTuple):
 
 
 class System(NamedTuple):
-    """``A x = b`` on vectors ``(*batch, n)``, each b over a power of two so that squares stay in range."""
+    """``A x = b`` on vectors ``(*batch, n)``, each b over a power of two so that squares stay in range.
+
+    With `axes` above 1 vectors keep their shape, ``(*batch, *domain_shape)``.
+    """
 
     apply: Callable[[Array], Array]
     adjoint: Callable[[Array], Array]
@@ -81,6 +84,7 @@ class System(NamedTuple):
     """RUNNING, or what is known without a step: zero and non-finite right-hand sides."""
     batch: tuple[int, ...]
     domain_shape: tuple[int, ...]
+    axes: int
     options: Options
 
 
