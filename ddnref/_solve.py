@@ -242,7 +242,8 @@ def _minus_outer(y: Array, x: Array, a: Array) -> Array:
     batch, lead = tuple(a.shape[:-2]), tuple(x.shape[:-1])
     if 0 in (*lead, x.shape[-1]):
         return full(tuple(a.shape), 0.0, a)
-    return summed_to(-_columns(y, batch, lead) @ adjoint(_columns(x, batch, lead)), tuple(a.shape))
+    y, x = -_columns(y, batch, lead), adjoint(_columns(x, batch, lead))
+    return summed_to(y * x if y.shape[-1] == 1 else y @ x, tuple(a.shape))  # n² numbers in one pass, or a product
 
 
 def raise_singular(singular: Array) -> None:
