@@ -17,7 +17,7 @@ import ddnref
 from conftest import need
 
 BENCHES = Path(__file__).parents[1] / "asv_benches"
-MODULES = ("eigh", "eigsh", "iteration", "spectral", "ladder", "nodes")
+MODULES = ("eigh", "eigsh", "iteration", "krylov", "spectral", "ladder", "nodes")
 PREFIXES = ("time_", "peakmem_", "track_")
 
 before = dict(os.environ)
@@ -78,6 +78,8 @@ def test_benchmark_runs(cls: type, method: str, request: pytest.FixtureRequest) 
     parameters = smallest(cls)
     if cls in (benchmarks["eigh"].EighTorchApart, benchmarks["iteration"].IterationForward) or "torch" in parameters:
         need(request.config, "torch")
+    if cls is benchmarks["krylov"].CgRatioJax:
+        need(request.config, "jax")
     value = run(cls, method, parameters)
     if method.startswith("track_"):
         assert np.isfinite(value)
