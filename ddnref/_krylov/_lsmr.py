@@ -150,7 +150,7 @@ def lsmr(
     """
     limits = {"rtol": rtol, "maxiter": maxiter, "check_every": check_every}
     system, x0 = prepare("lsmr", operator, b, x0, None, limits, callback, while_loop, rectangular=True)
-    with quiet(system.b):
+    with quiet():
         return _finish(system, _rounds(system, x0), throw)
 
 
