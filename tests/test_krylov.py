@@ -100,10 +100,11 @@ def test_a_batch_is_the_loop_and_the_converged_are_frozen(name, rng):
     together = SOLVERS[name](diagonal(d), b, rtol=1e-10)
     for i in range(3):
         alone = SOLVERS[name](diagonal(d[i]), b[i], rtol=1e-10)
-        for whole, part in zip((together[0], *together[1]), (alone[0], *alone[1]), strict=True):
-            if name == "gmres":  # its products with the basis add up in another order
-                np.testing.assert_allclose(whole[i], part, rtol=1e-12, atol=1e-13 * np.max(np.abs(whole[i])))
-            else:
+        assert np.array_equal(together[1].n_iter[i], alone[1].n_iter)
+        if name == "gmres":  # its products with the basis add up in another order
+            assert relative(together[0][i], alone[0]) <= 1e-13
+        else:
+            for whole, part in zip((together[0], *together[1]), (alone[0], *alone[1]), strict=True):
                 assert np.array_equal(whole[i], part), name
     n_iter = together[1].n_iter
     assert n_iter[0] < n_iter[1] < n_iter[2]
@@ -124,33 +125,31 @@ def test_a_batch_of_long_vectors_is_the_loop(rng):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("where", ["b", "operator"])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_one_item_that_is_not_finite_leaves_the_others_alone(name, where, value, xp, rng):
-    if (where == "operator") != (value is np.nan) and xp.name == "jax":
-        value = np.nan  # one compilation serves
-    a = MATRICES[name](rng, 12, (3,))
-    b = vectors(rng, (3, a.shape[-2]))
+def test_items_that_are_not_finite_leave_the_others_alone(name, xp, rng):
+    """NaN or infinity in a right-hand side or in an operator: the other items come out as they did without."""
+    a = MATRICES[name](rng, 12, (6,))
+    b = vectors(rng, (6, a.shape[-2]))
     good = SOLVERS[name](a, b, throw=False, **TIGHT)[0]
-    (a if where == "operator" else b)[1, 2] = value
+    b[1, 2], b[2, 0], a[3, 4, 4], a[4, 0, 1] = np.nan, np.inf, np.nan, -np.inf
     x, info = solve(xp, name, xp.asarray(a), xp.asarray(b), **TIGHT)
     x, status = xp.numpy(x), xp.numpy(info.status)
-    assert np.all(np.isnan(x[1]))
-    assert np.isnan(xp.numpy(info.residual_norm)[1])
-    assert list(status) == [0, common.NOT_FINITE, 0]
-    assert relative(x[[0, 2]], good[[0, 2]]) <= 1e-11
+    assert np.all(np.isnan(x[1:5]))
+    assert np.all(np.isnan(xp.numpy(info.residual_norm)[1:5]))
+    assert list(status) == [0, *[common.NOT_FINITE] * 4, 0]
+    assert relative(x[[0, 5]], good[[0, 5]]) <= 1e-11
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_empty_batches_and_zero_right_hand_sides(name, xp, rng):
     a = xp.asarray(MATRICES[name](rng, 6))
-    for batch in ((0,), (2, 0)):
+    for batch in ((0,), (2, 0)) if xp.name != "jax" else ():  # nothing to compile for nothing
         x, info = SOLVERS[name](a, xp.asarray(np.zeros((*batch, a.shape[0]))))
         assert tuple(x.shape) == (*batch, 6)
         assert tuple(info.converged.shape) == batch
-    b = xp.asarray(np.zeros((2, a.shape[0])))
-    start = xp.asarray(rng.standard_normal((2, 6)))
-    x, info = SOLVERS[name](a, b, x0=start)
+    b = np.zeros((2, a.shape[0]))
+    start = rng.standard_normal((2, 6))
+    loop = {"while_loop": xp.while_loop, "throw": False}
+    x, info = xp.jit(lambda a, b, start: SOLVERS[name](a, b, x0=start, **loop))(a, xp.asarray(b), xp.asarray(start))
     assert np.all(xp.numpy(x) == 0)
     assert np.all(xp.numpy(info.residual_norm) == 0)
     if xp.name == "numpy":
@@ -251,12 +250,12 @@ def test_preconditioner_is_used_and_batched(name, xp, rng):
     b = vectors(rng, (3, 2, 20))
     m = LinearOperator((d,), lambda p, r: p[0] * r, lambda p, r: p[0] * r, None, (20,), (20,), True, True)
     options = {"rtol": 1e-9, "maxiter": 400}
-    _, plain = solve(xp, name, xp.asarray(a), xp.asarray(b), **options)
+    _, plain = SOLVERS[name](a, b, throw=False, **options)
     for preconditioner in (m, lambda r: d * r)[: 1 if xp.name == "jax" else 2]:
         x, info = solve(xp, name, xp.asarray(a), xp.asarray(b), preconditioner=preconditioner, **options)
         assert np.all(xp.numpy(info.converged))
         assert np.all(xp.numpy(info.residual_norm) <= 1.1e-9)
-        assert np.all(xp.numpy(info.n_iter) < xp.numpy(plain.n_iter))
+        assert np.all(xp.numpy(info.n_iter) < plain.n_iter)
         assert relative(xp.numpy(x), direct(a, b)) <= 1e-7
 
 

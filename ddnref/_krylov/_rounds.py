@@ -98,7 +98,7 @@ def rounds(
     def active(state: Round) -> Array:
         return state.status == RUNNING
 
-    with quiet(system.b):
+    with quiet():
         first = first_round(system, x0)
         limit = system.options.maxiter + 1
         return run(active, body, first, maxiter=limit, check_every=1, while_loop=system.options.while_loop)
@@ -154,7 +154,7 @@ def iterator(options: Options) -> Callable[..., Any]:
 def finish(function: str, system: System, last: Round, throw: bool) -> tuple[Array, SolveInfo]:
     """The solution in its shape and scale, and how it ended; raises where asked to."""
     xp = array_api_compat.array_namespace(last.x)
-    with quiet(system.b):
+    with quiet():
         bad = last.status == NOT_FINITE
         info = SolveInfo(last.status == CONVERGED, last.n_iter, nan_where(bad, last.size), last.status)
         x = nan_where(beside(bad, last.x), column(system.scale, last.x) * last.x)

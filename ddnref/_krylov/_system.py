@@ -23,31 +23,21 @@ from ddnref._krylov._common import (
     quiet,
 )
 from ddnref._krylov._vectors import beside, column, norms, power_of_two
-from ddnref._linalg import adjoint as adjoint_of
-from ddnref._linalg import matvec
 from ddnref._loops import WhileLoop
-from ddnref._operators import LinearOperator
+from ddnref._operators import LinearOperator, dense
 from ddnref._rows import namespace_of
 
 MOST = 20_000  # steps by default: enough for condition 1e6 at 1.5e-8, see `default_maxiter`
 
 
-def as_operator(a: Array | LinearOperator, function: str) -> LinearOperator:
-    """An operator as it is, or the one that multiplies by a matrix ``(..., n, m)``, taken at its word."""
+def of_array(a: Array | LinearOperator, function: str) -> LinearOperator:
+    """An operator as it is; the one that multiplies by a matrix, a square one taken as self-adjoint if need be."""
     if isinstance(a, LinearOperator):
         return a
     namespace(operator=a)
     if a.ndim < 2:
         raise ValueError(f"The operator given to {function} has shape {tuple(a.shape)}, expected (..., n, m).")
-    n, m = a.shape[-2:]
-
-    def refuse(*_: object) -> tuple[Array, ...]:
-        raise NotImplementedError("a solver needs no gradient")
-
-    return LinearOperator(
-        (a,), lambda p, x: matvec(p[0], x), lambda p, y: matvec(adjoint_of(p[0]), y), refuse, (m,), (n,),
-        self_adjoint=n == m,
-    )  # fmt: skip
+    return dense(a, self_adjoint=a.shape[-2] == a.shape[-1])
 
 
 def prepare(
@@ -65,7 +55,7 @@ def prepare(
     shaped: bool = False,
 ) -> tuple[System, Array | None]:
     """The system, after a look at everything that does not depend on values, and ``x0`` scaled like it."""
-    a = _prepared(as_operator(operator, function))
+    a = of_array(operator, function).prepared()
     xp = namespace(b=b, x0=x0, **{f"params[{i}]": parameter for i, parameter in enumerate(a.params)})
     check_dtypes(x0=(x0, b.dtype))
     _refuse_recording(function, b, *a.params)
@@ -91,12 +81,6 @@ def prepare(
     return _scaled(a, b, x0, m, batch, spaces, options)
 
 
-def _prepared(a: LinearOperator) -> LinearOperator:
-    """The same map with what does not depend on x computed once."""
-    prepared = getattr(a, "prepared", None)
-    return a if prepared is None else prepared()
-
-
 def _check_operator(function: str, a: LinearOperator, self_adjoint: bool, rectangular: bool) -> None:
     if not rectangular and tuple(a.domain_shape) != tuple(a.range_shape):
         raise ValueError(
@@ -114,7 +98,7 @@ def _check_operator(function: str, a: LinearOperator, self_adjoint: bool, rectan
 
 def _batch(a: LinearOperator, b: Array, x0: Array | None) -> tuple[int, ...]:
     """Leading axes of the solution: those of b, x0 and of the image of one vector, which is a product's only use."""
-    with quiet(b):
+    with quiet():
         y = a(full(tuple(a.domain_shape), 0.0, b))
     n, k = len(a.range_shape), len(a.domain_shape)
     check_dtypes(**{"operator.apply(params, x)": (y, b.dtype)})
@@ -149,7 +133,7 @@ def _precondition(
             f"preconditioner has domain_shape {tuple(preconditioner.domain_shape)}, expected {tuple(a.range_shape)}."
         )
     shape = (*batch, *a.range_shape)
-    m = _prepared(preconditioner) if isinstance(preconditioner, LinearOperator) else preconditioner
+    m = preconditioner.prepared() if isinstance(preconditioner, LinearOperator) else preconditioner
 
     def precondition(r: Array) -> Array:
         xp = namespace_of(r)

@@ -179,7 +179,7 @@ def conj(x: Array) -> Array:
 
 def is_array(c: Any) -> bool:
     """Whether a coefficient is an array, and with that a parameter; a Python number is a constant."""
-    return c is not None and not isinstance(c, (int, float, complex))
+    return c is not None and (isinstance(c, np.generic) or not isinstance(c, (int, float, complex)))
 
 
 def over(c: Array, ndim: int) -> Array:
