@@ -10,9 +10,9 @@ import numpy as np
 from benchmarks import _accuracy as accuracy
 from benchmarks import _eigsh_cases as eigsh_cases
 from benchmarks import _iteration as iteration
-from benchmarks import _linear_cases as linear
 from benchmarks import _krylov_cases as krylov
-from benchmarks import nodes
+from benchmarks import _linear_cases as linear
+from benchmarks import networks, nodes
 from benchmarks._common import Case, Ratio, alternating, backend, interleaved
 
 MARGIN = 1.1  # for noise, on figures that a clock enters
@@ -205,6 +205,24 @@ def grid_rows(sizes: Sizes) -> Iterator[Row]:
     yield at_most(f"{figure}: peak memory of the process in GiB", result.peak, 1.0)
 
 
+def network_rows(_: Sizes) -> Iterator[Row]:
+    """No bars: 3, 5 and 8 products with the weights for one of the loss, and the elementwise work on top."""
+    for name in networks.NAMES:
+        for product in networks.PRODUCTS[1:]:
+            ours, loss = (networks.call(backend("numpy"), p, name, "float64") for p in (product, "loss"))
+            yield Row(f"{product} / loss, {name}, float64", written(interleaved(ours, loss)), timed=True)
+        for product in ("gradient", "hvp"):
+            try:
+                theirs = networks.autograd(product, name, "float32")
+            except NotImplementedError as missing:
+                yield Row(f"{product} / PyTorch's autograd, {name}", f"skipped: {missing}")
+                continue
+            for library in ("numpy", "torch"):
+                ratio = interleaved(networks.call(backend(library), product, name, "float32"), theirs)
+                figure = f"{product} on {library} / PyTorch's autograd, {name}, float32"
+                yield Row(figure, written(ratio), timed=True)
+
+
 def iteration_error_rows(sizes: Sizes) -> Iterator[Row]:
     for size in sizes:
         for (n, method), worst in iteration.errors(size.m).items():
@@ -341,6 +359,7 @@ FIGURES: dict[str, tuple[Callable[[Sizes], Iterator[Row]], Sizes]] = {
     "float32": (float32_rows, ()),
     "host-reads": (read_rows, ()),
     "sinkhorn": (sinkhorn_rows, (Size(1, 200, bar=1.5),)),
+    "networks": (network_rows, ()),
     "iteration-errors": (iteration_error_rows, tuple(Size(5, m) for m in (32, 128, 512, 1024))),
     "iteration-time": (
         iteration_time_rows,

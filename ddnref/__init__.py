@@ -40,6 +40,13 @@ from ddnref._matrix_functions import (
     sqrtm_fwd,
     sqrtm_vjp,
 )
+from ddnref._network._activations import Activation
+from ddnref._network._blocks import Frozen, Residual
+from ddnref._network._chain import Chain
+from ddnref._network._convolution import Conv2d
+from ddnref._network._layers import Dense, Flatten
+from ddnref._network._losses import Loss
+from ddnref._network._user import Layer
 from ddnref._nodes._least_squares import (
     least_squares_on_sphere,
     least_squares_on_sphere_vjp,
@@ -84,17 +91,25 @@ from ddnref._topk import eigh_topk, eigh_topk_fwd, eigh_topk_vjp
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "Activation",
     "BlockDiagonal",
+    "Chain",
+    "Conv2d",
     "ConvergenceError",
     "DdnrefError",
+    "Dense",
     "Diagonal",
     "DiagonalPlusLowRank",
     "EigshInfo",
     "EigshVjpInfo",
+    "Flatten",
+    "Frozen",
     "GaugeError",
     "IterationInfo",
+    "Layer",
     "LeastSquaresInfo",
     "LinearOperator",
+    "Loss",
     "NonFiniteError",
     "OperatorCheck",
     "OperatorError",
@@ -102,6 +117,7 @@ __all__ = [
     "OptimalityError",
     "Products",
     "Progress",
+    "Residual",
     "RobustPoolInfo",
     "SingularError",
     "SinkhornInfo",
