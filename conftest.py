@@ -11,7 +11,7 @@ import pytest  # noqa: E402
 
 collect_ignore = [
     f"ddnref/interop/{file}.py"
-    for name, file in (("torch", "torch"), ("torch", "_torch_batch"), ("jax", "jax"))
+    for name, file in (("torch", "torch"), ("torch", "_torch_batch"), ("jax", "jax"), ("autograd", "autograd"))
     if importlib.util.find_spec(name) is None
 ]
 
