@@ -210,9 +210,7 @@ def test_least_squares_in_closed_form(m, xp, rng):
     found, info = ddnref.linear_solve(xp.asarray(a), xp.asarray(b), rtol=1e-13)
     assert relative(xp.numpy(found), x) <= 1e-11
     assert info.residual_norm <= 1.1e-13
-    (a_bar, b_bar), both = ddnref.linear_solve_vjp(
-        xp.asarray(x_bar), found, xp.asarray(a), xp.asarray(b), rtol=1e-13
-    )
+    (a_bar, b_bar), both = ddnref.linear_solve_vjp(xp.asarray(x_bar), found, xp.asarray(a), xp.asarray(b), rtol=1e-13)
     assert relative(xp.numpy(a_bar), expected) <= 1e-10
     assert relative(xp.numpy(b_bar), y) <= 1e-10
     assert both.n_iter > 12 or m == 9
