@@ -38,7 +38,9 @@ def direct(
     a = as_operator(operator)
     n = a.size
     if n != math.prod(a.range_shape):
-        raise ValueError(f'solver "direct" needs a square operator, got {a.domain_shape} to {a.range_shape}: use "lsmr".')
+        raise ValueError(
+            f'solver "direct" needs a square operator, got {a.domain_shape} to {a.range_shape}: use "lsmr".'
+        )
     xp = array_api_compat.array_namespace(b)
     matrix = a.matrix(b) if isinstance(operator, LinearOperator) else operator
     rows = xp.reshape(b, (*b.shape[: b.ndim - len(a.range_shape)], n))

@@ -32,7 +32,7 @@ from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator, adjoint, as_operator
 from ddnref._solve import summed_to
 
-Solver = Callable[..., tuple[Array, SolveInfo]]
+Solver = Callable[..., tuple[Array, Any]]
 SOLVERS: dict[str, Solver] = {
     "cg": cg, "minres": minres, "bicgstab": bicgstab, "gmres": gmres, "lsmr": lsmr, "direct": direct,
 }  # fmt: skip

@@ -158,7 +158,9 @@ def _check(
     check_dtypes(b_dot=(b_dot, x.dtype), b=(b, x.dtype), x0=(x0, x.dtype))
     if moves is not None:
         if len(moves) != len(a.params):
-            raise ValueError(f"params_dot has {len(moves)} entries, expected one for each of {len(a.params)} parameters.")
+            raise ValueError(
+                f"params_dot has {len(moves)} entries, expected one for each of {len(a.params)} parameters."
+            )
         check_shapes(**{f"params_dot[{i}]": (p, a.params[i].shape) for i, p in enumerate(moves)})
     n, m = math.prod(a.range_shape), a.size
     if b is None and n > m and moves is not None:

@@ -129,9 +129,7 @@ class Bound(NamedTuple):
     """``result(outputs, info)``: what the operation returns, put together again."""
 
 
-def bind(
-    rule: Rule, options: dict[str, Any], while_loop: Any = None, solve: Callable[..., Any] | None = None
-) -> Bound:
+def bind(rule: Rule, options: dict[str, Any], while_loop: Any = None, solve: Callable[..., Any] | None = None) -> Bound:
     """Bind options once, or ``TypeError`` naming those that are unknown or missing.
 
     `solve` is what a recursive rule's VJP solves with: the operation itself, made differentiable.

@@ -242,7 +242,8 @@ def _minus_outer(y: Array, x: Array, a: Array) -> Array:
     batch, lead = tuple(a.shape[:-2]), tuple(x.shape[:-1])
     if 0 in (*lead, x.shape[-1]):
         return full(tuple(a.shape), 0.0, a)
-    return summed_to(-_columns(y, batch, lead) @ adjoint(_columns(x, batch, lead)), tuple(a.shape))
+    y, x = -_columns(y, batch, lead), adjoint(_columns(x, batch, lead))
+    return summed_to(y * x if y.shape[-1] == 1 else y @ x, tuple(a.shape))  # n² numbers in one pass, or a product
 
 
 def raise_singular(singular: Array) -> None:
@@ -251,6 +252,6 @@ def raise_singular(singular: Array) -> None:
     raise SingularError(
         f"{count} of {items} matrices are singular to working precision: a pivot of the factorisation is zero or "
         "nothing but rounding. Likely rows or columns that depend on each other, or fewer equations than unknowns. "
-        "Remove the dependence, add a ridge, use ddnref.linear_solve(..., solver=\"lsmr\") for least squares, or pass "
+        'Remove the dependence, add a ridge, use ddnref.linear_solve(..., solver="lsmr") for least squares, or pass '
         "throw=False to get NaN for these items and the right solutions of the others."
     )

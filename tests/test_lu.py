@@ -69,7 +69,8 @@ def test_singular_items_are_found_and_leave_the_others_alone(n, xp, rng):
     a = np.concatenate([bad, good, np.full((1, n, n), np.inf)])
     lu, pivots, singular = (xp.numpy(y) for y in lu_factor(xp.asarray(a)))
     assert singular.tolist() == [True] * len(bad) + [False] * len(good) + [False]
-    assert np.all(np.isnan(lu[: len(bad)])) and np.all(np.isnan(lu[-1]))
+    assert np.all(np.isnan(lu[: len(bad)]))
+    assert np.all(np.isnan(lu[-1]))
     alone = lu_factor(xp.asarray(good))
     np.testing.assert_allclose(lu[len(bad) : -1], xp.numpy(alone[0]), rtol=1e-13)
     np.testing.assert_array_equal(pivots[len(bad) : -1], xp.numpy(alone[1]))

@@ -449,6 +449,19 @@ def test_a_prepared_operator_refuses_gradients():
             fast.params_vjp(fast.params, x, x)
 
 
+def test_scalars_of_numpy_are_parameters():
+    """What NumPy's functions return for arrays without axes; Python's numbers are constants."""
+    a = np.eye(2, dtype=np.float32)
+    for c in (np.exp(np.asarray(0.5, dtype=np.float32)), np.asarray(2.0, dtype=np.float32)):
+        for operator in (ddnref.scaled(a, c), ddnref.normal(a, c)):
+            assert operator.params[1].dtype == np.float32
+            assert operator(a[0]).dtype == np.float32
+    assert not ddnref.scaled(ddnref.dense(a, positive_definite=True), np.float32(2)).positive_definite
+    assert len(ddnref.scaled(a, 2.0).params) == len(ddnref.normal(a, 2.0).params) == 1
+    with pytest.raises(TypeError, match="one precision"):
+        ddnref.scaled(a, np.float64(2.0))
+
+
 def test_arrays_stand_for_dense_operators():
     a = np.arange(6.0).reshape(2, 3)
     assert _operators.as_operator(ddnref.dense(a)).params[0] is a

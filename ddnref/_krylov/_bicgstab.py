@@ -132,7 +132,7 @@ def _step(system: System, state: _State, go: Array) -> _State:
     p = axpy(own(state.p), go, -state.omega, state.v)
     p = xpay(state.r, beta, p)
     p_hat = p if system.precondition is None else system.precondition(p)
-    v = system.apply(p_hat)
+    v = own(system.apply(p_hat))  # the next product may come in the same buffer
     sigma = complex_dots(state.shadow, v)
     go, status = _divisor(go, status, sigma, tiny * shadow * norms(v))
     alpha = quotient(rho, sigma, go)
@@ -144,7 +144,8 @@ def _step(system: System, state: _State, go: Array) -> _State:
     x = axpy(axpy(state.x, go, alpha, p_hat), go, omega, s_hat)
     r = axpy(s, go, -omega, t)
     size = norms(r) / system.norm_b
-    flat = go & (xp.abs(omega) == 0) & (size > system.options.rtol)
+    wild = size * system.norm_b > shadow / eps(xp, s.dtype)  # every digit of the residual is lost
+    flat = go & (((xp.abs(omega) == 0) & (size > system.options.rtol)) | (wild & (size < float("inf"))))
     status = mark(status, flat, BREAKDOWN)
     status = mark(status, go & ~flat & ~(size < float("inf")), NOT_FINITE)
     one = xp.ones_like(rho)

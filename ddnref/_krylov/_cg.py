@@ -28,7 +28,6 @@ class _State(NamedTuple):
     x: Array
     r: Array
     p: Array
-    q: Array
     rz: Array
     """``rᴴ M r``."""
     size: Array
@@ -118,18 +117,21 @@ def cg(
     >>> x, bool(info.converged)
     (array([1., 1.]), True)
     """
+    # shaped: XLA fuses a stencil with what follows only where no reshape is between; 0.75 of the time for a Laplacian
     limits = {"rtol": rtol, "maxiter": maxiter, "check_every": check_every}
-    system, x0 = prepare("cg", operator, b, x0, preconditioner, limits, callback, while_loop, self_adjoint=True)
+    system, x0 = prepare(
+        "cg", operator, b, x0, preconditioner, limits, callback, while_loop, self_adjoint=True, shaped=True
+    )
     return finish("cg", system, rounds(system, x0, _round), throw)
 
 
 def _round(system: System, start: Round, iterate: Callable[..., Any]) -> Result:
     """Steps from a residual that was computed afresh."""
     z = start.r if system.precondition is None else system.precondition(start.r)
-    rz = dots(start.r, z)
+    rz = dots(start.r, z, system.axes)
     running = start.status == RUNNING
     status = failure(start.status, running, rz, PRECONDITIONER_NOT_POSITIVE_DEFINITE)
-    first = _State(start.x, start.r, own(z), z, rz, start.size, status, start.n_iter)
+    first = _State(start.x, start.r, own(z), rz, start.size, status, start.n_iter)
 
     def active(state: _State) -> Array:
         return (state.size > system.options.rtol) & (state.status == RUNNING) & (state.n_iter < system.options.maxiter)
@@ -141,17 +143,17 @@ def _round(system: System, start: Round, iterate: Callable[..., Any]) -> Result:
 def _step(system: System, state: _State, go: Array) -> _State:
     """``α = rᴴz / pᴴAp``, ``x ← x + α p``, ``r ← r − α A p``, ``β = rᴴz / old``, ``p ← z + β p``."""
     q = system.apply(state.p)
-    pq = dots(state.p, q)
+    pq = dots(state.p, q, system.axes)
     status = failure(state.status, go, pq, NOT_POSITIVE_DEFINITE)
     go = go & (status == RUNNING)
     alpha = quotient(state.rz, pq, go)
     x = axpy(state.x, go, alpha, state.p)
     r = axpy(state.r, go, -alpha, q)
-    rr = dots(r, r)
+    rr = dots(r, r, system.axes)
     z, rz = r, rr
     if system.precondition is not None:
         z = system.precondition(r)
-        rz = dots(r, z)
+        rz = dots(r, z, system.axes)
         status = failure(status, go & (rr > 0), rz, PRECONDITIONER_NOT_POSITIVE_DEFINITE)
     p = xpay(z, quotient(rz, state.rz, go), state.p)
-    return _State(x, r, p, q, rz, rr**0.5 / system.norm_b, status, count(go, state.n_iter))
+    return _State(x, r, p, rz, rr**0.5 / system.norm_b, status, count(go, state.n_iter))

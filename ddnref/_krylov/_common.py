@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
 import array_api_compat
@@ -68,7 +67,10 @@ class Options(NamedTuple):
 
 
 class System(NamedTuple):
-    """``A x = b`` on vectors ``(*batch, n)``, each b over a power of two so that squares stay in range."""
+    """``A x = b`` on vectors ``(*batch, n)``, each b over a power of two so that squares stay in range.
+
+    With `axes` above 1 vectors keep their shape, ``(*batch, *domain_shape)``.
+    """
 
     apply: Callable[[Array], Array]
     adjoint: Callable[[Array], Array]
@@ -81,6 +83,7 @@ class System(NamedTuple):
     """RUNNING, or what is known without a step: zero and non-finite right-hand sides."""
     batch: tuple[int, ...]
     domain_shape: tuple[int, ...]
+    axes: int
     options: Options
 
 
@@ -105,9 +108,9 @@ def count(go: Array, n_iter: Array) -> Array:
     return n_iter + namespace_of(n_iter).astype(go, n_iter.dtype)
 
 
-def quiet(b: Array) -> AbstractContextManager[Any]:
-    """NumPy's warnings off: an item that is not finite is reported by its status."""
-    return np.errstate(all="ignore") if array_api_compat.is_numpy_array(b) else nullcontext()
+def quiet() -> np.errstate:
+    """NumPy's warnings off, array-api-strict's too: an item that is not finite is reported by its status."""
+    return np.errstate(all="ignore")
 
 
 ADVICE = {

@@ -28,7 +28,7 @@ from ddnref._krylov._common import (
 )
 from ddnref._krylov._rounds import Result, Round, finish, rounds
 from ddnref._krylov._system import prepare
-from ddnref._krylov._vectors import axpy, column, norms
+from ddnref._krylov._vectors import axpy, norms
 from ddnref._linalg import identity, matvec, solve
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator
@@ -169,7 +169,7 @@ def _step(system: System, state: _State, go: Array, start: Array) -> _State:
     i = xp.arange(m + 1, device=array_api_compat.device(state.q))
     # where j is a number the basis so far is a slice; in a traced loop all of it, and the rest is zero
     q = state.q[..., : j + 1, :] if isinstance(j, int) else state.q
-    last = state.q[..., j, :] if isinstance(j, int) else xp.sum(column(i == j, state.q) * state.q, axis=-2)
+    last = state.q[..., j, :] if isinstance(j, int) else xp.sum(as_dtype(i == j, state.q)[:, None] * state.q, axis=-2)
     w = system.apply(last if system.precondition is None else system.precondition(last))[..., None, :]
     scale = norms(w)[..., 0]
     h = inner(w, q)
@@ -205,7 +205,7 @@ def _rotated(rotation: Array, go: Array, here: Array, after: Array, a: Array, be
     """Rows j and j + 1 of Ω replaced by ``c̄ ω_j + s ω_{j+1}`` and ``−s ω_j + c ω_{j+1}``, ``c = a/ρ``, ``s = β/ρ``."""
     xp = namespace_of(rotation)
     rho = xp.where(go, rho, xp.ones_like(rho))
-    c, s = column(as_dtype(1 / rho, a) * a, a), column(as_dtype(below / rho, a), a)
+    c, s = (as_dtype(1 / rho, a) * a)[..., None], as_dtype(below / rho, a)[..., None]
     zero = xp.zeros_like(rotation)
     first = xp.sum(xp.where(here[:, None], rotation, zero), axis=-2)
     second = xp.sum(xp.where(after[:, None], rotation, zero), axis=-2)

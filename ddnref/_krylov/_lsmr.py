@@ -145,12 +145,12 @@ def lsmr(
     --------
     >>> import numpy as np
     >>> x, info = ddnref.lsmr(np.asarray([[1.0], [1.0]]), np.asarray([1.0, 3.0]))
-    >>> x, float(info.normal_residual_norm)
-    (array([2.]), 0.0)
+    >>> np.round(x, 12), bool(info.converged)
+    (array([2.]), True)
     """
     limits = {"rtol": rtol, "maxiter": maxiter, "check_every": check_every}
     system, x0 = prepare("lsmr", operator, b, x0, None, limits, callback, while_loop, rectangular=True)
-    with quiet(system.b):
+    with quiet():
         return _finish(system, _rounds(system, x0), throw)
 
 

@@ -30,7 +30,7 @@ from ddnref._krylov._common import (
     quiet,
     raise_if_failed,
 )
-from ddnref._krylov._vectors import column, norms, own
+from ddnref._krylov._vectors import beside, column, norms, own
 from ddnref._loops import run
 
 FALL = 0.5  # what a round must leave of the residual to be followed by another
@@ -64,11 +64,12 @@ def first_round(system: System, x0: Array | None) -> Round:
     xp = array_api_compat.array_namespace(system.b)
     zeros = xp.zeros(system.batch, dtype=xp.int32, device=array_api_compat.device(system.b))
     if x0 is None:
-        x = full((*system.batch, math.prod(system.domain_shape)), 0.0, system.b)
-        size = norms(system.b) / system.norm_b
+        shape = system.domain_shape if system.axes > 1 else (math.prod(system.domain_shape),)
+        x = full((*system.batch, *shape), 0.0, system.b)
+        size = norms(system.b, system.axes) / system.norm_b
         return Round(x, own(system.b), size, system.status, zeros)
     r = system.b - system.apply(x0)
-    size = norms(r) / system.norm_b
+    size = norms(r, system.axes) / system.norm_b
     go = system.status == RUNNING
     status = mark(system.status, go & (size <= system.options.rtol), CONVERGED)
     return Round(own(x0), r, size, mark(status, go & ~(size < float("inf")), NOT_FINITE), zeros)
@@ -91,13 +92,13 @@ def rounds(
     def body(last: Round) -> Round:
         new = method(system, last, iterate)
         r = system.b - system.apply(new.x)
-        size = norms(r) / system.norm_b
+        size = norms(r, system.axes) / system.norm_b
         return Round(new.x, r, size, judged(system, last, new, size, fall, restarts), new.n_iter)
 
     def active(state: Round) -> Array:
         return state.status == RUNNING
 
-    with quiet(system.b):
+    with quiet():
         first = first_round(system, x0)
         limit = system.options.maxiter + 1
         return run(active, body, first, maxiter=limit, check_every=1, while_loop=system.options.while_loop)
@@ -153,10 +154,10 @@ def iterator(options: Options) -> Callable[..., Any]:
 def finish(function: str, system: System, last: Round, throw: bool) -> tuple[Array, SolveInfo]:
     """The solution in its shape and scale, and how it ended; raises where asked to."""
     xp = array_api_compat.array_namespace(last.x)
-    with quiet(system.b):
+    with quiet():
         bad = last.status == NOT_FINITE
         info = SolveInfo(last.status == CONVERGED, last.n_iter, nan_where(bad, last.size), last.status)
-        x = nan_where(bad[..., None], column(system.scale, last.x) * last.x)
+        x = nan_where(beside(bad, last.x), column(system.scale, last.x) * last.x)
     if throw:
         raise_if_failed(function, info, system.options)
     return xp.reshape(x, (*system.batch, *system.domain_shape)), info

@@ -5,39 +5,39 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import array_api_compat
 import numpy as np
 
 from ddnref._array import Array, check_dtypes, check_shapes, eps, full, namespace
-from ddnref._krylov._common import CONVERGED, NOT_FINITE, RUNNING, Callback, Options, Preconditioner, System, mark
-from ddnref._krylov._vectors import column, norms, power_of_two
-from ddnref._linalg import adjoint as adjoint_of
-from ddnref._linalg import matvec
+from ddnref._krylov._common import (
+    CONVERGED,
+    NOT_FINITE,
+    RUNNING,
+    Callback,
+    Options,
+    Preconditioner,
+    System,
+    mark,
+    quiet,
+)
+from ddnref._krylov._vectors import beside, column, norms, power_of_two
 from ddnref._loops import WhileLoop
-from ddnref._operators import LinearOperator
+from ddnref._operators import LinearOperator, dense
 from ddnref._rows import namespace_of
 
 MOST = 20_000  # steps by default: enough for condition 1e6 at 1.5e-8, see `default_maxiter`
 
 
-def as_operator(a: Array | LinearOperator, function: str) -> LinearOperator:
-    """An operator as it is, or the one that multiplies by a matrix ``(..., n, m)``, taken at its word."""
+def of_array(a: Array | LinearOperator, function: str) -> LinearOperator:
+    """An operator as it is; the one that multiplies by a matrix, a square one taken as self-adjoint if need be."""
     if isinstance(a, LinearOperator):
         return a
     namespace(operator=a)
     if a.ndim < 2:
         raise ValueError(f"The operator given to {function} has shape {tuple(a.shape)}, expected (..., n, m).")
-    n, m = a.shape[-2:]
-
-    def refuse(*_: object) -> tuple[Array, ...]:
-        raise NotImplementedError("a solver needs no gradient")
-
-    return LinearOperator(
-        (a,), lambda p, x: matvec(p[0], x), lambda p, y: matvec(adjoint_of(p[0]), y), refuse, (m,), (n,),
-        self_adjoint=n == m,
-    )  # fmt: skip
+    return dense(a, self_adjoint=a.shape[-2] == a.shape[-1])
 
 
 def prepare(
@@ -52,9 +52,10 @@ def prepare(
     *,
     self_adjoint: bool = False,
     rectangular: bool = False,
+    shaped: bool = False,
 ) -> tuple[System, Array | None]:
     """The system, after a look at everything that does not depend on values, and ``x0`` scaled like it."""
-    a = _prepared(as_operator(operator, function))
+    a = of_array(operator, function).prepared()
     xp = namespace(b=b, x0=x0, **{f"params[{i}]": parameter for i, parameter in enumerate(a.params)})
     check_dtypes(x0=(x0, b.dtype))
     _refuse_recording(function, b, *a.params)
@@ -70,16 +71,14 @@ def prepare(
     if x0 is not None and (x0.ndim < k or tuple(x0.shape[x0.ndim - k :]) != tuple(a.domain_shape)):
         raise ValueError(f"x0 has shape {tuple(x0.shape)}, expected (..., *{tuple(a.domain_shape)}).")
     batch = _batch(a, b, x0)
-    rows = xp.reshape(xp.broadcast_to(b, (*batch, *a.range_shape)), (*batch, math.prod(a.range_shape)))
-    start = None if x0 is None else _broadcast_start(x0, a, batch)
+    shaped = shaped and n > 1 and not array_api_compat.is_numpy_array(b)
+    spaces = _Spaces(a.domain_shape, a.range_shape) if shaped else _Spaces(*_lengths(a))
+    b = xp.reshape(xp.broadcast_to(b, (*batch, *a.range_shape)), (*batch, *spaces.range))
+    if x0 is not None:
+        x0 = xp.reshape(xp.broadcast_to(x0, (*batch, *a.domain_shape)), (*batch, *spaces.domain))
     options = _options(xp, b, a, **limits)._replace(callback=callback, while_loop=while_loop)
-    return _scaled(a, rows, start, _precondition(a, preconditioner, batch), batch, options)
-
-
-def _prepared(a: LinearOperator) -> LinearOperator:
-    """The same map with what does not depend on x computed once."""
-    prepared = getattr(a, "prepared", None)
-    return a if prepared is None else prepared()
+    m = _precondition(a, preconditioner, batch, spaces.range)
+    return _scaled(a, b, x0, m, batch, spaces, options)
 
 
 def _check_operator(function: str, a: LinearOperator, self_adjoint: bool, rectangular: bool) -> None:
@@ -99,7 +98,8 @@ def _check_operator(function: str, a: LinearOperator, self_adjoint: bool, rectan
 
 def _batch(a: LinearOperator, b: Array, x0: Array | None) -> tuple[int, ...]:
     """Leading axes of the solution: those of b, x0 and of the image of one vector, which is a product's only use."""
-    y = a(full(tuple(a.domain_shape), 0.0, b))
+    with quiet():
+        y = a(full(tuple(a.domain_shape), 0.0, b))
     n, k = len(a.range_shape), len(a.domain_shape)
     check_dtypes(**{"operator.apply(params, x)": (y, b.dtype)})
     lead = tuple(y.shape[: y.ndim - n])
@@ -112,13 +112,19 @@ def _batch(a: LinearOperator, b: Array, x0: Array | None) -> tuple[int, ...]:
         raise ValueError(f"Batch axes do not broadcast: the operator has {lead}, b (and x0) {names}.") from error
 
 
-def _broadcast_start(x0: Array, a: LinearOperator, batch: tuple[int, ...]) -> Array:
-    xp = array_api_compat.array_namespace(x0)
-    return xp.reshape(xp.broadcast_to(x0, (*batch, *a.domain_shape)), (*batch, math.prod(a.domain_shape)))
+class _Spaces(NamedTuple):
+    """The shape that vectors have inside a method."""
+
+    domain: tuple[int, ...]
+    range: tuple[int, ...]
+
+
+def _lengths(a: LinearOperator) -> tuple[tuple[int], tuple[int]]:
+    return (math.prod(a.domain_shape),), (math.prod(a.range_shape),)
 
 
 def _precondition(
-    a: LinearOperator, preconditioner: Preconditioner | None, batch: tuple[int, ...]
+    a: LinearOperator, preconditioner: Preconditioner | None, batch: tuple[int, ...], space: tuple[int, ...]
 ) -> Callable[[Array], Array] | None:
     if preconditioner is None:
         return None
@@ -126,15 +132,15 @@ def _precondition(
         raise ValueError(
             f"preconditioner has domain_shape {tuple(preconditioner.domain_shape)}, expected {tuple(a.range_shape)}."
         )
-    shape, n = (*batch, *a.range_shape), math.prod(a.range_shape)
-    m = _prepared(preconditioner) if isinstance(preconditioner, LinearOperator) else preconditioner
+    shape = (*batch, *a.range_shape)
+    m = preconditioner.prepared() if isinstance(preconditioner, LinearOperator) else preconditioner
 
     def precondition(r: Array) -> Array:
         xp = namespace_of(r)
         z = m(xp.reshape(r, shape))
         check_shapes(**{"preconditioner(r)": (z, shape)})
         check_dtypes(**{"preconditioner(r)": (z, r.dtype)})
-        return xp.reshape(z, (*batch, n))
+        return xp.reshape(z, (*batch, *space))
 
     return precondition
 
@@ -185,26 +191,36 @@ def _scaled(
     x0: Array | None,
     precondition: Callable[[Array], Array] | None,
     batch: tuple[int, ...],
+    spaces: _Spaces,
     options: Options,
 ) -> tuple[System, Array | None]:
     xp = array_api_compat.array_namespace(b)
-    n, m = math.prod(a.range_shape), math.prod(a.domain_shape)
+    axes = len(spaces.range)
+    on_host = type(b) is np.ndarray
+    kept: list[Array] = [None]
 
     def apply(x: Array) -> Array:
-        return xp.reshape(a.apply(a.params, xp.reshape(x, (*batch, *a.domain_shape))), (*batch, n))
+        y = xp.reshape(a.apply(a.params, xp.reshape(x, (*batch, *a.domain_shape))), (*batch, *spaces.range))
+        if on_host:
+            # freed before the next is made, it would go back to the system page by page: 10 % of a step on 256×256
+            kept[0] = y
+        return y
 
     def adjoint(y: Array) -> Array:
-        return xp.reshape(a.adjoint(a.params, xp.reshape(y, (*batch, *a.range_shape))), (*batch, m))
+        return xp.reshape(a.adjoint(a.params, xp.reshape(y, (*batch, *a.range_shape))), (*batch, *spaces.domain))
 
-    finite = xp.all(xp.isfinite(b), axis=-1)
-    b = xp.where(finite[..., None], b, xp.zeros_like(b))
-    scale = power_of_two(b)
+    finite = xp.all(xp.isfinite(b), axis=tuple(range(-axes, 0)))
+    b = xp.where(beside(finite, b), b, xp.zeros_like(b))
+    scale = power_of_two(b, axes)
     b = b / column(scale, b)
-    size = norms(b)
+    size = norms(b, axes)
     zero = size == 0
     status = xp.zeros(batch, dtype=xp.int32, device=array_api_compat.device(b)) + RUNNING
     status = mark(mark(status, zero & finite, CONVERGED), ~finite, NOT_FINITE)
     norm_b = xp.where(zero, xp.ones_like(size), size)
     if x0 is not None:
-        x0 = xp.where(zero[..., None], xp.zeros_like(x0), x0 / column(scale, x0))
-    return System(apply, adjoint, precondition, b, norm_b, scale, status, batch, tuple(a.domain_shape), options), x0
+        x0 = xp.where(beside(zero, x0), xp.zeros_like(x0), x0 / column(scale, x0))
+    system = System(
+        apply, adjoint, precondition, b, norm_b, scale, status, batch, tuple(a.domain_shape), axes, options
+    )  # fmt: skip
+    return system, x0

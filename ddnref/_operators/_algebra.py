@@ -10,7 +10,7 @@ The gradient of ``Re ⟨ȳ, B x⟩`` follows from ``Re ⟨ȳ, Ḃ x⟩``; vjp(ȳ
 from __future__ import annotations
 
 from ddnref._array import Array
-from ddnref._operators._elementary import as_operator, check_coefficient
+from ddnref._operators._elementary import as_operator, coefficient
 from ddnref._operators._operator import (
     LinearOperator,
     Params,
@@ -57,7 +57,7 @@ def scaled(
     array([3., 3.])
     """
     a = as_operator(operator)
-    check_coefficient("c", c, a.params)
+    c = coefficient("c", c, a.params)
     n, parameter = len(a.range_shape), is_array(c)
     bare = bare_of(a)
 
@@ -93,7 +93,7 @@ def scaled(
 
     real = not (is_complex(c) if parameter else isinstance(c, complex))
     flag = a.self_adjoint and real
-    known = a.positive_definite and isinstance(c, (int, float)) and c > 0
+    known = a.positive_definite and not parameter and isinstance(c, (int, float)) and c > 0
     positive = known if positive_definite is None else positive_definite
     params = (*a.params, c) if parameter else a.params
     return LinearOperator(
@@ -181,8 +181,7 @@ def normal(
     array([3.5, 6.5])
     """
     a = as_operator(operator)
-    if damping is not None:
-        check_coefficient("damping", damping, a.params, real=True)
+    damping = None if damping is None else coefficient("damping", damping, a.params, real=True)
     n, parameter = len(a.domain_shape), is_array(damping)
     bare = bare_of(a)
 

@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import array_api_compat
+import numpy as np
 
 from ddnref._array import Array, namespace
 from ddnref._linalg import move_axis
@@ -225,7 +226,16 @@ def _diagonal(d: Array, shape: tuple[int, ...], self_adjoint: bool, positive_def
         return _diagonal(power, shape, True, shift is not None)._replace(params_vjp=no_params_vjp)
 
     return LinearOperator(
-        (d,), _times, _times_conj, _times_vjp, shape, shape, self_adjoint, positive_definite, gram=gram, **_TIMES_MOTIONS
+        (d,),
+        _times,
+        _times_conj,
+        _times_vjp,
+        shape,
+        shape,
+        self_adjoint,
+        positive_definite,
+        gram=gram,
+        **_TIMES_MOTIONS,
     )
 
 
@@ -256,13 +266,18 @@ def as_operator(a: Array | LinearOperator, name: str = "operator") -> LinearOper
     return dense(a)
 
 
-def check_coefficient(name: str, c: Any, params: Params, real: bool = False) -> None:
-    """Raise unless `c` is a Python number, or a floating array of the precision of the parameters."""
+def coefficient(name: str, c: Any, params: Params, real: bool = False) -> Any:
+    """A Python number, or a floating array of the precision of the parameters: anything else raises.
+
+    NumPy's scalars, which its functions return for arrays without axes, are arrays here: they have a gradient.
+    """
     if not is_array(c):
         if real and isinstance(c, complex):
             raise TypeError(f"{name} is {c!r}, expected a real number or a real array.")
-        return
+        return c
+    c = np.asarray(c) if isinstance(c, np.generic) else c
     arrays = {name: c, **{f"params[{i}]": parameter for i, parameter in enumerate(params)}}
     check_precision(namespace(**arrays), **arrays)
     if real and is_complex(c):
         raise TypeError(f"{name} has dtype {c.dtype}, expected a real array.")
+    return c

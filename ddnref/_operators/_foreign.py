@@ -60,6 +60,8 @@ def from_scipy(
         If `operator` has none of these; in a product, if a vector is of another library: nothing is moved.
     ValueError
         If the shapes do not fit.
+    NotImplementedError
+        In a product with the adjoint, by SciPy, if its operator was made without ``rmatvec``.
 
     Notes
     -----

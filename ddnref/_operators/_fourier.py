@@ -41,12 +41,13 @@ def multiplier(spectrum: Array, shape: tuple[int, ...]) -> Array:
 
 def filtered(x: Array, factor: Array, shape: tuple[int, ...], is_real: bool) -> Array:
     """Vectors on a grid with their spectrum multiplied; `is_real`: the factor is half the spectrum of a real map."""
+    is_numpy = array_api_compat.is_numpy_array(x)
+    if is_numpy and is_real == (x.dtype.kind == "f"):  # the common case, before any look-up
+        return _numpy.filtered(x, factor, shape)
     xp = array_api_compat.array_namespace(x)
     if is_real and is_complex(x):  # two real transforms cost what one complex does
         parts = filtered(xp.stack([xp.real(x), xp.imag(x)]), factor, shape, True)
         return xp.astype(parts[0, ...], x.dtype) + xp.astype(parts[1, ...], x.dtype) * 1j
     if not is_real and not is_complex(x):
         x = as_complex(x)
-    if array_api_compat.is_numpy_array(x):
-        return _numpy.filtered(x, factor, shape)
-    return inverse(transform(x, len(shape)) * factor, shape, is_real)
+    return _numpy.filtered(x, factor, shape) if is_numpy else inverse(transform(x, len(shape)) * factor, shape, is_real)

@@ -1,10 +1,10 @@
 """Products for NumPy arrays, in place, held to the standard form by the tests.
 
-Fourier transforms, measured on 256×256 points, float64, one thread, forms interleaved in one process (median of 200, ms):
-`rfft2`, product, `irfft2` of NumPy 1.00, of SciPy 0.95; one axis at a time, overwriting, NumPy 0.69, SciPy 0.66; besides
-that the normalisation in the factor, and a real factor doubled for the interleaved parts, 0.61. In float32: 1.36, 0.54,
-1.19, 0.43, 0.37; NumPy's is not vectorised there. With the shift added to the factor in each product, 0.92. A batch of
-64 grids of 128×128 (best of 15, ms): in chunks of 4 30, all at once 51, one by one 47.
+Fourier transforms, measured on 256×256 points, float64, one thread, forms interleaved in one process (median of 200,
+ms): `rfft2`, product, `irfft2` of NumPy 1.00, of SciPy 0.95; one axis at a time, overwriting, NumPy 0.69, SciPy 0.66;
+besides that the normalisation in the factor, and a real factor doubled for the interleaved parts, 0.61. In float32:
+1.36, 0.54, 1.19, 0.43, 0.37; NumPy's is not vectorised there. With the shift added to the factor in each product, 0.92.
+A batch of 64 grids of 128×128 (best of 15, ms): in chunks of 4 30, all at once 51, one by one 47.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def _filtered(x: Array, factor: Array, shape: tuple[int, ...]) -> Array:
     n, is_real = len(shape), x.dtype.kind != "c"
     z = transform(x, n)
     parts = z.view(z.real.dtype) if factor.dtype.kind != "c" else z
-    if np.broadcast_shapes(parts.shape, factor.shape) == parts.shape:
+    fits = parts.shape[max(0, parts.ndim - factor.ndim) :] == factor.shape
+    if fits or np.broadcast_shapes(parts.shape, factor.shape) == parts.shape:
         parts *= factor
     else:  # one vector for a batch of factors
         z = np.ascontiguousarray(parts * factor).view(z.dtype)
@@ -70,8 +71,8 @@ def _filtered(x: Array, factor: Array, shape: tuple[int, ...]) -> Array:
 def laplacian(x: Array, axes: tuple[int, ...], boundary: str, shift: Any) -> Array:
     """``Σ DᵀD x + shift x`` of forward differences D along `axes`, counted from the end.
 
-    Measured on 256×256 points, float64, interleaved with the standard form (best of 200): 0.4 to 0.5 of its time,
-    a third of that of the difference and its adjoint.
+    Measured on 256×256 points, float64, one thread: 0.2 to 0.6 of the time of the difference and its adjoint, by the
+    state of the allocator (``OperatorsLimit`` of ``asv_benches/benchmarks/operators.py``).
     """
     y = np.asarray((2 * len(axes) + shift) * x)
     for axis in axes:

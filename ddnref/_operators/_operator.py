@@ -95,7 +95,7 @@ Product = Callable[[Params, Array], Array]
 Motion = Callable[[Params, Params, Array], Array]
 
 
-def linear_motions(apply: Product, adjoint: Product) -> dict[str, Motion]:
+def linear_motions(apply: Product, adjoint: Product) -> dict[str, Any]:
     """How an operator moves that is linear in its parameters: as the operator of what they move by."""
     return {
         "params_jvp": lambda params, params_dot, x: apply(params_dot, x),  # noqa: ARG005
@@ -103,7 +103,7 @@ def linear_motions(apply: Product, adjoint: Product) -> dict[str, Motion]:
     }
 
 
-def no_motions(apply: Product, adjoint: Product) -> dict[str, Motion]:
+def no_motions(apply: Product, adjoint: Product) -> dict[str, Any]:
     """Of an operator without parameters."""
 
     def zero(product: Product) -> Motion:
@@ -112,7 +112,7 @@ def no_motions(apply: Product, adjoint: Product) -> dict[str, Motion]:
     return {"params_jvp": zero(apply), "adjoint_jvp": zero(adjoint)}
 
 
-def motions_of(parts: tuple[LinearOperator, ...], params_jvp: Motion, adjoint_jvp: Motion) -> dict[str, Motion]:
+def motions_of(parts: tuple[LinearOperator, ...], params_jvp: Motion, adjoint_jvp: Motion) -> dict[str, Any]:
     """Those of an operator made of others: known where those of all parts are."""
     known = all(a.params_jvp is not None and a.adjoint_jvp is not None for a in parts)
     return {"params_jvp": params_jvp, "adjoint_jvp": adjoint_jvp} if known else {}
@@ -179,7 +179,7 @@ def conj(x: Array) -> Array:
 
 def is_array(c: Any) -> bool:
     """Whether a coefficient is an array, and with that a parameter; a Python number is a constant."""
-    return c is not None and not isinstance(c, (int, float, complex))
+    return c is not None and (isinstance(c, np.generic) or not isinstance(c, (int, float, complex)))
 
 
 def over(c: Array, ndim: int) -> Array:

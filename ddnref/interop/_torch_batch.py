@@ -25,7 +25,9 @@ def batched(size: int, in_dims: tuple[int | None, ...], arrays: tuple[Any, ...])
     )
 
 
-def aligned(layout: Layout, item_axes: tuple[int, ...], arrays: tuple[Tensor, ...]) -> tuple[Layout, tuple[Tensor, ...]]:
+def aligned(
+    layout: Layout, item_axes: tuple[int, ...], arrays: tuple[Tensor, ...]
+) -> tuple[Layout, tuple[Tensor, ...]]:
     """The layout of a whole batch, from arrays that have the mapped axis in front.
 
     `item_axes` says how many axes of each input are those of one item, where inputs broadcast against each other.
@@ -42,7 +44,7 @@ def aligned(layout: Layout, item_axes: tuple[int, ...], arrays: tuple[Tensor, ..
     lead = operator.apply(one, vector).ndim - n
     lead = max([lead, *(x.ndim - 1 - n for x in inputs if not isinstance(x, LinearOperator))])
     parts = tuple(None if part is None else _mapped(part, lead) for part in layout.parts)
-    flat = []
+    flat: list[Tensor] = []
     for x in inputs:
         flat.extend(x.params if isinstance(x, LinearOperator) else (_single(x, lead + 1 + n),))
     return Layout(parts, layout.counts), tuple(flat)

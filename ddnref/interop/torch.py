@@ -176,7 +176,7 @@ def _opaque(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., Any]:
     class Reverse(torch.autograd.Function):
         @staticmethod
         def forward(count: int, *arrays: Tensor | None) -> tuple[Tensor, ...]:
-            return reverse(arrays[:count], arrays[count:])  # type: ignore[arg-type, return-value]
+            return reverse(arrays[:count], arrays[count:])
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
