@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from benchmarks import _accuracy as accuracy
 from benchmarks import _eigsh_cases as eigsh_cases
-from benchmarks import _ggn_cases as ggn_cases
 from benchmarks import _iteration as iteration
-from benchmarks import nodes
+from benchmarks import _krylov_cases as krylov
+from benchmarks import _linear_cases as linear
+from benchmarks import networks, nodes
 from benchmarks._common import Case, Ratio, alternating, backend, interleaved
 
 MARGIN = 1.1  # for noise, on figures that a clock enters
@@ -204,6 +205,24 @@ def grid_rows(sizes: Sizes) -> Iterator[Row]:
     yield at_most(f"{figure}: peak memory of the process in GiB", result.peak, 1.0)
 
 
+def network_rows(_: Sizes) -> Iterator[Row]:
+    """No bars: 3, 5 and 8 products with the weights for one of the loss, and the elementwise work on top."""
+    for name in networks.NAMES:
+        for product in networks.PRODUCTS[1:]:
+            ours, loss = (networks.call(backend("numpy"), p, name, "float64") for p in (product, "loss"))
+            yield Row(f"{product} / loss, {name}, float64", written(interleaved(ours, loss)), timed=True)
+        for product in ("gradient", "hvp"):
+            try:
+                theirs = networks.autograd(product, name, "float32")
+            except NotImplementedError as missing:
+                yield Row(f"{product} / PyTorch's autograd, {name}", f"skipped: {missing}")
+                continue
+            for library in ("numpy", "torch"):
+                ratio = interleaved(networks.call(backend(library), product, name, "float32"), theirs)
+                figure = f"{product} on {library} / PyTorch's autograd, {name}, float32"
+                yield Row(figure, written(ratio), timed=True)
+
+
 def iteration_error_rows(sizes: Sizes) -> Iterator[Row]:
     for size in sizes:
         for (n, method), worst in iteration.errors(size.m).items():
@@ -252,50 +271,65 @@ def iteration_read_rows(_: Sizes) -> Iterator[Row]:
     yield from host_read_rows("the iteration VJP", iteration.host_reads)
 
 
-GGN_BARS = {"eigvalsh": (1.1, 1.3), "eigh": (0.55, 0.55), "derivatives": (0.15, 0.15), "newton": (0.15, 0.15)}
-
-
-def ggn_rows(sizes: Sizes) -> Iterator[Row]:
-    """Both networks; a smoke test takes the first of them."""
-    for i, net in list(enumerate(ggn_cases.NETS))[: len(sizes)]:
-        for task, bars in GGN_BARS.items():
-            cases = Case("ggn", {"task": task, "net": net}), Case("vivit", {"task": task, "net": net})
-            figure = f"GGN {task}, ddnref / vivit, {net} float32, two processes"
-            yield from ratio_rows(figure, lambda cases=cases: alternating(*cases), bars[i])
-            if task in ("derivatives", "newton"):
-                figure = f"growth of memory, GGN {task}, ddnref / vivit, {net} float32"
-                yield from growth_rows(figure, cases, 0.15)
-        peer = Case("curvlinops", {"net": net}), Case("ggn", {"task": "eigh", "net": net})
-        figure = f"GGN eigh, curvlinops with eigsh / ddnref, {net} float32, two processes"
-        yield from ratio_rows(figure, lambda peer=peer: alternating(*peer), 5.0, at_least)
-        ratio = interleaved(ggn_cases.assembly(net), ggn_cases.values(net))
-        figure = f"GGN, Gram matrix / its eigenvalues, {net} float32"
-        yield at_most(figure, ratio.median, 0.2, written(ratio), MARGIN)
-        figure = f"GGN eigenvalues against vivit's, {net} float32: largest difference / largest eigenvalue"
+def krylov_rows(sizes: Sizes) -> Iterator[Row]:
+    """A user's own product on a grid, rtol 1e-6, float64."""
+    n = sizes[0].m
+    for product in krylov.PRODUCTS:
+        ratio = interleaved(krylov.ours(product, n), krylov.scipy_cg(product, n))
+        yield at_most(f"cg / SciPy's cg, {product}, {n}×{n} float64", ratio.median, 1.05, written(ratio), MARGIN)
+    for product in krylov.PRODUCTS:
+        figure = f"cg / jax.scipy's cg, both compiled, {product}, {n}×{n} float64"
         try:
-            yield at_most(figure, ggn_cases.difference(net), 1e-5)
+            ratio = interleaved(*krylov.jax_pair(product, n))
+            yield at_most(figure, ratio.median, 1.0, written(ratio), MARGIN)
         except NotImplementedError as missing:
             yield Row(figure, f"skipped: {missing}")
 
 
-def ratio_rows(
-    figure: str, measure: Callable[[], Ratio], bar: float, judge: Callable[..., Row] = at_most
-) -> Iterator[Row]:
-    try:
-        ratio = measure()
-    except NotImplementedError as missing:
-        yield Row(figure, f"skipped: {missing}")
-    else:
-        yield judge(figure, ratio.median, bar, written(ratio), MARGIN)
+def krylov_many_rows(sizes: Sizes) -> Iterator[Row]:
+    """Dense and a periodic convolution; the bars belong to these sizes."""
+    for kind, size in zip(("dense", "convolution"), sizes, strict=False):
+        at_once, one_by_one = krylov.many(kind, size.m, size.batch)
+        ratio = interleaved(one_by_one, at_once)
+        figure = f"{size.batch} right-hand sides one by one / at once, {kind}, n = {size.m} float64"
+        yield at_least(figure, ratio.median, size.bar, written(ratio), MARGIN)
 
 
-def growth_rows(figure: str, cases: tuple[Case, Case], bar: float) -> Iterator[Row]:
+def krylov_memory_rows(_: Sizes) -> Iterator[Row]:
+    growth = krylov.memory(200) - krylov.memory(20)
+    yield at_most("memory of 200 steps of cg less that of 20, in vectors", growth, 0.1)
+    growth = (krylov.unrolled_memory(200) - krylov.unrolled_memory(20)) / 180
+    yield Row("the same, reversed through stored iterates, in vectors a step", f"{growth:.2f}")
+    for steps in (20, 60, 180):
+        errors = f"{krylov.implicit_error(steps):.1e} and {krylov.unrolled_error(steps):.1e}"
+        yield Row(f"error of the gradient after {steps} steps, implicit and through the iterates", errors)
+
+
+def linear_dense_rows(sizes: Sizes) -> Iterator[Row]:
+    for size in sizes:
+        for dtype in size.dtypes:
+            where = f"n = {size.m}, {dtype}"
+            forward = linear.dense_forward(size.m, dtype)
+            ratio = interleaved(forward, linear.dense_scipy(size.m, dtype))
+            yield at_most(f"solve / SciPy's LU, {where}", ratio.median, 1.1, written(ratio), MARGIN)
+            ratio = interleaved(linear.dense_both(size.m, dtype), forward)
+            yield at_most(f"solve and its VJP / solve, {where}", ratio.median, 1.2, written(ratio), MARGIN)
+
+
+def linear_blur_rows(_: Sizes) -> Iterator[Row]:
+    figure, forward = "linear_solve, blur and ridge, 256×256, float64, rtol 1e-6", linear.blur_forward()
+    ratio = interleaved(forward, linear.blur_scipy())
+    yield at_most(f"{figure} / SciPy's cg by hand", ratio.median, 0.9, written(ratio), MARGIN)
+    ratio = interleaved(linear.blur_backward(), forward)
+    yield at_most(f"{figure}: backward / forward", ratio.median, 1.1, written(ratio), MARGIN)
     try:
-        a, b = map(ggn_cases.growth, cases)
+        theirs = linear.blur_jax_scipy()
+        ratio = interleaved(forward, theirs)
+        yield at_most(f"{figure} / jitted jax.scipy cg", ratio.median, 1.3, written(ratio), MARGIN)
+        ratio = interleaved(linear.blur_jax_ours(), theirs)
+        yield at_most(f"{figure}, under jax.jit / jitted jax.scipy cg", ratio.median, 1.0, written(ratio), MARGIN)
     except NotImplementedError as missing:
-        yield Row(figure, f"skipped: {missing}")
-    else:
-        yield at_most(figure, a / b, bar, f"{a / b:.2f} ({a:.1f} MiB, {b:.1f} MiB)")
+        yield Row(f"{figure} / jax.scipy cg", f"skipped: {missing}")
 
 
 _PEER_SIZES = tuple(Size(batch, m, SINGLE) for batch, m in ((5, 32), (5, 64), (5, 128), (5, 256), (1000, 32)))
@@ -325,6 +359,7 @@ FIGURES: dict[str, tuple[Callable[[Sizes], Iterator[Row]], Sizes]] = {
     "float32": (float32_rows, ()),
     "host-reads": (read_rows, ()),
     "sinkhorn": (sinkhorn_rows, (Size(1, 200, bar=1.5),)),
+    "networks": (network_rows, ()),
     "iteration-errors": (iteration_error_rows, tuple(Size(5, m) for m in (32, 128, 512, 1024))),
     "iteration-time": (
         iteration_time_rows,
@@ -332,6 +367,10 @@ FIGURES: dict[str, tuple[Callable[[Sizes], Iterator[Row]], Sizes]] = {
     ),
     "iteration-memory": (iteration_memory_rows, tuple(Size(5, m, bar=0.75) for m in (128, 256, 512, 1024))),
     "iteration-steps": (iteration_step_rows, ()),
+    "linear-dense": (linear_dense_rows, (Size(1, 1000), Size(1, 2000))),
+    "linear-blur": (linear_blur_rows, ()),
     "iteration-host-reads": (iteration_read_rows, ()),
-    "ggn": (ggn_rows, (Size(64, 784), Size(128, 64))),
+    "krylov": (krylov_rows, (Size(1, 256),)),
+    "krylov-many": (krylov_many_rows, (Size(64, 2000, bar=4.0), Size(64, 128, bar=1.0))),
+    "krylov-memory": (krylov_memory_rows, ()),
 }

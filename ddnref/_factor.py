@@ -126,7 +126,7 @@ def _of_operator(v: LinearOperator) -> Tall:
     identities = xp.broadcast_to(identity(n, like), (*batch, n, n))
 
     def gram() -> Array:
-        blocks = [backward(forward(identities[..., i : i + COLUMNS])) for i in range(0, n, COLUMNS)]
+        blocks = [backward(forward(identities[..., i : min(i + COLUMNS, n)])) for i in range(0, n, COLUMNS)]
         return hermitian_part(blocks[0] if len(blocks) == 1 else xp.concat(blocks, axis=-1))
 
     def rows_first(e: Array) -> Array:  # (..., rows, j) to (j, ..., *range_shape)

@@ -82,23 +82,29 @@ def test_everything_against_the_dense_matrix(loss, bias, reduction, rng):
 
 
 def test_on_every_library(xp, rng):
+    """All functions from traced weights; JAX compiles them once."""
     chain, x, t = problem(rng)
     there = on(xp, chain, x, t)
-    assert error(xp.numpy(ddnref.ggn_eigvalsh(*there)), ddnref.ggn_eigvalsh(chain, x, t)) <= EXACT
-    w, v = ddnref.ggn_eigh(*there, k=3)
-    w_here, v_here = ddnref.ggn_eigh(chain, x, t, k=3)
+    some = {"subsampling": [0, 2, 3], "mc_samples": 2, "groups": [[0, 1], [3, 4]]}
+
+    def everything(chain, x, t):
+        reducer = ddnref.ggn_reducer(chain, throw=False)
+        ggn = reducer.finalise(reducer.update(reducer.init(), x, t))
+        options = {"k": 3, "method": "full", "throw": False}
+        step = ddnref.ggn_damped_newton(chain, x, t, damping=0.5, method="full", throw=False, **some)
+        derivatives = ddnref.ggn_directional_derivatives(ggn, **options)
+        return ddnref.ggn_eigvalsh(ggn), *ddnref.ggn_eigh(ggn, **options), derivatives, step
+
+    traced = xp.jit(lambda params, x, t: everything(there[0].with_params(list(params)), x, t))
+    w, top, v, derivatives, step = traced(tuple(there[0].params), *there[1:])
+    w_here, top_here, v_here, derivatives_here, step_here = everything(chain, x, t)
     assert error(xp.numpy(w), w_here) <= EXACT
+    assert error(xp.numpy(top), top_here) <= EXACT
     v_here = flat(v_here, (3,))
     assert error(aligned(flat(xp.tuple(v), (3,)), v_here), v_here) <= EXACT
-    derivatives = ddnref.ggn_directional_derivatives(*there, k=3)
-    here = ddnref.ggn_directional_derivatives(chain, x, t, k=3)
-    assert error(np.abs(xp.numpy(derivatives.first)), np.abs(here.first)) <= EXACT
-    assert error(xp.numpy(derivatives.second), here.second) <= EXACT
-    got = ddnref.ggn_damped_newton(*there, damping=0.5, subsampling=[0, 2, 3], mc_samples=2, groups=[[0, 1], [3, 4]])
-    step = ddnref.ggn_damped_newton(
-        chain, x, t, damping=0.5, subsampling=[0, 2, 3], mc_samples=2, groups=[[0, 1], [3, 4]]
-    )
-    assert error(flat(xp.tuple(got)), flat(step)) <= EXACT
+    assert error(np.abs(xp.numpy(derivatives.first)), np.abs(derivatives_here.first)) <= EXACT
+    assert error(xp.numpy(derivatives.second), derivatives_here.second) <= EXACT
+    assert error(flat(xp.tuple(step)), flat(step_here)) <= EXACT
 
 
 @pytest.mark.parametrize("by_pairs", [True, False])
@@ -148,10 +154,10 @@ def test_a_layer_that_a_user_defines(rng):
 
 def test_leading_curvature_without_any_matrix(rng):
     chain, x, t = problem(rng, n=8)
-    w, v = ggn_power_iteration(chain, x, t, 2, steps=600)
+    w, v = ggn_power_iteration(chain, x, t, 2, steps=300)
     got_w, got_v = ddnref.ggn_eigh(chain, x, t, k=2)
     np.testing.assert_allclose(got_w, w, rtol=1e-9)
-    np.testing.assert_allclose(np.abs(np.sum(flat(got_v, (2,)) * v.T, axis=-1)), 1, rtol=1e-6)
+    np.testing.assert_allclose(np.abs(np.sum(flat(got_v, (2,)) * v.T, axis=-1)), 1, rtol=1e-5)
 
 
 def test_the_seed_example():
@@ -533,25 +539,6 @@ def test_three_lines_from_torch(rng):
     assert all(p.data_ptr() == q.data_ptr() for p, q in zip(chain.params, module.parameters(), strict=True))
     assert w.dtype == torch.float32
     assert [tuple(a.shape[1:]) for a in v] == [tuple(p.shape) for p in module.parameters()]
-
-
-@pytest.mark.framework("jax")
-def test_traces_under_jit(rng):
-    from conftest import backend
-
-    xp = backend("jax")
-    chain, x, t = problem(rng)
-    there = on(xp, chain, x, t)
-
-    def everything(params, x, t):
-        moved = there[0].with_params(list(params))
-        reducer = ddnref.ggn_reducer(moved, throw=False)
-        ggn = reducer.finalise(reducer.update(reducer.init(), x, t))
-        return ddnref.ggn_eigvalsh(ggn), ddnref.ggn_damped_newton(ggn, k=2, damping=0.1, method="full", throw=False)
-
-    w, step = xp.jit(everything)(tuple(there[0].params), *there[1:])
-    assert error(xp.numpy(w), ddnref.ggn_eigvalsh(chain, x, t)) <= EXACT
-    assert error(flat(xp.tuple(step)), flat(ddnref.ggn_damped_newton(chain, x, t, k=2, damping=0.1))) <= EXACT
 
 
 def test_host_reads(host_reads, rng):

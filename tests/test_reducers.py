@@ -22,25 +22,38 @@ def reduced(reducer, shards):
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("is_complex", [False, True])
-def test_shards_of_columns_give_the_whole(split, is_complex, xp, rng):
+def test_shards_of_columns_give_the_whole(split, is_complex, rng):
     v = rng.standard_normal((2, 9, 6)) + (1j * rng.standard_normal((2, 9, 6)) if is_complex else 0)
     reducer = ddnref.gram_reducer()
-    k = xp.numpy(reducer.finalise(reduced(reducer, map(xp.asarray, columns(v, split)))))
-    whole = np.conj(np.swapaxes(v, -1, -2)) @ v
-    assert np.max(np.abs(k - whole)) <= 1e-12
+    k = reducer.finalise(reduced(reducer, columns(v, split)))
+    assert np.max(np.abs(k - np.conj(np.swapaxes(v, -1, -2)) @ v)) <= 1e-12
     assert np.array_equal(k, np.conj(np.swapaxes(k, -1, -2))), "not exactly Hermitian"
-    w = xp.numpy(ddnref.eigh(xp.asarray(k))[0])[..., ::-1]
-    np.testing.assert_allclose(w, xp.numpy(ddnref.gram_eigvalsh(xp.asarray(v))), atol=1e-12)
+    np.testing.assert_allclose(ddnref.eigh(k)[0][..., ::-1], ddnref.gram_eigvalsh(v), atol=1e-12)
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_shards_of_rows_give_the_whole(split, xp, rng):
+def test_shards_of_rows_give_the_whole(split, rng):
     v = rng.standard_normal((6, 4))
     reducer = ddnref.gram_reducer("rows")
-    state = reduced(reducer, [xp.asarray(np.ascontiguousarray(part.T)) for part in columns(v.T, split)])
-    assert np.max(np.abs(xp.numpy(reducer.finalise(state)) - v.T @ v)) <= 1e-12
+    state = reduced(reducer, [np.ascontiguousarray(part.T) for part in columns(v.T, split)])
+    assert np.max(np.abs(reducer.finalise(state) - v.T @ v)) <= 1e-12
     assert len(state.blocks) == 1, "nothing of a shard is kept"
     assert state.shards == ()
+
+
+def test_on_every_library(xp, rng):
+    v = rng.standard_normal((9, 6))
+    shards = [xp.asarray(np.ascontiguousarray(part)) for part in (v[:, :2], v[:, 2:4], v[:, 4:])]
+    reducer, by_rows = ddnref.gram_reducer(), ddnref.gram_reducer("rows")
+
+    def everything(*shards):
+        state = reducer.merge(reduced(reducer, shards[:2]), reduced(reducer, shards[2:]))
+        added = reduced(by_rows, shards)
+        return reducer.finalise(state), by_rows.finalise(added)
+
+    k, added = xp.tuple(xp.jit(everything)(*shards))
+    assert np.max(np.abs(k - v.T @ v)) <= 1e-12
+    assert np.max(np.abs(added - sum(v[:, i : i + 2].T @ v[:, i : i + 2] for i in (0, 2, 4)))) <= 1e-12
 
 
 @pytest.mark.parametrize("kind", ["columns", "rows"])

@@ -222,7 +222,8 @@ def _cross_channels(v: AffineColumns, w: AffineColumns) -> Array:
     size = max(c.delta.shape[0] * c.delta.shape[1] * c.u.shape[-2] for c in (v, w))
     step, k = max(1, EXPLICIT_NUMBERS // size), None
     for start in range(0, v.delta.shape[-2], step):
-        a, b = (_matrix(c.delta[..., start : start + step, :] @ xp.matrix_transpose(c.u)) for c in (v, w))
+        channels = slice(start, min(start + step, v.delta.shape[-2]))
+        a, b = (_matrix(c.delta[..., channels, :] @ xp.matrix_transpose(c.u)) for c in (v, w))
         here = a @ adjoint(b)
         k = here if k is None else k + here
     return k
