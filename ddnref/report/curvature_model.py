@@ -125,8 +125,9 @@ def slopes(context: Context, data: Data, chain: ddnref.Chain) -> Slopes:
 def shares(found: Slopes, labels: NDArray[Any]) -> NDArray[Any]:
     """The part of each leading eigenvalue that is due to the samples of each class ``(LEADING, CLASSES)``."""
     of_class = labels[: len(found.second), None] == np.arange(digits.CLASSES)
-    part: NDArray[Any] = found.second[:, :LEADING].T @ of_class
-    return part / np.sum(found.second[:, :LEADING], axis=0)[:, None]
+    second = found.second[:, :LEADING]
+    part: NDArray[Any] = second.T @ of_class / np.sum(second, axis=0)[:, None]
+    return part
 
 
 def signal_to_noise(found: Slopes) -> NDArray[Any]:
@@ -172,7 +173,7 @@ def _direction_errors(data: Data, chain: ddnref.Chain) -> tuple[float, float]:
 
 
 def _flat(arrays: list[Array], k: int) -> Array:
-    """k vectors as rows."""
+    """Several vectors as rows."""
     xp = array_api_compat.array_namespace(*arrays)
     return xp.concat([xp.reshape(a, (k, -1)) for a in arrays], axis=1)
 

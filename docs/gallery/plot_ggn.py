@@ -9,7 +9,8 @@ The generalised Gauss–Newton matrix of a network,
 has as many rows as the network has parameters, but no larger rank than :math:`V` has columns: one for each sample and
 output. So its eigenvalues are those of the small Gram matrix :math:`V^T V`, and `ddnref.ggn_eigvalsh` forms that layer
 by layer, without :math:`V`. First a network so small that :math:`G` fits; then one that learns to read digits, and what
-its curvature tells: which directions are steep, which digits make them so, and what a Newton step along them costs.
+its curvature tells: how the spectrum changes, which digits it comes from, whether the samples agree about the slopes,
+and what a Newton step costs.
 """
 
 import time
@@ -148,8 +149,8 @@ plt.show()
 print("ninth / tenth eigenvalue, step by step:", ", ".join(f"{w[8] / w[9]:.1f}" for w in values))
 
 # %%
-# Which digits make a direction steep
-# -----------------------------------
+# Which digits the curvature comes from
+# -------------------------------------
 # An eigenvalue is the mean of the samples' second derivatives along its eigenvector e,
 # :math:`\lambda_k = \frac1N \sum_n \lambda_{nk}`, all of them positive; so each class of samples has a share in it.
 # These are ``derivatives.second``, and no eigenvector was formed for them. Which answers trade places along a direction
@@ -232,9 +233,9 @@ plt.show()
 # The step :math:`s = -\sum_k \gamma_k / (\lambda_k + \delta)\, e_k` is zero outside the span of the eigenvectors. At
 # the start most of the gradient lies outside the leading ones, so all of them are taken, but of a cheaper matrix: 300
 # samples, new ones at each step, and one random combination of each sample's columns in place of nine,
-# ``mc_samples=1``. The gradient is that of all samples, as in the two ways of gradient descent beside it. Each was tried
-# at a few rates, or dampings: 0.5 to 1.5, with momentum 0.2 to 0.5, damping 0.01 to 0.3. The best is shown; gradient
-# descent at 1.5 and Newton steps with a damping of 0.03 or less run away.
+# ``mc_samples=1``. The gradient is that of all samples, as in the two ways of gradient descent beside it. Each was
+# tried at a few rates, or dampings: 0.5 to 1.5, with momentum 0.2 to 0.5, damping 0.01 to 0.3. The best is shown;
+# gradient descent at 1.5 and Newton steps with a damping of 0.03 or less run away.
 
 STEPS = {"gradient descent": 200, "with momentum": 200, "damped Newton": 20}
 
@@ -276,6 +277,6 @@ left.legend()
 plt.show()
 
 # %%
-# Counted in steps, Newton is first. But a step decomposes a matrix of 300 columns and costs many steps of the others, as
-# the times say: in seconds, this small network learns sooner by gradient descent with momentum. What the Gram matrix
+# Counted in steps, Newton is first. But a step decomposes a matrix of 300 columns and costs many steps of the others,
+# as the times say: in seconds, this small network learns sooner by gradient descent with momentum. What the Gram matrix
 # gives here is the look at the curvature, not time.
