@@ -23,7 +23,7 @@ from torch import nn
 
 import ddnref
 
-BLUE, ORANGE, GREEN, GREY = "#0067a5", "#c4501b", "#2b8a57", "#6b6b6b"
+BLUE, ORANGE, GREY = "#0067a5", "#c4501b", "#6b6b6b"
 
 # %%
 # From PyTorch in three lines
@@ -71,8 +71,8 @@ assert torch.allclose(gram, dense[:12], rtol=1e-10, atol=1e-14)
 
 fig, ax = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
 ax.semilogy(np.arange(1, 25), dense[:24].abs(), ".", color=GREY, label="dense, 88×88")
-ax.semilogy(np.arange(1, 13), gram.abs(), "o", color=BLUE, fillstyle="none", markersize=9, label="Gram matrix, 12×12")
-ax.set(xlabel="number, the largest first", ylabel=r"$|\lambda|$", xticks=range(2, 25, 2), ylim=(1e-20, 20))
+ax.semilogy(np.arange(1, 13), gram.abs(), "o", color=BLUE, mfc="none", markersize=9, label="Gram, 12×12")
+ax.set(xlabel="number, the largest first", ylabel=r"$|\lambda|$", xticks=range(2, 25, 2))
 ax.legend(loc="upper right")
 plt.show()
 
@@ -92,9 +92,8 @@ N = 100
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 10)
-    ).double()  # fmt: skip
+    layers = nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 10)
+    return nn.Sequential(*layers).double()
 
 
 def gauss_newton(chain):
@@ -119,7 +118,7 @@ for step in range(LOOKS[-1] + 1):
             w, v = ddnref.ggn_eigh(ggn, k=9)
             weights = {name: p.detach().clone() for name, p in module.named_parameters()}
         right = (chain.output(x_test).argmax(dim=1) == t_test).double().mean()
-        print(f"step {step:3}: loss {chain.loss(x, t):.3f}, {right:.1%} of the held-out digits recognised")
+        print(f"step {step:3}: loss {chain.loss(x, t):.3f}, {right:.1%} of held-out digits recognised")
     optimiser.zero_grad()
     nn.functional.cross_entropy(module(x), t).backward()
     optimiser.step()
@@ -136,7 +135,7 @@ fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
 for i in range(40):
     left.plot(LOOKS, values[:, i], color=BLUE if i < 9 else GREY, linewidth=1.4 if i < 9 else 0.6)
 left.set_xscale("symlog", linthresh=2)
-left.set(yscale="log", xlabel="steps of training", ylabel="eigenvalue", title="the 40 largest, nine of them in blue")
+left.set(yscale="log", xlabel="steps of training", title="the 40 largest, nine of them in blue")
 left.set_xticks([0, 2, 10, 50, 200], ["0", "2", "10", "50", "200"])
 left.minorticks_off()
 for step, colour in ((0, GREY), (20, BLUE), (200, ORANGE)):
@@ -151,8 +150,8 @@ print("ninth / tenth eigenvalue, step by step:", ", ".join(f"{w[8] / w[9]:.1f}" 
 # %%
 # Which digits the curvature comes from
 # -------------------------------------
-# An eigenvalue is the mean of the samples' second derivatives along its eigenvector e,
-# :math:`\lambda_k = \frac1N \sum_n \lambda_{nk}`, all of them positive; so each class of samples has a share in it.
+# An eigenvalue is the mean of what single samples curve along its eigenvector,
+# :math:`\lambda_k = \frac1N \sum_n \lambda_{nk}`, and none of these is negative; so each class has a share in it.
 # These are ``derivatives.second``, and no eigenvector was formed for them. Which answers trade places along a direction
 # is seen with one: how the probabilities change, on average over the samples, by :func:`torch.func.jvp`. The same
 # derivatives give :math:`\lambda_{nk}` a second time.
@@ -163,16 +162,22 @@ shares = (looked.second[:, :9].T @ of_digit) / (N * looked.w[:9, None])  # (9, 1
 
 then = network()
 then.load_state_dict(weights)
+
+
+def output(p):
+    return torch.func.functional_call(then, p, (x[:N],))
+
+
 changes = []
 for k in range(9):
     direction = {name: e[k] for name, e in zip(weights, v, strict=True)}
-    y, y_dot = torch.func.jvp(lambda p: torch.func.functional_call(then, p, (x[:N],)), (weights,), (direction,))
+    y, y_dot = torch.func.jvp(output, (weights,), (direction,))
     p = y.softmax(dim=1)
     p_dot = p * (y_dot - (p * y_dot).sum(dim=1, keepdim=True))
     assert torch.allclose((p_dot * y_dot).sum(dim=1), looked.second[:, k], rtol=1e-8, atol=1e-12)
     changes.append(p_dot.mean(dim=0))
 changes = torch.stack(changes)
-changes = changes / changes.abs().amax(dim=1, keepdim=True)
+changes = changes / changes.gather(1, changes.abs().argmax(dim=1, keepdim=True))
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
 for ax, picture, colours, limits, title in (
@@ -188,17 +193,19 @@ left.set_xlabel("digit shown")
 right.set_xlabel("digit answered")
 plt.show()
 for k in range(3):
-    (a, b), (c, d) = shares[k].topk(2).indices.tolist(), (int(changes[k].argmax()), int(changes[k].argmin()))
+    a, b = shares[k].topk(2).indices.tolist()
     both = float(shares[k, [a, b]].sum())
-    print(f"e_{k + 1}: {both:.0%} of its curvature from {a} and {b}; probability moves between {c} and {d}")
+    ends = f"{int(changes[k].argmax())} and {int(changes[k].argmin())}"
+    print(f"e_{k + 1}: {both:.0%} of its curvature from {a} and {b}; probability moves between {ends}")
 
 # %%
-# Signs are arbitrary, as those of the eigenvectors; each row on the right is divided by its largest entry. Before
-# anything is learned, each class has the share that it has among the samples, nearly:
+# Each row on the right is divided by its largest entry: an eigenvector has no sign of its own. Before anything is
+# learned, each class has nearly the share in the curvature that it has among the samples:
 
 for step, found in derivatives.items():
-    distance = (found.second[:, :9].T @ of_digit) / (N * found.w[:9, None]) - of_digit.mean(dim=0)
-    print(f"step {step}: share of curvature less share of the samples, at most {float(distance.abs().max()):.2f}")
+    share = (found.second[:, :9].T @ of_digit) / (N * found.w[:9, None])
+    distance = float((share - of_digit.mean(dim=0)).abs().max())
+    print(f"step {step}: share of curvature less share of the samples, at most {distance:.2f}")
 
 # %%
 # Signal and noise of the slopes
@@ -215,7 +222,7 @@ for step, colour in ((EARLY, GREY), (LATE, BLUE)):
     inside = np.cumsum(slopes.mean(axis=0) ** 2) / squared[step]
     left.loglog(np.arange(1, N + 1), ratio, ".", color=colour, label=f"step {step}")
     right.semilogx(np.arange(1, N + 1), inside, color=colour, label=f"step {step}")
-    print(f"step {step}: SNR above 1/N_g in {np.mean(ratio > 1 / len(x)):.0%} of the directions; ", end="")
+    print(f"step {step}: SNR above 1/N_g in {np.mean(ratio > 1 / len(x)):.0%} of directions; ", end="")
     print(f"{inside[8]:.0%} of the squared gradient in the first nine, {inside[-1]:.0%} in all {N}")
 left.axhline(1 / len(x), color="black", linewidth=0.8, linestyle=":")
 left.set(xlabel="direction", title="signal to noise of the slope")
@@ -252,7 +259,8 @@ def course(method):
         start = time.perf_counter()
         if method == "damped Newton":
             samples = rng.choice(len(x), 300, replace=False).tolist()
-            s = ddnref.ggn_damped_newton(chain, x, t, damping=0.1, subsampling=samples, mc_samples=1, seed=i)
+            options = {"damping": 0.1, "subsampling": samples, "mc_samples": 1, "seed": i}
+            s = ddnref.ggn_damped_newton(chain, x, t, **options)
             for p, s_p in zip(chain.params, s, strict=True):
                 p += s_p  # in place: the module moves too
         else:
@@ -270,7 +278,7 @@ for method, colour in zip(STEPS, (GREY, ORANGE, BLUE), strict=True):
     right.semilogy(seconds, losses, color=colour)
     below = next(i for i, loss in enumerate(losses) if loss < 0.2)
     each = 1e3 * seconds[-1] / STEPS[method]
-    print(f"{method:16}: {each:5.1f} ms a step; loss below 0.2 after {below:2} steps, {seconds[below]:.2f} s")
+    print(f"{method:16}: {each:5.1f} ms a step; below 0.2 after {below:2} steps, {seconds[below]:.2f} s")
 left.set(xlabel="steps", ylabel="loss on the training set")
 right.set(xlabel="seconds of computation")
 left.legend()
