@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from ddnref._array import Array, check_dtypes, check_shapes, full, namespace
+from ddnref._array import Array, Namespace, check_dtypes, check_shapes, full, namespace
 from ddnref._linalg import adjoint, hermitian_part, hermitian_product, identity
 from ddnref._operators import LinearOperator
 
@@ -107,37 +107,51 @@ def _shapes(pieces: Pieces) -> str:
     return " and ".join(str(tuple(piece.shape)) for piece in pieces)
 
 
+class _Columns(NamedTuple):
+    """Columns as the operator takes them: as rows, the j of them in front of its batch axes."""
+
+    v: LinearOperator
+    batch: tuple[int, ...]
+    xp: Namespace
+
+    def domain(self, u: Array) -> Array:
+        """``(..., n, j)`` to ``(j, ..., *domain_shape)``."""
+        return self.xp.reshape(self.xp.moveaxis(u, -1, 0), (u.shape[-1], *self.batch, *self.v.domain_shape))
+
+    def range(self, e: Array) -> Array:
+        """``(..., D, j)`` to ``(j, ..., *range_shape)``."""
+        return self.xp.reshape(self.xp.moveaxis(e, -1, 0), (e.shape[-1], *self.batch, *self.v.range_shape))
+
+    def back(self, rows: Array) -> Array:
+        """The inverse of both."""
+        return self.xp.moveaxis(self.xp.reshape(rows, (rows.shape[0], *self.batch, -1)), 0, -1)
+
+    def apply(self, u: Array) -> Array:
+        """``V u``."""
+        return self.back(self.v(self.domain(u)))
+
+    def adjoint(self, e: Array) -> Array:
+        """``Vᴴ e``."""
+        return self.back(self.v.adjoint(self.v.params, self.range(e)))
+
+    def gram(self, eye: Array) -> Array:
+        """``VᴴV``, some columns at a time."""
+        n = eye.shape[-1]
+        blocks = [self.adjoint(self.apply(eye[..., i : min(i + COLUMNS, n)])) for i in range(0, n, COLUMNS)]
+        return hermitian_part(blocks[0] if len(blocks) == 1 else self.xp.concat(blocks, axis=-1))
+
+    def outer(self, a: Array, b: Array) -> Pieces:
+        """Each parameter gets the sum over the leading axis."""
+        return self.v.params_vjp(self.v.params, self.range(a), self.domain(b))
+
+
 def _of_operator(v: LinearOperator) -> Tall:
-    """The operator takes vectors as rows, the j of them in front of its batch axes."""
     xp = namespace(**{f"factor.params[{i}]": parameter for i, parameter in enumerate(v.params)})
-    n, rows, depth = v.size, math.prod(v.range_shape), len(v.range_shape)
+    n, rows = v.size, math.prod(v.range_shape)
     like = v(full(v.domain_shape, 0.0, v.params[0]))
-    batch = tuple(like.shape[: like.ndim - depth])
+    batch = tuple(like.shape[: like.ndim - len(v.range_shape)])
     check_shapes(**{"factor.apply(params, x)": (like, (*batch, *v.range_shape))})
-
-    def forward(u: Array) -> Array:  # (..., n, j) to (j, ..., *range_shape)
-        lead = xp.moveaxis(u, -1, 0)
-        return v(xp.reshape(lead, (*lead.shape[:-1], *v.domain_shape)))
-
-    def backward(e: Array) -> Array:  # and back
-        x = v.adjoint(v.params, e)
-        return xp.moveaxis(xp.reshape(x, (*x.shape[: x.ndim - len(v.domain_shape)], n)), 0, -1)
-
-    identities = xp.broadcast_to(identity(n, like), (*batch, n, n))
-
-    def gram() -> Array:
-        blocks = [backward(forward(identities[..., i : min(i + COLUMNS, n)])) for i in range(0, n, COLUMNS)]
-        return hermitian_part(blocks[0] if len(blocks) == 1 else xp.concat(blocks, axis=-1))
-
-    def rows_first(e: Array) -> Array:  # (..., rows, j) to (j, ..., *range_shape)
-        return xp.reshape(xp.moveaxis(e, -1, 0), (e.shape[-1], *batch, *v.range_shape))
-
-    def columns_last(e: Array) -> Array:  # and back
-        return xp.moveaxis(xp.reshape(e, (e.shape[0], *batch, rows)), 0, -1)
-
-    def outer(a: Pieces, b: Array) -> Pieces:  # each parameter gets the sum over the leading axis
-        x = xp.reshape(xp.moveaxis(b, -1, 0), (b.shape[-1], *batch, *v.domain_shape))
-        return v.params_vjp(v.params, rows_first(a[0]), x)
+    columns, eye = _Columns(v, batch, xp), xp.broadcast_to(identity(n, like), (*batch, n, n))
 
     def split(vectors: Array, name: str) -> Pieces:
         namespace(**{name: vectors, "factor": like})
@@ -150,11 +164,11 @@ def _of_operator(v: LinearOperator) -> Tall:
         rows=rows,
         like=like,
         batch=batch,
-        gram=gram,
-        apply=lambda u: (columns_last(forward(u)),),
-        adjoint=lambda e: backward(rows_first(e[0])),
-        outer=outer,
-        times=lambda x: outer((columns_last(forward(x)),), identities),
+        gram=lambda: columns.gram(eye),
+        apply=lambda u: (columns.apply(u),),
+        adjoint=lambda e: columns.adjoint(e[0]),
+        outer=lambda a, b: columns.outer(a[0], b),
+        times=lambda x: columns.outer(columns.apply(x), eye),
         split=split,
         join=lambda pieces: xp.reshape(pieces[0], (*batch, *v.range_shape, pieces[0].shape[-1])),
         join_bar=tuple,

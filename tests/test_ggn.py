@@ -391,17 +391,20 @@ def test_one_gram_matrix_serves_all(monkeypatch, rng):
         ddnref.ggn_eigvalsh(ggn, groups=[[0]])
 
 
-def test_a_state_is_left_as_it_was_and_can_be_sent(rng):
+@pytest.mark.parametrize("make", [problem, blocks])
+def test_a_state_is_left_as_it_was_and_can_be_sent(make, rng):
     import pickle
 
-    chain, x, t = problem(rng)
+    chain, x, t = make(rng, n=6)
     reducer = ddnref.ggn_reducer(chain, gradient=False)
     first = reducer.update(reducer.init(), x[:3], t[:3])
-    sent = pickle.loads(pickle.dumps(first.blocks))
+    sent = pickle.loads(pickle.dumps(first))
     both = reducer.update(first, x[3:], t[3:])
     assert len(first.shards) == 1
     assert len(both.shards) == 2
-    assert np.array_equal(sent[0][0][0], first.blocks[0][0][0])
+    assert np.array_equal(sent.blocks[0][0][0], first.blocks[0][0][0])
+    merged = reducer.merge(sent, reducer.update(reducer.init(3), x[3:], t[3:]))
+    assert error(ddnref.ggn_eigvalsh(reducer.finalise(merged)), ddnref.ggn_eigvalsh(chain, x, t)) <= 1e-12
     assert all(shard.gradient == () for shard in both.shards)
     with pytest.raises(ValueError, match="gradient=False"):
         ddnref.ggn_damped_newton(reducer.finalise(both), k=1, damping=1.0)

@@ -384,3 +384,17 @@ def test_the_closed_form_reads_nothing_on_the_host(host_reads, rng):
     assert host_reads == []
     ddnref.gram_eigh(v, 2)
     assert host_reads == ["__bool__"]
+
+
+def test_an_operator_of_the_library_on_every_library(xp, rng):
+    v = with_singular(rng, 9, [2.0, 1.6, 1.2])
+
+    def both(v):
+        operator = ddnref.dense(v)
+        (w, e), saved = ddnref.gram_eigh_fwd(operator, 2, throw=False)
+        return w, ddnref.gram_eigh_vjp(2 * w, None, w, e, *saved, operator, throw=False)[0]
+
+    w, bar = xp.jit(both)(xp.asarray(v))
+    np.testing.assert_allclose(xp.numpy(w), [4.0, 2.56], rtol=1e-12)
+    left, sigma, right = np.linalg.svd(v, full_matrices=False)
+    assert relative(xp.numpy(bar), (left[:, :2] * (4 * sigma[:2] ** 3)) @ right[:2]) <= 1e-12

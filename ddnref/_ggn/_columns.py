@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, Self
 
 import array_api_compat
@@ -20,11 +21,18 @@ import array_api_compat
 from ddnref._array import Array
 from ddnref._linalg import adjoint
 from ddnref._network import _sweeps
+from ddnref._network._activations import Activation
 from ddnref._network._blocks import Residual
 from ddnref._network._convolution import Conv2d
 from ddnref._network._layers import Affine, times
 from ddnref._network._sweeps import Layers, Params
 
+
+def _itself(z: Array) -> Array:
+    return z
+
+
+UNUSED = Activation(_itself, _itself, _itself)  # of a layer's linear map; named functions can be sent to a process
 EXPLICIT_NUMBERS = 2**24  # of a convolution's columns that are stored at once
 
 
@@ -56,6 +64,7 @@ class AffineColumns(NamedTuple):
     """Columns of a dense or convolutional layer, as the factors u and δ."""
 
     layer: Any
+    """The layer's linear map: its own activation is already in δ."""
     u: Array
     """(N, a_in), or patches (N, q, P)."""
     delta: Array
@@ -162,7 +171,7 @@ def collect(
             y_bar = y_bar + bar if on else y_bar
         elif isinstance(layer, Affine):
             delta = times(layer.flat(y_bar), kept.slope)
-            found.append((AffineColumns(layer, kept.u, delta),))
+            found.append((AffineColumns(replace(layer, activation=UNUSED), kept.u, delta),))  # type: ignore[type-var]
             y_bar = layer.linear_x(theta[0], delta, kept) if on else y_bar
         elif layer.params:
             bars, y_bar = layer.vjp(theta, kept, y_bar, per_sample=True)
