@@ -23,9 +23,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from benchmarks import THREADS  # isort: skip - pins the threads before NumPy
 
-from _figures import FIGURES, Row, Sizes
+import _figures
+import _figures_ggn
+from _figures import Row, Sizes
 from benchmarks._common import pin_threads
 
+FIGURES = {**_figures.FIGURES, **_figures_ggn.FIGURES}
 BUSY = 0.1  # of one core, in other processes, above which a timing is not judged
 
 

@@ -14,6 +14,11 @@ from ddnref._errors import (
     OptimalityError,
     SingularError,
 )
+from ddnref._ggn._directional import DirectionalDerivatives, ggn_damped_newton, ggn_directional_derivatives
+from ddnref._ggn._functions import ggn_eigh, ggn_eigvalsh
+from ddnref._ggn._state import Ggn, GgnState, ggn_reducer
+from ddnref._gram import gram_eigh, gram_eigh_fwd, gram_eigh_vjp
+from ddnref._gram_values import gram_eigvalsh, gram_eigvalsh_fwd, gram_eigvalsh_vjp
 from ddnref._implicit import argmin_vjp, eq_argmin_vjp, ineq_argmin_vjp, lineq_argmin_vjp, root_vjp
 from ddnref._iteration import power_iteration, simultaneous_iteration
 from ddnref._iteration_vjp import power_iteration_vjp, simultaneous_iteration_vjp
@@ -85,6 +90,7 @@ from ddnref._operators import (
 )
 from ddnref._pairs import align_signs, eigen_residual, fixed_point_residual
 from ddnref._qr import qr, qr_vjp
+from ddnref._reducers import GramState, Reducer, SumState, gram_reducer, sum_reducer
 from ddnref._solve import solve, solve_fwd, solve_vjp
 from ddnref._spectral import spectral_function, spectral_function_fwd, spectral_function_vjp
 from ddnref._topk import eigh_topk, eigh_topk_fwd, eigh_topk_vjp
@@ -100,11 +106,15 @@ __all__ = [
     "Dense",
     "Diagonal",
     "DiagonalPlusLowRank",
+    "DirectionalDerivatives",
     "EigshInfo",
     "EigshVjpInfo",
     "Flatten",
     "Frozen",
     "GaugeError",
+    "Ggn",
+    "GgnState",
+    "GramState",
     "IterationInfo",
     "Layer",
     "LeastSquaresInfo",
@@ -117,11 +127,13 @@ __all__ = [
     "OptimalityError",
     "Products",
     "Progress",
+    "Reducer",
     "Residual",
     "RobustPoolInfo",
     "SingularError",
     "SinkhornInfo",
     "SolveInfo",
+    "SumState",
     "add",
     "adjoint",
     "align_signs",
@@ -151,7 +163,19 @@ __all__ = [
     "fixed_point_residual",
     "from_scipy",
     "gauge_residual",
+    "ggn_damped_newton",
+    "ggn_directional_derivatives",
+    "ggn_eigh",
+    "ggn_eigvalsh",
+    "ggn_reducer",
     "gmres",
+    "gram_eigh",
+    "gram_eigh_fwd",
+    "gram_eigh_vjp",
+    "gram_eigvalsh",
+    "gram_eigvalsh_fwd",
+    "gram_eigvalsh_vjp",
+    "gram_reducer",
     "ineq_argmin_vjp",
     "invsqrtm",
     "invsqrtm_fwd",
@@ -197,6 +221,7 @@ __all__ = [
     "sqrtm_fwd",
     "sqrtm_vjp",
     "stack",
+    "sum_reducer",
     "testing",
     "to_scipy",
     "weighted_least_squares",
