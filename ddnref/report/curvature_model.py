@@ -91,11 +91,11 @@ def learn(context: Context, data: Data) -> Learned:
     start = ddnref.Chain.mlp(
         digits.PIXELS, HIDDEN, digits.CLASSES, LAYERS, gain=GAIN, seed=context.seed, like=data.x
     )  # fmt: skip
+    gradient_at = context.backend.bind(lambda params: start.with_params(params).gradient(data.x, data.t, throw=False))
     chain, velocity = start, [0.0 * p for p in start.params]
     looks = [look(context, data, start, 0)]
     for step in context.track(range(1, LOOKS[-1] + 1), "Learning, and looking at the curvature"):
-        gradient = chain.gradient(data.x, data.t)
-        velocity = [MOMENTUM * v + g for v, g in zip(velocity, gradient, strict=True)]
+        velocity = [MOMENTUM * v + g for v, g in zip(velocity, gradient_at(chain.params), strict=True)]
         chain = chain.with_params([p - RATE * v for p, v in zip(chain.params, velocity, strict=True)])
         if step in LOOKS:
             looks.append(look(context, data, chain, step))
@@ -141,7 +141,7 @@ def signal_to_noise(found: Slopes) -> NDArray[Any]:
 
 def check(context: Context, data: Data, chain: ddnref.Chain) -> Errors:
     """A network small enough for its matrix, and the one that has learned."""
-    return Errors(_spectrum_error(context), *_direction_errors(data, chain))
+    return Errors(_spectrum_error(context), *_direction_errors(context, data, chain))
 
 
 def _spectrum_error(context: Context) -> float:
@@ -149,12 +149,13 @@ def _spectrum_error(context: Context) -> float:
     rng = np.random.default_rng(context.seed)
     x, t = (context.backend.convert(rng.random((4, width))) for width in (7, 3))
     chain = ddnref.Chain.mlp(7, 5, 3, 3, activation="relu", loss="mse", gain=math.sqrt(2), seed=context.seed, like=x)
-    w = context.backend.to_numpy(ddnref.ggn_eigvalsh(chain, x, t))
-    dense = context.backend.to_numpy(eigh(network_ggn(chain, x, t))[0])[::-1]
+    bind, host = context.backend.bind, context.backend.to_numpy
+    w = host(bind(lambda x, t: ddnref.ggn_eigvalsh(chain, x, t, throw=False))(x, t))
+    dense = host(bind(lambda x, t: eigh(network_ggn(chain, x, t))[0])(x, t))[::-1]
     return float(np.max(np.abs(w - dense[: len(w)])) / dense[0])
 
 
-def _direction_errors(data: Data, chain: ddnref.Chain) -> tuple[float, float]:
+def _direction_errors(context: Context, data: Data, chain: ddnref.Chain) -> tuple[float, float]:
     x, t = data.x[:SAMPLES, ...], data.t[:SAMPLES]
     xp = array_api_compat.array_namespace(x)
     w, v = ddnref.ggn_eigh(chain, x, t, k=LEADING, method="full")
@@ -165,10 +166,8 @@ def _direction_errors(data: Data, chain: ddnref.Chain) -> tuple[float, float]:
     first = ddnref.ggn_directional_derivatives(chain, x, t, k=LEADING, method="full").first
     theta = _flat([p[None, ...] for p in chain.params], 1)[0, :]
     norm = math.sqrt(sum(float(xp.sum(g * g)) for g in chain.gradient(x, t)))
-    differences = (
-        abs(float(numerical_jvp(lambda q: _moved(chain, q).loss(x, t), theta, e[k, :]) - xp.mean(first[:, k])))
-        for k in range(LEADING)
-    )
+    loss = context.backend.bind(lambda q: _moved(chain, q).loss(x, t, throw=False))
+    differences = (abs(float(numerical_jvp(loss, theta, e[k, :]) - xp.mean(first[:, k]))) for k in range(LEADING))
     return float(pairs), max(differences) / norm
 
 
