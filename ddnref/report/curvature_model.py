@@ -158,15 +158,17 @@ def _spectrum_error(context: Context) -> float:
 def _direction_errors(context: Context, data: Data, chain: ddnref.Chain) -> tuple[float, float]:
     x, t = data.x[:SAMPLES, ...], data.t[:SAMPLES]
     xp = array_api_compat.array_namespace(x)
-    w, v = ddnref.ggn_eigh(chain, x, t, k=LEADING, method="full")
-    product = _flat(chain.ggnvp(x, t, v), LEADING)
+    bind = context.backend.bind
+    w, v = bind(lambda x, t: ddnref.ggn_eigh(chain, x, t, k=LEADING, method="full", throw=False))(x, t)
+    product = _flat(bind(lambda x, t, v: chain.ggnvp(x, t, v, throw=False))(x, t, v), LEADING)
     e = _flat(v, LEADING)
     pairs = xp.max(xp.abs(product - w[:, None] * e)) / w[0]
 
-    first = ddnref.ggn_directional_derivatives(chain, x, t, k=LEADING, method="full").first
+    options = {"k": LEADING, "method": "full", "throw": False}
+    first = bind(lambda x, t: ddnref.ggn_directional_derivatives(chain, x, t, **options).first)(x, t)
     theta = _flat([p[None, ...] for p in chain.params], 1)[0, :]
     norm = math.sqrt(sum(float(xp.sum(g * g)) for g in chain.gradient(x, t)))
-    loss = context.backend.bind(lambda q: _moved(chain, q).loss(x, t, throw=False))
+    loss = bind(lambda q: _moved(chain, q).loss(x, t, throw=False))
     differences = (abs(float(numerical_jvp(loss, theta, e[k, :]) - xp.mean(first[:, k]))) for k in range(LEADING))
     return float(pairs), max(differences) / norm
 
