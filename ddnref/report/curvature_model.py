@@ -10,6 +10,7 @@ Everything but the numbers that are shown runs on the arrays of the report's bac
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import array_api_compat
@@ -164,13 +165,19 @@ def _direction_errors(context: Context, data: Data, chain: ddnref.Chain) -> tupl
     e = _flat(v, LEADING)
     pairs = xp.max(xp.abs(product - w[:, None] * e)) / w[0]
 
-    options = {"k": LEADING, "method": "full", "throw": False}
-    first = bind(lambda x, t: ddnref.ggn_directional_derivatives(chain, x, t, **options).first)(x, t)
+    first = bind(_slopes_along(chain))(x, t)
     theta = _flat([p[None, ...] for p in chain.params], 1)[0, :]
     norm = math.sqrt(sum(float(xp.sum(g * g)) for g in chain.gradient(x, t)))
     loss = bind(lambda q: _moved(chain, q).loss(x, t, throw=False))
-    differences = (abs(float(numerical_jvp(loss, theta, e[k, :]) - xp.mean(first[:, k]))) for k in range(LEADING))
-    return float(pairs), max(differences) / norm
+    differences = [float(numerical_jvp(loss, theta, e[k, :]) - xp.mean(first[:, k])) for k in range(LEADING)]
+    return float(pairs), float(np.max(np.abs(differences))) / norm  # NaN if any is
+
+
+def _slopes_along(chain: ddnref.Chain) -> Callable[[Array, Array], Array]:
+    def first(x: Array, t: Array) -> Any:
+        return ddnref.ggn_directional_derivatives(chain, x, t, k=LEADING, method="full", throw=False).first
+
+    return first
 
 
 def _flat(arrays: list[Array], k: int) -> Array:
