@@ -64,7 +64,7 @@ class Backend:
     """What a compiled iteration needs."""
 
     def asarray(self, values: Any) -> Any:
-        values = np.asarray(values)
+        values = np.array(values, order="C")  # a copy: PyTorch takes no negative strides
         options = {} if self.device is None else {"device": self.device}
         return self.namespace.asarray(values, dtype=getattr(self.namespace, values.dtype.name), **options)
 

@@ -74,6 +74,11 @@ def flat(arrays: tuple) -> np.ndarray:
     return np.concatenate([np.ravel(a) for a in arrays])
 
 
+def rounding(rule: Rule, sample) -> float:
+    """What an identity may be off by; an iterative solve amplifies its rounding."""
+    return STRUCTURE * (sample.condition if rule.vjp_info else 1)
+
+
 def checked(rule: Rule, sample, backend: Backend, check=assert_vjp, vjp=None, **options):
     return check(
         *lifted(rule, sample, backend, vjp),
@@ -91,9 +96,13 @@ def checked(rule: Rule, sample, backend: Backend, check=assert_vjp, vjp=None, **
 @domains
 @pytest.mark.parametrize(("batch", "m"), [((), 1), ((), 5), ((3,), 5), ((2, 2), 3)])
 def test_vjp_agrees_with_finite_differences(rule, is_complex, batch, m, xp, rng):
+    """In many directions on NumPy; elsewhere in few, and the gradient is NumPy's to rounding, which is stricter."""
     sample = rule.sample(np.asarray, rng, batch, m, is_complex)
-    report = checked(rule, sample, xp)
+    report = checked(rule, sample, xp, directions=8 if xp.name == "numpy" else 1)
     assert report.error <= 1e-9, report
+    _, kept, bars, vjp = solve(rule, sample, NUMPY)
+    _, theirs = lifted(rule, sample, xp)
+    assert relative(flat(theirs(*bars, *kept)), flat(vjp(*bars, *kept))) <= rounding(rule, sample)
 
 
 @domains
@@ -101,7 +110,7 @@ def test_structure_of_the_vjp(rule, is_complex, xp, rng):
     sample = rule.sample(np.asarray, rng, (3,), 5, is_complex)
     _, kept, bars, vjp = solve(rule, sample, xp)
     gradients = vjp(*bars, *kept)
-    tolerance = STRUCTURE * (sample.condition if rule.vjp_info else 1)  # an iterative solve amplifies its rounding
+    tolerance = rounding(rule, sample)
     if rule.tangent == "symmetric":
         assert np.array_equal(gradients[0], adjoint(gradients[0])), "not exactly Hermitian"
     twice = vjp(*(2.5 * b for b in bars), *kept)
