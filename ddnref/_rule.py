@@ -91,8 +91,12 @@ def _keywords(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY)
 
 
+@cache
 def plain_forward(rule: Rule) -> Callable[..., tuple[tuple[Array, ...], tuple[Array, ...]]]:
-    """The forward as ``(outputs, saved)``, two tuples, without the status of an iteration."""
+    """The forward as ``(outputs, saved)``, two tuples, without the status of an iteration.
+
+    Always the same function, so that a library that compiles compiles it once a shape.
+    """
     function, iterates = rule.forward, rule.info is not None
 
     @wraps(function)
@@ -104,8 +108,9 @@ def plain_forward(rule: Rule) -> Callable[..., tuple[tuple[Array, ...], tuple[Ar
     return forward
 
 
+@cache
 def plain_vjp(rule: Rule) -> Callable[..., tuple[Array, ...]]:
-    """The VJP as a tuple of cotangents, without the status of an iteration."""
+    """The VJP as a tuple of cotangents, without the status of an iteration; always the same function, likewise."""
     function, iterates = rule.vjp, rule.vjp_info  # torch.compile takes closures over these, not over a rule
 
     @wraps(function)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ class Backend:
     """What a compiled iteration needs."""
 
     def asarray(self, values: Any) -> Any:
-        values = np.asarray(values)
+        values = np.array(values, order="C")  # a copy: PyTorch takes no negative strides
         options = {} if self.device is None else {"device": self.device}
         return self.namespace.asarray(values, dtype=getattr(self.namespace, values.dtype.name), **options)
 
@@ -72,6 +73,31 @@ class Backend:
 
     def tuple(self, arrays: Any) -> Any:
         return tuple(self.numpy(a) for a in arrays)
+
+    def lift(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, compiled, from NumPy arrays to NumPy arrays: what a test computes around it stays on NumPy."""
+        compiled = self.jit(function)
+
+        def back(result: Any) -> Any:
+            if isinstance(result, tuple):
+                return getattr(type(result), "_make", tuple)(map(back, result))
+            return self.numpy(result)
+
+        return lambda *arrays: back(compiled(*map(self.asarray, arrays)))
+
+
+@lru_cache(maxsize=256)
+def _jax_jit(function: Callable[..., Any], options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    import jax
+
+    return jax.jit(partial(function, **dict(options)))
+
+
+def jax_jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``jax.jit``, the same for the same function with the same options, so that tests share what is compiled."""
+    if not isinstance(function, partial) or function.args:
+        return _jax_jit(function, ())
+    return _jax_jit(function.func, tuple(sorted(function.keywords.items())))
 
 
 def backend(name: str, device: Any = None) -> Backend:
@@ -91,7 +117,7 @@ def backend(name: str, device: Any = None) -> Backend:
 
         jax.config.update("jax_enable_x64", True)
         jax.config.update("jax_disable_most_optimizations", True)  # most of the time is compilation
-        return Backend(name, namespace, jit=jax.jit, while_loop=jax.lax.while_loop)
+        return Backend(name, namespace, jit=jax_jit, while_loop=jax.lax.while_loop)
     return Backend(name, namespace, device)
 
 

@@ -31,8 +31,11 @@ domains = pytest.mark.parametrize(
 STRUCTURE = 1e-13
 
 
+NUMPY = Backend("numpy", np)
+
+
 class Solved(NamedTuple):
-    """A rule at work on one of its samples."""
+    """A rule at work on one of its samples: by an array library, but from NumPy arrays to NumPy arrays."""
 
     outputs: tuple
     kept: tuple
@@ -43,36 +46,42 @@ class Solved(NamedTuple):
 
 def solve(rule: Rule, sample, backend: Backend) -> Solved:
     """With the cotangents of the sample's loss, or random ones."""
-    forward, vjp = options_of(rule, sample.options, backend.while_loop)
-    outputs, saved = plain_forward(rule)(*sample.inputs, **forward)
-    bars = (
-        as_tuple(sample.loss[1](*outputs))
-        if sample.loss
-        else tuple(random(backend, y, i) for i, y in enumerate(outputs))
+    forward, vjp = lifted(rule, sample, backend)
+    outputs, saved = forward(*sample.inputs)
+    bars = as_tuple(sample.loss[1](*outputs)) if sample.loss else tuple(map(random, outputs, range(rule.outputs)))
+    return Solved(outputs, (*outputs, *saved, *needed(rule, sample.inputs)), bars, vjp)
+
+
+def lifted(rule: Rule, sample, backend: Backend, vjp=None) -> tuple[Callable, Callable]:
+    """Forward and VJP with the options of a sample, as the library compiles them."""
+    forward_options, vjp_options = options_of(rule, sample.options, backend.while_loop)
+    return (
+        backend.lift(partial(plain_forward(rule), **forward_options)),
+        backend.lift(partial(vjp or plain_vjp(rule), **vjp_options)),
     )
-    kept = *outputs, *saved, *needed(rule, sample.inputs)
-    return Solved(outputs, kept, bars, backend.jit(partial(plain_vjp(rule), **vjp)))
 
 
-def random(backend: Backend, like, seed: int):
-    y = backend.numpy(like)
+def random(y: np.ndarray, seed: int) -> np.ndarray:
     z = np.random.default_rng(seed).standard_normal((2, *y.shape))
-    return backend.asarray((z[0] + 1j * z[1] if np.iscomplexobj(y) else z[0]).astype(y.dtype))
+    return (z[0] + 1j * z[1] if np.iscomplexobj(y) else z[0]).astype(y.dtype)
 
 
 def needed(rule: Rule, inputs: tuple) -> tuple:
     return tuple(inputs[i] for i in rule.needs)
 
 
-def flat(backend: Backend, arrays: tuple) -> np.ndarray:
-    return np.concatenate([np.ravel(backend.numpy(a)) for a in arrays])
+def flat(arrays: tuple) -> np.ndarray:
+    return np.concatenate([np.ravel(a) for a in arrays])
+
+
+def rounding(rule: Rule, sample) -> float:
+    """What an identity may be off by; an iterative solve amplifies its rounding."""
+    return STRUCTURE * (sample.condition if rule.vjp_info else 1)
 
 
 def checked(rule: Rule, sample, backend: Backend, check=assert_vjp, vjp=None, **options):
-    forward_options, vjp_options = options_of(rule, sample.options, backend.while_loop)
     return check(
-        backend.jit(partial(plain_forward(rule), **forward_options)),
-        backend.jit(partial(vjp or plain_vjp(rule), **vjp_options)),
+        *lifted(rule, sample, backend, vjp),
         *sample.inputs,
         saves=True,
         needs=rule.needs,
@@ -85,28 +94,31 @@ def checked(rule: Rule, sample, backend: Backend, check=assert_vjp, vjp=None, **
 
 
 @domains
-@pytest.mark.parametrize(("batch", "m"), [((), 1), ((), 7), ((3,), 5), ((2, 2), 3)])
+@pytest.mark.parametrize(("batch", "m"), [((), 1), ((), 5), ((3,), 5), ((2, 2), 3)])
 def test_vjp_agrees_with_finite_differences(rule, is_complex, batch, m, xp, rng):
-    sample = rule.sample(xp.asarray, rng, batch, m, is_complex)
-    report = checked(rule, sample, xp)
+    """In many directions on NumPy; elsewhere in few, and the gradient is NumPy's to rounding, which is stricter."""
+    sample = rule.sample(np.asarray, rng, batch, m, is_complex)
+    report = checked(rule, sample, xp, directions=8 if xp.name == "numpy" else 1)
     assert report.error <= 1e-9, report
+    _, kept, bars, vjp = solve(rule, sample, NUMPY)
+    _, theirs = lifted(rule, sample, xp)
+    assert relative(flat(theirs(*bars, *kept)), flat(vjp(*bars, *kept))) <= rounding(rule, sample)
 
 
 @domains
 def test_structure_of_the_vjp(rule, is_complex, xp, rng):
-    sample = rule.sample(xp.asarray, rng, (3,), 6, is_complex)
+    sample = rule.sample(np.asarray, rng, (3,), 5, is_complex)
     _, kept, bars, vjp = solve(rule, sample, xp)
     gradients = vjp(*bars, *kept)
-    tolerance = STRUCTURE * (sample.condition if rule.vjp_info else 1)  # an iterative solve amplifies its rounding
+    tolerance = rounding(rule, sample)
     if rule.tangent == "symmetric":
-        x_bar = xp.numpy(gradients[0])
-        assert np.array_equal(x_bar, adjoint(x_bar)), "not exactly Hermitian"
+        assert np.array_equal(gradients[0], adjoint(gradients[0])), "not exactly Hermitian"
     twice = vjp(*(2.5 * b for b in bars), *kept)
-    assert relative(flat(xp, twice), 2.5 * flat(xp, gradients)) <= tolerance
-    assert np.all(flat(xp, vjp(*(0 * b for b in bars), *kept)) == 0)
+    assert relative(flat(twice), 2.5 * flat(gradients)) <= tolerance
+    assert np.all(flat(vjp(*(0 * b for b in bars), *kept)) == 0)
     for i in range(3):
         one = vjp(*(a[i, ...] for a in (*bars, *kept)))
-        assert relative(flat(xp, one), flat(xp, tuple(g[i, ...] for g in gradients))) <= tolerance
+        assert relative(flat(one), flat(tuple(g[i, ...] for g in gradients))) <= tolerance
 
 
 def as_precision(a, dtype):
@@ -117,41 +129,37 @@ def as_precision(a, dtype):
 @domains
 def test_float32_agrees_with_float64_on_identical_inputs(rule, is_complex, xp, rng):
     sample = rule.sample(np.asarray, rng, (4,), 8, is_complex)
-    _, kept, bars, vjp = solve(rule, sample, Backend("numpy", np))
+    _, kept, bars, _ = solve(rule, sample, NUMPY)
+    vjp = partial(plain_vjp(rule), **options_of(rule, sample.options)[1])
     # outputs and cotangents rounded to float32 leave a phase, or miss the solution, by 1e-7: judge it as float32
     for name in {"gauge_rtol", "check_rtol"} & set(inspect.signature(rule.vjp).parameters):
         vjp = partial(vjp, **{name: float(np.finfo(np.float32).eps) ** 0.5})
     if rule.vjp_info:
         vjp = partial(vjp, rtol=16 * float(np.finfo(np.float32).eps))
     arrays = [as_precision(a, np.float32) for a in (*bars, *kept)]
-    single = xp.jit(vjp)(*(xp.asarray(a) for a in arrays))
+    single = xp.lift(vjp)(*arrays)
     double = vjp(*(as_precision(a, np.float64) for a in arrays))
-    assert all(str(x_bar.dtype).endswith("complex64" if is_complex else "float32") for x_bar in single)
+    assert all(x_bar.dtype == ("complex64" if is_complex else "float32") for x_bar in single)
     tolerance = 20 * np.finfo(np.float32).eps * sample.condition
-    assert relative(flat(xp, single), flat(Backend("numpy", np), double)) <= tolerance
+    assert relative(flat(single), flat(double)) <= tolerance
 
 
 @rules
 def test_one_bad_item_leaves_the_others_alone(rule, xp, rng):
-    sample = rule.sample(np.asarray, rng, (5,), 6, False)
-    forward, vjp = options_of(rule, sample.options, xp.while_loop)
-
-    solve, pull = xp.jit(partial(plain_forward(rule), **forward)), xp.jit(partial(plain_vjp(rule), **vjp))
+    sample = rule.sample(np.asarray, rng, (3,), 5, False)
+    solve, pull = lifted(rule, sample, xp)
 
     def evaluate(inputs):
         outputs, saved = solve(*inputs)
-        bars = [xp.asarray(np.random.default_rng(i).standard_normal(y.shape)) for i, y in enumerate(outputs)]
-        return *outputs, *pull(*bars, *outputs, *saved, *needed(rule, inputs))
+        return *outputs, *pull(*map(random, outputs, range(rule.outputs)), *outputs, *saved, *needed(rule, inputs))
 
-    good_inputs = tuple(map(xp.asarray, sample.inputs))
-    good = evaluate(good_inputs)
-    others = [0, 1, 3, 4]
+    good = evaluate(sample.inputs)
+    others = [0, 2]
     for i, x in enumerate(sample.inputs):
         bad = x.copy()
-        bad[2] = np.where(np.arange(x[2].size) == x[2].size - 1, np.nan, x[2].ravel()).reshape(x[2].shape)
-        for y, same in zip(evaluate((*good_inputs[:i], xp.asarray(bad), *good_inputs[i + 1 :])), good, strict=True):
-            y, same = xp.numpy(y), xp.numpy(same)
-            assert np.all(np.isnan(y[2]))
+        bad[1] = np.where(np.arange(x[1].size) == x[1].size - 1, np.nan, x[1].ravel()).reshape(x[1].shape)
+        for y, same in zip(evaluate((*sample.inputs[:i], bad, *sample.inputs[i + 1 :])), good, strict=True):
+            assert np.all(np.isnan(y[1]))
             assert np.array_equal(y[others], same[others])
 
 
@@ -161,7 +169,7 @@ def test_runs_where_no_value_can_be_read(rule, second, rng):
     sample = rule.sample(np.asarray, rng, (2,), 5, False)
     valueless = second.name == "torch"
     forward, vjp = options_of(rule, sample.options)
-    on = Backend("numpy", np) if valueless and rule.info is not None else second
+    on = NUMPY if valueless and rule.info is not None else second
     inputs = tuple(map(on.asarray, sample.inputs))
     outputs, saved = plain_forward(rule)(*inputs, **forward)
     kept = (*outputs, *saved, *needed(rule, inputs))
@@ -175,10 +183,10 @@ def test_runs_where_no_value_can_be_read(rule, second, rng):
 @rules
 @pytest.mark.parametrize(("batch", "m"), [((0,), 4), ((2, 0), 3), ((2,), 1)])
 def test_empty_and_single(rule, batch, m, xp, rng):
-    sample = rule.sample(xp.asarray, rng, batch, m, False)
+    sample = rule.sample(np.asarray, rng, batch, m, False)
     _, kept, bars, vjp = solve(rule, sample, xp)
     for x, x_bar in zip(sample.inputs, vjp(*bars, *kept), strict=True):
-        assert tuple(x_bar.shape) == tuple(x.shape)
+        assert x_bar.shape == x.shape
 
 
 @pytest.mark.parametrize("name", ["eigh", "spectral_function", "sqrtm", "invsqrtm", "logm", "expm"])
@@ -241,7 +249,7 @@ def test_every_mutant_is_rejected(rule, is_complex, m, rng):
     survivors = [
         name
         for name, mutant in mutants(rule, sample.inputs)
-        if checked(rule, sample, Backend("numpy", np), check_vjp, mutant, directions=2).passed
+        if checked(rule, sample, NUMPY, check_vjp, mutant, directions=2).passed
     ]
     assert survivors == []
 
