@@ -5,7 +5,7 @@ import pytest
 from problems import relative, symmetric
 
 import ddnref
-from ddnref.reference import eigh_vjp_v1, eigh_vjp_v2, eigh_vjp_v3
+from ddnref.reference import eigh_vjp_v1, eigh_vjp_v2, eigh_vjp_v3, network_ggn, network_hessian
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 5), (2, 3, 3)])
@@ -35,3 +35,22 @@ def test_static_errors():
         eigh_vjp_v3(np.ones((2, 3)), np.ones(2), np.eye(2))
     with pytest.raises(TypeError, match="v_bar has dtype int64"):
         eigh_vjp_v2(np.ones((2, 2), dtype=int), np.ones(2), np.eye(2))
+
+
+def test_dense_curvature_on_every_library(xp, rng):
+    """In the entries of two parameters, by hand: y = w₂ tanh(w₁ x)."""
+    w = rng.standard_normal((2, 1, 1))
+    x, t = rng.standard_normal((2, 3, 1))
+    chain = ddnref.Chain([ddnref.Dense(xp.asarray(w[0]), activation="tanh"), ddnref.Dense(xp.asarray(w[1]))], "mse")
+    (w_1, w_2), z = w[:, 0, 0], x[:, 0]
+    h = np.tanh(w_1 * z)
+    slope = 1 - h**2
+    j = np.stack([w_2 * slope * z, h], axis=-1)
+    k = np.zeros((3, 2, 2))
+    k[:, 0, 0] = w_2 * -2 * h * slope * z**2
+    k[:, 0, 1] = k[:, 1, 0] = slope * z
+    g = 2 / 3 * j.T @ j
+    hessian = g + 2 / 3 * np.sum((w_2 * h - t[:, 0])[:, None, None] * k, axis=0)
+    x, t = xp.asarray(x), xp.asarray(t)
+    assert relative(xp.numpy(network_ggn(chain, x, t)), g) <= 1e-14
+    assert relative(xp.numpy(network_hessian(chain, x, t)), hessian) <= 1e-14

@@ -68,6 +68,8 @@ def alone(monkeypatch):
     monkeypatch.setattr("ddnref.report.deblurring_model.SIDE", 24)
     monkeypatch.setattr("ddnref.report.deblurring_model.STEPS", 2)
     monkeypatch.setattr("ddnref.report.deblurring_model.RTOL", 1e-13)  # libraries are compared to 1e-9
+    monkeypatch.setattr("ddnref.report.curvature_model.LOOKS", (0, 1, 2))
+    monkeypatch.setattr("ddnref.report.curvature_model.SAMPLES", 12)
 
 
 def test_files(report):
@@ -77,6 +79,7 @@ def test_files(report):
     main = {
         "subspaces-course", "subspaces-weights", "subspaces-eigen-digits", "whitening-covariance", "gaps-error",
         "profile-time", "declarative-gradients", "declarative-time-by-size", "deblurring-photographs",
+        "curvature-spectrum",
     }  # fmt: skip
     assert main <= pictures_
     assert pictures_ < numbers  # the numbers of every picture, and the tables
@@ -135,8 +138,8 @@ def test_console_says_where_and_what(report):
     out, printed = report
     lines = printed.splitlines()
     assert lines[-1] == f"The page: {out / 'index.html'}"
-    assert sum(line.startswith(f"{i + 1}/{len(build.SECTIONS)} ") for i, line in enumerate(lines)) == 6
-    assert len(lines) == len(build.SECTIONS) + 9 + 1
+    assert sum(line.startswith(f"{i + 1}/{len(build.SECTIONS)} ") for i, line in enumerate(lines)) == 7
+    assert len(lines) == len(build.SECTIONS) + 10 + 1
     assert "before learning" in printed
     assert printed.isascii()
 
@@ -251,7 +254,12 @@ def test_other_backends(alone, tmp_path, name):
     assert code == 0
     text, _ = parsed(tmp_path / "other")
     assert f"Backend: {name} " in text
-    for path in ("subspaces-course.csv", "whitening-digits.csv", "deblurring-photographs.csv"):
+    for path in (
+        "subspaces-course.csv",
+        "whitening-digits.csv",
+        "deblurring-photographs.csv",
+        "curvature-spectrum.csv",
+    ):
         here, there = (
             [[float(cell) for key, cell in row.items() if key not in TEXTS] for row in table(tmp_path / folder / path)]
             for folder in ("numpy", "other")

@@ -13,6 +13,7 @@ reverse passes of `ddnref.Chain`, which is why this is their oracle; K takes N·
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import array_api_compat
@@ -65,7 +66,7 @@ class _State(NamedTuple):
 
 def _propagate(chain: Chain, x: Array, second: bool) -> _State:
     xp, device = array_api_compat.array_namespace(x), array_api_compat.device(x)
-    size = sum(p.size for p in chain.params)
+    size = sum(math.prod(p.shape) for p in chain.params)
     eye, offset, (n, a) = identity(size, x), 0, x.shape
     k_shape = (n, a, size, size) if second else (n, a, 1, 1)
     state = _State(
@@ -77,7 +78,7 @@ def _propagate(chain: Chain, x: Array, second: bool) -> _State:
         if not isinstance(layer, Dense):
             raise TypeError(f"The reference takes chains of Dense layers, but one is a {type(layer).__name__}.")
         state = _layer(layer, state, eye[offset:, :], second)
-        offset += sum(p.size for p in layer.params)
+        offset += sum(math.prod(p.shape) for p in layer.params)
     return state
 
 
@@ -85,13 +86,14 @@ def _layer(layer: Dense, state: _State, units: Array, second: bool) -> _State:
     """One layer, `units` the unit vectors of its parameters and all later ones."""
     xp = array_api_compat.array_namespace(state.z)
     w, size = layer.weight, units.shape[-1]
-    e = xp.reshape(units[: w.size, :], (*w.shape, size))
+    entries = math.prod(w.shape)
+    e = xp.reshape(units[:entries, :], (*w.shape, size))
     z, j, k = state
     s = z @ xp.matrix_transpose(w)
     j_s = w @ j + xp.sum(z[:, None, :, None] * e, axis=2)
     if layer.bias is not None:
         s = s + layer.bias
-        j_s = j_s + units[w.size : w.size + w.shape[0], :]
+        j_s = j_s + units[entries : entries + w.shape[0], :]
     y, slope, curvature = (f(s) for f in layer.phi[:3])
     if second:
         cross = xp.matrix_transpose(e) @ j[:, None, :, :]
