@@ -31,6 +31,11 @@ from ddnref._matrix_functions import (
     sqrtm_fwd,
     sqrtm_vjp,
 )
+from ddnref._network._activations import Activation
+from ddnref._network._blocks import Layer, Residual
+from ddnref._network._chain import Chain
+from ddnref._network._layers import Dense, Flatten
+from ddnref._network._losses import Loss
 from ddnref._nodes._least_squares import (
     least_squares_on_sphere,
     least_squares_on_sphere_vjp,
@@ -55,19 +60,26 @@ from ddnref._topk import eigh_topk, eigh_topk_fwd, eigh_topk_vjp
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "Activation",
     "BlockDiagonal",
+    "Chain",
     "ConvergenceError",
     "DdnrefError",
+    "Dense",
     "Diagonal",
     "DiagonalPlusLowRank",
     "EigshInfo",
     "EigshVjpInfo",
+    "Flatten",
     "GaugeError",
     "IterationInfo",
+    "Layer",
     "LinearOperator",
+    "Loss",
     "NonFiniteError",
     "OptimalityError",
     "Products",
+    "Residual",
     "RobustPoolInfo",
     "SingularError",
     "SinkhornInfo",
