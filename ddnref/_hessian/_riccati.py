@@ -164,6 +164,8 @@ class Riccati(NamedTuple):
 
     steps: tuple[Kept | str, ...]
     damping: Array | float
+    outputs: int
+    """Entries of the network's outputs."""
     growth: Array
     """Largest entry that an elimination subtracted, relative to the largest of all blocks."""
 
@@ -206,7 +208,8 @@ def factor(terms: Terms, damping: Array | float) -> Riccati:
             changes.append(_largest_change(found.q_ux, gain))
     size = xp.max(xp.stack(sizes))
     change = xp.max(xp.stack(changes)) if changes else 0 * size
-    return Riccati(tuple(kept[::-1]), damping, change / xp.where(size > 0, size, xp.ones_like(size)))
+    outputs = terms.curvature.shape[0] * terms.curvature.shape[1]
+    return Riccati(tuple(kept[::-1]), damping, outputs, change / xp.where(size > 0, size, xp.ones_like(size)))
 
 
 def _largest_change(q_ux: Array, gain: Array) -> Array:
@@ -220,31 +223,23 @@ def solve(f: Riccati, g: Blocks) -> Blocks:
     xp = array_api_compat.array_namespace(*g)
     k = g[0].shape[0]
     g_of, saved = list(g), []
-    value: Array | None = None  # mᵀ, of all that follows, one column per right-hand side
+    current = f.outputs
+    value = full((current, k), 0.0, g[0])  # mᵀ of all that follows, one column per right-hand side
     for kept in reversed(f.steps):
         if isinstance(kept, str):
-            value = None if value is None else _pull_rows(kept, value, current)
+            value = _pull_rows(kept, value, current)
             saved.append((kept, None))
             continue
         layer, g_l = kept.basis.layer, g_of.pop()
         n = layer.c.shape[0] * layer.c.shape[1]
-        m = _behind_rows(layer, value, n, k, g_l)
+        m = xp.concat([_flat(layer.slope)[:, None] * value[:n, :], value[n:, :]])
         g_u = _to_u(kept.basis, g_l) + samples(kept.basis.r, m[:n, :])
         saved.append((kept, g_u))
         if kept.gain is not None:
             p = units(xp.matrix_transpose(layer.weight), m[:n, :]) - _free_rows(kept.basis, g_l, f.damping)
-            value = xp.concat([p, m[n:, :]]) if m.shape[0] > n else p
-            value = value - xp.matrix_transpose(kept.gain) @ g_u
+            value = xp.concat([p, m[n:, :]]) - xp.matrix_transpose(kept.gain) @ g_u
             current = layer.c.shape[0] * layer.weight.shape[1]
     return _forward(saved[::-1], g, f.damping)
-
-
-def _behind_rows(layer: Layer, value: Array | None, n: int, k: int, like: Array) -> Array:
-    xp = array_api_compat.array_namespace(like)
-    if value is None:
-        return full((n, k), 0.0, like)
-    m = _flat(layer.slope)[:, None] * value[:n, :]
-    return m if value.shape[0] == n else xp.concat([m, value[n:, :]])
 
 
 def _forward(saved: list[tuple[Kept | str, Array | None]], g: Blocks, damping: Array | float) -> Blocks:

@@ -1,0 +1,274 @@
+"""A factorisation that its user holds on to: solves refined with exact products, determinant, inertia."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
+
+import array_api_compat
+
+from ddnref._array import Array, full, is_true
+from ddnref._errors import ConvergenceError, SingularError
+from ddnref._hessian import _paths, _terms
+from ddnref._hessian._paths import Path
+from ddnref._hessian._system import System
+from ddnref._hessian._terms import Blocks, combine, norm
+from ddnref._rows import noise
+
+REFINEMENTS = 8
+NORM_PRODUCTS = 4
+ZERO = 1e-9
+"""Eigenvalues of H + εI below this, relative to ‖H‖, count as zero."""
+
+
+class HessianSolveInfo(NamedTuple):
+    """How a solve ended; arrays have one entry for each right-hand side."""
+
+    converged: Array
+    """(...) bool: the backward error is within `BACKWARD` and the system not singular to working precision."""
+    n_iter: Array
+    """(...) int32: refinement steps taken."""
+    residual_norm: Array
+    """(...): ``‖b − (H + εI) x‖ / ‖b‖``, from an exact product."""
+    backward_error: Array
+    """(...): ``‖b − (H + εI) x‖ / (‖H‖ ‖x‖ + ‖b‖)``, with a lower estimate of ‖H‖ from a few products."""
+    amplification: Array
+    """(...): ``(‖H‖ + |ε|) ‖x‖ / ‖b‖``, a lower bound of the condition number."""
+    path: str
+    """The factorisation that gave the solution."""
+
+
+class Inertia(NamedTuple):
+    """Signs of the eigenvalues of H + εI."""
+
+    negative: int
+    zero: int
+    """Those within 1e-9 ‖H‖ of zero."""
+    positive: int
+
+
+class HessianFactor:
+    """``H + εI`` of a network's loss, factored. Made by `hessian_factor`."""
+
+    def __init__(
+        self, s: System, damping: Array | float, method: str, like: Array, counts: Sequence[tuple[int, ...]], throw: bool
+    ) -> None:
+        self._system, self.damping, self._like, self._shapes, self._throw = s, damping, like, counts, throw
+        self._order = _paths.order(s, method, damping)
+        self._built: dict[str, Path] = {}
+        self._norm: Array | None = None
+        self._path(self._order[0])
+
+    def __repr__(self) -> str:
+        return f"HessianFactor({self.total} parameters, {self.path}, damping={self.damping})"
+
+    @property
+    def path(self) -> str:
+        """The factorisation tried first."""
+        return self._order[0]
+
+    @property
+    def total(self) -> int:
+        """Parameters of the network."""
+        return self._system.total
+
+    @property
+    def flops(self) -> float:
+        """Estimated floating-point operations of the factorisation."""
+        return _paths.cost(self.path, self._system).flops
+
+    @property
+    def nbytes(self) -> float:
+        """Estimated bytes that the factorisation holds."""
+        return _paths.cost(self.path, self._system).numbers * 8
+
+    def _path(self, name: str) -> Path:
+        if name not in self._built:
+            self._built[name] = _paths.build(name, self._system, self.damping, self._like)
+        return self._built[name]
+
+    # --- solve ------------------------------------------------------------------------------------------------------
+
+    def solve(
+        self, b: Sequence[Array], *, refine: str | int = "auto", throw: bool = True
+    ) -> tuple[list[Array], HessianSolveInfo]:
+        """``(H + εI)⁻¹ b``."""
+        single = len(b[0].shape) == len(self._shapes[0])
+        rows = [entry[None, ...] for entry in b] if single else list(b)
+        g = self._system.blocks(rows)
+        result = self._first(g, refine)
+        if refine == "auto":
+            for name in self._order[1:]:
+                if is_true(array_api_compat.array_namespace(g[0]).all(self._good(result))):
+                    break
+                result = _better(result, self._refined(name, g, refine))
+        info = self._info(result, g)
+        if throw and not is_true(array_api_compat.array_namespace(g[0]).all(info.converged)):
+            _raise(info, self)
+        x = self._system.params(result.x)
+        if single:
+            x = [entry[0, ...] for entry in x]
+            info = HessianSolveInfo(*(field[0] for field in info[:-1]), info.path)
+        return x, info
+
+    def _first(self, g: Blocks, refine: str | int) -> _Result:
+        return self._refined(self.path, g, refine)
+
+    def _good(self, result: _Result) -> Array:
+        return result.error <= backward(self._like)
+
+    def _refined(self, name: str, g: Blocks, refine: str | int) -> _Result:
+        """``x ← x + (H + εI)⁻¹ r`` with exact residuals r, while the backward error falls."""
+        xp = array_api_compat.array_namespace(g[0])
+        path = self._path(name)
+        state = self._measured(path.solve(g), g, name)
+        limit = REFINEMENTS if refine == "auto" else int(refine)
+        for _ in range(limit):
+            if refine == "auto" and is_true(xp.all(state.error <= goal(self._like))):
+                break
+            change = path.solve(state.r)
+            new = self._measured(combine(state.x, 1.0, change), g, name)
+            fallen = new.error < state.error
+            new = new._replace(steps=state.steps + 1)
+            halved = xp.any(new.error < state.error / 2)
+            state = _chosen(fallen, new, state)
+            if refine == "auto" and not is_true(halved):
+                break
+        return state
+
+    def _measured(self, x: Blocks, g: Blocks, name: str) -> _Result:
+        xp = array_api_compat.array_namespace(g[0])
+        hx = combine(self._system.product(x), self.damping_like, x)
+        r = [a - b for a, b in zip(g, hx, strict=True)]
+        size = self.norm * norm(x) + norm(g)
+        error = norm(r) / xp.where(size > 0, size, xp.ones_like(size))
+        error = xp.where(xp.isfinite(error), error, full((), float("inf"), error))
+        steps = xp.zeros(error.shape, dtype=xp.int32, device=array_api_compat.device(error))
+        return _Result(x, r, error, steps, name)
+
+    @property
+    def damping_like(self) -> Array | float:
+        """ε as `combine` takes it."""
+        return self.damping if isinstance(self.damping, float) else self.damping[None]
+
+    @property
+    def norm(self) -> Array:
+        """``‖H‖₂``, a lower estimate from a few products."""
+        if self._norm is None:
+            self._norm = self._estimate(self._system.product)
+        return self._norm
+
+    def _estimate(self, product: object) -> Array:
+        xp = array_api_compat.array_namespace(self._like)
+        v = self._system.split(noise(0, self.total, self._like)[None, :])
+        size = norm(v)
+        for _ in range(NORM_PRODUCTS):
+            w = self._system.product(v)
+            size = norm(w)
+            safe = xp.where(size > 0, size, xp.ones_like(size))
+            v = [block / safe[:, None, None] for block in w]
+        return size[0]
+
+    def _info(self, result: _Result, g: Blocks) -> HessianSolveInfo:
+        xp = array_api_compat.array_namespace(g[0])
+        size = norm(g)
+        safe = xp.where(size > 0, size, xp.ones_like(size))
+        epsilon = abs(self.damping)
+        amplification = (self.norm + epsilon) * norm(result.x) / safe
+        good = self._good(result) & (amplification < 1 / precision(self._like))
+        return HessianSolveInfo(good, result.steps, norm(result.r) / safe, result.error, amplification, result.name)
+
+    # --- determinant and inertia ------------------------------------------------------------------------------------
+
+    def slogdet(self) -> tuple[Array, Array]:
+        """Sign and ``log|det(H + εI)|``."""
+        return self._path(self._trusted(SLOGDET)).slogdet()
+
+    def inertia(self) -> Inertia:
+        """Counts of negative, zero and positive eigenvalues of H + εI."""
+        xp = array_api_compat.array_namespace(self._like)
+        width = ZERO * float(self.norm)
+        damping = float(self.damping)
+        if self._order[0] == "dense":
+            w = xp.linalg.eigvalsh(self._path("dense").saved) + damping
+            below, above = (int(xp.sum(xp.astype(flags, xp.int64))) for flags in (w < -width, w > width))
+            return Inertia(below, self.total - below - above, above)
+        name = self._trusted(COUNT)
+        below, not_above = (
+            _paths.count_negative(name, self._system, damping + shift) for shift in (width, -width)
+        )
+        return Inertia(below, not_above - below, self.total - not_above)
+
+    def _trusted(self, rtol: float) -> str:
+        """The first path whose unrefined solution of a random system is right to `rtol`, or the stable one."""
+        for name in self._order:
+            g = self._system.split(noise(1, self.total, self._like)[None, :])
+            path = self._path(name)
+            x = path.solve(g)
+            change = path.solve(self._measured(x, g, name).r)
+            xp = array_api_compat.array_namespace(self._like)
+            if is_true(xp.all(norm(change) <= rtol * norm(x))):
+                return name
+        return self._order[-1]
+
+
+SLOGDET = 1e-11
+COUNT = 1e-3
+
+
+class _Result(NamedTuple):
+    x: Blocks
+    r: Blocks
+    error: Array
+    steps: Array
+    name: str
+
+
+def _chosen(first: Array, a: _Result, b: _Result) -> _Result:
+    """`a` for the right-hand sides in `first`, `b` for the others."""
+    xp = array_api_compat.array_namespace(first)
+    flags = first[:, None, None]
+    x, r = ([xp.where(flags, p, q) for p, q in zip(u, v, strict=True)] for u, v in ((a.x, b.x), (a.r, b.r)))
+    return _Result(x, r, xp.where(first, a.error, b.error), xp.where(first, a.steps, b.steps), a.name)
+
+
+def _better(old: _Result, new: _Result) -> _Result:
+    xp = array_api_compat.array_namespace(old.error)
+    better = new.error < old.error
+    chosen = _chosen(better, new, old)
+    return chosen._replace(name=new.name if is_true(xp.any(better)) else old.name)
+
+
+def precision(like: Array) -> float:
+    """Machine epsilon of what was computed in."""
+    return 2.0**-23 if like.dtype == array_api_compat.array_namespace(like).float32 else 2.0**-52
+
+
+def backward(like: Array) -> float:
+    """Largest backward error of a solution that counts as converged: 1e-15 in double precision."""
+    return 4.5 * precision(like)
+
+
+def goal(like: Array) -> float:
+    """Backward error at which refinement stops."""
+    return 2 * precision(like)
+
+
+def _raise(info: HessianSolveInfo, factor: HessianFactor) -> NoReturn:
+    xp = array_api_compat.array_namespace(info.converged)
+    if is_true(xp.any(info.amplification >= 1 / precision(info.amplification))):
+        raise SingularError(
+            "H + damping·I is singular to working precision: its inverse amplifies this right-hand side by "
+            f"{float(xp.max(info.amplification)):.1e}. Likely damping is minus an eigenvalue of the Hessian, or zero "
+            "where weights do not matter. Pass another damping, or throw=False to get the solution with its "
+            "info.amplification."
+        )
+    raise ConvergenceError(
+        f"The solution by {info.path} has backward error {float(xp.max(info.backward_error)):.1e}, above "
+        f"{backward(info.amplification):.1e}, after {int(xp.max(info.n_iter))} refinement steps. Likely NaN in weights "
+        'or data, activations that explode with depth, or a method that cannot take this damping. Pass method="auto" '
+        'or "qr", a larger damping, or throw=False to get the solution with its info.backward_error.'
+    )
+
+
+__all__ = ["HessianFactor", "HessianSolveInfo", "Inertia", "_terms"]

@@ -1,0 +1,169 @@
+"""The ways to factor H + εI behind one interface, what each costs, and the one rule that chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import array_api_compat
+
+from ddnref._array import Array, full, is_true
+from ddnref._hessian import _inertia, _qr, _riccati, _tridiagonal
+from ddnref._hessian._lu import lu, lu_slogdet, lu_solve
+from ddnref._hessian._system import System
+from ddnref._hessian._terms import Blocks, Layer, Terms, flat
+from ddnref._linalg import identity
+
+METHODS = ("auto", "tridiagonal", "riccati", "qr", "dense")
+INDEPENDENT = 1e-3
+"""Smallest diagonal entry of R, relative to the largest, at which the samples of a layer count as independent: their
+Gram matrix, which the fast form inverts, then has a condition below 1e6."""
+
+
+class Path(NamedTuple):
+    """One factorisation of H + εI."""
+
+    name: str
+    solve: Callable[[Blocks], Blocks]
+    slogdet: Callable[[], tuple[Array, Array]]
+    growth: Array | None
+    """Of the elimination, relative; ``None`` where nothing can grow."""
+    saved: Any
+
+
+def build(name: str, s: System, damping: Array | float, like: Array) -> Path:
+    """Factor by the named method."""
+    if name == "dense":
+        return _dense(s, damping, like)
+    terms = s.terms
+    if terms is None:
+        raise TypeError(
+            f'method is {name!r}, but the chain has a layer of type {s.refused}: the sweeps over the layers take Dense, '
+            'Flatten and Residual layers of these. Pass method="dense" if the network is small, or solve with '
+            "ddnref.minres and chain.hvp."
+        )
+    if name == "tridiagonal":
+        f = _tridiagonal.factor(_tridiagonal.bases_of(terms), terms, damping)
+        return Path(name, lambda g: _tridiagonal.solve(f, g), lambda: _tridiagonal.slogdet(f), f.growth, f)
+    if name == "riccati":
+        r = _riccati.factor(terms, damping)
+        return Path(name, lambda g: _riccati.solve(r, g), lambda: _riccati.slogdet(r), r.growth, r)
+    q = _qr.factor(terms, damping)
+    return Path(name, lambda g: _qr.solve(q, g), lambda: _qr.slogdet(q), None, q)
+
+
+def _dense(s: System, damping: Array | float, like: Array) -> Path:
+    xp = array_api_compat.array_namespace(like)
+    h = s.dense(like)
+    factors = lu(h + damping * identity(s.total, h))
+
+    def solve(g: Blocks) -> Blocks:
+        return s.split(xp.matrix_transpose(lu_solve(factors, xp.matrix_transpose(flat(g)))))
+
+    return Path("dense", solve, lambda: lu_slogdet(factors), None, h)
+
+
+# --- the rule ---------------------------------------------------------------------------------------------------
+
+
+class Cost(NamedTuple):
+    """What a path takes."""
+
+    flops: float
+    """Of the factorisation."""
+    numbers: float
+    """Floating-point numbers kept."""
+    calls: float
+    """Steps that take an interpreter's time each."""
+
+
+def cost(name: str, s: System) -> Cost:
+    """An estimate from the shapes alone."""
+    if name == "dense":
+        p, n = s.total, 1 if s.terms is None else s.terms.curvature.shape[0]
+        layers = 1 if s.terms is None else len(s.sizes)
+        return Cost(2 / 3 * p**3 + 8.0 * n * p**2, 2.0 * p**2, 12.0 * layers * max(1.0, p**2 / 2**22))
+    flops = numbers = 0.0
+    for layer in s.terms.layers if s.terms else []:
+        a, n, width = layer.weight.shape[0], layer.z.shape[0], layer.z.shape[1]
+        r, x = min(n, width), n * width
+        u = r * a
+        if name == "qr":
+            block = u + min(n, a) * (width - r) + 2 * n * a
+            flops, numbers = flops + 35.0 * block**3, numbers + 7.0 * block**2
+        else:
+            flops += 2 / 3 * u**3 + 2.0 * u * u * x + 2.0 * u * x * x
+            flops += 2.0 * a * width * (width if name == "tridiagonal" else (n * n * (a + 2 * width)))
+            numbers += u * u + u * x
+    return Cost(flops, numbers, (CALLS[name]) * len(s.sizes))
+
+
+CALLS = {"tridiagonal": 60.0, "riccati": 75.0, "qr": 110.0}
+SECONDS_PER_CALL = 1.5e-6
+FLOPS_PER_SECOND = 2e10
+
+
+def seconds(name: str, s: System) -> float:
+    """Estimated time, by the two constants above; only ratios matter."""
+    c = cost(name, s)
+    return c.flops / FLOPS_PER_SECOND + c.calls * SECONDS_PER_CALL
+
+
+DENSE_LIMIT = 6000
+"""Parameters up to which the whole matrix is ever formed without being asked for: 0.3 GB."""
+
+
+def order(s: System, method: str, damping: Array | float) -> list[str]:
+    """The paths to try, first the one expected to be fastest; the rule in one place.
+
+    A fast elimination (pre-activations where the samples are independent in every layer and fewer than its inputs,
+    the general form elsewhere) unless forming the matrix is cheaper; then, where its refined solution misses the
+    backward error, the cheaper of block QR and the dense matrix. Without damping only these two.
+    """
+    if method != "auto":
+        return [method]
+    stable = [name for name in ("qr", "dense") if _allowed(name, s)]
+    stable.sort(key=lambda name: seconds(name, s))
+    if not stable:
+        raise TypeError(
+            f"The chain has a layer of type {s.refused}, which the sweeps over the layers do not take, and "
+            f"{s.total} parameters, too many for the dense matrix (at most {DENSE_LIMIT}). Use Dense, Flatten and "
+            "Residual layers, or solve with ddnref.minres and chain.hvp."
+        )
+    if s.terms is None or (isinstance(damping, float) and damping == 0):
+        return stable
+    fast = "tridiagonal" if _independent(s.terms) else "riccati"
+    if stable[0] == "dense" and seconds("dense", s) < seconds(fast, s):
+        return ["dense", *stable[1:]]
+    return [fast, *stable]
+
+
+def _allowed(name: str, s: System) -> bool:
+    return s.total <= DENSE_LIMIT if name == "dense" else s.terms is not None
+
+
+def _independent(terms: Terms) -> bool:
+    if not _tridiagonal.supported(terms):
+        return False
+    return is_true(_tridiagonal.independent(_tridiagonal.bases_of(terms), INDEPENDENT))
+
+
+def count_negative(name: str, s: System, damping: float) -> int:
+    """Eigenvalues of H + εI below zero from the pivots of one elimination."""
+    if s.terms is None:
+        raise TypeError("Only the dense form counts here.")
+    if name == "tridiagonal":
+        return _inertia.by_tridiagonal(_tridiagonal.bases_of(s.terms), s.terms, damping)
+    if name == "riccati":
+        return _inertia.by_riccati(s.terms, damping)
+    return _inertia.delayed(s.terms, damping)
+
+
+def layers_of(terms: Terms) -> list[Layer]:
+    """The affine layers."""
+    return terms.layers
+
+
+def zeros(s: System, like: Array) -> Array:
+    """A scalar zero."""
+    return full((), 0.0, like)
