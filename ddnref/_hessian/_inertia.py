@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import array_api_compat
-
 from ddnref._array import Array, full
 from ddnref._hessian import _riccati, _tridiagonal
 from ddnref._hessian._joint import joint
 from ddnref._hessian._riccati import Basis, Pivot
+from ddnref._hessian._small import space, t
 from ddnref._hessian._terms import Terms
 from ddnref._linalg import eigh, identity
 
@@ -24,12 +23,13 @@ THETA = 1e-3
 
 def negative(pivots: Iterable[Array]) -> int:
     """Negative eigenvalues of all pivots together."""
-    return sum(_count(array_api_compat.array_namespace(d).linalg.eigvalsh(d)) for d in pivots)
+    return sum(below(space(d).linalg.eigvalsh(d), 0.0) for d in pivots)
 
 
-def _count(w: Array) -> int:
-    xp = array_api_compat.array_namespace(w)
-    return int(xp.sum(xp.astype(w < 0, xp.int64)))
+def below(w: Array, bound: float) -> int:
+    """How many of the eigenvalues are below a bound."""
+    xp = space(w)
+    return int(xp.sum(xp.astype(w < bound, xp.int64)))
 
 
 def by_tridiagonal(bases: list[Basis], terms: Terms, damping: float) -> int:
@@ -47,22 +47,22 @@ def by_riccati(terms: Terms, damping: float) -> int:
 def delayed(terms: Terms, damping: float) -> int:
     """Negative eigenvalues of H + εI for any shift: the joint matrix has one more for each multiplier."""
     j = joint(terms, damping)
-    xp = array_api_compat.array_namespace(terms.curvature)
+    xp = space(terms.curvature)
     count = 0
     pivot = j.diagonal[0]
-    for i, below in enumerate(j.below):
-        w, q = eigh((pivot + xp.matrix_transpose(pivot)) / 2)
-        old = pivot.shape[0] - below.shape[1]
-        b = below @ q[old:, :]  # the next block is coupled to the layer itself alone
+    for i, e in enumerate(j.below):
+        w, q = eigh((pivot + t(pivot)) / 2)
+        old = pivot.shape[0] - e.shape[1]
+        b = e @ q[old:, :]  # the next block is coupled to the layer itself alone
         ratio = xp.abs(w) / xp.sqrt(xp.sum(b * b, axis=0) + full((), 1e-300, w))
         order = xp.argsort(ratio)
         late = int(xp.sum(xp.astype(ratio < THETA, xp.int64)))
         w, b = xp.take(w, order, axis=0), xp.take(b, order, axis=1)
-        count += _count(w[late:])
+        count += below(w[late:], 0.0)
         now = b[:, late:]
-        d = j.diagonal[i + 1] - (now / w[late:]) @ xp.matrix_transpose(now)
+        d = j.diagonal[i + 1] - (now / w[late:]) @ t(now)
         kept = identity(late, d) * w[:late]
-        top = xp.concat([kept, xp.matrix_transpose(b[:, :late])], axis=1)
+        top = xp.concat([kept, t(b[:, :late])], axis=1)
         pivot = xp.concat([top, xp.concat([b[:, :late], d], axis=1)])
-    count += negative([(pivot + xp.matrix_transpose(pivot)) / 2])
+    count += negative([(pivot + t(pivot)) / 2])
     return count - sum(j.tangents) + (damping < 0) * sum(f.rest for f in j.frames)

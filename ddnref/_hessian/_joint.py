@@ -18,10 +18,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import array_api_compat
-
 from ddnref._array import Array, full
-from ddnref._hessian._riccati import Basis, _flat, _to_u, basis, coupling, push
+from ddnref._hessian._riccati import Basis, _to_u, basis, coupling, push
+from ddnref._hessian._small import flat, space, t
 from ddnref._hessian._terms import Blocks, Layer, Terms, block_diagonal, samples, units
 from ddnref._linalg import identity
 
@@ -55,7 +54,7 @@ class Frame(NamedTuple):
 
 def frame(layer: Layer) -> Frame:
     """Orthonormal bases by QR, of whatever rank."""
-    xp = array_api_compat.array_namespace(layer.z)
+    xp = space(layer.z)
     n, width = layer.z.shape
     b = basis(layer)
     if n >= width:
@@ -63,8 +62,8 @@ def frame(layer: Layer) -> Frame:
         a_out = layer.weight.shape[0]
         empty = full((width, 0), 0.0, layer.z)
         return Frame(b, empty, full((a_out, 0), 0.0, layer.z), nothing)
-    q, r = xp.linalg.qr(xp.matrix_transpose(layer.z), mode="complete")
-    q_b, r_b = xp.linalg.qr(xp.matrix_transpose(layer.beta))
+    q, r = xp.linalg.qr(t(layer.z), mode="complete")
+    q_b, r_b = xp.linalg.qr(t(layer.beta))
     return Frame(Basis(layer, q[:, :n], r[:n, :]), q[:, n:], q_b, r_b)
 
 
@@ -103,7 +102,7 @@ def joint(terms: Terms, damping: Array | float) -> Joint:
 
 def _dynamics(terms: Terms, frames: list[Frame]) -> list[_Dynamics]:
     """J and F of every layer, the marks that follow it included."""
-    xp = array_api_compat.array_namespace(terms.curvature)
+    xp = space(terms.curvature)
     found: list[_Dynamics] = []
     frames_of = iter(frames)
     size = n = waiting = 0
@@ -118,8 +117,8 @@ def _dynamics(terms: Terms, frames: list[Frame]) -> list[_Dynamics]:
             continue
         f, n_in = next(frames_of), step.c.shape[0] * step.weight.shape[1]
         n = step.c.shape[0] * step.c.shape[1]
-        slope = _flat(step.slope)[:, None]
-        j = slope * samples(xp.matrix_transpose(f.basis.r), identity(f.u, step.c))
+        slope = flat(step.slope)[:, None]
+        j = slope * samples(t(f.basis.r), identity(f.u, step.c))
         kept = waiting * n_in if not found else size - n_in
         j = xp.concat([j, full((kept, f.u), 0.0, j)])
         x = None
@@ -133,10 +132,10 @@ def _dynamics(terms: Terms, frames: list[Frame]) -> list[_Dynamics]:
 
 def _quadratic(f: Frame, size: int) -> tuple[Array, Array, Array]:
     """``½ c ds²`` and ``β·(dW dz)`` in U and the `size` entries of x: blocks UU, Ux and xx."""
-    xp = array_api_compat.array_namespace(f.basis.r)
+    xp = space(f.basis.r)
     layer = f.basis.layer
-    c, w_t = _flat(layer.c)[:, None], xp.matrix_transpose(layer.weight)
-    s_u = samples(xp.matrix_transpose(f.basis.r), identity(f.u, layer.c))
+    c, w_t = flat(layer.c)[:, None], t(layer.weight)
+    s_u = samples(t(f.basis.r), identity(f.u, layer.c))
     u_u = samples(f.basis.r, c * s_u)
     if not size:
         return u_u, u_u[:, :0], u_u[:0, :0]
@@ -148,12 +147,12 @@ def _quadratic(f: Frame, size: int) -> tuple[Array, Array, Array]:
 
 
 def _padded(m: Array, columns: int) -> Array:
-    xp = array_api_compat.array_namespace(m)
+    xp = space(m)
     return xp.concat([m, full((m.shape[0], columns - m.shape[1]), 0.0, m)], axis=1)
 
 
 def _diagonal_block(f: Frame, d: _Dynamics, u_u: Array, x_x: Array, damping: Array | float) -> Array:
-    xp = array_api_compat.array_namespace(u_u)
+    xp = space(u_u)
     m = d.u.shape[0]
     v = f.v
     eye_x = identity(m, u_u)
@@ -162,7 +161,7 @@ def _diagonal_block(f: Frame, d: _Dynamics, u_u: Array, x_x: Array, damping: Arr
         return full((rows, columns), 0.0, u_u)
 
     rows = [
-        [u_u + damping * identity(f.u, u_u), zeros(f.u, v), zeros(f.u, m), -xp.matrix_transpose(d.u)],
+        [u_u + damping * identity(f.u, u_u), zeros(f.u, v), zeros(f.u, m), -t(d.u)],
         [zeros(v, f.u), damping * identity(v, u_u), zeros(v, m), zeros(v, m)],
         [zeros(m, f.u), zeros(m, v), x_x, eye_x],
         [-d.u, zeros(m, v), eye_x, zeros(m, m)],
@@ -172,10 +171,10 @@ def _diagonal_block(f: Frame, d: _Dynamics, u_u: Array, x_x: Array, damping: Arr
 
 def _below_block(f: Frame, d: _Dynamics, u_x: Array, before: Frame) -> Array:
     """Rows (U, v, x⁺, λ) of a layer, columns of the one before, of which only x takes part."""
-    xp = array_api_compat.array_namespace(u_x)
+    xp = space(u_x)
     size, m = u_x.shape[1], d.u.shape[0]
     n, a_in = f.basis.layer.c.shape[0], f.basis.layer.weight.shape[1]
-    free_t = xp.matrix_transpose(f.free[:a_in, :])
+    free_t = t(f.free[:a_in, :])
     v_x = xp.reshape(f.r_b[:, None, :, None] * free_t[None, :, None, :], (f.v, n * a_in)) if f.v else u_x[:0, :a_in]
     moving = xp.concat([u_x, _padded(v_x, size), full((m, size), 0.0, u_x), -d.x])
     left, right = before.u + before.v, size
@@ -186,29 +185,29 @@ def _below_block(f: Frame, d: _Dynamics, u_x: Array, before: Frame) -> Array:
 
 def rights(j: Joint, g: Blocks) -> list[Array]:
     """Right-hand sides in the coordinates of the blocks, one column each."""
-    xp = array_api_compat.array_namespace(*g)
+    xp = space(g[0])
     found = []
     for f, g_l, m in zip(j.frames, g, j.tangents, strict=True):
-        g_v = xp.matrix_transpose(f.q_b) @ g_l @ f.free
-        g_v = xp.matrix_transpose(xp.reshape(g_v, (g_l.shape[0], f.v)))
+        g_v = t(f.q_b) @ g_l @ f.free
+        g_v = t(xp.reshape(g_v, (g_l.shape[0], f.v)))
         found.append(xp.concat([_to_u(f.basis, g_l), g_v, full((2 * m, g_l.shape[0]), 0.0, g_l)]))
     return found
 
 
 def weights(j: Joint, y: list[Array], g: Blocks, damping: Array | float) -> Blocks:
     """``dW = Uᵀ Qᵀ + Q_B v Q⊥ᵀ + (I − Q_B Q_Bᵀ) G Q⊥ Q⊥ᵀ / ε``."""
-    xp = array_api_compat.array_namespace(*g)
+    xp = space(g[0])
     found = []
     for f, y_l, g_l in zip(j.frames, y, g, strict=True):
         k = g_l.shape[0]
-        u = xp.reshape(xp.matrix_transpose(y_l[: f.u, :]), (k, f.basis.r.shape[0], -1))
-        dw = xp.matrix_transpose(u) @ xp.matrix_transpose(f.basis.q)
+        u = xp.reshape(t(y_l[: f.u, :]), (k, f.basis.r.shape[0], -1))
+        dw = t(u) @ t(f.basis.q)
         if f.free.shape[1]:
-            v = xp.reshape(xp.matrix_transpose(y_l[f.u : f.u + f.v, :]), (k, f.q_b.shape[1], f.free.shape[1]))
+            v = xp.reshape(t(y_l[f.u : f.u + f.v, :]), (k, f.q_b.shape[1], f.free.shape[1]))
             part = f.q_b @ v
             if f.rest:
                 g_free = g_l @ f.free
-                part = part + (g_free - f.q_b @ (xp.matrix_transpose(f.q_b) @ g_free)) / damping
-            dw = dw + part @ xp.matrix_transpose(f.free)
+                part = part + (g_free - f.q_b @ (t(f.q_b) @ g_free)) / damping
+            dw = dw + part @ t(f.free)
         found.append(dw)
     return found

@@ -26,8 +26,6 @@ class Path(NamedTuple):
     name: str
     solve: Callable[[Blocks], Blocks]
     slogdet: Callable[[], tuple[Array, Array]]
-    growth: Array | None
-    """Of the elimination, relative; ``None`` where nothing can grow."""
     saved: Any
 
 
@@ -44,12 +42,12 @@ def build(name: str, s: System, damping: Array | float, like: Array) -> Path:
         )
     if name == "tridiagonal":
         f = _tridiagonal.factor(_tridiagonal.bases_of(terms), terms, damping)
-        return Path(name, lambda g: _tridiagonal.solve(f, g), lambda: _tridiagonal.slogdet(f), f.growth, f)
+        return Path(name, lambda g: _tridiagonal.solve(f, g), lambda: _tridiagonal.slogdet(f), f)
     if name == "riccati":
         r = _riccati.factor(terms, damping)
-        return Path(name, lambda g: _riccati.solve(r, g), lambda: _riccati.slogdet(r), r.growth, r)
+        return Path(name, lambda g: _riccati.solve(r, g), lambda: _riccati.slogdet(r), r)
     q = _qr.factor(terms, damping)
-    return Path(name, lambda g: _qr.solve(q, g), lambda: _qr.slogdet(q), None, q)
+    return Path(name, lambda g: _qr.solve(q, g), lambda: _qr.slogdet(q), q)
 
 
 def _dense(s: System, damping: Array | float, like: Array) -> Path:
@@ -60,7 +58,7 @@ def _dense(s: System, damping: Array | float, like: Array) -> Path:
     def solve(g: Blocks) -> Blocks:
         return s.split(xp.matrix_transpose(lu_solve(factors, xp.matrix_transpose(flat(g)))))
 
-    return Path("dense", solve, lambda: lu_slogdet(factors), None, h)
+    return Path("dense", solve, lambda: lu_slogdet(factors), h)
 
 
 # --- the rule ---------------------------------------------------------------------------------------------------

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import array_api_compat
-
 from ddnref._array import Array, full
 from ddnref._hessian._joint import Joint, joint, rights, weights
 from ddnref._hessian._lu import solve_upper
 from ddnref._hessian._riccati import slogdet_sum
+from ddnref._hessian._small import space, t
 from ddnref._hessian._terms import Blocks, Terms
 
 
@@ -39,17 +38,17 @@ class Qr(NamedTuple):
 def factor(terms: Terms, damping: Array | float) -> Qr:
     """From the first layer to the last."""
     j = joint(terms, damping)
-    xp = array_api_compat.array_namespace(terms.curvature)
+    xp = space(terms.curvature)
     rows: list[Row] = []
-    d, right = j.diagonal[0], None if not j.below else xp.matrix_transpose(j.below[0])
+    d, right = j.diagonal[0], None if not j.below else t(j.below[0])
     for i, e in enumerate(j.below):
         n = d.shape[0]
         q, r = xp.linalg.qr(xp.concat([d, e]), mode="complete")
-        q_t = xp.matrix_transpose(q)
+        q_t = t(q)
         first = q_t @ xp.concat([right, j.diagonal[i + 1]])
         second = None
         if i + 1 < len(j.below):
-            above = xp.matrix_transpose(j.below[i + 1])
+            above = t(j.below[i + 1])
             second = q_t[:, n:] @ above
         rows.append(Row(q, r[:n, :], first[:n, :], None if second is None else second[:n, :]))
         d, right = first[n:, :], None if second is None else second[n:, :]
@@ -60,14 +59,14 @@ def factor(terms: Terms, damping: Array | float) -> Qr:
 
 def solve(f: Qr, g: Blocks) -> Blocks:
     """``(H + εI)⁻¹ G``."""
-    xp = array_api_compat.array_namespace(*g)
+    xp = space(g[0])
     b = rights(f.joint, g)
     for i, row in enumerate(f.rows):
         n = row.r.shape[0]
         if row.next is None:
-            b[i] = xp.matrix_transpose(row.q) @ b[i]
+            b[i] = t(row.q) @ b[i]
         else:
-            both = xp.matrix_transpose(row.q) @ xp.concat([b[i], b[i + 1]])
+            both = t(row.q) @ xp.concat([b[i], b[i + 1]])
             b[i], b[i + 1] = both[:n, :], both[n:, :]
     y: list[Array] = []
     for row, right in zip(reversed(f.rows), reversed(b), strict=True):
@@ -81,7 +80,7 @@ def solve(f: Qr, g: Blocks) -> Blocks:
 
 def slogdet(f: Qr) -> tuple[Array, Array]:
     """Sign and ``log|det(H + εI)|``: the joint matrix has ``(−1)^tangents`` times that determinant."""
-    xp = array_api_compat.array_namespace(f.rows[0].r)
+    xp = space(f.rows[0].r)
     parts = []
     for row in f.rows:
         diagonal = xp.linalg.diagonal(row.r)

@@ -22,8 +22,19 @@ import array_api_compat
 
 from ddnref._array import Array, full
 from ddnref._hessian._lu import Lu, lu, lu_slogdet, lu_solve
+from ddnref._hessian._small import add_diagonal, flat, space, symmetric, t
 from ddnref._hessian._terms import (
-    CLOSE, OPEN, Blocks, Layer, Step, Terms, block_diagonal, extended, samples, units, units_right,
+    CLOSE,
+    OPEN,
+    Blocks,
+    Layer,
+    Step,
+    Terms,
+    block_diagonal,
+    extended,
+    samples,
+    units,
+    units_right,
 )  # fmt: skip
 from ddnref._linalg import identity
 
@@ -45,14 +56,14 @@ class Basis(NamedTuple):
 
 def basis(layer: Layer) -> Basis:
     """By QR of the inputs, whatever their rank."""
-    xp = array_api_compat.array_namespace(layer.z)
+    xp = space(layer.z)
     if layer.z.shape[0] == 1:  # a Householder reflection of one vector is a division
         size = xp.sqrt(xp.sum(layer.z * layer.z))
         first = xp.zeros_like(layer.z[0, :])
         first = xp.where(xp.arange(layer.z.shape[1], device=array_api_compat.device(first)) == 0, first + 1, first)
         safe = xp.where(size > 0, size, xp.ones_like(size))
         return Basis(layer, xp.where(size > 0, layer.z[0, :] / safe, first)[:, None], size[None, None])
-    q, r = xp.linalg.qr(xp.matrix_transpose(layer.z))
+    q, r = xp.linalg.qr(t(layer.z))
     return Basis(layer, q, r)
 
 
@@ -76,11 +87,11 @@ class Value(NamedTuple):
 
 def pull(step: Step, value: Value) -> Value:
     """P of the state before a mark, from P of the state after it."""
-    return Value(_pull_rows(step, _pull_rows(step, value.p, value.n).T, value.n), value.n)
+    return Value(_pull_rows(step, t(_pull_rows(step, value.p, value.n)), value.n), value.n)
 
 
 def _pull_rows(step: Step, p: Array, n: int) -> Array:
-    xp = array_api_compat.array_namespace(p)
+    xp = space(p)
     if step == CLOSE:
         return xp.concat([p, p[:n, ...]])
     rest = p.shape[0] - n
@@ -89,7 +100,7 @@ def _pull_rows(step: Step, p: Array, n: int) -> Array:
 
 def push(step: Step, x: Array, n: int) -> Array:
     """The state after a mark, from the state before it."""
-    xp = array_api_compat.array_namespace(x)
+    xp = space(x)
     if step == OPEN:
         return xp.concat([x, x[:n, ...]])
     rest = x.shape[0] - n
@@ -98,43 +109,39 @@ def push(step: Step, x: Array, n: int) -> Array:
 
 def behind(layer: Layer, value: Value) -> Array:
     """``M = diag(c) + f P f``: the cost of all that follows, in ds."""
-    xp = array_api_compat.array_namespace(value.p)
-    f = _flat(layer.slope)
-    if value.p.shape[0] > value.n:
-        f = xp.concat([f, full((value.p.shape[0] - value.n,), 1.0, f)])
-    m = f[:, None] * value.p * f
-    c = _flat(layer.c)
-    if m.shape[0] > value.n:
-        c = xp.concat([c, full((m.shape[0] - value.n,), 0.0, c)])
-    return m + identity(m.shape[0], m) * c
+    xp = space(value.p)
+    f, c, kept = flat(layer.slope), flat(layer.c), value.p.shape[0] - value.n
+    if kept:
+        f = xp.concat([f, full((kept,), 1.0, f)])
+        c = xp.concat([c, full((kept,), 0.0, c)])
+    return add_diagonal(f[:, None] * value.p * f, c)
 
 
 def pivot(b: Basis, m: Array, damping: Array | float, first: bool) -> Pivot:
     """Q_UU, Q_Ux and Q_xx of a layer."""
     layer, n = b.layer, b.layer.c.shape[0] * b.layer.c.shape[1]
-    xp = array_api_compat.array_namespace(m)
+    xp = space(m)
     rm = samples(b.r, m[:n, :])
-    q_uu = _symmetric(samples(b.r, xp.matrix_transpose(rm[:, :n])))
-    q_uu = q_uu + damping * identity(q_uu.shape[0], q_uu)
+    q_uu = add_diagonal(symmetric(samples(b.r, t(rm[:, :n]))), damping)
     if first:
         return Pivot(b, q_uu, None, None)
-    w_t = xp.matrix_transpose(layer.weight)
+    w_t = t(layer.weight)
     q_ux = units_right(rm[:, :n], layer.weight) + coupling(b)
     q_xx = units(w_t, units_right(m[:n, :n], layer.weight)) - _free(b, damping)
     if m.shape[0] > n:
         across = units(w_t, m[:n, n:])
         q_ux = xp.concat([q_ux, rm[:, n:]], axis=1)
         above = xp.concat([q_xx, across], axis=1)
-        q_xx = xp.concat([above, xp.concat([xp.matrix_transpose(across), m[n:, n:]], axis=1)])
+        q_xx = xp.concat([above, xp.concat([t(across), m[n:, n:]], axis=1)])
     return Pivot(b, q_uu, q_ux, q_xx)
 
 
 def coupling(b: Basis) -> Array:
     """``Qᵀ ⊗ β``: the term ``β·(dW dz)``, rows (k, j) of U, columns (n, i) of dz."""
-    xp = array_api_compat.array_namespace(b.q)
+    xp = space(b.q)
     a_in, a_out = b.layer.weight.shape[1], b.layer.weight.shape[0]
     n, r = b.r.shape[1], b.r.shape[0]
-    q_t, beta_t = xp.matrix_transpose(b.q[:a_in, :]), xp.matrix_transpose(b.layer.beta)
+    q_t, beta_t = t(b.q[:a_in, :]), t(b.layer.beta)
     return xp.reshape(q_t[:, None, None, :] * beta_t[None, :, :, None], (r * a_out, n * a_in))
 
 
@@ -142,11 +149,11 @@ def _free(b: Basis, damping: Array | float) -> Array | float:
     """``ββᵀ ⊗ (I − QQᵀ)/ε``: what V, eliminated exactly, leaves on the tangent of the input."""
     if b.rest == 0:
         return 0.0
-    xp = array_api_compat.array_namespace(b.q)
+    xp = space(b.q)
     a_in, n = b.layer.weight.shape[1], b.r.shape[1]
-    gram = b.layer.beta @ xp.matrix_transpose(b.layer.beta) / damping
+    gram = b.layer.beta @ t(b.layer.beta) / damping
     q = b.q[:a_in, :]
-    free = identity(a_in, q) - q @ xp.matrix_transpose(q)
+    free = identity(a_in, q) - q @ t(q)
     return xp.reshape(gram[:, None, :, None] * free[:, None, :], (n * a_in, n * a_in))
 
 
@@ -166,13 +173,10 @@ class Riccati(NamedTuple):
     damping: Array | float
     outputs: int
     """Entries of the network's outputs."""
-    growth: Array
-    """Largest entry that an elimination subtracted, relative to the largest of all blocks."""
 
 
 def sweep(terms: Terms, damping: Array | float) -> Iterator[tuple[Pivot | str, Lu | None, Array | None]]:
     """Eliminate from the last layer to the first; yields ``(pivot, its factors, its gain)``, or a mark."""
-    xp = array_api_compat.array_namespace(terms.curvature)
     last = block_diagonal(terms.curvature)
     value = Value(last, last.shape[0])
     first = terms.layers[0]
@@ -188,39 +192,24 @@ def sweep(terms: Terms, damping: Array | float) -> Iterator[tuple[Pivot | str, L
             continue
         gain = lu_solve(factors, found.q_ux)
         yield found, factors, gain
-        p = _symmetric(found.q_xx - xp.matrix_transpose(found.q_ux) @ gain)
+        p = symmetric(found.q_xx - t(found.q_ux) @ gain)
         value = Value(p, step.weight.shape[1] * step.c.shape[0])
 
 
 def factor(terms: Terms, damping: Array | float) -> Riccati:
     """All pivots factored; ``(4.7 + 4/N) (N a)³`` flops for a layer of N ≤ a samples and width a."""
-    xp = array_api_compat.array_namespace(terms.curvature)
     kept: list[Kept | str] = []
-    sizes, changes = [], []
     for found, factors, gain in sweep(terms, damping):
         if isinstance(found, str) or factors is None:
             kept.append(str(found))
-            continue
-        kept.append(Kept(found.basis, factors, gain))
-        sizes.append(xp.max(xp.abs(found.q_uu)))
-        if found.q_xx is not None and gain is not None and found.q_xx.size:
-            sizes.append(xp.max(xp.abs(found.q_xx)))
-            changes.append(_largest_change(found.q_ux, gain))
-    size = xp.max(xp.stack(sizes))
-    change = xp.max(xp.stack(changes)) if changes else 0 * size
-    outputs = terms.curvature.shape[0] * terms.curvature.shape[1]
-    return Riccati(tuple(kept[::-1]), damping, outputs, change / xp.where(size > 0, size, xp.ones_like(size)))
-
-
-def _largest_change(q_ux: Array, gain: Array) -> Array:
-    """The largest diagonal entry of ``Q_Uxᵀ Q_UU⁻¹ Q_Ux``."""
-    xp = array_api_compat.array_namespace(gain)
-    return xp.max(xp.abs(xp.sum(q_ux * gain, axis=0)))
+        else:
+            kept.append(Kept(found.basis, factors, gain))
+    return Riccati(tuple(kept[::-1]), damping, terms.curvature.shape[0] * terms.curvature.shape[1])
 
 
 def solve(f: Riccati, g: Blocks) -> Blocks:
     """``(H + εI)⁻¹ G``: one sweep back for the right-hand sides, one forward for the weights."""
-    xp = array_api_compat.array_namespace(*g)
+    xp = space(g[0])
     k = g[0].shape[0]
     g_of, saved = list(g), []
     current = f.outputs
@@ -232,19 +221,19 @@ def solve(f: Riccati, g: Blocks) -> Blocks:
             continue
         layer, g_l = kept.basis.layer, g_of.pop()
         n = layer.c.shape[0] * layer.c.shape[1]
-        m = xp.concat([_flat(layer.slope)[:, None] * value[:n, :], value[n:, :]])
+        m = xp.concat([flat(layer.slope)[:, None] * value[:n, :], value[n:, :]])
         g_u = _to_u(kept.basis, g_l) + samples(kept.basis.r, m[:n, :])
         saved.append((kept, g_u))
         if kept.gain is not None:
-            p = units(xp.matrix_transpose(layer.weight), m[:n, :]) - _free_rows(kept.basis, g_l, f.damping)
-            value = xp.concat([p, m[n:, :]]) - xp.matrix_transpose(kept.gain) @ g_u
+            p = units(t(layer.weight), m[:n, :]) - _free_rows(kept.basis, g_l, f.damping)
+            value = xp.concat([p, m[n:, :]]) - t(kept.gain) @ g_u
             current = layer.c.shape[0] * layer.weight.shape[1]
     return _forward(saved[::-1], g, f.damping)
 
 
 def _forward(saved: list[tuple[Kept | str, Array | None]], g: Blocks, damping: Array | float) -> Blocks:
     """``U = Q_UU⁻¹ g_U − gain·x``, then the tangent of the next input."""
-    xp = array_api_compat.array_namespace(*g)
+    xp = space(g[0])
     g_of, found, k = iter(g), [], g[0].shape[0]
     x: Array | None = None
     n = waiting = 0  # blocks opened before the first layer keep an input that does not move
@@ -258,10 +247,10 @@ def _forward(saved: list[tuple[Kept | str, Array | None]], g: Blocks, damping: A
         if x is not None and kept.gain is not None:
             u = u - kept.gain @ x
         found.append(_weights(kept.basis, u, None if x is None else x[:n, :], next(g_of), damping))
-        s = samples(xp.matrix_transpose(kept.basis.r), u)
+        s = samples(t(kept.basis.r), u)
         if x is not None:
             s = s + units(layer.weight, x[:n, :])
-        z = _flat(layer.slope)[:, None] * s
+        z = flat(layer.slope)[:, None] * s
         if x is None:
             x = full((waiting * layer.c.shape[0] * layer.weight.shape[1], k), 0.0, z)
         x = z if x.shape[0] == n else xp.concat([z, x[n:, :]])
@@ -271,32 +260,32 @@ def _forward(saved: list[tuple[Kept | str, Array | None]], g: Blocks, damping: A
 
 def _to_u(b: Basis, g: Array) -> Array:
     """``Qᵀ Gᵀ`` as rows (k, j), one column per right-hand side."""
-    xp = array_api_compat.array_namespace(g)
-    g_u = xp.matrix_transpose(g @ b.q)  # (rhs, r, a_out)
-    return xp.matrix_transpose(xp.reshape(g_u, (g.shape[0], -1)))
+    xp = space(g)
+    g_u = t(g @ b.q)  # (rhs, r, a_out)
+    return t(xp.reshape(g_u, (g.shape[0], -1)))
 
 
 def _free_rows(b: Basis, g: Array, damping: Array | float) -> Array | float:
     """``(β G)(I − QQᵀ)/ε`` as rows (n, i), one column per right-hand side."""
     if b.rest == 0:
         return 0.0
-    xp = array_api_compat.array_namespace(g)
+    xp = space(g)
     y = b.layer.beta @ g
-    y = (y - (y @ b.q) @ xp.matrix_transpose(b.q))[..., : b.layer.weight.shape[1]] / damping
-    return xp.matrix_transpose(xp.reshape(y, (g.shape[0], -1)))
+    y = (y - (y @ b.q) @ t(b.q))[..., : b.layer.weight.shape[1]] / damping
+    return t(xp.reshape(y, (g.shape[0], -1)))
 
 
 def _weights(b: Basis, u: Array, x: Array | None, g: Array, damping: Array | float) -> Array:
     """``dW = Uᵀ Qᵀ + (G − βᵀ dz̃)(I − QQᵀ)/ε``."""
-    xp = array_api_compat.array_namespace(g)
-    k, q_t = g.shape[0], xp.matrix_transpose(b.q)
-    u = xp.reshape(xp.matrix_transpose(u), (k, b.r.shape[0], -1))
-    dw = xp.matrix_transpose(u) @ q_t
+    xp = space(g)
+    k, q_t = g.shape[0], t(b.q)
+    u = xp.reshape(t(u), (k, b.r.shape[0], -1))
+    dw = t(u) @ q_t
     if b.rest == 0:
         return dw
     if x is not None:
-        dz = xp.reshape(xp.matrix_transpose(x), (k, b.r.shape[1], -1))
-        g = g - xp.matrix_transpose(b.layer.beta) @ extended(dz, b.q.shape[0])
+        dz = xp.reshape(t(x), (k, b.r.shape[1], -1))
+        g = g - t(b.layer.beta) @ extended(dz, b.q.shape[0])
     return dw + (g - (g @ b.q) @ q_t) / damping
 
 
@@ -315,11 +304,3 @@ def slogdet_sum(parts: list[tuple[Array, Array]], rest: int, damping: Array | fl
     if rest == 0:
         return sign, log
     return sign * (xp.sign(eps) if rest % 2 else xp.ones_like(sign)), log + rest * xp.log(xp.abs(eps))
-
-
-def _flat(x: Array) -> Array:
-    return array_api_compat.array_namespace(x).reshape(x, (-1,))
-
-
-def _symmetric(x: Array) -> Array:
-    return (x + array_api_compat.array_namespace(x).matrix_transpose(x)) / 2

@@ -11,12 +11,10 @@ Arrays hold one sample per row: z is (N, a_in), s is (N, a_out), ``ds = z dWᵀ 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
-import array_api_compat
-
 from ddnref._array import Array
+from ddnref._hessian._small import dot, space, t
 from ddnref._linalg import identity
 
 
@@ -60,10 +58,13 @@ class Terms(NamedTuple):
 
     def gauss_newton(self) -> Terms:
         """The same without the curvature of the network: β and c dropped."""
-        xp = array_api_compat.array_namespace(self.curvature)
+        xp = space(self.curvature)
 
         def linear(step: Step) -> Step:
-            return step if isinstance(step, str) else step._replace(beta=xp.zeros_like(step.c), c=xp.zeros_like(step.c))
+            if isinstance(step, str):
+                return step
+            zero = xp.zeros_like(step.c)
+            return step._replace(beta=zero, c=zero)
 
         return self._replace(steps=tuple(linear(step) for step in self.steps))
 
@@ -74,34 +75,35 @@ Blocks: TypeAlias = list[Array]
 
 def product(terms: Terms, v: Blocks) -> Blocks:
     """``H V``: tangents forward, their adjoints backward; 8 N p flops for p parameters and one vector."""
-    xp = array_api_compat.array_namespace(terms.curvature)
     v_of = iter(v)
     dz: Array | None = None
     kept: list[Array | None] = []
     saved: list[tuple[Layer, Array, Array, Array | None]] = []
     for step in terms.steps:
-        if step == OPEN:
-            kept.append(dz)
-        elif step == CLOSE:
-            dz = _sum(dz, kept.pop())
-        elif isinstance(step, Layer):
-            v_l = next(v_of)
-            ds = step.z @ xp.matrix_transpose(v_l)
-            if dz is not None:
-                ds = ds + dz @ xp.matrix_transpose(step.weight)
-            saved.append((step, v_l, ds, dz))
-            dz = step.slope * ds
+        if isinstance(step, str):
+            if step == OPEN:
+                kept.append(dz)
+            else:
+                dz = _sum(dz, kept.pop())
+            continue
+        v_l = next(v_of)
+        ds = step.z @ t(v_l)
+        if dz is not None:
+            ds = ds + dz @ t(step.weight)
+        saved.append((step, v_l, ds, dz))
+        dz = step.slope * ds
     # q = ∂⟨∇loss, v⟩/∂z: how the gradient with respect to a layer's output changes along v
     q: Array | None = (terms.curvature @ dz[..., None])[..., 0]
     found: Blocks = []
     for step in reversed(terms.steps):
-        if step == CLOSE:
-            kept.append(q)
-        elif step == OPEN:
-            q = _sum(q, kept.pop())
-        else:
-            q, h = _back(*saved.pop(), q)
-            found.append(h)
+        if isinstance(step, str):
+            if step == CLOSE:
+                kept.append(q)
+            else:
+                q = _sum(q, kept.pop())
+            continue
+        q, h = _back(*saved.pop(), q)
+        found.append(h)
     return found[::-1]
 
 
@@ -113,43 +115,33 @@ def _sum(a: Array | None, b: Array | None) -> Array | None:
 
 def _back(layer: Layer, v: Array, ds: Array, dz: Array | None, q: Array) -> tuple[Array, Array]:
     """``σ = c∘ds + f∘q``; its products with the layer's input and weight, and those of β with their tangents."""
-    xp = array_api_compat.array_namespace(v)
     sigma = layer.c * ds + layer.slope * q
-    h = xp.matrix_transpose(sigma) @ layer.z
-    a_in = layer.weight.shape[1]
-    if dz is not None:
-        h = h + xp.matrix_transpose(layer.beta) @ extended(dz, layer.z.shape[1])
-    return sigma @ layer.weight + layer.beta @ v[..., :a_in], h
+    back = sigma @ layer.weight + layer.beta @ v[..., : layer.weight.shape[1]]
+    if dz is None:
+        return back, t(sigma) @ layer.z
+    xp, shape = space(v), (v.shape[0], *layer.z.shape)  # both products as one: what is written is most of the time
+    left = xp.concat([sigma, xp.broadcast_to(layer.beta, sigma.shape)], axis=1)
+    right = xp.concat([xp.broadcast_to(layer.z, shape), extended(dz, shape[-1])], axis=1)
+    return back, t(left) @ right
 
 
 def extended(dz: Array, width: int) -> Array:
-    """dz with a column of zeros where a bias adds one: the input of a bias does not move."""
+    """Dz with a column of zeros where a bias adds one: the input of a bias does not move."""
     if dz.shape[-1] == width:
         return dz
-    xp = array_api_compat.array_namespace(dz)
+    xp = space(dz)
     return xp.concat([dz, xp.zeros_like(dz[..., :1])], axis=-1)
-
-
-def dense(terms: Terms, chunk: int = 2**22) -> Array:
-    """The whole Hessian, (p, p), from products with the columns of the identity."""
-    xp = array_api_compat.array_namespace(terms.curvature)
-    total = sum(terms.sizes)
-    eye = identity(total, terms.curvature)
-    width = max(1, chunk // total)
-    rows = [flat(product(terms, blocks(eye[i : i + width, ...], terms))) for i in range(0, total, width)]
-    h = xp.concat(rows)
-    return (h + xp.matrix_transpose(h)) / 2
 
 
 def flat(v: Blocks) -> Array:
     """(k, p) from the blocks of k vectors."""
-    xp = array_api_compat.array_namespace(*v)
+    xp = space(v[0])
     return xp.concat([xp.reshape(block, (block.shape[0], -1)) for block in v], axis=-1)
 
 
 def blocks(rows: Array, terms: Terms) -> Blocks:
     """Blocks of the k vectors in the rows of a (k, p) array."""
-    xp = array_api_compat.array_namespace(rows)
+    xp = space(rows)
     found, start = [], 0
     for layer, size in zip(terms.layers, terms.sizes, strict=True):
         shape = (rows.shape[0], layer.weight.shape[0], layer.z.shape[1])
@@ -160,14 +152,13 @@ def blocks(rows: Array, terms: Terms) -> Blocks:
 
 def inner(u: Blocks, v: Blocks) -> Array:
     """``⟨u, v⟩`` of each pair of vectors, (k,)."""
-    xp = array_api_compat.array_namespace(*u)
-    parts = [xp.sum(a * b, axis=(-2, -1)) for a, b in zip(u, v, strict=True)]
-    return xp.sum(xp.stack(parts), axis=0)
+    xp = space(u[0])
+    return xp.sum(xp.stack([dot(a, b) for a, b in zip(u, v, strict=True)]), axis=0)
 
 
 def norm(v: Blocks) -> Array:
     """Euclidean norm of each vector, (k,)."""
-    return array_api_compat.array_namespace(*v).sqrt(inner(v, v))
+    return space(v[0]).sqrt(inner(v, v))
 
 
 def combine(u: Blocks, factor: Array | float, v: Blocks) -> Blocks:
@@ -179,7 +170,7 @@ def combine(u: Blocks, factor: Array | float, v: Blocks) -> Blocks:
 
 def samples(r: Array, m: Array) -> Array:
     """``(R ⊗ I) M``: R on the samples of rows ordered (sample, unit)."""
-    xp = array_api_compat.array_namespace(r, m)
+    xp = space(r)
     n, cols = r.shape[1], m.shape[1]
     units_ = m.shape[0] // n
     return xp.reshape(r @ xp.reshape(m, (n, units_ * cols)), (r.shape[0] * units_, cols))
@@ -187,26 +178,21 @@ def samples(r: Array, m: Array) -> Array:
 
 def units(w: Array, m: Array) -> Array:
     """``(I ⊗ W) M``: W on the units of rows ordered (sample, unit)."""
-    xp = array_api_compat.array_namespace(w, m)
+    xp = space(w)
     n, cols = m.shape[0] // w.shape[1], m.shape[1]
     return xp.reshape(w @ xp.reshape(m, (n, w.shape[1], cols)), (n * w.shape[0], cols))
 
 
 def units_right(m: Array, w: Array) -> Array:
     """``M (I ⊗ W)``, columns ordered (sample, unit)."""
-    xp = array_api_compat.array_namespace(w, m)
+    xp = space(w)
     rows, n = m.shape[0], m.shape[1] // w.shape[0]
     return xp.reshape(xp.reshape(m, (rows * n, w.shape[0])) @ w, (rows, n * w.shape[1]))
 
 
 def block_diagonal(blocks_: Array) -> Array:
     """The (N a, N a) matrix with the N given (a, a) blocks on its diagonal."""
-    xp = array_api_compat.array_namespace(blocks_)
+    xp = space(blocks_)
     n, a = blocks_.shape[0], blocks_.shape[1]
     eye = identity(n, blocks_)
     return xp.reshape(eye[:, None, :, None] * blocks_[:, :, None, :], (n * a, n * a))
-
-
-def total_size(sizes: Sequence[int]) -> int:
-    """Parameters of the whole network."""
-    return sum(sizes)

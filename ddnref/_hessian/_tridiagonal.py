@@ -18,11 +18,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import array_api_compat
-
 from ddnref._array import Array
 from ddnref._hessian._lu import Lu, lu, lu_slogdet, lu_solve
 from ddnref._hessian._riccati import Basis, basis, slogdet_sum
+from ddnref._hessian._small import add_diagonal, flat, space, symmetric, t
 from ddnref._hessian._terms import Blocks, Terms, block_diagonal, extended
 from ddnref._linalg import identity
 
@@ -39,14 +38,14 @@ class Inputs(NamedTuple):
 
 def inputs(b: Basis) -> Inputs:
     """From ``z = Rᵀ Qᵀ``: ``z⁺ = R⁻¹ Qᵀ``, ``K = R⁻¹ R⁻ᵀ``."""
-    xp = array_api_compat.array_namespace(b.r)
+    xp = space(b.r)
     r_inverse = 1 / b.r if b.r.shape[0] == 1 else xp.linalg.inv(b.r)
-    return Inputs(b, r_inverse @ xp.matrix_transpose(b.q), r_inverse @ xp.matrix_transpose(r_inverse))
+    return Inputs(b, r_inverse @ t(b.q), r_inverse @ t(r_inverse))
 
 
 def independent(bases: list[Basis], least: float) -> Array:
     """Whether the samples' inputs are independent in every layer: one flag, from the diagonals of the R."""
-    xp = array_api_compat.array_namespace(bases[0].r)
+    xp = space(bases[0].r)
     flags = []
     for b in bases:
         n = b.r.shape[0]
@@ -71,39 +70,41 @@ class Row(NamedTuple):
 
 def row(here: Inputs, after: Inputs | None, curvature: Array, damping: Array | float) -> Row:
     """``T_ll`` and ``T_{l',l}``."""
-    xp = array_api_compat.array_namespace(curvature)
+    xp = space(curvature)
     layer = here.basis.layer
     n, a = layer.c.shape
-    f = xp.reshape(layer.slope, (n * a,))
-    own = damping * here.k
+    f, own = flat(layer.slope), damping * here.k
     if after is None:
         inside, below = block_diagonal(curvature), None
     else:
         inside, below = _next(after, damping)
         below = below * f
     d = f[:, None] * inside * f
+    if n == 1:
+        return Row(add_diagonal(d, flat(layer.c) + own[0, 0]), below)
     d = d + xp.reshape(own[:, None, :, None] * identity(a, d)[:, None, :], d.shape)
-    return Row(d + identity(n * a, d) * xp.reshape(layer.c, (n * a,)), below)
+    return Row(add_diagonal(d, flat(layer.c)), below)
 
 
 def _next(after: Inputs, damping: Array | float) -> tuple[Array, Array]:
     """What the next layer puts on the tangent of its input, and the coupling of that with its own ds."""
-    xp = array_api_compat.array_namespace(after.k)
+    xp = space(after.k)
     w, beta, q = after.basis.layer.weight, after.basis.layer.beta, after.basis.q
     (a_out, a_in), n = w.shape, beta.shape[0]
     pseudo, q = after.pseudo[:, :a_in], q[:a_in, :]
-    w_t, beta_t = xp.matrix_transpose(w), xp.matrix_transpose(beta)
+    w_t, beta_t = t(w), t(beta)
     k = damping * after.k
     gram = beta @ beta_t / damping
-    free = identity(a_in, q) - q @ xp.matrix_transpose(q)
-    c = xp.matrix_transpose(beta @ w)[None, :, :, None] * pseudo[:, None, None, :]
-    c = xp.reshape(c, (n * a_in, n * a_in))
     ww = w_t @ w
-    if n == 1:
-        inside = k * ww - gram * free - c - xp.matrix_transpose(c)
-        return inside, beta_t * pseudo - k * w
+    if n == 1:  # two symmetric updates of rank one, as one product
+        left = xp.concat([gram * t(q), -(beta @ w), -pseudo])
+        right = xp.concat([t(q), pseudo, beta @ w])
+        return add_diagonal(k * ww + t(left) @ right, -gram[0, 0]), beta_t * pseudo - k * w
+    free = identity(a_in, q) - q @ t(q)
+    c = t(beta @ w)[None, :, :, None] * pseudo[:, None, None, :]
+    c = xp.reshape(c, (n * a_in, n * a_in))
     both = k[:, None, :, None] * ww[:, None, :] - gram[:, None, :, None] * free[:, None, :]
-    inside = xp.reshape(both, c.shape) - c - xp.matrix_transpose(c)
+    inside = xp.reshape(both, c.shape) - c - t(c)
     below = pseudo[:, None, None, :] * beta_t[None, :, :, None] - k[:, None, :, None] * w[:, None, :]
     return inside, xp.reshape(below, (n * a_out, n * a_in))
 
@@ -122,13 +123,10 @@ class Tridiagonal(NamedTuple):
 
     blocks: tuple[Kept, ...]
     damping: Array | float
-    growth: Array
-    """Largest entry that an elimination subtracted, relative to the largest of T."""
 
 
 def sweep(bases: list[Basis], terms: Terms, damping: Array | float) -> Iterator[tuple[Inputs, Array, Lu, Row, Array]]:
     """Eliminate from the last layer to the first; yields inputs, pivot, its factors, row, and gain of the next."""
-    xp = array_api_compat.array_namespace(terms.curvature)
     after: Inputs | None = None
     factors: Lu | None = None
     for b in reversed(bases):
@@ -137,8 +135,7 @@ def sweep(bases: list[Basis], terms: Terms, damping: Array | float) -> Iterator[
         pivot, gain = found.diagonal, None
         if found.below is not None and factors is not None:
             gain = lu_solve(factors, found.below)
-            pivot = pivot - xp.matrix_transpose(found.below) @ gain
-            pivot = (pivot + xp.matrix_transpose(pivot)) / 2
+            pivot = symmetric(pivot - t(found.below) @ gain)
         factors = lu(pivot)
         yield here, pivot, factors, found, gain
         after = here
@@ -146,31 +143,23 @@ def sweep(bases: list[Basis], terms: Terms, damping: Array | float) -> Iterator[
 
 def factor(bases: list[Basis], terms: Terms, damping: Array | float) -> Tridiagonal:
     """All pivots factored; 4.7 (N a)³ flops for each layer, and 2 a³ for WᵀW."""
-    xp = array_api_compat.array_namespace(terms.curvature)
-    kept, sizes, changes = [], [], []
-    for here, _, factors, found, gain in sweep(bases, terms, damping):
-        kept.append(Kept(here, factors, gain))
-        sizes.append(xp.max(xp.abs(found.diagonal)))
-        if gain is not None:
-            changes.append(xp.max(xp.abs(xp.sum(found.below * gain, axis=0))))
-    size = xp.max(xp.stack(sizes))
-    change = xp.max(xp.stack(changes)) if changes else 0 * size
-    return Tridiagonal(tuple(kept[::-1]), damping, change / xp.where(size > 0, size, xp.ones_like(size)))
+    kept = [Kept(here, factors, gain) for here, _, factors, _, gain in sweep(bases, terms, damping)]
+    return Tridiagonal(tuple(kept[::-1]), damping)
 
 
 def solve(f: Tridiagonal, g: Blocks) -> Blocks:
     """``(H + εI)⁻¹ G``: right-hand sides of T, block substitution, and the weights from the pre-activations."""
-    xp = array_api_compat.array_namespace(*g)
+    xp = space(g[0])
     rights = _rights(f, g)
     for i in range(len(rights) - 2, -1, -1):
-        rights[i] = rights[i] - xp.matrix_transpose(f.blocks[i].gain) @ rights[i + 1]
+        rights[i] = rights[i] - t(f.blocks[i].gain) @ rights[i + 1]
     found: Blocks = []
     ds: Array | None = None
     dz: Array | None = None
     for i, (kept, right) in enumerate(zip(f.blocks, rights, strict=True)):
         new = lu_solve(kept.lu, right)
         ds = new if ds is None else new - f.blocks[i - 1].gain @ ds
-        rows = xp.reshape(xp.matrix_transpose(ds), (g[0].shape[0], *kept.inputs.basis.layer.c.shape))
+        rows = xp.reshape(t(ds), (g[0].shape[0], *kept.inputs.basis.layer.c.shape))
         found.append(_weights(kept.inputs, rows, dz, g[i], f.damping))
         dz = kept.inputs.basis.layer.slope * rows
     return found
@@ -178,33 +167,32 @@ def solve(f: Tridiagonal, g: Blocks) -> Blocks:
 
 def _rights(f: Tridiagonal, g: Blocks) -> list[Array]:
     """``z⁺ Gᵀ`` of the layer itself; from the next ``−f (z⁺ Gᵀ W + β G (I − QQᵀ)/ε)``, as rows (n, j)."""
-    xp = array_api_compat.array_namespace(*g)
+    xp = space(g[0])
     found: list[Array] = []
     passed: Array | None = None
     for kept, g_l in zip(reversed(f.blocks), reversed(g), strict=True):
         layer, q = kept.inputs.basis.layer, kept.inputs.basis.q
-        own = kept.inputs.pseudo @ xp.matrix_transpose(g_l)  # (k, N, a_out)
+        own = kept.inputs.pseudo @ t(g_l)  # (k, N, a_out)
         right = own if passed is None else own - layer.slope * passed
-        found.append(xp.matrix_transpose(xp.reshape(right, (g_l.shape[0], -1))))
+        found.append(t(xp.reshape(right, (g_l.shape[0], -1))))
         y = layer.beta @ g_l
-        y = (y - (y @ q) @ xp.matrix_transpose(q)) / f.damping
+        y = (y - (y @ q) @ t(q)) / f.damping
         passed = own @ layer.weight + y[..., : layer.weight.shape[1]]
     return found[::-1]
 
 
 def _weights(i: Inputs, ds: Array, dz: Array | None, g: Array, damping: Array | float) -> Array:
     """``dW = (ds − dz Wᵀ)ᵀ z⁺ + (G − βᵀ dz̃)(I − QQᵀ)/ε``."""
-    xp = array_api_compat.array_namespace(g)
     layer, q = i.basis.layer, i.basis.q
     if dz is not None:
-        ds = ds - dz @ xp.matrix_transpose(layer.weight)
-        g = g - xp.matrix_transpose(layer.beta) @ extended(dz, q.shape[0])
-    return xp.matrix_transpose(ds) @ i.pseudo + (g - (g @ q) @ xp.matrix_transpose(q)) / damping
+        ds = ds - dz @ t(layer.weight)
+        g = g - t(layer.beta) @ extended(dz, q.shape[0])
+    return t(ds) @ i.pseudo + (g - (g @ q) @ t(q)) / damping
 
 
 def slogdet(f: Tridiagonal) -> tuple[Array, Array]:
     """Sign and ``log|det(H + εI)|``, by the identity above."""
-    xp = array_api_compat.array_namespace(f.growth)
+    xp = space(f.blocks[0].inputs.k)
     sign, log = slogdet_sum([lu_slogdet(b.lu) for b in f.blocks], sum(b.inputs.basis.rest for b in f.blocks), f.damping)
     for b in f.blocks:
         r = b.inputs.basis.r
