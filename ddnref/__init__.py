@@ -13,6 +13,9 @@ from ddnref._errors import (
     OptimalityError,
     SingularError,
 )
+from ddnref._hessian._factor import HessianFactor, HessianSolveInfo, Inertia
+from ddnref._hessian._solve import hessian_factor, hessian_solve, hessian_solve_vjp
+from ddnref._hessian._spectrum import EigvalCountInfo, hessian_eigval_count, hessian_eigvals
 from ddnref._implicit import argmin_vjp, eq_argmin_vjp, ineq_argmin_vjp, lineq_argmin_vjp, root_vjp
 from ddnref._iteration import power_iteration, simultaneous_iteration
 from ddnref._iteration_vjp import power_iteration_vjp, simultaneous_iteration_vjp
@@ -70,8 +73,12 @@ __all__ = [
     "DiagonalPlusLowRank",
     "EigshInfo",
     "EigshVjpInfo",
+    "EigvalCountInfo",
     "Flatten",
     "GaugeError",
+    "HessianFactor",
+    "HessianSolveInfo",
+    "Inertia",
     "IterationInfo",
     "Layer",
     "LinearOperator",
@@ -100,6 +107,11 @@ __all__ = [
     "expm_vjp",
     "fixed_point_residual",
     "gauge_residual",
+    "hessian_eigval_count",
+    "hessian_eigvals",
+    "hessian_factor",
+    "hessian_solve",
+    "hessian_solve_vjp",
     "ineq_argmin_vjp",
     "invsqrtm",
     "invsqrtm_fwd",

@@ -7,12 +7,14 @@ from typing import NamedTuple, NoReturn
 
 import array_api_compat
 
-from ddnref._array import Array, full, is_true
+from ddnref._array import Array, double, full, is_true
 from ddnref._errors import ConvergenceError, SingularError
-from ddnref._hessian import _inertia, _paths, _terms
+from ddnref._hessian import _inertia, _paths
 from ddnref._hessian._paths import Path
+from ddnref._hessian._small import space
 from ddnref._hessian._system import System
 from ddnref._hessian._terms import Blocks, combine, norm
+from ddnref._network._chain import _check_list as check_list
 from ddnref._rows import noise
 
 REFINEMENTS = 8
@@ -52,10 +54,8 @@ class Inertia(NamedTuple):
 class HessianFactor:
     """``H + εI`` of a network's loss, factored. Made by `hessian_factor`."""
 
-    def __init__(
-        self, s: System, damping: Array | float, method: str, like: Array, counts: Sequence[tuple[int, ...]], throw: bool
-    ) -> None:
-        self._system, self.damping, self._like, self._shapes, self._throw = s, damping, like, counts, throw
+    def __init__(self, s: System, damping: Array | float, method: str, like: Array, params: Sequence[Array]) -> None:
+        self._system, self.damping, self._like, self._params = s, damping, like, list(params)
         self._order = _paths.order(s, method, damping)
         self._built: dict[str, Path] = {}
         self._norm: Array | None = None
@@ -96,33 +96,35 @@ class HessianFactor:
         self, b: Sequence[Array], *, refine: str | int = "auto", throw: bool = True
     ) -> tuple[list[Array], HessianSolveInfo]:
         """``(H + εI)⁻¹ b``."""
-        single = len(b[0].shape) == len(self._shapes[0])
-        rows = [entry[None, ...] for entry in b] if single else list(b)
-        g = self._system.blocks(rows)
-        result = self._first(g, refine)
-        if refine == "auto":
-            for name in self._order[1:]:
-                if is_true(array_api_compat.array_namespace(g[0]).all(self._good(result))):
-                    break
-                result = _better(result, self._refined(name, g, refine))
+        self.check("b", b)
+        if refine != "auto" and not (isinstance(refine, int) and refine >= 0):
+            raise ValueError(f'refine is {refine!r}, expected "auto" or a number of steps.')
+        single = b[0].ndim == self._params[0].ndim
+        g = self._system.blocks([entry[None, ...] for entry in b] if single else b)
+        xp = space(g[0])
+        result = self._best(g, refine)
         info = self._info(result, g)
-        if throw and not is_true(array_api_compat.array_namespace(g[0]).all(info.converged)):
-            _raise(info, self)
+        if throw and not is_true(xp.all(info.converged)):
+            _raise(info)
         x = self._system.params(result.x)
         if single:
             x = [entry[0, ...] for entry in x]
             info = HessianSolveInfo(*(field[0] for field in info[:-1]), info.path)
         return x, info
 
-    def _first(self, g: Blocks, refine: str | int) -> _Result:
-        return self._refined(self.path, g, refine)
-
-    def _good(self, result: _Result) -> Array:
-        return result.error <= backward(self._like)
+    def _best(self, g: Blocks, refine: str | int) -> _Result:
+        """By the first path, then by the stable ones while the backward error is too large."""
+        xp = space(g[0])
+        result = self._refined(self.path, g, refine)
+        for name in self._order[1:] if refine == "auto" else ():
+            if is_true(xp.all(result.error <= backward(self._like))):
+                break
+            result = _better(result, self._refined(name, g, refine))
+        return result
 
     def _refined(self, name: str, g: Blocks, refine: str | int) -> _Result:
         """``x ← x + (H + εI)⁻¹ r`` with exact residuals r, while the backward error falls."""
-        xp = array_api_compat.array_namespace(g[0])
+        xp = space(g[0])
         path = self._path(name)
         state = self._measured(path.solve(g), g, name)
         limit = REFINEMENTS if refine == "auto" else int(refine)
@@ -140,7 +142,7 @@ class HessianFactor:
         return state
 
     def _measured(self, x: Blocks, g: Blocks, name: str) -> _Result:
-        xp = array_api_compat.array_namespace(g[0])
+        xp = space(g[0])
         hx = combine(self._system.product(x), self.damping_like, x)
         r = [a - b for a, b in zip(g, hx, strict=True)]
         size = self.norm * norm(x) + norm(g)
@@ -158,28 +160,37 @@ class HessianFactor:
     def norm(self) -> Array:
         """``‖H‖₂``, a lower estimate from a few products."""
         if self._norm is None:
-            self._norm = self._estimate(self._system.product)
+            xp = space(self._like)
+            v = self._system.split(noise(0, self.total, self._like)[None, :])
+            for _ in range(NORM_PRODUCTS):
+                w = self._system.product(v)
+                size, before = norm(w), norm(v)
+                self._norm = (size / xp.where(before > 0, before, xp.ones_like(before)))[0]
+                v = w
         return self._norm
 
-    def _estimate(self, product: object) -> Array:
-        xp = array_api_compat.array_namespace(self._like)
-        v = self._system.split(noise(0, self.total, self._like)[None, :])
-        size = norm(v)
-        for _ in range(NORM_PRODUCTS):
-            w = self._system.product(v)
-            size = norm(w)
-            safe = xp.where(size > 0, size, xp.ones_like(size))
-            v = [block / safe[:, None, None] for block in w]
-        return size[0]
-
     def _info(self, result: _Result, g: Blocks) -> HessianSolveInfo:
-        xp = array_api_compat.array_namespace(g[0])
+        xp = space(g[0])
         size = norm(g)
         safe = xp.where(size > 0, size, xp.ones_like(size))
         epsilon = abs(self.damping)
         amplification = (self.norm + epsilon) * norm(result.x) / safe
-        good = self._good(result) & (amplification < 1 / precision(self._like))
+        good = (result.error <= backward(self._like)) & (amplification < 1 / precision(self._like))
         return HessianSolveInfo(good, result.steps, norm(result.r) / safe, result.error, amplification, result.name)
+
+    def inverse(self, g: Blocks) -> Blocks:
+        """``(H + εI)⁻¹`` of blocks, refined as `solve` does, whatever came of it."""
+        return self._best(g, "auto").x
+
+    def check(self, name: str, v: Sequence[Array]) -> None:
+        """Raise unless `v` is a list like the chain's parameters, with or without one leading axis."""
+        check_list(name, list(v), self._params, leading=True)
+
+    def paired(self, u: Sequence[Array], v: Sequence[Array]) -> Array:
+        """``Σ ⟨u, v⟩`` over all vectors, in the dtype of the parameters."""
+        xp = space(u[0])
+        total = xp.sum(xp.stack([xp.sum(double(xp, a) * double(xp, b)) for a, b in zip(u, v, strict=True)]))
+        return xp.astype(total, u[0].dtype, copy=False)
 
     # --- determinant and inertia ------------------------------------------------------------------------------------
 
@@ -189,10 +200,17 @@ class HessianFactor:
 
     def inertia(self) -> Inertia:
         """Counts of negative, zero and positive eigenvalues of H + εI."""
-        width, damping = ZERO * float(self.norm), float(self.damping)
-        name = self._trusted(COUNT)
+        width, damping, name = ZERO * float(self.norm), float(self.damping), self.counted_by
         below, not_above = (self._negative(name, damping + shift) for shift in (width, -width))
         return Inertia(below, not_above - below, self.total - not_above)
+
+    @property
+    def counted_by(self) -> str:
+        """The factorisation whose pivots are counted."""
+        name = self._trusted(COUNT)
+        if name in STABLE or abs(float(self.damping)) >= LEAST * float(self.norm):
+            return name
+        return next((stable for stable in self._order if stable in STABLE), "qr")
 
     def _negative(self, name: str, damping: float) -> int:
         if name == "dense":
@@ -201,12 +219,12 @@ class HessianFactor:
 
     def _spectrum(self) -> Array:
         if self._w is None:
-            self._w = array_api_compat.array_namespace(self._like).linalg.eigvalsh(self._path("dense").saved)
+            self._w = space(self._like).linalg.eigvalsh(self._path("dense").saved)
         return self._w
 
     def _trusted(self, rtol: float) -> str:
         """The first path that is stable by construction, or whose unrefined solution is right to `rtol`."""
-        xp = array_api_compat.array_namespace(self._like)
+        xp = space(self._like)
         g = self._system.split(noise(1, self.total, self._like)[None, :])
         for name in self._order:
             if name in STABLE:
@@ -221,6 +239,9 @@ class HessianFactor:
 
 
 STABLE = ("qr", "dense")
+LEAST = 1e-5
+"""Smallest damping, relative to ‖H‖, at which the fast forms count: they divide by it, and an error of eps ‖H‖²/ε in
+what they leave of the Hessian must stay well below `ZERO`."""
 SLOGDET = 1e-11
 COUNT = 1e-3
 
@@ -235,14 +256,14 @@ class _Result(NamedTuple):
 
 def _chosen(first: Array, a: _Result, b: _Result) -> _Result:
     """`a` for the right-hand sides in `first`, `b` for the others."""
-    xp = array_api_compat.array_namespace(first)
+    xp = space(first)
     flags = first[:, None, None]
     x, r = ([xp.where(flags, p, q) for p, q in zip(u, v, strict=True)] for u, v in ((a.x, b.x), (a.r, b.r)))
     return _Result(x, r, xp.where(first, a.error, b.error), xp.where(first, a.steps, b.steps), a.name)
 
 
 def _better(old: _Result, new: _Result) -> _Result:
-    xp = array_api_compat.array_namespace(old.error)
+    xp = space(old.error)
     better = new.error < old.error
     chosen = _chosen(better, new, old)
     return chosen._replace(name=new.name if is_true(xp.any(better)) else old.name)
@@ -250,7 +271,7 @@ def _better(old: _Result, new: _Result) -> _Result:
 
 def precision(like: Array) -> float:
     """Machine epsilon of what was computed in."""
-    return 2.0**-23 if like.dtype == array_api_compat.array_namespace(like).float32 else 2.0**-52
+    return 2.0**-23 if like.dtype == space(like).float32 else 2.0**-52
 
 
 def backward(like: Array) -> float:
@@ -263,8 +284,8 @@ def goal(like: Array) -> float:
     return 4 * precision(like)
 
 
-def _raise(info: HessianSolveInfo, factor: HessianFactor) -> NoReturn:
-    xp = array_api_compat.array_namespace(info.converged)
+def _raise(info: HessianSolveInfo) -> NoReturn:
+    xp = space(info.converged)
     if is_true(xp.any(info.amplification >= 1 / precision(info.amplification))):
         raise SingularError(
             "H + damping·I is singular to working precision: its inverse amplifies this right-hand side by "
@@ -278,6 +299,3 @@ def _raise(info: HessianSolveInfo, factor: HessianFactor) -> NoReturn:
         'or data, activations that explode with depth, or a method that cannot take this damping. Pass method="auto" '
         'or "qr", a larger damping, or throw=False to get the solution with its info.backward_error.'
     )
-
-
-__all__ = ["HessianFactor", "HessianSolveInfo", "Inertia", "_terms"]

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import array_api_compat
 
-from ddnref._array import Array, full, is_true
+from ddnref._array import Array, is_true
 from ddnref._hessian import _inertia, _qr, _riccati, _tridiagonal
 from ddnref._hessian._lu import lu, lu_slogdet, lu_solve
 from ddnref._hessian._system import System
-from ddnref._hessian._terms import Blocks, Layer, Terms, flat
+from ddnref._hessian._terms import Blocks, Terms, flat
 from ddnref._linalg import identity
 
 METHODS = ("auto", "tridiagonal", "riccati", "qr", "dense")
@@ -36,9 +36,9 @@ def build(name: str, s: System, damping: Array | float, like: Array) -> Path:
     terms = s.terms
     if terms is None:
         raise TypeError(
-            f'method is {name!r}, but the chain has a layer of type {s.refused}: the sweeps over the layers take Dense, '
-            'Flatten and Residual layers of these. Pass method="dense" if the network is small, or solve with '
-            "ddnref.minres and chain.hvp."
+            f"method is {name!r}, but the chain has a layer of type {s.refused}: the sweeps over the layers take Dense "
+            'and Flatten layers and Residual blocks of them. Pass method="dense" if the network is small, or solve '
+            "with ddnref.minres and chain.hvp."
         )
     if name == "tridiagonal":
         f = _tridiagonal.factor(_tridiagonal.bases_of(terms), terms, damping)
@@ -146,6 +146,15 @@ def _independent(terms: Terms) -> bool:
     return is_true(_tridiagonal.independent(_tridiagonal.bases_of(terms), INDEPENDENT))
 
 
+def check_tridiagonal(terms: Terms) -> None:
+    """Raise where the fast form does not apply, which shapes alone can tell."""
+    if not _tridiagonal.supported(terms):
+        raise ValueError(
+            'method="tridiagonal" needs a chain without Residual blocks and, in every layer, fewer samples than inputs '
+            '(a bias counts as one). Pass method="riccati", which takes every chain, or "auto".'
+        )
+
+
 def count_negative(name: str, s: System, damping: float) -> int:
     """Eigenvalues of H + εI below zero from the pivots of one elimination."""
     if s.terms is None:
@@ -155,13 +164,3 @@ def count_negative(name: str, s: System, damping: float) -> int:
     if name == "riccati":
         return _inertia.by_riccati(s.terms, damping)
     return _inertia.delayed(s.terms, damping)
-
-
-def layers_of(terms: Terms) -> list[Layer]:
-    """The affine layers."""
-    return terms.layers
-
-
-def zeros(s: System, like: Array) -> Array:
-    """A scalar zero."""
-    return full((), 0.0, like)
