@@ -35,10 +35,12 @@ from ddnref._matrix_functions import (
     sqrtm_vjp,
 )
 from ddnref._network._activations import Activation
-from ddnref._network._blocks import Layer, Residual
+from ddnref._network._blocks import Frozen, Residual
 from ddnref._network._chain import Chain
+from ddnref._network._convolution import Conv2d
 from ddnref._network._layers import Dense, Flatten
 from ddnref._network._losses import Loss
+from ddnref._network._user import Layer
 from ddnref._nodes._least_squares import (
     least_squares_on_sphere,
     least_squares_on_sphere_vjp,
@@ -66,6 +68,7 @@ __all__ = [
     "Activation",
     "BlockDiagonal",
     "Chain",
+    "Conv2d",
     "ConvergenceError",
     "DdnrefError",
     "Dense",
@@ -75,6 +78,7 @@ __all__ = [
     "EigshVjpInfo",
     "EigvalCountInfo",
     "Flatten",
+    "Frozen",
     "GaugeError",
     "HessianFactor",
     "HessianSolveInfo",

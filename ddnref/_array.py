@@ -31,14 +31,20 @@ def namespace(**arrays: Array | None) -> Namespace:
         raise TypeError(f"{' and '.join(arrays)} must be given: there is nothing to compute from None.")
     if all(type(array) is np.ndarray and array.dtype.char in "fdFD" for array in present.values()):
         return array_api_compat.numpy  # the common case, checked in a microsecond
-    xp = _shared_namespace(present)
-    _check_devices(present)
+    xp = library(**present)
     for name, array in present.items():
         if array.dtype not in (xp.float64, xp.float32, xp.complex128, xp.complex64):
             raise TypeError(
                 f"{name} has dtype {array.dtype}; ddnref computes in float32, float64, complex64 or complex128. "
                 f"Convert it first, for example with xp.astype({name}, xp.float64)."
             )
+    return xp
+
+
+def library(**arrays: Array) -> Namespace:
+    """Return the namespace that all named arrays share, of any dtype; ``TypeError`` for several, or several devices."""
+    xp = _shared_namespace(arrays)
+    _check_devices(arrays)
     return xp
 
 

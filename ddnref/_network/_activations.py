@@ -95,7 +95,7 @@ def leaky_relu(negative_slope: float) -> Activation:
     def jet(z: Array, order: int) -> Jet:
         xp = array_api_compat.array_namespace(z)
         slope = xp.where(z > 0, xp.ones_like(z), xp.full_like(z, negative_slope))
-        return slope * z, slope, None
+        return slope * z, slope if order else None, None
 
     return from_jet(jet)
 
@@ -138,19 +138,16 @@ def _gelu(z: Array, order: int) -> Jet:
 
 
 def _gelu_tanh(z: Array, order: int) -> Jet:
-    """``z (1 + tanh g) / 2`` with ``g = √(2/π) (z + 0.044715 z³)``."""
-    xp = array_api_compat.array_namespace(z)
-    c, square = math.sqrt(2 / math.pi), z * z
-    t = xp.tanh(c * z * (1 + 0.044715 * square))
-    y = z * (1 + t) / 2
-    if not order:
-        return y, None, None
-    t1 = (1 - t * t) * c * (1 + 3 * 0.044715 * square)
-    slope = (1 + t + z * t1) / 2
-    if order == 1:
-        return y, slope, None
-    t2 = (1 - t * t) * (c * 6 * 0.044715 * z) - 2 * t * t1 * c * (1 + 3 * 0.044715 * square)
-    return y, slope, t1 + z * t2 / 2
+    """``z (1 + tanh g) / 2 = z σ(2 g)`` with ``g = √(2/π) (z + 0.044715 z³)``: the sigmoid keeps the tail's digits."""
+    c = 2 * math.sqrt(2 / math.pi)
+    s, s1, s2 = sigmoid(c * z * (1 + 0.044715 * z * z), order)
+    if s1 is None:
+        return z * s, None, None
+    g1 = c * (1 + 3 * 0.044715 * z * z)
+    slope = s + z * s1 * g1
+    if s2 is None:
+        return z * s, slope, None
+    return z * s, slope, 2 * s1 * g1 + z * (s2 * g1 * g1 + s1 * (6 * 0.044715 * c) * z)
 
 
 def _silu(z: Array, order: int) -> Jet:

@@ -14,43 +14,111 @@ from typing import Any, Self
 
 import array_api_compat
 
-from ddnref._array import (
-    Array,
-    check_dtypes,
-    check_real,
-    check_shapes,
-    is_true,
-    namespace,
-    nan_where,
-)
-from ddnref._network import _construct, _losses, _sweeps
+from ddnref._array import Array, check_dtypes, check_real, namespace
+from ddnref._network import _checks, _construct, _from_torch, _losses, _sweeps
 from ddnref._network._activations import Activation
 from ddnref._network._losses import Loss
 from ddnref._network._sweeps import AnyLayer, LayerDerivatives, Params
 
 
 class Chain:
-    """TODO."""
+    r"""Layers under a loss, with every derivative of it written out.
+
+    Parameters
+    ----------
+    layers : sequence of layers
+        `Dense`, `Conv2d`, `Flatten`, `Residual`, `Frozen`, `Layer`; the last gives ``(N, C)``.
+    loss : str or Loss
+        ``"cross_entropy"`` of class indices ``(N,)`` or of weights ``(N, C)``, ``"mse"`` or ``"bce"`` (of logits) of
+        targets ``(N, C)``, or functions of your own.
+    reduction : {"mean", "sum"}
+        Over the samples; for ``"mse"`` and ``"bce"`` over the C outputs too, as PyTorch does it.
+
+    Attributes
+    ----------
+    layers : tuple of layers
+    criterion : Loss
+        The loss of one sample, with the factor of the reduction over its outputs.
+    reduction : str
+    params : list of arrays
+        Those of all layers, ``[W1, b1, W2, …]``: gradients and vectors are lists like it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Parameters of several libraries, devices or dtypes, or that PyTorch records; none at all; layers that do not
+        fit the one before them; unknown names. Its methods: inputs and vectors that do not fit, no samples under the
+        mean, and targets of the wrong shape, dtype or range.
+
+    See Also
+    --------
+    Chain.from_torch, Chain.from_arrays, Chain.mlp : other ways to make one.
+
+    Notes
+    -----
+    With the outputs y, :math:`J = \partial y / \partial \theta`, and the loss :math:`\sum_n \ell(y_n)`,
+
+    .. math:: g = J^T \nabla\ell, \qquad G v = J^T \nabla^2\ell\, J v, \qquad
+              H v = G v + \left(\tfrac{d}{d\tau} J(\theta + \tau v)\right)^T \nabla\ell .
+
+    Nothing is recorded or cached: each call runs forward. In products with the weights, for a deep network, the loss
+    costs 1 a layer, the gradient 3, `ggnvp` 5 and `hvp` 9; several vectors at once share the first pass. Memory: what
+    each layer saves, input, pre-activation and one or two derivatives of the activation.
+
+    A sample whose values are NaN leaves the others' outputs and gradients alone, as do targets out of range with
+    ``throw=False``, which reads no value on the host and is what ``jax.jit`` needs. A kink counts as smooth: the
+    second derivative of ``"relu"`` is zero.
+
+    References
+    ----------
+    .. [1] B. A. Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6 (1994).
+    .. [2] N. N. Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent", Neural
+       Computation 14 (2002).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> chain = ddnref.Chain([ddnref.Dense(np.asarray([[1.0, 2.0]]))], "mse")
+    >>> x, t = np.asarray([[1.0, 0.0], [1.0, 1.0]]), np.asarray([[1.0], [1.0]])
+    >>> chain.gradient(x, t)
+    [array([[2., 2.]])]
+    """
 
     def __init__(self, layers: Sequence[AnyLayer], loss: str | Loss, reduction: str = "mean") -> None:
         self.layers = tuple(layers)
         self.criterion = _losses.resolve(loss, reduction)
         self.reduction = reduction
-        self.params = [array for layer in self.layers for array in layer.params]
-        if not self.params:
-            raise ValueError("layers hold no parameters: there is nothing to differentiate.")
+        self._parts = [layer.params for layer in self.layers]
         names = {f"params[{i}]": array for i, array in enumerate(self.params)}
+        if not names:
+            raise ValueError("layers hold no parameters: there is nothing to differentiate.")
         namespace(**names)
         check_real(**names)
-        check_dtypes(**{name: (array, self.params[0].dtype) for name, array in names.items()})
+        check_dtypes(**{name: (array, names["params[0]"].dtype) for name, array in names.items()})
+        _checks.refuse_recorded(names)
         _sweeps.output_shape(self.layers, None)
 
+    @property
+    def params(self) -> list[Array]:
+        """The arrays of all layers, a new list at each call."""
+        return _sweeps.joined(self._parts)
+
     def with_params(self, params: Sequence[Array]) -> Self:
-        """The same chain with other arrays, shaped like `params`; those of the old one are left alone."""
+        """The same chain with other arrays.
+
+        Parameters
+        ----------
+        params : sequence of arrays
+            Shaped like `params`, in the same library and dtype. Under ``jax.jit`` these may be traced.
+
+        Returns
+        -------
+        chain : Chain
+            A new one; this one stays as it is.
+        """
         params = list(params)
-        _check_list("params", params, self.params)
-        parts = self.split(params)
-        layers = [layer.with_params(theta) for layer, theta in zip(self.layers, parts, strict=True)]
+        _checks.like_params("params", params, self.params)
+        layers = [layer.with_params(p) for layer, p in zip(self.layers, self.split(params), strict=True)]
         return type(self)(layers, self.criterion, self.reduction)
 
     def split(self, params: Sequence[Array]) -> list[Params]:
@@ -64,68 +132,147 @@ class Chain:
     # --- values ---------------------------------------------------------------------------------------------------
 
     def forward(self, x: Array, order: int = 2) -> tuple[Array, list[Any]]:
-        """Outputs, and what derivatives up to `order` need of each layer."""
-        self._check_input(x)
-        return _sweeps.forward(self.layers, self.split(self.params), x, order)
+        """Outputs ``(N, C)``, and what derivatives up to `order` (of the activations: 0, 1 or 2) need of each layer."""
+        _checks.inputs(self.layers, x, next(part[0] for part in self._parts if part))
+        return _sweeps.forward(self.layers, self._parts, x, order)
 
     def output(self, x: Array) -> Array:
-        """Outputs ``(N, C)`` of the last layer."""
+        """Outputs of the last layer.
+
+        Parameters
+        ----------
+        x : (N, ...) array
+            Samples, also none; of the dtype of the parameters.
+
+        Returns
+        -------
+        y : (N, C) array
+        """
         return self.forward(x, 0)[0]
 
     def loss(self, x: Array, t: Array, *, throw: bool = True) -> Array:
-        """The loss, an array without axes."""
+        """The loss.
+
+        Parameters
+        ----------
+        x : (N, ...) array
+        t : (N,) or (N, C) array
+            Targets, as the loss takes them.
+        throw : bool, default True
+            Raise for targets out of range, reading one flag; with ``False`` such a sample is NaN.
+
+        Returns
+        -------
+        loss : () array
+        """
         y = self.output(x)
-        bad = self._check_targets(y, t, throw)
+        bad = _checks.bad_targets(self.criterion, self.reduction, y, t, throw)
         xp = array_api_compat.array_namespace(y)
-        return self.scale(y.shape[0]) * xp.sum(_marked(self.criterion.value(y, t), bad))
+        return self.scale(y.shape[0]) * xp.sum(_checks.marked(self.criterion.value(y, t), bad))
 
     # --- first order ----------------------------------------------------------------------------------------------
 
     def gradient(self, x: Array, t: Array, *, throw: bool = True) -> list[Array]:
-        """The gradient of the loss, a list like `params`."""
+        """The gradient of the loss.
+
+        Parameters
+        ----------
+        x, t, throw
+            As in `loss`.
+
+        Returns
+        -------
+        gradient : list of arrays like `params`
+        """
         return self._gradient(x, t, throw)[1]
 
     def loss_and_gradient(self, x: Array, t: Array, *, throw: bool = True) -> tuple[Array, list[Array]]:
-        """Both from one pass."""
+        """The loss and its gradient, as `loss` and `gradient` return them, from one pass."""
         (y, bad), gradient = self._gradient(x, t, throw)
         xp = array_api_compat.array_namespace(y)
-        return self.scale(y.shape[0]) * xp.sum(_marked(self.criterion.value(y, t), bad)), gradient
+        return self.scale(y.shape[0]) * xp.sum(_checks.marked(self.criterion.value(y, t), bad)), gradient
 
     def _gradient(self, x: Array, t: Array, throw: bool) -> tuple[tuple[Array, Array | None], list[Array]]:
         y, saved, y_bar, bad = self._reverse(x, t, 1, throw)
-        bars, _ = _sweeps.vjp(self.layers, self.split(self.params), saved, y_bar, wrt="params")
+        bars, _ = _sweeps.vjp(self.layers, self._parts, saved, y_bar, wrt="params")
         return (y, bad), _sweeps.joined(bars)
 
     def per_sample_gradients(self, x: Array, t: Array, *, throw: bool = True) -> list[Array]:
-        """The gradients of the samples' losses ``(N, *shape)``; `gradient` is their mean or sum."""
+        """The gradient of every sample's own loss; `gradient` is their mean or sum.
+
+        Parameters
+        ----------
+        x, t, throw
+            As in `loss`.
+
+        Returns
+        -------
+        gradients : list of arrays (N, *shape)
+        """
         y, saved, y_bar, _ = self._reverse(x, t, 1, throw)
         y_bar = y_bar / self.scale(y.shape[0])
-        parts = self.split(self.params)
+        parts = self._parts
         return _sweeps.joined(_sweeps.vjp(self.layers, parts, saved, y_bar, wrt="params", per_sample=True)[0])
 
     def layer_derivatives(self, x: Array, t: Array, *, throw: bool = True) -> tuple[LayerDerivatives, ...]:
-        """One record for each layer: input, pre-activation, output, and the loss's derivative by the output."""
-        _, saved, y_bar, _ = self._reverse(x, t, 0, throw)
-        return _sweeps.derivatives(self.layers, self.split(self.params), saved, y_bar)
+        """What every layer sees of the derivatives of the loss.
+
+        Parameters
+        ----------
+        x, t, throw
+            As in `loss`.
+
+        Returns
+        -------
+        records : tuple of LayerDerivatives
+            One for each layer: `z_in`, its input; `s`, its pre-activation, or ``None``; `z_out`, its output; `b`, the
+            derivative of the loss with respect to that; `inner`, the records inside a `Residual`. All ``(N, ...)``.
+        """
+        _, saved, y_bar, _ = self._reverse(x, t, 1, throw)
+        return _sweeps.derivatives(self.layers, self._parts, saved, y_bar)
 
     # --- second order ---------------------------------------------------------------------------------------------
 
     def hvp(self, x: Array, t: Array, v: Sequence[Array], *, throw: bool = True) -> list[Array]:
-        """``H v``."""
-        v = self._check_vector(v)
+        """Product of the Hessian of the loss with one or several vectors.
+
+        Parameters
+        ----------
+        x, t, throw
+            As in `loss`.
+        v : sequence of arrays like `params`
+            For k vectors, every array with one more axis of length k in front.
+
+        Returns
+        -------
+        product : list of arrays shaped like v
+        """
+        v = list(v)
+        _checks.like_params("v", v, self.params, leading=True)
         y, saved, y_bar, bad = self._reverse(x, t, 2, throw)
-        parts, v_parts = self.split(self.params), self.split(v)
+        parts, v_parts = self._parts, self.split(v)
         y_dot, saved_dot = _sweeps.forward_dot(self.layers, parts, saved, v_parts)
         y_bar_dot = self._curved(y, t, y_dot, bad)
         dots = _sweeps.vjp_dot(self.layers, parts, saved, y_bar, v_parts, saved_dot, y_bar_dot, wrt="params")
         return _sweeps.joined(dots[0])
 
     def ggnvp(self, x: Array, t: Array, v: Sequence[Array], *, throw: bool = True) -> list[Array]:
-        """``G v``."""
-        v = self._check_vector(v)
+        """Product of the generalised Gauss–Newton matrix with one or several vectors.
+
+        Parameters
+        ----------
+        x, t, v, throw
+            As in `hvp`.
+
+        Returns
+        -------
+        product : list of arrays shaped like v
+        """
+        v = list(v)
+        _checks.like_params("v", v, self.params, leading=True)
         y, saved = self.forward(x, 1)
-        bad = self._check_targets(y, t, throw)
-        parts = self.split(self.params)
+        bad = _checks.bad_targets(self.criterion, self.reduction, y, t, throw)
+        parts = self._parts
         y_dot, _ = _sweeps.forward_dot(self.layers, parts, saved, self.split(v))
         bars, _ = _sweeps.vjp(self.layers, parts, saved, self._curved(y, t, y_dot, bad), wrt="params")
         return _sweeps.joined(bars)
@@ -133,48 +280,15 @@ class Chain:
     def _reverse(self, x: Array, t: Array, order: int, throw: bool) -> tuple[Array, list[Any], Array, Array | None]:
         """Outputs, what was saved, the loss's derivative by the outputs, and which samples have bad targets."""
         y, saved = self.forward(x, order)
-        bad = self._check_targets(y, t, throw)
-        return y, saved, self.scale(y.shape[0]) * _marked(self.criterion.gradient(y, t), bad), bad
+        bad = _checks.bad_targets(self.criterion, self.reduction, y, t, throw)
+        return y, saved, self.scale(y.shape[0]) * _checks.marked(self.criterion.gradient(y, t), bad), bad
 
     def _curved(self, y: Array, t: Array, y_dot: Array | None, bad: Array | None) -> Array:
         """``∇²ℓ ẏ`` with the factor of the mean."""
         product = _losses.hessian_product(self.criterion, y, t, y_dot)
-        return self.scale(y.shape[0]) * _marked(product, bad)
+        return self.scale(y.shape[0]) * _checks.marked(product, bad)
 
-    # --- checks ---------------------------------------------------------------------------------------------------
-
-    def _check_input(self, x: Array) -> None:
-        namespace(x=x, params=self.params[0])
-        check_dtypes(x=(x, self.params[0].dtype))
-        if x.ndim < 2:
-            raise ValueError(f"x has shape {tuple(x.shape)}, expected (N, features): one row for each sample.")
-        _sweeps.output_shape(self.layers, tuple(x.shape[1:]))
-
-    def _check_targets(self, y: Array, t: Array, throw: bool) -> Array | None:
-        if y.ndim != 2:
-            raise ValueError(f"The last layer gives shape {tuple(y.shape)}; a loss takes (N, C): end with a Dense.")
-        if y.shape[0] == 0 and self.reduction == "mean":
-            raise ValueError('x holds no samples: the mean over none is not defined. Pass reduction="sum" for zero.')
-        array_api_compat.array_namespace(y, t)
-        if self.criterion.check is not None:
-            self.criterion.check(y, t)
-        if self.criterion.valid is None:
-            return None
-        bad = ~self.criterion.valid(y, t)
-        if not throw:
-            return bad
-        if is_true(array_api_compat.array_namespace(bad).any(bad)):
-            raise ValueError(
-                f"t is out of range in at least one sample: class indices lie in [0, {y.shape[-1]}), weights of "
-                "classes are not negative, binary targets lie in [0, 1], and none is NaN. Likely labels that count "
-                "from one, or a padding value. Pass throw=False to get NaN for these samples."
-            )
-        return None
-
-    def _check_vector(self, v: Sequence[Array]) -> list[Array]:
-        v = list(v)
-        _check_list("v", v, self.params, leading=True)
-        return v
+    # --- other ways to make one -----------------------------------------------------------------------------------
 
     @classmethod
     def mlp(
@@ -192,7 +306,38 @@ class Chain:
         seed: int = 0,
         like: Array | None = None,
     ) -> Self:
-        """A chain of dense layers with normal weights."""
+        """Make a chain of dense layers with random weights.
+
+        Parameters
+        ----------
+        inputs, hidden, outputs : int
+            Widths: of the input, of every hidden layer, of the output.
+        layers : int
+            How many weight matrices; one is a linear model.
+        activation : str or Activation
+            Of all layers but the last, which has none.
+        loss, reduction
+            As in `Chain`.
+        bias : bool
+            Whether layers have biases, zero at first.
+        gain : float
+            Weights are drawn from the normal distribution of standard deviation ``gain / sqrt(a_in)``: with a gain of
+            one the signals of a deep linear network keep their size, for ``"relu"`` with ``sqrt(2)``.
+        seed : int
+            The same for every library: drawn by NumPy in float64, weight by weight.
+        like : array, optional
+            Its library, dtype and device; default NumPy's float64.
+
+        Returns
+        -------
+        chain : Chain
+
+        Examples
+        --------
+        >>> chain = ddnref.Chain.mlp(7, 5, 3, 3, activation="relu", loss="mse")
+        >>> [p.shape for p in chain.params]
+        [(5, 7), (5,), (5, 5), (5,), (3, 5), (3,)]
+        """
         dense = _construct.mlp(inputs, hidden, outputs, layers, activation, bias, gain, seed, like)
         return cls(dense, loss, reduction)
 
@@ -205,26 +350,48 @@ class Chain:
         loss: str | Loss = "cross_entropy",
         reduction: str = "mean",
     ) -> Self:
-        """A chain of dense layers from ``[W1, b1, W2, …]``."""
+        """Make a chain of dense layers from ``[W1, b1, W2, …]``.
+
+        Parameters
+        ----------
+        arrays : sequence of arrays
+            Weights ``(a_out, a_in)``; a vector is the bias of the matrix before it. Shared, not copied.
+        activation : str or Activation
+            Of all layers but the last, which has none.
+        loss, reduction
+            As in `Chain`.
+
+        Returns
+        -------
+        chain : Chain
+        """
         return cls(_construct.from_arrays(arrays, activation), loss, reduction)
 
+    @classmethod
+    def from_torch(cls, module: Any, *, loss: Any = "cross_entropy", reduction: str | None = None) -> Self:
+        """Make a chain that shares its weights with a `torch.nn.Sequential`.
 
-def _marked(x: Array, bad: Array | None) -> Array:
-    """`x`, whose sample axis is the first or that before the last, NaN in bad samples."""
-    if bad is None:
-        return x
-    return nan_where(bad if x.ndim == 1 else bad[:, None], x)
+        Parameters
+        ----------
+        module : torch.nn.Sequential
+            Of Linear, Conv2d (zero padding, one group, no dilation), Flatten, Identity, ReLU, LeakyReLU, Tanh,
+            Sigmoid, Softplus, GELU, SiLU, Dropout in evaluation mode, and Sequential of these. A Linear or Conv2d
+            whose parameters do not require grad becomes `Frozen`.
+        loss : str, Loss or module
+            As in `Chain`, or a `torch.nn.CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss` without further options.
+        reduction : {"mean", "sum"}, optional
+            Default: that of the loss module, or the mean.
 
+        Returns
+        -------
+        chain : Chain
+            Its `params` are the detached parameters that require grad, in the module's order: an optimiser's step in
+            place is seen by both.
 
-def _check_list(name: str, given: Sequence[Array], like: Sequence[Array], leading: bool = False) -> None:
-    """Static facts of a list of arrays like the parameters, with or without one leading axis on every entry."""
-    if len(given) != len(like):
-        raise ValueError(f"{name} has {len(given)} arrays, expected {len(like)}, one for each of the chain's params.")
-    lead: tuple[int, ...] = ()
-    if leading and given and getattr(given[0], "ndim", 0) == like[0].ndim + 1:
-        lead = (given[0].shape[0],)
-    for i, (array, p) in enumerate(zip(given, like, strict=True)):
-        label = f"{name}[{i}]"
-        namespace(**{label: array, "params": p})
-        check_dtypes(**{label: (array, p.dtype)})
-        check_shapes(**{label: (array, (*lead, *p.shape))})
+        Raises
+        ------
+        TypeError
+            A module that is not supported, by its name in the Sequential.
+        """
+        criterion, reduction = _from_torch.loss_from(loss, reduction)
+        return cls(_from_torch.layers_from(module), criterion, reduction)

@@ -104,20 +104,20 @@ class Affine:
         """The inverse of `shaped`."""
         return y_bar
 
-    def forward(self, params: Params, x: Array, order: int = 2) -> tuple[Array, AffineSaved]:
-        """``y = φ(W x + b)``."""
+    def forward(self, params: Params, x: Array, order: int = 2) -> tuple[Array, AffineSaved | None]:
+        """``y = φ(W x + b)``; with `order` 0 nothing is saved."""
         u = self.lift(x)
         s = self.linear(params[0], u)
         if self.bias is not None:
             s = s + self.spread(params[1])
         y, slope, curvature = jet(self.phi, s, order)
-        return self.shaped(y, x), AffineSaved(u, s, y, slope, curvature, x)
+        return self.shaped(y, x), AffineSaved(u, s, y, slope, curvature, x) if order else None
 
     def vjp(
         self, params: Params, saved: AffineSaved, y_bar: Array, *, wrt: str = "both", per_sample: bool = False
     ) -> tuple[Params | None, Array | None]:
         """``W̄ = δᵀ x, b̄ = Σ δ, x̄ = δ W``."""
-        delta = _times(self.flat(y_bar), saved.slope)
+        delta = times(self.flat(y_bar), saved.slope)
         bars = None if wrt == "x" else self._bars(delta, saved.u, per_sample)
         return bars, None if wrt == "params" else self.linear_x(params[0], delta, saved)
 
@@ -135,7 +135,7 @@ class Affine:
             s_dot = add(s_dot, self.linear(params_dot[0], saved.u))
             if self.bias is not None:
                 s_dot = add(s_dot, self.spread(params_dot[1]))
-        y_dot = None if s_dot is None else self.shaped(_times(s_dot, saved.slope), saved.x)
+        y_dot = None if s_dot is None else self.shaped(times(s_dot, saved.slope), saved.x)
         return y_dot, AffineDot(u_dot, s_dot)
 
     def jvp(self, params: Params, saved: AffineSaved, params_dot: Params | None, x_dot: Array | None) -> Array | None:
@@ -148,14 +148,14 @@ class Affine:
     ) -> tuple[Params, Array | None, Array | None]:  # fmt: skip
         """``dW̄ = δ̇ᵀ x + δᵀ ẋ,  dx̄ = δ̇ W + δ Ẇ``; where δ̇ is zero, so are its products."""
         y_bar = self.flat(y_bar)
-        delta = _times(y_bar, saved.slope)
-        delta_dot = None if y_bar_dot is None else _times(self.flat(y_bar_dot), saved.slope)
+        delta = times(y_bar, saved.slope)
+        delta_dot = None if y_bar_dot is None else times(self.flat(y_bar_dot), saved.slope)
         if saved.curvature is not None and saved_dot.s is not None:
             delta_dot = add(delta_dot, (y_bar * saved.curvature) * saved_dot.s)
         if delta_dot is None:
             delta_dot = array_api_compat.array_namespace(delta).zeros_like(delta)
-        bars = self._bars(delta_dot, saved.u)
-        if saved_dot.u is not None:
+        bars: Params = () if wrt == "x" else self._bars(delta_dot, saved.u)
+        if saved_dot.u is not None and bars:
             bars = (bars[0] + self.linear_w(delta, saved_dot.u), *bars[1:])
         if wrt == "params":
             return bars, None, None
@@ -298,53 +298,7 @@ class Flatten(Parameterless):
         return LayerDerivatives(saved, None, self.forward((), saved)[0], y_bar)
 
 
-@dataclass(frozen=True, eq=False)
-class Elementwise(Parameterless):
-    """An activation of its own, where no affine layer precedes it."""
-
-    activation: str | Activation
-    phi: Activation = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "phi", resolve(self.activation))
-
-    def output_shape(self, shape: Shape | None) -> Shape | None:
-        """The same."""
-        return shape
-
-    def forward(self, params: Params, x: Array, order: int = 2) -> tuple[Array, AffineSaved]:
-        """``y = φ(x)``."""
-        y, slope, curvature = jet(self.phi, x, order)
-        return y, AffineSaved(x, x, y, slope, curvature, x)
-
-    def vjp(
-        self, params: Params, saved: AffineSaved, y_bar: Array, *, wrt: str = "both", per_sample: bool = False
-    ) -> tuple[Params, Array]:
-        """``x̄ = ȳ ∘ φ'``."""
-        return (), _times(y_bar, saved.slope)
-
-    def forward_dot(
-        self, params: Params, saved: AffineSaved, params_dot: Params | None, x_dot: Array | None
-    ) -> tuple[Array | None, Array | None]:
-        """``ẏ = φ' ∘ ẋ``."""
-        return None if x_dot is None else _times(x_dot, saved.slope), x_dot
-
-    def vjp_dot(
-        self, params: Params, saved: AffineSaved, y_bar: Array, params_dot: Params | None, saved_dot: Array | None,
-        y_bar_dot: Array | None, *, wrt: str = "both",
-    ) -> tuple[Params, Array | None, Array | None]:  # fmt: skip
-        """``dx̄ = dȳ ∘ φ' + ȳ ∘ φ'' ∘ ẋ``."""
-        x_bar_dot = None if y_bar_dot is None else _times(y_bar_dot, saved.slope)
-        if saved.curvature is not None and saved_dot is not None:
-            x_bar_dot = add(x_bar_dot, (y_bar * saved.curvature) * saved_dot)
-        return (), x_bar_dot, _times(y_bar, saved.slope)
-
-    def derivatives(self, params: Params, saved: AffineSaved, y_bar: Array) -> LayerDerivatives:
-        """The pre-activation is the input."""
-        return LayerDerivatives(saved.x, saved.s, saved.y, y_bar)
-
-
-def _times(a: Array, b: Array | None) -> Array:
+def times(a: Array, b: Array | None) -> Array:
     """``a ∘ b``, where ``None`` is one."""
     return a if b is None else a * b
 

@@ -5,6 +5,7 @@ Nothing here is fast, and nothing else in the package calls it.
 
 from ddnref.reference.declarative import ddn_vjp_jacobian, ddn_vjp_schur, ift_vjp_jacobian, ift_vjp_structured
 from ddnref.reference.eigh import eigh_vjp_v1, eigh_vjp_v2, eigh_vjp_v3
+from ddnref.reference.network import network_ggn, network_hessian, network_jacobian
 
 __all__ = [
     "ddn_vjp_jacobian",
@@ -14,4 +15,7 @@ __all__ = [
     "eigh_vjp_v3",
     "ift_vjp_jacobian",
     "ift_vjp_structured",
+    "network_ggn",
+    "network_hessian",
+    "network_jacobian",
 ]

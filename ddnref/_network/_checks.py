@@ -1,0 +1,78 @@
+"""Static facts of what a chain is given, and the one flag that it reads: whether the targets are in range."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import array_api_compat
+
+from ddnref._array import Array, check_dtypes, check_shapes, is_true, library, namespace, nan_where
+from ddnref._network import _sweeps
+from ddnref._network._losses import Loss
+from ddnref._network._sweeps import Layers
+
+
+def inputs(layers: Layers, x: Array, like: Array) -> None:
+    """Raise unless the first layer takes `x` and every other one what comes before it."""
+    namespace(x=x, params=like)
+    check_dtypes(x=(x, like.dtype))
+    refuse_recorded({"x": x})
+    if x.ndim < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (N, features): one row for each sample.")
+    _sweeps.output_shape(layers, tuple(x.shape[1:]))
+
+
+def bad_targets(loss: Loss, reduction: str, y: Array, t: Array, throw: bool) -> Array | None:
+    """Raise for targets of the wrong kind; which samples have values out of range, or an error with `throw`."""
+    if y.ndim != 2:
+        raise ValueError(
+            f"The last layer gives shape {tuple(y.shape)}, but a loss takes (N, C): end with a Dense, or a Flatten."
+        )
+    if y.shape[0] == 0 and reduction == "mean":
+        raise ValueError('x holds no samples: the mean over none is not defined. Pass reduction="sum" for zero.')
+    library(x=y, t=t)
+    if loss.check is not None:
+        loss.check(y, t)
+    if loss.valid is None:
+        return None
+    bad = ~loss.valid(y, t)
+    if not throw:
+        return bad
+    if is_true(array_api_compat.array_namespace(bad).any(bad)):
+        raise ValueError(
+            f"t is out of range in at least one sample: class indices lie in [0, {y.shape[-1]}), weights of classes "
+            "are not negative, binary targets lie in [0, 1], and none is NaN. Likely labels that count from one, or a "
+            "padding value. Pass throw=False to get NaN for these samples."
+        )
+    return None
+
+
+def refuse_recorded(arrays: dict[str, Array]) -> None:
+    """``TypeError`` for tensors whose graph PyTorch would keep, next to the derivatives that are written out here."""
+    for name, array in arrays.items():
+        if array_api_compat.is_torch_array(array) and array.requires_grad:
+            raise TypeError(
+                f"{name} requires grad, so PyTorch would record every operation of the chain. Pass "
+                f"{name}.detach(), which shares its memory; Chain.from_torch does so for the weights."
+            )
+
+
+def marked(x: Array, bad: Array | None) -> Array:
+    """`x`, whose sample axis is the first or that before the last, NaN in bad samples."""
+    if bad is None:
+        return x
+    return nan_where(bad if x.ndim == 1 else bad[:, None], x)
+
+
+def like_params(name: str, given: Sequence[Array], like: Sequence[Array], leading: bool = False) -> None:
+    """Static facts of a list of arrays like the parameters, with or without one leading axis on every entry."""
+    if len(given) != len(like):
+        raise ValueError(f"{name} has {len(given)} arrays, expected {len(like)}, one for each of the chain's params.")
+    lead: tuple[int, ...] = ()
+    if leading and given and getattr(given[0], "ndim", 0) == like[0].ndim + 1:
+        lead = (given[0].shape[0],)
+    for i, (array, p) in enumerate(zip(given, like, strict=True)):
+        label = f"{name}[{i}]"
+        namespace(**{label: array, "params": p})
+        check_dtypes(**{label: (array, p.dtype)})
+        check_shapes(**{label: (array, (*lead, *p.shape))})
