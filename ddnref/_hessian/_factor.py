@@ -14,7 +14,7 @@ from ddnref._hessian._paths import Path
 from ddnref._hessian._small import space
 from ddnref._hessian._system import System
 from ddnref._hessian._terms import Blocks, combine, norm
-from ddnref._network._chain import _check_list as check_list
+from ddnref._network._checks import like_params
 from ddnref._rows import noise
 
 REFINEMENTS = 8
@@ -109,7 +109,10 @@ class HessianFactor:
         x = self._system.params(result.x)
         if single:
             x = [entry[0, ...] for entry in x]
-            info = HessianSolveInfo(*(field[0] for field in info[:-1]), info.path)
+            info = info._replace(
+                converged=info.converged[0], n_iter=info.n_iter[0], residual_norm=info.residual_norm[0],
+                backward_error=info.backward_error[0], amplification=info.amplification[0],
+            )  # fmt: skip
         return x, info
 
     def _best(self, g: Blocks, refine: str | int) -> _Result:
@@ -184,7 +187,7 @@ class HessianFactor:
 
     def check(self, name: str, v: Sequence[Array]) -> None:
         """Raise unless `v` is a list like the chain's parameters, with or without one leading axis."""
-        check_list(name, list(v), self._params, leading=True)
+        like_params(name, list(v), self._params, leading=True)
 
     def paired(self, u: Sequence[Array], v: Sequence[Array]) -> Array:
         """``Σ ⟨u, v⟩`` over all vectors, in the dtype of the parameters."""

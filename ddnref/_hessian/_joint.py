@@ -39,17 +39,17 @@ class Frame(NamedTuple):
     @property
     def u(self) -> int:
         """Entries of U."""
-        return self.basis.r.shape[0] * self.basis.layer.weight.shape[0]
+        return int(self.basis.r.shape[0]) * int(self.basis.layer.weight.shape[0])
 
     @property
     def v(self) -> int:
         """Entries of v."""
-        return self.q_b.shape[1] * self.free.shape[1]
+        return int(self.q_b.shape[1]) * int(self.free.shape[1])
 
     @property
     def rest(self) -> int:
         """Dimensions in which H + εI is εI."""
-        return (self.basis.layer.weight.shape[0] - self.q_b.shape[1]) * self.free.shape[1]
+        return int(self.basis.layer.weight.shape[0] - self.q_b.shape[1]) * int(self.free.shape[1])
 
 
 def frame(layer: Layer) -> Frame:
@@ -81,7 +81,7 @@ class Joint(NamedTuple):
 class _Dynamics(NamedTuple):
     u: Array
     """J: U to x⁺."""
-    x: Array | None
+    x: Array
     """F: x to x⁺; ``None`` in the first layer."""
 
 

@@ -17,7 +17,7 @@ class Lu(NamedTuple):
 
     factors: Array
     """L and U in one matrix; D⁻¹ itself where the library has no LU."""
-    swaps: Array | None
+    swaps: Array
     """Row interchanges as LAPACK gives them, counted from `first`; ``None`` where `factors` is the inverse."""
     first: int
     logdet: tuple[Array, Array] | None
@@ -38,11 +38,13 @@ def lu(d: Array) -> Lu:
     if array_api_compat.is_jax_array(d):
         from jax.scipy.linalg import lu_factor
 
-        return Lu(*lu_factor(d), 0, None)
+        factors, swaps = lu_factor(d)
+        return Lu(factors, swaps, 0, None)
     if array_api_compat.is_cupy_array(d):
         from cupyx.scipy.linalg import lu_factor
 
-        return Lu(*lu_factor(d, check_finite=False), 0, None)
+        factors, swaps = lu_factor(d, check_finite=False)
+        return Lu(factors, swaps, 0, None)
     return _inverted(d)
 
 
@@ -76,11 +78,8 @@ def lu_solve(f: Lu, b: Array) -> Array:
 def lu_slogdet(f: Lu) -> tuple[Array, Array]:
     """Sign and ``log|det D|``; a sign of zero where D is exactly singular."""
     xp = array_api_compat.array_namespace(f.factors)
-    if f.swaps is None:
-        assert_logdet = f.logdet
-        if assert_logdet is None:
-            raise TypeError("Factors without interchanges carry their determinant.")
-        return assert_logdet
+    if f.logdet is not None:
+        return f.logdet
     n = f.factors.shape[-1]
     i = xp.arange(n, device=array_api_compat.device(f.factors))
     diagonal = xp.sum(xp.where(i[:, None] == i[None, :], f.factors, xp.zeros_like(f.factors)), axis=0)

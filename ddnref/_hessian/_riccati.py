@@ -51,7 +51,7 @@ class Basis(NamedTuple):
     @property
     def rest(self) -> int:
         """Dimensions of V: eigenvalues that count as ε."""
-        return self.layer.weight.shape[0] * (self.q.shape[0] - self.q.shape[1])
+        return int(self.layer.weight.shape[0]) * int(self.q.shape[0] - self.q.shape[1])
 
 
 def basis(layer: Layer) -> Basis:
@@ -211,7 +211,8 @@ def solve(f: Riccati, g: Blocks) -> Blocks:
     """``(H + εI)⁻¹ G``: one sweep back for the right-hand sides, one forward for the weights."""
     xp = space(g[0])
     k = g[0].shape[0]
-    g_of, saved = list(g), []
+    g_of = list(g)
+    saved: list[tuple[Kept | str, Array | None]] = []
     current = f.outputs
     value = full((current, k), 0.0, g[0])  # mᵀ of all that follows, one column per right-hand side
     for kept in reversed(f.steps):

@@ -152,9 +152,9 @@ def _refuse_null_space(s: System) -> None:
         free += max(0, layer.weight.shape[0] - n) * max(0, width - n)
     if free:
         raise SingularError(
-            f"damping is zero and the Hessian is singular: with {s.terms.curvature.shape[0]} samples at least {free} of "
-            f"its {s.total} eigenvalues are zero, those of weights that no sample sees. Pass a damping, such as 1e-3 "
-            "times the largest eigenvalue."
+            f"damping is zero and the Hessian is singular: with {s.terms.curvature.shape[0]} samples at least {free} "
+            f"of its {s.total} eigenvalues are zero, those of weights that no sample sees. Pass a damping, such as "
+            "1e-3 times the largest eigenvalue."
         )
 
 
@@ -260,7 +260,7 @@ def hessian_solve_vjp(
     >>> factor = ddnref.hessian_factor(chain, np.asarray([[1.0]]), np.asarray([[1.0]]), damping=0.5)
     >>> x, _ = factor.solve([np.asarray([[5.0]])])
     >>> ddnref.hessian_solve_vjp([np.asarray([[1.0]])], x, factor)[0]
-    ([array([[0.4]])], array(-0.8))
+    ([array([[0.4]])], np.float64(-0.8))
     """
     factor.check("x", x)
     factor.check("x_bar", x_bar)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from ddnref._array import Array, double
@@ -85,7 +86,7 @@ def hessian_eigval_count(
 
 def _edges(interval: Sequence[float]) -> list[float]:
     edges = [float(edge) for edge in interval]
-    if len(edges) < 2 or not all(a < b for a, b in zip(edges, edges[1:], strict=False)):
+    if len(edges) < 2 or not all(a < b for a, b in pairwise(edges)):
         raise ValueError(f"interval is {interval!r}, expected two or more ascending numbers.")
     return edges
 
@@ -117,7 +118,7 @@ def _counts(
         below.append(found.negative)
         uncertain.append(found.zero)
         paths.append(factor.counted_by)
-    counts = tuple(b - a for a, b in zip(below, below[1:], strict=False))
+    counts = tuple(b - a for a, b in pairwise(below))
     return counts, EigvalCountInfo(tuple(uncertain), tuple(paths))
 
 
@@ -207,7 +208,7 @@ def _operator(s: System, factor: HessianFactor | None) -> LinearOperator:
         found = s.product(blocks) if factor is None else factor.inverse(blocks)
         return xp.reshape(flat(found), tuple(v.shape))
 
-    def refuse(*arrays: object) -> tuple[Array, ...]:
+    def refuse(*_: object) -> tuple[Array, ...]:
         raise TypeError("The Hessian has no derivative with respect to the weights here.")
 
     return LinearOperator((), apply, apply, refuse, (s.total,), (s.total,), self_adjoint=True)

@@ -76,7 +76,7 @@ Blocks: TypeAlias = list[Array]
 def product(terms: Terms, v: Blocks) -> Blocks:
     """``H V``: tangents forward, their adjoints backward; 8 N p flops for p parameters and one vector."""
     v_of = iter(v)
-    dz: Array | None = None
+    dz: Array = None  # does not move before the first layer
     kept: list[Array | None] = []
     saved: list[tuple[Layer, Array, Array, Array | None]] = []
     for step in terms.steps:
