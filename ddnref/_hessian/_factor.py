@@ -11,7 +11,7 @@ from ddnref._array import Array, double, full, is_true
 from ddnref._errors import ConvergenceError, SingularError
 from ddnref._hessian import _inertia, _paths
 from ddnref._hessian._paths import Path
-from ddnref._hessian._small import space
+from ddnref._hessian._small import quiet, space
 from ddnref._hessian._system import System
 from ddnref._hessian._terms import Blocks, combine, norm
 from ddnref._network._checks import like_params
@@ -19,6 +19,8 @@ from ddnref._rows import noise
 
 REFINEMENTS = 8
 NORM_PRODUCTS = 4
+SINGULAR = 2**-5
+"""Times 1/eps: the amplification from which a system counts as singular to working precision."""
 ZERO = 3e-10
 """Eigenvalues of H + εI below this, relative to ‖H‖, count as zero."""
 BACKWARD = 1e-11
@@ -87,7 +89,8 @@ class HessianFactor:
 
     def _path(self, name: str) -> Path:
         if name not in self._built:
-            self._built[name] = _paths.build(name, self._system, self.damping, self._like)
+            with quiet():
+                self._built[name] = _paths.build(name, self._system, self.damping, self._like)
         return self._built[name]
 
     # --- solve ------------------------------------------------------------------------------------------------------
@@ -127,15 +130,18 @@ class HessianFactor:
 
     def _refined(self, name: str, g: Blocks, refine: str | int) -> _Result:
         """``x ← x + (H + εI)⁻¹ r`` with exact residuals r, while the backward error falls."""
+        with quiet():
+            return self._refined_quietly(self._path(name), g, refine)
+
+    def _refined_quietly(self, path: Path, g: Blocks, refine: str | int) -> _Result:
         xp = space(g[0])
-        path = self._path(name)
-        state = self._measured(path.solve(g), g, name)
+        state = self._measured(path.solve(g), g, path.name)
         limit = REFINEMENTS if refine == "auto" else int(refine)
         for _ in range(limit):
             if refine == "auto" and is_true(xp.all(state.error <= goal(self._like))):
                 break
             change = path.solve(state.r)
-            new = self._measured(combine(state.x, 1.0, change), g, name)
+            new = self._measured(combine(state.x, 1.0, change), g, path.name)
             fallen = new.error < state.error
             new = new._replace(steps=state.steps + 1)
             halved = xp.any(new.error < state.error / 2)
@@ -178,7 +184,8 @@ class HessianFactor:
         safe = xp.where(size > 0, size, xp.ones_like(size))
         epsilon = abs(self.damping)
         amplification = (self.norm + epsilon) * norm(result.x) / safe
-        good = (result.error <= backward(self._like)) & (amplification < 1 / precision(self._like))
+        amplification = xp.where(xp.isfinite(amplification), amplification, full((), float("inf"), safe))
+        good = (result.error <= backward(self._like)) & (amplification < SINGULAR / precision(self._like))
         return HessianSolveInfo(good, result.steps, norm(result.r) / safe, result.error, amplification, result.name)
 
     def inverse(self, g: Blocks) -> Blocks:
@@ -218,7 +225,8 @@ class HessianFactor:
     def _negative(self, name: str, damping: float) -> int:
         if name == "dense":
             return _inertia.below(self._spectrum(), -damping)
-        return _paths.count_negative(name, self._system, damping)
+        with quiet():
+            return _paths.count_negative(name, self._system, damping)
 
     def _spectrum(self) -> Array:
         if self._w is None:
@@ -233,9 +241,11 @@ class HessianFactor:
             if name in STABLE:
                 return name
             path = self._path(name)
-            x = path.solve(g)
-            r = self._measured(x, g, name).r
-            small = (norm(r) <= BACKWARD * self.norm * norm(x)) & (norm(path.solve(r)) <= rtol * norm(x))
+            with quiet():
+                x = path.solve(g)
+                r = self._measured(x, g, name).r
+                size = BACKWARD * (self.norm + abs(self.damping)) * norm(x)
+                small = (norm(r) <= size) & (norm(path.solve(r)) <= rtol * norm(x))
             if is_true(xp.all(small)):
                 return name
         return "qr"
@@ -289,12 +299,12 @@ def goal(like: Array) -> float:
 
 def _raise(info: HessianSolveInfo) -> NoReturn:
     xp = space(info.converged)
-    if is_true(xp.any(info.amplification >= 1 / precision(info.amplification))):
+    if is_true(xp.any(info.amplification >= SINGULAR / precision(info.amplification))):
         raise SingularError(
             "H + damping·I is singular to working precision: its inverse amplifies this right-hand side by "
             f"{float(xp.max(info.amplification)):.1e}. Likely damping is minus an eigenvalue of the Hessian, or zero "
-            "where weights do not matter. Pass another damping, or throw=False to get the solution with its "
-            "info.amplification."
+            'where weights do not matter, or a method other than "auto" and "qr" met a singular pivot. Pass another '
+            'damping or method="auto", or throw=False to get the solution with its info.amplification.'
         )
     raise ConvergenceError(
         f"The solution by {info.path} has backward error {float(xp.max(info.backward_error)):.1e}, above "

@@ -71,40 +71,37 @@ class Cost(NamedTuple):
     """Of the factorisation."""
     numbers: float
     """Floating-point numbers kept."""
-    calls: float
-    """Steps that take an interpreter's time each."""
 
 
 def cost(name: str, s: System) -> Cost:
     """An estimate from the shapes alone."""
-    if name == "dense":
-        p, n = s.total, 1 if s.terms is None else s.terms.curvature.shape[0]
-        layers = 1 if s.terms is None else len(s.sizes)
-        return Cost(2 / 3 * p**3 + 8.0 * n * p**2, 2.0 * p**2, 12.0 * layers * max(1.0, p**2 / 2**22))
+    if name == "dense" or s.terms is None:
+        return Cost(2 / 3 * s.total**3 + 8.0 * s.total**2, 2.0 * s.total**2)
     flops = numbers = 0.0
-    for layer in s.terms.layers if s.terms else []:
+    for layer in s.terms.layers:
         a, n, width = layer.weight.shape[0], layer.z.shape[0], layer.z.shape[1]
         r, x = min(n, width), n * width
         u = r * a
         if name == "qr":
             block = u + min(n, a) * (width - r) + 2 * n * a
-            flops, numbers = flops + 35.0 * block**3, numbers + 7.0 * block**2
+            flops, numbers = flops + 16.0 * block**3, numbers + 7.0 * block**2
         else:
-            flops += 2 / 3 * u**3 + 2.0 * u * u * x + 2.0 * u * x * x
-            flops += 2.0 * a * width * (width if name == "tridiagonal" else (n * n * (a + 2 * width)))
+            products = 2.0 * a * width * (width if name == "tridiagonal" else n * n * (a + 2 * width))
+            flops += 2 / 3 * u**3 + 2.0 * u * u * x + 2.0 * u * x * x + products
             numbers += u * u + u * x
-    return Cost(flops, numbers, (CALLS[name]) * len(s.sizes))
+    return Cost(flops, numbers)
 
 
-CALLS = {"tridiagonal": 60.0, "riccati": 75.0, "qr": 110.0}
-SECONDS_PER_CALL = 1.5e-6
+# Measured on two cores with NumPy and OpenBLAS over L in 1..20, a in 4..16, N in 1..16; only ratios matter.
 FLOPS_PER_SECOND = 2e10
+SECONDS_PER_LAYER = {"tridiagonal": 9e-5, "riccati": 1.1e-4, "qr": 4e-4, "dense": 5e-5}
+SECONDS_PER_ENTRY = 2e-8  # of the dense matrix, to form it by products with the identity
 
 
 def seconds(name: str, s: System) -> float:
-    """Estimated time, by the two constants above; only ratios matter."""
-    c = cost(name, s)
-    return c.flops / FLOPS_PER_SECOND + c.calls * SECONDS_PER_CALL
+    """Estimated time of a factorisation."""
+    formed = SECONDS_PER_ENTRY * s.total**2 if name == "dense" else 0.0
+    return cost(name, s).flops / FLOPS_PER_SECOND + SECONDS_PER_LAYER[name] * len(s.sizes) + formed
 
 
 DENSE_LIMIT = 6000

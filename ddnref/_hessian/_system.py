@@ -45,7 +45,7 @@ class System(NamedTuple):
         xp = array_api_compat.array_namespace(like)
         p = self.total
         eye, width = identity(p, like), max(1, chunk // p)
-        rows = [_terms.flat(self.product(self.split(eye[i : i + width, :]))) for i in range(0, p, width)]
+        rows = [_terms.flat(self.product(self.split(eye[i : min(i + width, p), :]))) for i in range(0, p, width)]
         h = xp.concat(rows)
         return (h + xp.matrix_transpose(h)) / 2
 
@@ -60,7 +60,8 @@ def system(chain: Chain, x: Array, t: Array, curvature: str) -> System:
     """In double precision wherever the library has it: the Hessian at small damping loses digits otherwise."""
     xp = array_api_compat.array_namespace(x)
     dtype = chain.params[0].dtype
-    chain = chain.with_params([double(xp, p) for p in chain.params])
+    layers = [layer.with_params(tuple(double(xp, p) for p in layer.params)) for layer in chain.layers]
+    chain = type(chain)(layers, chain.criterion, chain.reduction)
     x = double(xp, x)
     if xp.isdtype(t.dtype, "real floating"):
         t = double(xp, t)

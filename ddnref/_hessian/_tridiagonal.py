@@ -24,6 +24,7 @@ from ddnref._hessian._riccati import Basis, basis, slogdet_sum
 from ddnref._hessian._small import add_diagonal, flat, space, symmetric, t
 from ddnref._hessian._terms import Blocks, Terms, block_diagonal, extended
 from ddnref._linalg import identity
+from ddnref._linalg import solve as solve_dense
 
 
 class Inputs(NamedTuple):
@@ -38,8 +39,7 @@ class Inputs(NamedTuple):
 
 def inputs(b: Basis) -> Inputs:
     """From ``z = Rᵀ Qᵀ``: ``z⁺ = R⁻¹ Qᵀ``, ``K = R⁻¹ R⁻ᵀ``."""
-    xp = space(b.r)
-    r_inverse = 1 / b.r if b.r.shape[0] == 1 else xp.linalg.inv(b.r)
+    r_inverse = 1 / b.r if b.r.shape[0] == 1 else solve_dense(b.r, identity(b.r.shape[0], b.r))
     return Inputs(b, r_inverse @ t(b.q), r_inverse @ t(r_inverse))
 
 
