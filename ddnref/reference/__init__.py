@@ -6,8 +6,15 @@ Nothing here is fast, and nothing else in the package calls it.
 from ddnref.reference.declarative import ddn_vjp_jacobian, ddn_vjp_schur, ift_vjp_jacobian, ift_vjp_structured
 from ddnref.reference.eigh import eigh_vjp_v1, eigh_vjp_v2, eigh_vjp_v3
 from ddnref.reference.network import network_ggn, network_hessian, network_jacobian
+from ddnref.reference.tall_skinny import (
+    LayerMatrices,
+    tall_skinny_derivatives,
+    tall_skinny_product,
+    tall_skinny_solve,
+)
 
 __all__ = [
+    "LayerMatrices",
     "ddn_vjp_jacobian",
     "ddn_vjp_schur",
     "eigh_vjp_v1",
@@ -18,4 +25,7 @@ __all__ = [
     "network_ggn",
     "network_hessian",
     "network_jacobian",
+    "tall_skinny_derivatives",
+    "tall_skinny_product",
+    "tall_skinny_solve",
 ]
