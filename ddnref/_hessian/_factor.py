@@ -11,14 +11,14 @@ from ddnref._array import Array, double, full, is_true
 from ddnref._errors import ConvergenceError, SingularError
 from ddnref._hessian import _inertia, _paths
 from ddnref._hessian._paths import Path
-from ddnref._hessian._small import quiet, space
+from ddnref._hessian._small import quiet, space, t
 from ddnref._hessian._system import System
 from ddnref._hessian._terms import Blocks, combine, norm
 from ddnref._network._checks import like_params
 from ddnref._rows import noise
 
 REFINEMENTS = 8
-NORM_PRODUCTS = 4
+NORM_PRODUCTS = 2
 SINGULAR = 2**-5
 """Times 1/eps: the amplification from which a system counts as singular to working precision."""
 ZERO = 3e-10
@@ -170,13 +170,22 @@ class HessianFactor:
         """``‖H‖₂``, a lower estimate from a few products."""
         if self._norm is None:
             xp = space(self._like)
-            v = self._system.split(noise(0, self.total, self._like)[None, :])
+            v = self._start()
             for _ in range(NORM_PRODUCTS):
                 w = self._system.product(v)
                 size, before = norm(w), norm(v)
                 self._norm = (size / xp.where(before > 0, before, xp.ones_like(before)))[0]
                 v = w
         return self._norm
+
+    def _start(self) -> Blocks:
+        """Noise and the gradient, which leans towards the largest eigenvectors."""
+        v = self._system.split(noise(0, self.total, self._like)[None, :])
+        if self._system.terms is None:
+            return v
+        gradient = [(t(layer.beta) @ layer.z)[None, :, :] for layer in self._system.terms.layers]
+        size = norm(gradient)
+        return combine(v, 1 / space(size).where(size > 0, size, space(size).ones_like(size)), gradient)
 
     def _info(self, result: _Result, g: Blocks) -> HessianSolveInfo:
         xp = space(g[0])
