@@ -31,6 +31,19 @@ def hermitian_product(a: Array, b: Array) -> Array:
     return hermitian_part(a @ adjoint(b))
 
 
+def symmetrised(x: Array) -> Array:
+    """``½ (X + Xᴴ)``; on NumPy `x` itself where that is equal to it."""
+    return _numpy.symmetrised(x) if array_api_compat.is_numpy_array(x) else hermitian_part(x)
+
+
+def hermitian_sum(b: Array, v: Array) -> Array:
+    """``B Vᴴ + V Bᴴ`` for a few columns, exactly Hermitian."""
+    if array_api_compat.is_numpy_array(b):
+        return _numpy.hermitian_sum(b, v)
+    x = b @ adjoint(v)
+    return x + adjoint(x)
+
+
 def eigh(s: Array) -> tuple[Array, Array]:
     """Eigenvalues (ascending) and eigenvectors of exactly Hermitian `s`; NaN for its non-finite items alone."""
     xp = array_api_compat.array_namespace(s)
@@ -69,6 +82,13 @@ def _eigh_cupy(s: Array) -> tuple[Array, Array]:
 def matvec(a: Array, x: Array) -> Array:
     """``A x`` for vectors ``(..., n)``."""
     return (a @ x[..., None])[..., 0]
+
+
+def move_axis(x: Array, source: int, destination: int) -> Array:
+    """``moveaxis`` by a permutation: PyTorch's vmap over grad has no rule for the other."""
+    order = list(range(x.ndim))
+    order.insert(destination % x.ndim, order.pop(source % x.ndim))
+    return array_api_compat.array_namespace(x).permute_dims(x, tuple(order))
 
 
 def outer(u: Array, v: Array) -> Array:

@@ -1,6 +1,6 @@
 """Every operation as a smooth function of one random square matrix, for bridges: no gauge, no close eigenvalues.
 
-Written in what PyTorch's and JAX's arrays have in common.
+Written in what PyTorch's, JAX's and autograd's arrays have in common.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Smooth(NamedTuple):
 
 def positive(x: Any, steps: Any) -> tuple[Any, ...]:
     """Positive definite, with distinct eigenvalues."""
-    return (x @ x.mT.conj() / 4 + steps,)
+    return (x @ x.swapaxes(-1, -2).conj() / 4 + steps,)
 
 
 def pairs(result: Any) -> tuple[Any, ...]:
@@ -63,6 +63,11 @@ def transport(x: Any, steps: Any) -> tuple[Any, ...]:
     return x * x, histogram(x[..., 0]), histogram(x[..., 1])
 
 
+def system(x: Any, steps: Any) -> tuple[Any, ...]:
+    """A matrix without symmetry, and a vector."""
+    return x / 2 + 2 * steps, x[..., 0]
+
+
 SMOOTH = {
     "eigh": Smooth(positive, pairs),
     "eigh_topk": Smooth(positive, pairs, {"k": 2}),
@@ -76,6 +81,8 @@ SMOOTH = {
     "weighted_least_squares": Smooth(regression, whole),
     "sinkhorn": Smooth(transport, without_info, {"eps": 0.5, "rtol": 1e-13}),
     "robust_pool": Smooth(column, without_info, {"rtol": 1e-14}),
+    "solve": Smooth(system, whole),
+    "linear_solve": Smooth(system, without_info, {"solver": "gmres", "rtol": 1e-13}),
     "qr": Smooth(lambda x, steps: (positive(x, steps)[0][..., :2],), whole),
 }
 
