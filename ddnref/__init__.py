@@ -158,15 +158,12 @@ __all__ = [
     "fixed_point_residual",
     "from_scipy",
     "gauge_residual",
-<<<<<<< HEAD
+    "gmres",
     "hessian_eigval_count",
     "hessian_eigvals",
     "hessian_factor",
     "hessian_solve",
     "hessian_solve_vjp",
-=======
-    "gmres",
->>>>>>> main
     "ineq_argmin_vjp",
     "invsqrtm",
     "invsqrtm_fwd",
