@@ -49,12 +49,28 @@ class Inertia(NamedTuple):
 
     negative: int
     zero: int
-    """Those within 1e-9 ‖H‖ of zero."""
+    """Those within 3e-10 ‖H‖ of zero."""
     positive: int
 
 
 class HessianFactor:
-    """``H + εI`` of a network's loss, factored. Made by `hessian_factor`."""
+    """``H + εI`` of a network's loss, factored; made by `hessian_factor`.
+
+    Attributes
+    ----------
+    damping : float or array without axes
+        ε.
+    path : str
+        The factorisation that is tried first: "tridiagonal", "riccati", "qr" or "dense".
+    total : int
+        Parameters of the network.
+    flops, nbytes : float
+        What that factorisation takes and holds, estimated from the shapes.
+    counted_by : str
+        The factorisation whose pivots `inertia` counts.
+    norm : array without axes
+        ``‖H‖₂``, a lower estimate from two products.
+    """
 
     def __init__(self, s: System, damping: Array | float, method: str, like: Array, params: Sequence[Array]) -> None:
         self._system, self.damping, self._like, self._params = s, damping, like, list(params)
@@ -98,7 +114,38 @@ class HessianFactor:
     def solve(
         self, b: Sequence[Array], *, refine: str | int = "auto", throw: bool = True
     ) -> tuple[list[Array], HessianSolveInfo]:
-        """``(H + εI)⁻¹ b``."""
+        """``(H + εI)⁻¹ b``, refined.
+
+        Parameters
+        ----------
+        b : list of arrays, shaped like the chain's parameters
+            Right-hand side; several with one leading axis on every entry.
+        refine : "auto" or int
+            "auto" refines with exact Hessian-vector products while the backward error falls, and falls back to a
+            stable factorisation where "auto" chose the method; a number takes that many steps and no other path.
+        throw : bool, default True
+            Raise for a right-hand side that did not converge; with ``False`` its best solution is returned.
+
+        Returns
+        -------
+        x : list of arrays like `b`
+        info : HessianSolveInfo
+            Its arrays have one entry for each right-hand side.
+
+        Raises
+        ------
+        ConvergenceError
+            A backward error above 1e-15 (5e-7 where only single precision is to be had).
+        SingularError
+            ``H + εI`` is singular to working precision.
+        TypeError, ValueError
+            `b` is not shaped like the parameters, of another dtype or library; `refine` is neither.
+
+        Notes
+        -----
+        Cost: ``4 p`` flops and a product for each step, p the parameters, and ``O(L (N a)²)``. A right-hand side that
+        is zero gives exact zeros.
+        """
         self.check("b", b)
         if refine != "auto" and not (isinstance(refine, int) and refine >= 0):
             raise ValueError(f'refine is {refine!r}, expected "auto" or a number of steps.')
@@ -214,11 +261,26 @@ class HessianFactor:
     # --- determinant and inertia ------------------------------------------------------------------------------------
 
     def slogdet(self) -> tuple[Array, Array]:
-        """Sign and ``log|det(H + εI)|``."""
+        """Sign and ``log|det(H + εI)|``.
+
+        Returns
+        -------
+        sign, log : arrays without axes
+            In double precision where the library has it. From the factorisation that solved a random system to 1e-11,
+            or a stable one. No solver knows it better than ``eps Σ ‖H‖ / |λ|`` over the eigenvalues of ``H + εI``.
+        """
         return self._path(self._trusted(SLOGDET)).slogdet()
 
     def inertia(self) -> Inertia:
-        """Counts of negative, zero and positive eigenvalues of H + εI."""
+        """Counts of negative, zero and positive eigenvalues of H + εI.
+
+        Returns
+        -------
+        Inertia
+            Three integers. Zero are those within 3e-10 ‖H‖ of it: counts are taken at both ends of that interval, from
+            the pivots of an elimination that has solved a random system well, else from blocks with delayed pivots
+            (see the page on the Hessian).
+        """
         width, damping, name = ZERO * float(self.norm), float(self.damping), self.counted_by
         below, not_above = (self._negative(name, damping + shift) for shift in (width, -width))
         return Inertia(below, not_above - below, self.total - not_above)

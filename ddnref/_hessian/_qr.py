@@ -2,7 +2,7 @@ r"""The stable form: Householder QR of the block-tridiagonal system of `_joint`,
 
 The stacked block column of a layer and the one after it, ``[D_k; E_k] = Q [R; 0]``, is factored, ``Qᵀ`` applied to
 the two block columns to its right; what fills in reaches one block further. Orthogonal steps cannot grow, so that the
-factorisation is backward stable whatever the pivots of an elimination would be. It costs about ten times as much.
+factorisation is backward stable whatever the pivots of an elimination would be. It costs several times as much.
 """
 
 from __future__ import annotations

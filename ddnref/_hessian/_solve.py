@@ -45,7 +45,7 @@ def hessian_factor(
     method : {"auto", "tridiagonal", "riccati", "qr", "dense"}
         "tridiagonal" eliminates pre-activations and needs a plain chain with linearly independent samples in every
         layer, fewer than its inputs; "riccati" eliminates weights and takes every chain; "qr" is stable for every
-        damping and ten times slower; "dense" forms the matrix. "auto" takes the fastest and falls back to a stable
+        damping and two to fifteen times slower; "dense" forms the matrix. "auto" takes the fastest and falls back to a stable
         one for a solution that is not good enough (see `Notes`).
 
     Returns
