@@ -31,7 +31,7 @@ class HessianSolveInfo(NamedTuple):
     """How a solve ended; arrays have one entry for each right-hand side."""
 
     converged: Array
-    """(...) bool: the backward error is within `BACKWARD` and the system not singular to working precision."""
+    """(...) bool: the backward error is within `HessianFactor.rtol`, the system not singular to working precision."""
     n_iter: Array
     """(...) int32: refinement steps taken."""
     residual_norm: Array
@@ -70,6 +70,9 @@ class HessianFactor:
         The factorisation whose pivots `inertia` counts.
     norm : array without axes
         ``‖H‖₂``, a lower estimate from two products.
+    rtol : float
+        Largest backward error of a solution that counts as converged: 1e-15 in double precision (5e-7 where only
+        single precision is to be had) up to 20 layers, growing as the square root of their number beyond.
     """
 
     def __init__(self, s: System, damping: Array | float, method: str, like: Array, params: Sequence[Array]) -> None:
@@ -103,6 +106,15 @@ class HessianFactor:
         """Estimated bytes that the factorisation holds."""
         return _paths.cost(self.path, self._system).numbers * 8
 
+    @property
+    def rtol(self) -> float:
+        """Largest backward error of a solution that counts as converged.
+
+        1e-15 in double precision up to 20 layers; beyond them the rounding of the products by which it is measured
+        grows with the square root of their number.
+        """
+        return 4.5 * precision(self._like) * max(1.0, (len(self._system.sizes) / 20) ** 0.5)
+
     def _path(self, name: str) -> Path:
         if name not in self._built:
             with quiet():
@@ -135,7 +147,7 @@ class HessianFactor:
         Raises
         ------
         ConvergenceError
-            A backward error above 1e-15 (5e-7 where only single precision is to be had).
+            A backward error above `rtol`.
         SingularError
             ``H + εI`` is singular to working precision.
         TypeError, ValueError
@@ -155,7 +167,7 @@ class HessianFactor:
         result = self._best(g, refine)
         info = self._info(result, g)
         if throw and not is_true(xp.all(info.converged)):
-            _raise(info)
+            _raise(info, self.rtol)
         x = self._system.params(result.x)
         if single:
             x = [entry[0, ...] for entry in x]
@@ -170,7 +182,7 @@ class HessianFactor:
         xp = space(g[0])
         result = self._refined(self.path, g, refine)
         for name in self._order[1:] if refine == "auto" else ():
-            if is_true(xp.all(result.error <= backward(self._like))):
+            if is_true(xp.all(result.error <= self.rtol)):
                 break
             result = _better(result, self._refined(name, g, refine))
         return result
@@ -241,7 +253,7 @@ class HessianFactor:
         epsilon = abs(self.damping)
         amplification = (self.norm + epsilon) * norm(result.x) / safe
         amplification = xp.where(xp.isfinite(amplification), amplification, full((), float("inf"), safe))
-        good = (result.error <= backward(self._like)) & (amplification < SINGULAR / precision(self._like))
+        good = (result.error <= self.rtol) & (amplification < SINGULAR / precision(self._like))
         return HessianSolveInfo(good, result.steps, norm(result.r) / safe, result.error, amplification, result.name)
 
     def inverse(self, g: Blocks) -> Blocks:
@@ -358,17 +370,12 @@ def precision(like: Array) -> float:
     return 2.0**-23 if like.dtype == space(like).float32 else 2.0**-52
 
 
-def backward(like: Array) -> float:
-    """Largest backward error of a solution that counts as converged: 1e-15 in double precision."""
-    return 4.5 * precision(like)
-
-
 def goal(like: Array) -> float:
     """Backward error at which refinement stops."""
     return 4 * precision(like)
 
 
-def _raise(info: HessianSolveInfo) -> NoReturn:
+def _raise(info: HessianSolveInfo, rtol: float) -> NoReturn:
     xp = space(info.converged)
     if is_true(xp.any(info.amplification >= SINGULAR / precision(info.amplification))):
         raise SingularError(
@@ -379,7 +386,7 @@ def _raise(info: HessianSolveInfo) -> NoReturn:
         )
     raise ConvergenceError(
         f"The solution by {info.path} has backward error {float(xp.max(info.backward_error)):.1e}, above "
-        f"{backward(info.amplification):.1e}, after {int(xp.max(info.n_iter))} refinement steps. Likely NaN in weights "
+        f"{rtol:.1e}, after {int(xp.max(info.n_iter))} refinement steps. Likely NaN in weights "
         'or data, activations that explode with depth, or a method that cannot take this damping. Pass method="auto" '
         'or "qr", a larger damping, or throw=False to get the solution with its info.backward_error.'
     )
