@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
@@ -113,7 +114,7 @@ class HessianFactor:
         1e-15 in double precision up to 20 layers; beyond them the rounding of the products by which it is measured
         grows with the square root of their number.
         """
-        return 4.5 * precision(self._like) * float(max(1.0, len(self._system.sizes) / 20)) ** 0.5
+        return 4.5 * precision(self._like) * math.sqrt(max(1.0, len(self._system.sizes) / 20))
 
     def _path(self, name: str) -> Path:
         if name not in self._built:
