@@ -212,7 +212,7 @@ class HessianFactor:
 
     def _measured(self, x: Blocks, g: Blocks, name: str) -> _Result:
         xp = space(g[0])
-        hx = combine(self._system.product(x), self.damping_like, x)
+        hx = combine(self._system.product(x), self._epsilon, x)
         r = [a - b for a, b in zip(g, hx, strict=True)]
         size = self.norm * norm(x) + norm(g)
         error = norm(r) / xp.where(size > 0, size, xp.ones_like(size))
@@ -221,7 +221,7 @@ class HessianFactor:
         return _Result(x, r, error, steps, name)
 
     @property
-    def damping_like(self) -> Array | float:
+    def _epsilon(self) -> Array | float:
         """ε as `combine` takes it."""
         return self.damping if isinstance(self.damping, float) else self.damping[None]
 
