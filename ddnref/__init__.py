@@ -19,6 +19,9 @@ from ddnref._ggn._functions import ggn_eigh, ggn_eigvalsh
 from ddnref._ggn._state import Ggn, GgnState, ggn_reducer
 from ddnref._gram import gram_eigh, gram_eigh_fwd, gram_eigh_vjp
 from ddnref._gram_values import gram_eigvalsh, gram_eigvalsh_fwd, gram_eigvalsh_vjp
+from ddnref._hessian._factor import HessianFactor, HessianSolveInfo, Inertia
+from ddnref._hessian._solve import hessian_factor, hessian_solve, hessian_solve_vjp
+from ddnref._hessian._spectrum import EigvalCountInfo, hessian_eigval_count, hessian_eigvals
 from ddnref._implicit import argmin_vjp, eq_argmin_vjp, ineq_argmin_vjp, lineq_argmin_vjp, root_vjp
 from ddnref._iteration import power_iteration, simultaneous_iteration
 from ddnref._iteration_vjp import power_iteration_vjp, simultaneous_iteration_vjp
@@ -109,12 +112,16 @@ __all__ = [
     "DirectionalDerivatives",
     "EigshInfo",
     "EigshVjpInfo",
+    "EigvalCountInfo",
     "Flatten",
     "Frozen",
     "GaugeError",
     "Ggn",
     "GgnState",
     "GramState",
+    "HessianFactor",
+    "HessianSolveInfo",
+    "Inertia",
     "IterationInfo",
     "Layer",
     "LeastSquaresInfo",
@@ -176,6 +183,11 @@ __all__ = [
     "gram_eigvalsh_fwd",
     "gram_eigvalsh_vjp",
     "gram_reducer",
+    "hessian_eigval_count",
+    "hessian_eigvals",
+    "hessian_factor",
+    "hessian_solve",
+    "hessian_solve_vjp",
     "ineq_argmin_vjp",
     "invsqrtm",
     "invsqrtm_fwd",

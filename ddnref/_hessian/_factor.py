@@ -1,0 +1,393 @@
+"""A factorisation that its user holds on to: solves refined with exact products, determinant, inertia."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
+
+import array_api_compat
+
+from ddnref._array import Array, double, full, is_true
+from ddnref._errors import ConvergenceError, SingularError
+from ddnref._hessian import _inertia, _paths
+from ddnref._hessian._paths import Path
+from ddnref._hessian._small import quiet, space, t
+from ddnref._hessian._system import System
+from ddnref._hessian._terms import Blocks, combine, norm
+from ddnref._network._checks import like_params
+from ddnref._rows import noise
+
+REFINEMENTS = 8
+NORM_PRODUCTS = 2
+SINGULAR = 2**-5
+"""Times 1/eps: the amplification from which a system counts as singular to working precision."""
+ZERO = 3e-10
+"""Eigenvalues of H + εI below this, relative to ‖H‖, count as zero."""
+BACKWARD = 1e-11
+"""Largest backward error, relative to ‖H‖, at which an elimination's pivots are trusted: well below `ZERO`."""
+
+
+class HessianSolveInfo(NamedTuple):
+    """How a solve ended; arrays have one entry for each right-hand side."""
+
+    converged: Array
+    """(...) bool: the backward error is within `HessianFactor.rtol`, the system not singular to working precision."""
+    n_iter: Array
+    """(...) int32: refinement steps taken."""
+    residual_norm: Array
+    """(...): ``‖b − (H + εI) x‖ / ‖b‖``, from an exact product."""
+    backward_error: Array
+    """(...): ``‖b − (H + εI) x‖ / (‖H‖ ‖x‖ + ‖b‖)``, with a lower estimate of ‖H‖ from a few products."""
+    amplification: Array
+    """(...): ``(‖H‖ + |ε|) ‖x‖ / ‖b‖``, a lower bound of the condition number."""
+    path: str
+    """The factorisation that gave the solution."""
+
+
+class Inertia(NamedTuple):
+    """Signs of the eigenvalues of H + εI."""
+
+    negative: int
+    zero: int
+    """Those within 3e-10 ‖H‖ of zero."""
+    positive: int
+
+
+class HessianFactor:
+    """``H + εI`` of a network's loss, factored; made by `hessian_factor`.
+
+    Attributes
+    ----------
+    damping : float or array without axes
+        ε.
+    path : str
+        The factorisation that is tried first: "tridiagonal", "riccati", "qr" or "dense".
+    total : int
+        Parameters of the network.
+    flops, nbytes : float
+        What that factorisation takes and holds, estimated from the shapes.
+    counted_by : str
+        The factorisation whose pivots `inertia` counts.
+    norm : array without axes
+        ``‖H‖₂``, a lower estimate from two products.
+    rtol : float
+        Largest backward error of a solution that counts as converged: 1e-15 in double precision (5e-7 where only
+        single precision is to be had) up to 20 layers, growing as the square root of their number beyond.
+    """
+
+    def __init__(self, s: System, damping: Array | float, method: str, like: Array, params: Sequence[Array]) -> None:
+        self._system, self.damping, self._like, self._params = s, damping, like, list(params)
+        self._order = _paths.order(s, method, damping)
+        self._built: dict[str, Path] = {}
+        self._norm: Array | None = None
+        self._w: Array | None = None
+        self._path(self._order[0])
+
+    def __repr__(self) -> str:
+        return f"HessianFactor({self.total} parameters, {self.path}, damping={self.damping})"
+
+    @property
+    def path(self) -> str:
+        """The factorisation tried first."""
+        return self._order[0]
+
+    @property
+    def total(self) -> int:
+        """Parameters of the network."""
+        return self._system.total
+
+    @property
+    def flops(self) -> float:
+        """Estimated floating-point operations of the factorisation."""
+        return _paths.cost(self.path, self._system).flops
+
+    @property
+    def nbytes(self) -> float:
+        """Estimated bytes that the factorisation holds."""
+        return _paths.cost(self.path, self._system).numbers * 8
+
+    @property
+    def rtol(self) -> float:
+        """Largest backward error of a solution that counts as converged.
+
+        1e-15 in double precision up to 20 layers; beyond them the rounding of the products by which it is measured
+        grows with the square root of their number.
+        """
+        return 4.5 * precision(self._like) * math.sqrt(max(1.0, len(self._system.sizes) / 20))
+
+    def _path(self, name: str) -> Path:
+        if name not in self._built:
+            with quiet():
+                self._built[name] = _paths.build(name, self._system, self.damping, self._like)
+        return self._built[name]
+
+    # --- solve ------------------------------------------------------------------------------------------------------
+
+    def solve(
+        self, b: Sequence[Array], *, refine: str | int = "auto", throw: bool = True
+    ) -> tuple[list[Array], HessianSolveInfo]:
+        """``(H + εI)⁻¹ b``, refined.
+
+        Parameters
+        ----------
+        b : list of arrays, shaped like the chain's parameters
+            Right-hand side; several with one leading axis on every entry.
+        refine : "auto" or int
+            "auto" refines with exact Hessian-vector products while the backward error falls, and falls back to a
+            stable factorisation where "auto" chose the method; a number takes that many steps and no other path.
+        throw : bool, default True
+            Raise for a right-hand side that did not converge; with ``False`` its best solution is returned.
+
+        Returns
+        -------
+        x : list of arrays like `b`
+        info : HessianSolveInfo
+            Its arrays have one entry for each right-hand side.
+
+        Raises
+        ------
+        ConvergenceError
+            A backward error above `rtol`.
+        SingularError
+            ``H + εI`` is singular to working precision.
+        TypeError, ValueError
+            `b` is not shaped like the parameters, of another dtype or library; `refine` is neither.
+
+        Notes
+        -----
+        Cost: ``4 p`` flops and a product for each step, p the parameters, and ``O(L (N a)²)``. A right-hand side that
+        is zero gives exact zeros.
+        """
+        self.check("b", b)
+        if refine != "auto" and not (isinstance(refine, int) and refine >= 0):
+            raise ValueError(f'refine is {refine!r}, expected "auto" or a number of steps.')
+        single = b[0].ndim == self._params[0].ndim
+        g = self._system.blocks([entry[None, ...] for entry in b] if single else b)
+        xp = space(g[0])
+        result = self._best(g, refine)
+        info = self._info(result, g)
+        if throw and not is_true(xp.all(info.converged)):
+            _raise(info, self.rtol)
+        x = self._system.params(result.x)
+        if single:
+            x = [entry[0, ...] for entry in x]
+            info = info._replace(
+                converged=info.converged[0], n_iter=info.n_iter[0], residual_norm=info.residual_norm[0],
+                backward_error=info.backward_error[0], amplification=info.amplification[0],
+            )  # fmt: skip
+        return x, info
+
+    def _best(self, g: Blocks, refine: str | int) -> _Result:
+        """By the first path, then by the stable ones while the backward error is too large."""
+        xp = space(g[0])
+        result = self._refined(self.path, g, refine)
+        for name in self._order[1:] if refine == "auto" else ():
+            if is_true(xp.all(result.error <= self.rtol)):
+                break
+            result = _better(result, self._refined(name, g, refine))
+        return result
+
+    def _refined(self, name: str, g: Blocks, refine: str | int) -> _Result:
+        """``x ← x + (H + εI)⁻¹ r`` with exact residuals r, while the backward error falls."""
+        with quiet():
+            return self._refined_quietly(self._path(name), g, refine)
+
+    def _refined_quietly(self, path: Path, g: Blocks, refine: str | int) -> _Result:
+        xp = space(g[0])
+        state = self._measured(path.solve(g), g, path.name)
+        limit = REFINEMENTS if refine == "auto" else int(refine)
+        for _ in range(limit):
+            if refine == "auto" and is_true(xp.all(state.error <= goal(self._like))):
+                break
+            change = path.solve(state.r)
+            new = self._measured(combine(state.x, 1.0, change), g, path.name)
+            fallen = new.error < state.error
+            new = new._replace(steps=state.steps + 1)
+            halved = xp.any(new.error < state.error / 2)
+            state = _chosen(fallen, new, state)
+            if refine == "auto" and not is_true(halved):
+                break
+        return state
+
+    def _measured(self, x: Blocks, g: Blocks, name: str) -> _Result:
+        xp = space(g[0])
+        hx = combine(self._system.product(x), self._epsilon, x)
+        r = [a - b for a, b in zip(g, hx, strict=True)]
+        size = self.norm * norm(x) + norm(g)
+        error = norm(r) / xp.where(size > 0, size, xp.ones_like(size))
+        error = xp.where(xp.isfinite(error), error, full((), float("inf"), error))
+        steps = xp.zeros(error.shape, dtype=xp.int32, device=array_api_compat.device(error))
+        return _Result(x, r, error, steps, name)
+
+    @property
+    def _epsilon(self) -> Array | float:
+        """ε as `combine` takes it."""
+        return self.damping if isinstance(self.damping, float) else self.damping[None]
+
+    @property
+    def norm(self) -> Array:
+        """``‖H‖₂``, a lower estimate from a few products."""
+        if self._norm is None:
+            xp = space(self._like)
+            v = self._start()
+            for _ in range(NORM_PRODUCTS):
+                w = self._system.product(v)
+                size, before = norm(w), norm(v)
+                self._norm = (size / xp.where(before > 0, before, xp.ones_like(before)))[0]
+                v = w
+        return self._norm
+
+    def _start(self) -> Blocks:
+        """Noise and the gradient, which leans towards the largest eigenvectors."""
+        v = self._system.split(noise(0, self.total, self._like)[None, :])
+        if self._system.terms is None:
+            return v
+        gradient = [(t(layer.beta) @ layer.z)[None, :, :] for layer in self._system.terms.layers]
+        size = norm(gradient)
+        return combine(v, 1 / space(size).where(size > 0, size, space(size).ones_like(size)), gradient)
+
+    def _info(self, result: _Result, g: Blocks) -> HessianSolveInfo:
+        xp = space(g[0])
+        size = norm(g)
+        safe = xp.where(size > 0, size, xp.ones_like(size))
+        epsilon = abs(self.damping)
+        amplification = (self.norm + epsilon) * norm(result.x) / safe
+        amplification = xp.where(xp.isfinite(amplification), amplification, full((), float("inf"), safe))
+        good = (result.error <= self.rtol) & (amplification < SINGULAR / precision(self._like))
+        return HessianSolveInfo(good, result.steps, norm(result.r) / safe, result.error, amplification, result.name)
+
+    def inverse(self, g: Blocks) -> Blocks:
+        """``(H + εI)⁻¹`` of blocks, refined as `solve` does, whatever came of it."""
+        return self._best(g, "auto").x
+
+    def check(self, name: str, v: Sequence[Array]) -> None:
+        """Raise unless `v` is a list like the chain's parameters, with or without one leading axis."""
+        like_params(name, list(v), self._params, leading=True)
+
+    def paired(self, u: Sequence[Array], v: Sequence[Array]) -> Array:
+        """``Σ ⟨u, v⟩`` over all vectors, in the dtype of the parameters."""
+        xp = space(u[0])
+        total = xp.sum(xp.stack([xp.sum(double(xp, a) * double(xp, b)) for a, b in zip(u, v, strict=True)]))
+        return xp.astype(total, u[0].dtype, copy=False)
+
+    # --- determinant and inertia ------------------------------------------------------------------------------------
+
+    def slogdet(self) -> tuple[Array, Array]:
+        """Sign and ``log|det(H + εI)|``.
+
+        Returns
+        -------
+        sign, log : arrays without axes
+            In double precision where the library has it. From the factorisation that solved a random system to 1e-11,
+            or a stable one. No solver knows it better than ``eps Σ ‖H‖ / |λ|`` over the eigenvalues of ``H + εI``.
+        """
+        return self._path(self._trusted(SLOGDET)).slogdet()
+
+    def inertia(self) -> Inertia:
+        """Counts of negative, zero and positive eigenvalues of H + εI.
+
+        Returns
+        -------
+        Inertia
+            Three integers. Zero are those within 3e-10 ‖H‖ of it: counts are taken at both ends of that interval, from
+            the pivots of an elimination that has solved a random system well, else from blocks with delayed pivots
+            (see the page on the Hessian).
+        """
+        width, damping, name = ZERO * float(self.norm), float(self.damping), self.counted_by
+        below, not_above = (self._negative(name, damping + shift) for shift in (width, -width))
+        return Inertia(below, not_above - below, self.total - not_above)
+
+    @property
+    def counted_by(self) -> str:
+        """The factorisation whose pivots are counted."""
+        name = self._trusted(COUNT)
+        if name in STABLE or abs(float(self.damping)) >= LEAST * float(self.norm):
+            return name
+        return next((stable for stable in self._order if stable in STABLE), "qr")
+
+    def _negative(self, name: str, damping: float) -> int:
+        if name == "dense":
+            return _inertia.below(self._spectrum(), -damping)
+        with quiet():
+            return _paths.count_negative(name, self._system, damping)
+
+    def _spectrum(self) -> Array:
+        if self._w is None:
+            self._w = space(self._like).linalg.eigvalsh(self._path("dense").saved)
+        return self._w
+
+    def _trusted(self, rtol: float) -> str:
+        """The first path that is stable by construction, or whose unrefined solution is right to `rtol`."""
+        xp = space(self._like)
+        g = self._system.split(noise(1, self.total, self._like)[None, :])
+        for name in self._order:
+            if name in STABLE:
+                return name
+            path = self._path(name)
+            with quiet():
+                x = path.solve(g)
+                r = self._measured(x, g, name).r
+                size = BACKWARD * (self.norm + abs(self.damping)) * norm(x)
+                small = (norm(r) <= size) & (norm(path.solve(r)) <= rtol * norm(x))
+            if is_true(xp.all(small)):
+                return name
+        return "qr"
+
+
+STABLE = ("qr", "dense")
+LEAST = 1e-5
+"""Smallest damping, relative to ‖H‖, at which the fast forms count: they divide by it, and an error of eps ‖H‖²/ε in
+what they leave of the Hessian must stay well below `ZERO`."""
+SLOGDET = 1e-11
+COUNT = 1e-3
+
+
+class _Result(NamedTuple):
+    x: Blocks
+    r: Blocks
+    error: Array
+    steps: Array
+    name: str
+
+
+def _chosen(first: Array, a: _Result, b: _Result) -> _Result:
+    """`a` for the right-hand sides in `first`, `b` for the others."""
+    xp = space(first)
+    flags = first[:, None, None]
+    x, r = ([xp.where(flags, p, q) for p, q in zip(u, v, strict=True)] for u, v in ((a.x, b.x), (a.r, b.r)))
+    return _Result(x, r, xp.where(first, a.error, b.error), xp.where(first, a.steps, b.steps), a.name)
+
+
+def _better(old: _Result, new: _Result) -> _Result:
+    xp = space(old.error)
+    better = new.error < old.error
+    chosen = _chosen(better, new, old)
+    return chosen._replace(name=new.name if is_true(xp.any(better)) else old.name)
+
+
+def precision(like: Array) -> float:
+    """Machine epsilon of what was computed in."""
+    return 2.0**-23 if like.dtype == space(like).float32 else 2.0**-52
+
+
+def goal(like: Array) -> float:
+    """Backward error at which refinement stops."""
+    return 4 * precision(like)
+
+
+def _raise(info: HessianSolveInfo, rtol: float) -> NoReturn:
+    xp = space(info.converged)
+    if is_true(xp.any(info.amplification >= SINGULAR / precision(info.amplification))):
+        raise SingularError(
+            "H + damping·I is singular to working precision: its inverse amplifies this right-hand side by "
+            f"{float(xp.max(info.amplification)):.1e}. Likely damping is minus an eigenvalue of the Hessian, or zero "
+            'where weights do not matter, or a method other than "auto" and "qr" met a singular pivot. Pass another '
+            'damping or method="auto", or throw=False to get the solution with its info.amplification.'
+        )
+    raise ConvergenceError(
+        f"The solution by {info.path} has backward error {float(xp.max(info.backward_error)):.1e}, above "
+        f"{rtol:.1e}, after {int(xp.max(info.n_iter))} refinement steps. Likely NaN in weights "
+        'or data, activations that explode with depth, or a method that cannot take this damping. Pass method="auto" '
+        'or "qr", a larger damping, or throw=False to get the solution with its info.backward_error.'
+    )
