@@ -117,6 +117,7 @@ def _operation(rule: Rule, bound: Bound, layout: Layout) -> Any:
     reverse = _opaque(rule, whole, layout) if rule.opaque else bound.reverse
     needs, count = layout.places(rule.needs), sum(layout.counts)
     fields = 0 if rule.info is None else len(rule.info._fields)
+    recursive = rule.recursive  # torch.compile takes closures over this, not over a rule
 
     class Operation(torch.autograd.Function):
         """Outputs, saved arrays and status; saved ones are outputs too, so that second derivatives pass through."""
@@ -136,7 +137,7 @@ def _operation(rule: Rule, bound: Bound, layout: Layout) -> Any:
             gradients = reverse(bars[: len(bars) - fields], arrays)
             if not gradients:
                 return (None,) * len(ctx.needs_input_grad)
-            warned = tuple(None if g is None else _warn_where_nan(g, rule.recursive) for g in gradients[:count])
+            warned = tuple(None if g is None else _warn_where_nan(g, recursive) for g in gradients[:count])
             if first_order is None or not torch.is_grad_enabled():
                 return warned
             return tuple(first_order.apply(gradient, *arrays) for gradient in warned)
