@@ -11,8 +11,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 
 collect_ignore = [
-    f"ddnref/interop/{name}.py" for name in ("torch", "jax") if importlib.util.find_spec(name) is None
-]  # fmt: skip
+    f"ddnref/interop/{file}.py"
+    for name, file in (("torch", "torch"), ("torch", "_torch_batch"), ("jax", "jax"))
+    if importlib.util.find_spec(name) is None
+]
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import numpy as np
 from benchmarks import _accuracy as accuracy
 from benchmarks import _eigsh_cases as eigsh_cases
 from benchmarks import _iteration as iteration
+from benchmarks import _krylov_cases as krylov
 from benchmarks import nodes
 from benchmarks._common import Case, Ratio, alternating, backend, interleaved
 
@@ -251,6 +252,40 @@ def iteration_read_rows(_: Sizes) -> Iterator[Row]:
     yield from host_read_rows("the iteration VJP", iteration.host_reads)
 
 
+def krylov_rows(sizes: Sizes) -> Iterator[Row]:
+    """A user's own product on a grid, rtol 1e-6, float64."""
+    n = sizes[0].m
+    for product in krylov.PRODUCTS:
+        ratio = interleaved(krylov.ours(product, n), krylov.scipy_cg(product, n))
+        yield at_most(f"cg / SciPy's cg, {product}, {n}×{n} float64", ratio.median, 1.05, written(ratio), MARGIN)
+    for product in krylov.PRODUCTS:
+        figure = f"cg / jax.scipy's cg, both compiled, {product}, {n}×{n} float64"
+        try:
+            ratio = interleaved(*krylov.jax_pair(product, n))
+            yield at_most(figure, ratio.median, 1.0, written(ratio), MARGIN)
+        except NotImplementedError as missing:
+            yield Row(figure, f"skipped: {missing}")
+
+
+def krylov_many_rows(sizes: Sizes) -> Iterator[Row]:
+    """Dense and a periodic convolution; the bars belong to these sizes."""
+    for kind, size in zip(("dense", "convolution"), sizes, strict=False):
+        at_once, one_by_one = krylov.many(kind, size.m, size.batch)
+        ratio = interleaved(one_by_one, at_once)
+        figure = f"{size.batch} right-hand sides one by one / at once, {kind}, n = {size.m} float64"
+        yield at_least(figure, ratio.median, size.bar, written(ratio), MARGIN)
+
+
+def krylov_memory_rows(_: Sizes) -> Iterator[Row]:
+    growth = krylov.memory(200) - krylov.memory(20)
+    yield at_most("memory of 200 steps of cg less that of 20, in vectors", growth, 0.1)
+    growth = (krylov.unrolled_memory(200) - krylov.unrolled_memory(20)) / 180
+    yield Row("the same, reversed through stored iterates, in vectors a step", f"{growth:.2f}")
+    for steps in (20, 60, 180):
+        errors = f"{krylov.implicit_error(steps):.1e} and {krylov.unrolled_error(steps):.1e}"
+        yield Row(f"error of the gradient after {steps} steps, implicit and through the iterates", errors)
+
+
 _PEER_SIZES = tuple(Size(batch, m, SINGLE) for batch, m in ((5, 32), (5, 64), (5, 128), (5, 256), (1000, 32)))
 
 # The products come first, before any other library has started its threads.
@@ -286,4 +321,7 @@ FIGURES: dict[str, tuple[Callable[[Sizes], Iterator[Row]], Sizes]] = {
     "iteration-memory": (iteration_memory_rows, tuple(Size(5, m, bar=0.75) for m in (128, 256, 512, 1024))),
     "iteration-steps": (iteration_step_rows, ()),
     "iteration-host-reads": (iteration_read_rows, ()),
+    "krylov": (krylov_rows, (Size(1, 256),)),
+    "krylov-many": (krylov_many_rows, (Size(64, 2000, bar=4.0), Size(64, 128, bar=1.0))),
+    "krylov-memory": (krylov_memory_rows, ()),
 }

@@ -10,6 +10,7 @@ from ddnref._errors import (
     DdnrefError,
     GaugeError,
     NonFiniteError,
+    OperatorError,
     OptimalityError,
     SingularError,
 )
@@ -19,6 +20,14 @@ from ddnref._hessian._spectrum import EigvalCountInfo, hessian_eigval_count, hes
 from ddnref._implicit import argmin_vjp, eq_argmin_vjp, ineq_argmin_vjp, lineq_argmin_vjp, root_vjp
 from ddnref._iteration import power_iteration, simultaneous_iteration
 from ddnref._iteration_vjp import power_iteration_vjp, simultaneous_iteration_vjp
+from ddnref._krylov._bicgstab import bicgstab
+from ddnref._krylov._cg import cg
+from ddnref._krylov._common import Progress, SolveInfo
+from ddnref._krylov._gmres import gmres
+from ddnref._krylov._lsmr import LeastSquaresInfo, lsmr
+from ddnref._krylov._minres import minres
+from ddnref._linear_solve import linear_solve, linear_solve_vjp
+from ddnref._linear_solve_jvp import linear_solve_jvp
 from ddnref._loops import IterationInfo
 from ddnref._matrix_functions import (
     expm,
@@ -57,9 +66,29 @@ from ddnref._nodes._projections import (
 )
 from ddnref._nodes._robust_pool import RobustPoolInfo, robust_pool, robust_pool_vjp
 from ddnref._nodes._sinkhorn import SinkhornInfo, sinkhorn, sinkhorn_vjp
-from ddnref._operators import LinearOperator
+from ddnref._operators import (
+    LinearOperator,
+    OperatorCheck,
+    OperatorReport,
+    add,
+    adjoint,
+    as_operator,
+    check_operator,
+    compose,
+    convolution,
+    dense,
+    diagonal,
+    difference,
+    from_scipy,
+    mask,
+    normal,
+    scaled,
+    stack,
+    to_scipy,
+)
 from ddnref._pairs import align_signs, eigen_residual, fixed_point_residual
 from ddnref._qr import qr, qr_vjp
+from ddnref._solve import solve, solve_fwd, solve_vjp
 from ddnref._spectral import spectral_function, spectral_function_fwd, spectral_function_vjp
 from ddnref._topk import eigh_topk, eigh_topk_fwd, eigh_topk_vjp
 
@@ -85,17 +114,34 @@ __all__ = [
     "Inertia",
     "IterationInfo",
     "Layer",
+    "LeastSquaresInfo",
     "LinearOperator",
     "Loss",
     "NonFiniteError",
+    "OperatorCheck",
+    "OperatorError",
+    "OperatorReport",
     "OptimalityError",
     "Products",
+    "Progress",
     "Residual",
     "RobustPoolInfo",
     "SingularError",
     "SinkhornInfo",
+    "SolveInfo",
+    "add",
+    "adjoint",
     "align_signs",
     "argmin_vjp",
+    "as_operator",
+    "bicgstab",
+    "cg",
+    "check_operator",
+    "compose",
+    "convolution",
+    "dense",
+    "diagonal",
+    "difference",
     "eigen_residual",
     "eigh",
     "eigh_topk",
@@ -110,7 +156,9 @@ __all__ = [
     "expm_fwd",
     "expm_vjp",
     "fixed_point_residual",
+    "from_scipy",
     "gauge_residual",
+    "gmres",
     "hessian_eigval_count",
     "hessian_eigvals",
     "hessian_factor",
@@ -122,10 +170,17 @@ __all__ = [
     "invsqrtm_vjp",
     "least_squares_on_sphere",
     "least_squares_on_sphere_vjp",
+    "linear_solve",
+    "linear_solve_jvp",
+    "linear_solve_vjp",
     "lineq_argmin_vjp",
     "logm",
     "logm_fwd",
     "logm_vjp",
+    "lsmr",
+    "mask",
+    "minres",
+    "normal",
     "power_iteration",
     "power_iteration_vjp",
     "project_ball",
@@ -139,17 +194,23 @@ __all__ = [
     "robust_pool",
     "robust_pool_vjp",
     "root_vjp",
+    "scaled",
     "simultaneous_iteration",
     "simultaneous_iteration_vjp",
     "sinkhorn",
     "sinkhorn_vjp",
+    "solve",
+    "solve_fwd",
+    "solve_vjp",
     "spectral_function",
     "spectral_function_fwd",
     "spectral_function_vjp",
     "sqrtm",
     "sqrtm_fwd",
     "sqrtm_vjp",
+    "stack",
     "testing",
+    "to_scipy",
     "weighted_least_squares",
     "weighted_least_squares_vjp",
 ]

@@ -21,5 +21,9 @@ class ConvergenceError(DdnrefError):
     """An iteration did not reach its tolerance within its limit."""
 
 
+class OperatorError(DdnrefError):
+    """A linear operator is not what it says, such as an adjoint that is not one."""
+
+
 class OptimalityError(DdnrefError):
     """A point handed to a declarative node does not solve the problem that the node states."""

@@ -71,6 +71,13 @@ def matvec(a: Array, x: Array) -> Array:
     return (a @ x[..., None])[..., 0]
 
 
+def move_axis(x: Array, source: int, destination: int) -> Array:
+    """``moveaxis`` by a permutation: PyTorch's vmap over grad has no rule for the other."""
+    order = list(range(x.ndim))
+    order.insert(destination % x.ndim, order.pop(source % x.ndim))
+    return array_api_compat.array_namespace(x).permute_dims(x, tuple(order))
+
+
 def outer(u: Array, v: Array) -> Array:
     """``u vᵀ`` for vectors."""
     return u[..., :, None] * v[..., None, :]

@@ -58,6 +58,16 @@ class Rule(NamedTuple):
     tangent: str | tuple[str, ...] = "dense"
     """Where the inputs may move, as in `ddnref.testing`; a tuple has one for each."""
     symmetrises: bool = False
+    item_axes: tuple[int, ...] = ()
+    """How many axes of each input are those of one item, where the inputs' batch axes broadcast."""
+    recursive: bool = False
+    """Whether the VJP takes ``solve=``, the function by which it solves its own systems: a bridge hands it this very
+    operation made differentiable, and so the VJP can be differentiated again, although it iterates."""
+
+    @property
+    def opaque(self) -> bool:
+        """Whether the VJP iterates and is not differentiated again."""
+        return self.vjp_info and not self.recursive
 
 
 def options_of(rule: Rule, options: dict[str, Any], while_loop: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -119,10 +129,15 @@ class Bound(NamedTuple):
     """``result(outputs, info)``: what the operation returns, put together again."""
 
 
-def bind(rule: Rule, options: dict[str, Any], while_loop: Any = None) -> Bound:
-    """Bind options once, or ``TypeError`` naming those that are unknown or missing."""
+def bind(rule: Rule, options: dict[str, Any], while_loop: Any = None, solve: Callable[..., Any] | None = None) -> Bound:
+    """Bind options once, or ``TypeError`` naming those that are unknown or missing.
+
+    `solve` is what a recursive rule's VJP solves with: the operation itself, made differentiable.
+    """
     _refuse_missing(rule, options)
     forward_options, vjp_options = options_of(rule, options, while_loop)
+    if rule.recursive and solve is not None:
+        vjp_options["solve"] = solve
     rtol = {"rtol": options["rtol"]} if "rtol" in options else {}
     function, undefined, iterates = rule.forward, rule.undefined, rule.info is not None
 
@@ -171,7 +186,7 @@ def _reverse(rule: Rule, options: dict[str, Any]) -> Callable[..., tuple[Array |
         if not used:
             return through_saved
         through_outputs = vjp(*bars[:n], *arrays, **accepting)
-        return tuple(a + b for a, b in zip(through_saved, through_outputs, strict=True))
+        return tuple(b if a is None else a + b for a, b in zip(through_saved, through_outputs, strict=True))
 
     return reverse
 

@@ -16,10 +16,14 @@ from ddnref import _eigsh as kpairs
 from ddnref import _eigsh_vjp as kpairs_vjp
 from ddnref import _iteration as iteration
 from ddnref import _iteration_vjp as iteration_vjp
+from ddnref import _linear_solve as linear
 from ddnref import _qr as factorisation
 from ddnref import _samples as samples
+from ddnref import _samples_linear as linear_samples
 from ddnref import _samples_nodes as node_samples
+from ddnref import _solve as dense
 from ddnref._array import Array
+from ddnref._krylov._common import SolveInfo
 from ddnref._loops import IterationInfo
 from ddnref._nodes import _least_squares as least_squares
 from ddnref._nodes import _projections as projections
@@ -268,6 +272,35 @@ _TABLE = (
         docs="robust mean: quadratic, Huber, pseudo-Huber, Welsch, truncated",
         singular="no curvature, all outliers: `SingularError`",
         cost="O(m)",
+    ),
+    Rule(
+        name="solve",
+        function=dense.solve,
+        forward=dense.solve_fwd,
+        vjp=dense.solve_vjp,
+        sample=linear_samples.solve,
+        outputs=1,
+        needs=(1,),
+        saved_vjp=dense.saved_solve_vjp,
+        docs="dense linear systems, many right-hand sides",
+        singular="singular matrices: `SingularError`",
+        cost="2 n² flops, from the factors of the forward",
+    ),
+    Rule(
+        name="linear_solve",
+        function=linear.linear_solve,
+        forward=_nothing_saved_iterative(linear.linear_solve),
+        vjp=linear.linear_solve_vjp,
+        sample=linear_samples.linear_solve,
+        outputs=1,
+        needs=(0, 1),
+        info=SolveInfo,
+        vjp_info=True,
+        recursive=True,
+        item_axes=(2, 1),
+        docs="linear systems and least squares with operators, matrix-free: the right-hand side and every parameter",
+        singular="singular operators, which no solver converges on: `ConvergenceError`",
+        cost="one solve of the adjoint system",
     ),
 )
 

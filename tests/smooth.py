@@ -63,6 +63,11 @@ def transport(x: Any, steps: Any) -> tuple[Any, ...]:
     return x * x, histogram(x[..., 0]), histogram(x[..., 1])
 
 
+def system(x: Any, steps: Any) -> tuple[Any, ...]:
+    """A matrix without symmetry, and a vector."""
+    return x / 2 + 2 * steps, x[..., 0]
+
+
 SMOOTH = {
     "eigh": Smooth(positive, pairs),
     "eigh_topk": Smooth(positive, pairs, {"k": 2}),
@@ -76,6 +81,8 @@ SMOOTH = {
     "weighted_least_squares": Smooth(regression, whole),
     "sinkhorn": Smooth(transport, without_info, {"eps": 0.5, "rtol": 1e-13}),
     "robust_pool": Smooth(column, without_info, {"rtol": 1e-14}),
+    "solve": Smooth(system, whole),
+    "linear_solve": Smooth(system, without_info, {"solver": "gmres", "rtol": 1e-13}),
     "qr": Smooth(lambda x, steps: (positive(x, steps)[0][..., :2],), whole),
 }
 

@@ -17,7 +17,7 @@ import ddnref
 from conftest import need
 
 BENCHES = Path(__file__).parents[1] / "asv_benches"
-MODULES = ("eigh", "eigsh", "iteration", "spectral", "ladder", "nodes")
+MODULES = ("eigh", "eigsh", "iteration", "krylov", "spectral", "ladder", "nodes", "operators")
 PREFIXES = ("time_", "peakmem_", "track_")
 
 before = dict(os.environ)
@@ -78,6 +78,8 @@ def test_benchmark_runs(cls: type, method: str, request: pytest.FixtureRequest) 
     parameters = smallest(cls)
     if cls in (benchmarks["eigh"].EighTorchApart, benchmarks["iteration"].IterationForward) or "torch" in parameters:
         need(request.config, "torch")
+    if cls is benchmarks["krylov"].CgRatioJax:
+        need(request.config, "jax")
     value = run(cls, method, parameters)
     if method.startswith("track_"):
         assert np.isfinite(value)
@@ -95,7 +97,7 @@ def test_backends_run(name: str) -> None:
 def test_every_module_has_the_three_kinds() -> None:
     names = {
         name: {m.values[1].split("_")[0] for m in methods() if m.values[0].__module__.endswith(name)}
-        for name in ("eigh", "iteration", "spectral")
+        for name in ("eigh", "iteration", "spectral", "operators")
     }
     assert names == {name: {"time", "peakmem", "track"} for name in names}
 

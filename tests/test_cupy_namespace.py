@@ -11,16 +11,20 @@ from functools import partial
 
 import array_api_compat
 import numpy as np
+import operator_cases
 import pytest
 
 import ddnref
 from conftest import backend, need
+from ddnref import _operators
 from ddnref._rule import options_of, plain_forward, plain_vjp
 from ddnref._rules import RULES
 from ddnref.testing import check_vjp
 
-MODULES = [module for name in sorted(p.name for p in pkgutil.iter_modules(ddnref.__path__))
-           if hasattr(module := importlib.import_module(f"ddnref.{name}"), "array_api_compat")]  # fmt: skip
+NAMES = [f"ddnref.{p.name}" for p in pkgutil.iter_modules(ddnref.__path__)]
+NAMES += [f"ddnref._operators.{p.name}" for p in pkgutil.iter_modules(_operators.__path__)]
+MODULES = [module for name in sorted(NAMES)
+           if hasattr(module := importlib.import_module(name), "array_api_compat")]  # fmt: skip
 
 
 class Recorder:
@@ -71,6 +75,11 @@ def calls(monkeypatch, rng):
             if rule.undefined is not None:
                 outputs, saved = plain_forward(rule)(*sample.inputs, **forward)
                 rule.undefined(*outputs, *saved, *(sample.inputs[i] for i in rule.needs))
+    for name in operator_cases.NAMES:
+        for is_complex in (False, True):
+            operator = operator_cases.case(name, strict.asarray, is_complex=is_complex, batch=(2,))
+            assert ddnref.check_operator(operator).passed
+            operator.matrix(operator.params[0])
     return seen
 
 
@@ -79,7 +88,7 @@ def test_every_call_exists_in_cupy_with_its_arguments(calls, request):
     import array_api_compat.cupy as cupy
 
     names = {name for name, _, _ in calls}
-    assert {"where", "linalg.eigh", "cumulative_sum", "take"} <= names
+    assert {"where", "linalg.eigh", "cumulative_sum", "take", "fft.rfftn"} <= names
     unfit = []
     for name, count, keywords in sorted(calls):
         function = cupy

@@ -133,7 +133,8 @@ def public() -> set[str]:
     names = {f"ddnref.{name}" for name in ddnref.__all__}
     names |= {f"ddnref.testing.{name}" for name in testing.__all__}
     names |= {f"ddnref.reference.{name}" for name in reference.__all__}
-    bridges = {f"ddnref.interop.{module.name}" for module in pkgutil.iter_modules(interop.__path__)}
+    modules = [module.name for module in pkgutil.iter_modules(interop.__path__)]
+    bridges = {f"ddnref.interop.{name}" for name in modules if not name.startswith("_")}
     return names | bridges | {f"{bridge}.differentiable" for bridge in bridges}
 
 

@@ -21,6 +21,7 @@ from ddnref.report.content import Content, Context, Headline, Section, Table, Te
 
 STEPS = 12
 TIMED = ("profile", "declarative")
+TEXTS = ("when", "photograph", "image")
 
 
 def run(out, *options):
@@ -42,6 +43,7 @@ def report(tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "new" / "folder"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ddnref.report.subspaces.ITERATIONS", STEPS)
+        patch.setattr("ddnref.report.deblurring_model.SIDE", 64)
         patch.setattr("ddnref.report.profile.SIZES", ((2, 8), (1, 128)))
         patch.setattr("ddnref.report.declarative.QUICK", declarative.QUICK._replace(widths=(8, 16), seeds=1))
         patch.setattr("ddnref.report.declarative.SMALL", 16)
@@ -63,14 +65,20 @@ def alone(monkeypatch):
     monkeypatch.setattr(peers, "_installed", lambda module: False)
     monkeypatch.setattr(build, "SECTIONS", [section for section in build.SECTIONS if section.name not in TIMED])
     monkeypatch.setattr("ddnref.report.subspaces.ITERATIONS", 3)
+    monkeypatch.setattr("ddnref.report.deblurring_model.SIDE", 24)
+    monkeypatch.setattr("ddnref.report.deblurring_model.STEPS", 2)
+    monkeypatch.setattr("ddnref.report.deblurring_model.RTOL", 1e-13)  # libraries are compared to 1e-9
 
 
 def test_files(report):
     out, _ = report
     pictures_ = {path.stem for path in out.glob("*.png")}
     numbers = {path.stem for path in out.glob("*.csv")}
-    assert {"subspaces-course", "subspaces-weights", "subspaces-eigen-digits", "whitening-covariance",
-            "gaps-error", "profile-time", "declarative-gradients", "declarative-time-by-size"} <= pictures_  # fmt: skip
+    main = {
+        "subspaces-course", "subspaces-weights", "subspaces-eigen-digits", "whitening-covariance", "gaps-error",
+        "profile-time", "declarative-gradients", "declarative-time-by-size", "deblurring-photographs",
+    }  # fmt: skip
+    assert main <= pictures_
     assert pictures_ < numbers  # the numbers of every picture, and the tables
     assert len(list(out.iterdir())) == len(pictures_) + len(numbers) + 1
     for path in out.glob("*.png"):
@@ -127,8 +135,8 @@ def test_console_says_where_and_what(report):
     out, printed = report
     lines = printed.splitlines()
     assert lines[-1] == f"The page: {out / 'index.html'}"
-    assert sum(line.startswith(f"{i + 1}/{len(build.SECTIONS)} ") for i, line in enumerate(lines)) == 5
-    assert len(lines) == len(build.SECTIONS) + 7 + 1
+    assert sum(line.startswith(f"{i + 1}/{len(build.SECTIONS)} ") for i, line in enumerate(lines)) == 6
+    assert len(lines) == len(build.SECTIONS) + 9 + 1
     assert "before learning" in printed
     assert printed.isascii()
 
@@ -153,6 +161,25 @@ def test_learning_works(report):
     assert max(bad) < np.median(good)
 
 
+def test_deblurring_finds_the_kernel(report):
+    out, _ = report
+    course = table(out / "deblurring-course.csv")
+    losses = [float(row["loss"]) for row in course]
+    assert losses[-1] < 0.2 * losses[0]
+    rows = {
+        (row["photograph"], row["image"]): float(row["decibels"]) for row in table(out / "deblurring-photographs.csv")
+    }
+    for photograph in ("learned from", "held out"):
+        assert rows[photograph, "restored, learned"] > rows[photograph, "as taken"] + 2
+        assert rows[photograph, "restored, learned"] > rows[photograph, "restored, before"] + 2
+    kernels = {}
+    for row in table(out / "deblurring-kernels.csv"):
+        kernels.setdefault(row["kernel"], []).append([float(row[f"column {j}"]) for j in range(9)])
+    start, learned, true = map(np.asarray, kernels.values())
+    assert np.sum(np.abs(learned - true)) < 0.5 * np.sum(np.abs(start - true))
+    assert abs(np.sum(learned) - 1) < 1e-12
+
+
 def test_gradients_are_right(report):
     out, _ = report
     rows = {row["gradient"]: row for row in table(out / "subspaces-gradients.csv")}
@@ -161,6 +188,8 @@ def test_gradients_are_right(report):
     numbers = {row[""]: row["value"] for row in table(out / "whitening-numbers.csv")}
     assert float(numbers["gradient, ddnref: error against finite differences"]) < 1e-7
     assert float(numbers["after: largest distance of the covariance from the identity"]) < 1e-10
+    numbers = {row[""]: row["value"] for row in table(out / "deblurring-numbers.csv")}
+    assert float(numbers["gradient of kernel and weight: error against finite differences"]) < 1e-7
 
 
 def test_exact_at_repeated_eigenvalues(report):
@@ -200,7 +229,13 @@ def test_same_seed_same_bytes_and_missing_peers_are_named(alone, tmp_path):
         assert run(tmp_path / name, "--seed", seed)[0] == 0
     first, again, other = (contents(tmp_path / name) for name in "abc")
     assert first == again
-    for name in ("gaps-errors.csv", "subspaces-course.csv", "whitening-digits.csv", "index.html"):
+    for name in (
+        "gaps-errors.csv",
+        "deblurring-course.csv",
+        "subspaces-course.csv",
+        "whitening-digits.csv",
+        "index.html",
+    ):
         assert first[name] != other[name]
     text, _ = parsed(tmp_path / "a")
     for name in ("PyTorch", "JAX"):
@@ -216,9 +251,9 @@ def test_other_backends(alone, tmp_path, name):
     assert code == 0
     text, _ = parsed(tmp_path / "other")
     assert f"Backend: {name} " in text
-    for path in ("subspaces-course.csv", "whitening-digits.csv"):
+    for path in ("subspaces-course.csv", "whitening-digits.csv", "deblurring-photographs.csv"):
         here, there = (
-            [[float(cell) for key, cell in row.items() if key != "when"] for row in table(tmp_path / folder / path)]
+            [[float(cell) for key, cell in row.items() if key not in TEXTS] for row in table(tmp_path / folder / path)]
             for folder in ("numpy", "other")
         )
         assert np.allclose(here, there, rtol=1e-9, atol=1e-9)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from ddnref._array import Array
-from ddnref._rule import WARNING, bind, failed, spread
+from ddnref._layout import Layout, flatten, on_arrays
+from ddnref._rule import WARNING, Bound, Rule, bind, failed, spread
 from ddnref._rules import rule_of
 
 
@@ -55,9 +57,33 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     [[0.0, 0.0], [0.0, 1.0]]
     """
     rule = rule_of(operation)
-    forward, reverse, undefined, result = bind(rule, options, jax.lax.while_loop)
+    bound = bind(rule, options, jax.lax.while_loop, _again(operation) if rule.recursive else None)
+    operate = lru_cache(maxsize=16)(partial(_operation, rule, bound))
 
+    def function(*inputs: Array) -> Any:
+        layout, arrays = flatten(inputs)
+        outputs, _, info = operate(layout)(*map(jnp.asarray, arrays))  # JAX hands some constants on as NumPy's
+        return bound.result(outputs, info)
+
+    function.__name__ = function.__qualname__ = rule.name
+    function.__doc__ = operation.__doc__
+    return function
+
+
+def _again(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """The operation made differentiable, for a VJP that solves its own systems with it."""
+
+    def solve(*inputs: Any, **options: Any) -> Any:
+        return differentiable(operation, **options)(*inputs)
+
+    return solve
+
+
+def _operation(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., tuple[tuple[Array, ...], ...]]:
+    """Outputs, saved arrays and status as a function of arrays, with our VJP."""
+    forward, reverse, undefined, _ = on_arrays(bound, rule, layout)
     first_order = _first_order(undefined)
+    needs = layout.places(rule.needs)
 
     @jax.custom_vjp
     def operate(*inputs: Array) -> tuple[tuple[Array, ...], ...]:
@@ -70,26 +96,20 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
 
     def operate_bwd(
         kept: tuple[tuple[Array, ...], tuple[Array, ...]], bars: tuple[tuple[Any, ...], ...]
-    ) -> tuple[Array, ...]:
+    ) -> tuple[Array | None, ...]:
         results, inputs = kept
-        arrays = *results, *(inputs[i] for i in rule.needs if i < len(inputs))
+        arrays = *results, *(inputs[i] for i in needs)
         used = tuple(None if isinstance(bar, SymbolicZero) else jnp.conj(bar) for bar in (*bars[0], *bars[1]))
         gradients = reverse(used, arrays)[: len(inputs)]
         if not gradients:
-            return tuple(map(jnp.zeros_like, inputs))
+            return tuple(None for _ in inputs)
         for gradient in gradients:
-            _warn(failed(gradient))
-        return tuple(jnp.conj(first_order(gradient, *arrays)) for gradient in gradients)
+            if gradient is not None:
+                _warn(failed(gradient))
+        return tuple(None if g is None else jnp.conj(first_order(g, *arrays)) for g in gradients)
 
     operate.defvjp(operate_fwd, operate_bwd, symbolic_zeros=True)
-
-    def function(*inputs: Array) -> Any:
-        outputs, _, info = operate(*map(jnp.asarray, inputs))  # JAX hands some constants on as NumPy's
-        return result(outputs, info)
-
-    function.__name__ = function.__qualname__ = rule.name
-    function.__doc__ = operation.__doc__
-    return function
+    return operate  # type: ignore[no-any-return]
 
 
 def _first_order(undefined: Callable[..., Array] | None) -> Callable[..., Array]:

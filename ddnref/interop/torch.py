@@ -10,13 +10,16 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
 import torch
 
 from ddnref._errors import GaugeError
+from ddnref._layout import Layout, flatten, on_arrays
 from ddnref._rule import WARNING, Bound, Rule, bind, failed, input_counts, spread
 from ddnref._rules import rule_of
+from ddnref.interop._torch_batch import aligned, batched
 
 Tensor: TypeAlias = Any  # torch is optional, so that types must not depend on it
 
@@ -77,12 +80,15 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
             [0., 1.]], dtype=torch.float64)
     """
     rule = rule_of(operation)
-    bound = bind(rule, options)
-    operations = {count: _operation(rule, bound, count) for count in input_counts(rule)}
+    bound = bind(rule, options, solve=_again(operation) if rule.recursive else None)
+    operations = {count: _operation(rule, bound, _arrays(count)) for count in input_counts(rule)}
+    with_operators = lru_cache(maxsize=16)(partial(_operation, rule, bound))
     n, fields = rule.outputs, 0 if rule.info is None else len(rule.info._fields)
 
     def function(*inputs: Tensor) -> Any:
-        flat = operations[len(inputs)].apply(*inputs)
+        layout, arrays = flatten(inputs)
+        apply = (operations[len(inputs)] if layout.plain else with_operators(layout)).apply
+        flat = apply(*arrays)
         return bound.result(flat[:n], flat[len(flat) - fields :])
 
     function.__name__ = function.__qualname__ = rule.name
@@ -90,11 +96,27 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     return function
 
 
-def _operation(rule: Rule, bound: Bound, count: int) -> Any:
-    guarded = bound.undefined is not None and not rule.vjp_info  # an opaque one refuses by itself
+def _arrays(count: int) -> Layout:
+    """Inputs that are all arrays."""
+    return Layout((None,) * count, (1,) * count)
+
+
+def _again(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """The operation made differentiable, for a VJP that solves its own systems with it."""
+
+    def solve(*inputs: Any, **options: Any) -> Any:
+        return differentiable(operation, **options)(*inputs)
+
+    return solve
+
+
+def _operation(rule: Rule, bound: Bound, layout: Layout) -> Any:
+    whole, bound = bound, on_arrays(bound, rule, layout)
+    guarded = bound.undefined is not None and not rule.opaque  # an opaque one refuses by itself
     first_order = _first_order(bound.undefined, rule.refusal) if guarded else None
-    reverse = _opaque(bound.reverse, rule.refusal) if rule.vjp_info else bound.reverse
-    needs, fields = rule.needs, 0 if rule.info is None else len(rule.info._fields)
+    reverse = _opaque(rule, whole, layout) if rule.opaque else bound.reverse
+    needs, count = layout.places(rule.needs), sum(layout.counts)
+    fields = 0 if rule.info is None else len(rule.info._fields)
 
     class Operation(torch.autograd.Function):
         """Outputs, saved arrays and status; saved ones are outputs too, so that second derivatives pass through."""
@@ -106,7 +128,7 @@ def _operation(rule: Rule, bound: Bound, count: int) -> Any:
             ctx.set_materialize_grads(False)
             results = output[: len(output) - fields]
             ctx.mark_non_differentiable(*output[len(results) :])
-            ctx.save_for_backward(*results, *(inputs[i] for i in needs if i < count))
+            ctx.save_for_backward(*results, *(inputs[i] for i in needs))
 
         @staticmethod
         def backward(ctx: Any, *bars: Tensor | None) -> Any:
@@ -114,7 +136,7 @@ def _operation(rule: Rule, bound: Bound, count: int) -> Any:
             gradients = reverse(bars[: len(bars) - fields], arrays)
             if not gradients:
                 return (None,) * len(ctx.needs_input_grad)
-            warned = tuple(_warn_where_nan(gradient) for gradient in gradients[:count])
+            warned = tuple(None if g is None else _warn_where_nan(g, rule.recursive) for g in gradients[:count])
             if first_order is None or not torch.is_grad_enabled():
                 return warned
             return tuple(first_order.apply(gradient, *arrays) for gradient in warned)
@@ -124,7 +146,9 @@ def _operation(rule: Rule, bound: Bound, count: int) -> Any:
 
         @staticmethod  # type: ignore[misc]
         def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[tuple[Tensor, ...], int]:
-            return Operation.apply(*_batched(info.batch_size, in_dims, inputs)), 0
+            mapped, arrays = aligned(layout, rule.item_axes, batched(info.batch_size, in_dims, inputs))
+            operation = Operation if mapped is layout else _operation(rule, whole, mapped)
+            return operation.apply(*arrays), 0
 
         Operation.vmap = vmap
     return Operation
@@ -143,13 +167,16 @@ def _forward(bound: Bound, count: int) -> Callable[..., Any]:
     return forward
 
 
-def _opaque(reverse: Callable[..., Any], refusal: str) -> Callable[..., Any]:
+def _opaque(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., Any]:
     """A VJP that iterates: its loop reads flags, so it is run on whole batches, and not differentiated again."""
+    reverse = on_arrays(bound, rule, layout).reverse
+    needed = layout.select(rule.needs)
+    own = sum(needed.counts)
 
     class Reverse(torch.autograd.Function):
         @staticmethod
         def forward(count: int, *arrays: Tensor | None) -> tuple[Tensor, ...]:
-            return reverse(arrays[:count], arrays[count:])  # type: ignore[no-any-return]
+            return reverse(arrays[:count], arrays[count:])
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -157,13 +184,18 @@ def _opaque(reverse: Callable[..., Any], refusal: str) -> Callable[..., Any]:
 
         @staticmethod
         def backward(ctx: Any, *bars: Tensor | None) -> Any:
-            raise NotImplementedError(refusal)
+            raise NotImplementedError(rule.refusal)
 
         @staticmethod
         def vmap(
             info: Any, in_dims: tuple[int | None, ...], count: int, *arrays: Tensor | None
         ) -> tuple[tuple[Tensor, ...], int]:
-            return Reverse.apply(count, *_batched(info.batch_size, in_dims[1:], arrays)), 0
+            arrays = batched(info.batch_size, in_dims[1:], arrays)
+            mapped, inputs = aligned(layout.select(rule.needs), rule.item_axes, arrays[len(arrays) - own :])
+            if mapped is needed or mapped.plain:
+                return Reverse.apply(count, *arrays), 0
+            bars, results = arrays[:count], arrays[count : len(arrays) - own]
+            return _opaque(rule, bound, mapped)(bars, (*results, *inputs)), 0
 
     def opaque(bars: tuple[Tensor | None, ...], arrays: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if all(bar is None for bar in bars):
@@ -173,17 +205,14 @@ def _opaque(reverse: Callable[..., Any], refusal: str) -> Callable[..., Any]:
     return opaque
 
 
-def _batched(size: int, in_dims: tuple[int | None, ...], arrays: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Every array with the mapped axis in front, ``None`` where it is missing."""
-    return tuple(
-        array.movedim(dim, 0) if dim is not None else None if array is None else array.expand(size, *array.shape)
-        for array, dim in zip(arrays, in_dims, strict=True)
-    )
+def _warn_where_nan(x_bar: Tensor, shared: bool) -> Tensor:
+    """The gradient, passed through the warning in one of its columns, or a compiler would drop that as unused.
 
-
-def _warn_where_nan(x_bar: Tensor) -> Tensor:
-    """The gradient, passed through the warning in one of its columns, or a compiler would drop that as unused."""
+    Not in place where the gradient is shared with what computed it, and differentiated again.
+    """
     column = x_bar[..., :1] if x_bar.ndim else x_bar
+    if shared and torch.is_grad_enabled():
+        return torch.where(torch.ops.ddnref.warn(failed(x_bar)), torch.nan, x_bar)
     column.copy_(torch.where(torch.ops.ddnref.warn(failed(x_bar)), torch.nan, column))
     return x_bar
 
@@ -235,5 +264,5 @@ class _Refuse(torch.autograd.Function):
         undefined: Tensor,
         refusal: str,  # noqa: ARG004
     ) -> tuple[Tensor, int]:
-        grad, undefined = _batched(info.batch_size, in_dims[:2], (grad, undefined))
+        grad, undefined = batched(info.batch_size, in_dims[:2], (grad, undefined))
         return torch.where(spread(undefined, grad), torch.nan, grad), 0

@@ -5,9 +5,12 @@ Nothing here is fast, and nothing else in the package calls it.
 
 from ddnref.reference.declarative import ddn_vjp_jacobian, ddn_vjp_schur, ift_vjp_jacobian, ift_vjp_structured
 from ddnref.reference.eigh import eigh_vjp_v1, eigh_vjp_v2, eigh_vjp_v3
+from ddnref.reference.krylov import cg_unrolled, cg_unrolled_vjp
 from ddnref.reference.network import network_ggn, network_hessian, network_jacobian
 
 __all__ = [
+    "cg_unrolled",
+    "cg_unrolled_vjp",
     "ddn_vjp_jacobian",
     "ddn_vjp_schur",
     "eigh_vjp_v1",

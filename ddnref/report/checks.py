@@ -186,7 +186,7 @@ def against_double(p: Problem) -> Measured | None:
 
     def double(array: Array) -> Array:
         values = p.backend.to_numpy(array)
-        return p.backend.convert(values.astype(DOUBLE[values.dtype.kind]))
+        return p.backend.convert(values.astype(DOUBLE.get(values.dtype.kind, values.dtype)))  # pivots are integers
 
     vjp = p.case.rule.vjp
     # Outputs rounded to single precision, judged in double, would count as a gauge, or as no solution.
