@@ -1,18 +1,17 @@
-"""What tests and doctests share; before NumPy is imported, one BLAS thread for each of pytest's workers."""
+"""What tests and doctests share; before NumPy is imported, one BLAS thread: the matrices are small, threads spin."""
 
 import importlib.util
 import os
 from typing import Any
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    os.environ.setdefault("MKL_NUM_THREADS", "1")
+for library in ("OMP", "OPENBLAS", "MKL"):
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
-import pytest
+import pytest  # noqa: E402
 
 collect_ignore = [
     f"ddnref/interop/{file}.py"
-    for name, file in (("torch", "torch"), ("torch", "_torch_batch"), ("jax", "jax"))
+    for name, file in (("torch", "torch"), ("torch", "_torch_batch"), ("jax", "jax"), ("autograd", "autograd"))
     if importlib.util.find_spec(name) is None
 ]
 

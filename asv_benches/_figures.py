@@ -11,7 +11,8 @@ from benchmarks import _accuracy as accuracy
 from benchmarks import _eigsh_cases as eigsh_cases
 from benchmarks import _iteration as iteration
 from benchmarks import _krylov_cases as krylov
-from benchmarks import nodes
+from benchmarks import _linear_cases as linear
+from benchmarks import networks, nodes
 from benchmarks._common import Case, Ratio, alternating, backend, interleaved
 
 MARGIN = 1.1  # for noise, on figures that a clock enters
@@ -204,6 +205,24 @@ def grid_rows(sizes: Sizes) -> Iterator[Row]:
     yield at_most(f"{figure}: peak memory of the process in GiB", result.peak, 1.0)
 
 
+def network_rows(_: Sizes) -> Iterator[Row]:
+    """No bars: 3, 5 and 8 products with the weights for one of the loss, and the elementwise work on top."""
+    for name in networks.NAMES:
+        for product in networks.PRODUCTS[1:]:
+            ours, loss = (networks.call(backend("numpy"), p, name, "float64") for p in (product, "loss"))
+            yield Row(f"{product} / loss, {name}, float64", written(interleaved(ours, loss)), timed=True)
+        for product in ("gradient", "hvp"):
+            try:
+                theirs = networks.autograd(product, name, "float32")
+            except NotImplementedError as missing:
+                yield Row(f"{product} / PyTorch's autograd, {name}", f"skipped: {missing}")
+                continue
+            for library in ("numpy", "torch"):
+                ratio = interleaved(networks.call(backend(library), product, name, "float32"), theirs)
+                figure = f"{product} on {library} / PyTorch's autograd, {name}, float32"
+                yield Row(figure, written(ratio), timed=True)
+
+
 def iteration_error_rows(sizes: Sizes) -> Iterator[Row]:
     for size in sizes:
         for (n, method), worst in iteration.errors(size.m).items():
@@ -286,6 +305,33 @@ def krylov_memory_rows(_: Sizes) -> Iterator[Row]:
         yield Row(f"error of the gradient after {steps} steps, implicit and through the iterates", errors)
 
 
+def linear_dense_rows(sizes: Sizes) -> Iterator[Row]:
+    for size in sizes:
+        for dtype in size.dtypes:
+            where = f"n = {size.m}, {dtype}"
+            forward = linear.dense_forward(size.m, dtype)
+            ratio = interleaved(forward, linear.dense_scipy(size.m, dtype))
+            yield at_most(f"solve / SciPy's LU, {where}", ratio.median, 1.1, written(ratio), MARGIN)
+            ratio = interleaved(linear.dense_both(size.m, dtype), forward)
+            yield at_most(f"solve and its VJP / solve, {where}", ratio.median, 1.2, written(ratio), MARGIN)
+
+
+def linear_blur_rows(_: Sizes) -> Iterator[Row]:
+    figure, forward = "linear_solve, blur and ridge, 256×256, float64, rtol 1e-6", linear.blur_forward()
+    ratio = interleaved(forward, linear.blur_scipy())
+    yield at_most(f"{figure} / SciPy's cg by hand", ratio.median, 0.9, written(ratio), MARGIN)
+    ratio = interleaved(linear.blur_backward(), forward)
+    yield at_most(f"{figure}: backward / forward", ratio.median, 1.1, written(ratio), MARGIN)
+    try:
+        theirs = linear.blur_jax_scipy()
+        ratio = interleaved(forward, theirs)
+        yield at_most(f"{figure} / jitted jax.scipy cg", ratio.median, 1.3, written(ratio), MARGIN)
+        ratio = interleaved(linear.blur_jax_ours(), theirs)
+        yield at_most(f"{figure}, under jax.jit / jitted jax.scipy cg", ratio.median, 1.0, written(ratio), MARGIN)
+    except NotImplementedError as missing:
+        yield Row(f"{figure} / jax.scipy cg", f"skipped: {missing}")
+
+
 _PEER_SIZES = tuple(Size(batch, m, SINGLE) for batch, m in ((5, 32), (5, 64), (5, 128), (5, 256), (1000, 32)))
 
 # The products come first, before any other library has started its threads.
@@ -313,6 +359,7 @@ FIGURES: dict[str, tuple[Callable[[Sizes], Iterator[Row]], Sizes]] = {
     "float32": (float32_rows, ()),
     "host-reads": (read_rows, ()),
     "sinkhorn": (sinkhorn_rows, (Size(1, 200, bar=1.5),)),
+    "networks": (network_rows, ()),
     "iteration-errors": (iteration_error_rows, tuple(Size(5, m) for m in (32, 128, 512, 1024))),
     "iteration-time": (
         iteration_time_rows,
@@ -320,6 +367,8 @@ FIGURES: dict[str, tuple[Callable[[Sizes], Iterator[Row]], Sizes]] = {
     ),
     "iteration-memory": (iteration_memory_rows, tuple(Size(5, m, bar=0.75) for m in (128, 256, 512, 1024))),
     "iteration-steps": (iteration_step_rows, ()),
+    "linear-dense": (linear_dense_rows, (Size(1, 1000), Size(1, 2000))),
+    "linear-blur": (linear_blur_rows, ()),
     "iteration-host-reads": (iteration_read_rows, ()),
     "krylov": (krylov_rows, (Size(1, 256),)),
     "krylov-many": (krylov_many_rows, (Size(64, 2000, bar=4.0), Size(64, 128, bar=1.0))),

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import NamedTuple, NoReturn
+from functools import lru_cache
+from typing import Any, NamedTuple, NoReturn
 
 import array_api_compat
 import numpy as np
@@ -31,7 +32,7 @@ from ddnref._array import (
     refuse_recording,
 )
 from ddnref._errors import ConvergenceError, NonFiniteError
-from ddnref._linalg import eigh, hermitian_part, matvec
+from ddnref._linalg import eigh, hermitian_part, matvec, symmetrised
 from ddnref._loops import CHECK_EVERY, IterationInfo, WhileLoop, run
 from ddnref._pairs import SIGNS, align_signs, norm
 from ddnref._qr import qr
@@ -325,7 +326,8 @@ def _prepare(
 ) -> tuple[Namespace, Array, Array, Array, float]:
     """The matrix to iterate with over a power of two, that power, which items are not finite, the tolerance.
 
-    Scaled so, squares neither overflow nor vanish, and nothing is rounded; items that are not finite become zero.
+    The power is the one below the largest entry of each matrix, 1 for zero. Scaled so, squares neither overflow nor
+    vanish, and nothing is rounded; items that are not finite become zero.
     """
     xp = namespace(x=x)
     check_square("x", x)
@@ -336,32 +338,34 @@ def _prepare(
         raise TypeError(f"{function} takes real matrices, got {x.dtype}: use ddnref.eigsh for Hermitian ones.")
     if align is not None and align not in SIGNS:
         raise ValueError(f'align is {align!r}, expected "positive", "negative" or None.')
-    bad = ~xp.all(xp.isfinite(x), axis=(-2, -1))
-    x = xp.where(bad[..., None, None], xp.zeros_like(x), x)
-    x = hermitian_part(x) if symmetric else x
-    scale = _power_of_two(xp, x)
+    largest = xp.max(xp.abs(x), axis=(-2, -1))
+    bad = ~xp.isfinite(largest)  # NaN and infinity come through: one pass over x less
+    x = xp.where(bad[..., None, None], full((), 0.0, x), x)
+    if symmetric:
+        x = symmetrised(x)
+        largest = xp.max(xp.abs(x), axis=(-2, -1))
+    two = full((), 2.0, x)
+    scale = two ** xp.floor(xp.log2(xp.where(~bad & (largest > 0), largest, xp.ones_like(largest))))
     default = (RTOL + x.shape[-1] ** 0.5) * eps(xp, x.dtype)
     return xp, x / scale[..., None, None], scale, bad, default if rtol is None else rtol
-
-
-def _power_of_two(xp: Namespace, x: Array) -> Array:
-    """The power of two below the largest entry of each matrix, 1 for zero."""
-    largest = xp.max(xp.abs(x), axis=(-2, -1))
-    two = full((), 2.0, x)
-    return two ** xp.floor(xp.log2(xp.where(largest > 0, largest, xp.ones_like(largest))))
 
 
 def _start(xp: Namespace, v0: Array | None, x: Array, columns: tuple[int, ...]) -> Array:
     """The given start, or fixed pseudo-random numbers, for every item of the batch: ``(..., m, *columns)``."""
     shape = (*x.shape[:-1], *columns)
     if v0 is None:
-        draw = np.random.default_rng(0).standard_normal(shape[x.ndim - 2 :])
-        v0 = xp.asarray(draw, dtype=x.dtype, device=array_api_compat.device(x))
+        v0 = xp.asarray(_draw(shape[x.ndim - 2 :]).copy(), dtype=x.dtype, device=array_api_compat.device(x))
     else:
         namespace(x=x, v0=v0)
         check_dtypes(v0=(v0, x.dtype))
         check_shapes(v0=(v0, shape if v0.ndim == len(shape) else shape[x.ndim - 2 :]))
     return xp.broadcast_to(v0, shape)
+
+
+@lru_cache(maxsize=4)
+def _draw(shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Kept: to make a generator takes as long as several steps of power iteration."""
+    return np.random.default_rng(0).standard_normal(shape)
 
 
 def _length(xp: Namespace, v: Array) -> Array:

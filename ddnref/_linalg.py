@@ -31,6 +31,19 @@ def hermitian_product(a: Array, b: Array) -> Array:
     return hermitian_part(a @ adjoint(b))
 
 
+def symmetrised(x: Array) -> Array:
+    """``½ (X + Xᴴ)``; on NumPy `x` itself where that is equal to it."""
+    return _numpy.symmetrised(x) if array_api_compat.is_numpy_array(x) else hermitian_part(x)
+
+
+def hermitian_sum(b: Array, v: Array) -> Array:
+    """``B Vᴴ + V Bᴴ`` for a few columns, exactly Hermitian."""
+    if array_api_compat.is_numpy_array(b):
+        return _numpy.hermitian_sum(b, v)
+    x = b @ adjoint(v)
+    return x + adjoint(x)
+
+
 def eigh(s: Array) -> tuple[Array, Array]:
     """Eigenvalues (ascending) and eigenvectors of exactly Hermitian `s`; NaN for its non-finite items alone."""
     xp = array_api_compat.array_namespace(s)

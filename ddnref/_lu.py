@@ -147,7 +147,8 @@ def _factor_numpy(a: Any) -> tuple[Array, Array, Array]:
     getrf: Any = get_lapack_funcs("getrf", (a,))
     for i, item in enumerate(flat if n else ()):
         lu, pivots[i], info = getrf(item)
-        singular[i], finite = _judge(lu, info)
+        with np.errstate(over="ignore", invalid="ignore"):
+            singular[i], finite = _judge(lu, info)
         if singular[i] or not finite:
             lu[...] = np.nan
         if alone:
@@ -158,13 +159,20 @@ def _factor_numpy(a: Any) -> tuple[Array, Array, Array]:
 
 
 def _judge(lu: Any, info: int) -> tuple[bool, bool]:
-    """`_singular` and whether the item is finite, from two passes and the pivots that could be rounding."""
-    largest = abs(lu).max() if lu.dtype.kind == "c" else max(lu.max(), -lu.min())
-    if not largest < np.inf:
-        return False, False
+    """`_singular` and whether the item is finite, from one pass and the pivots that could be rounding.
+
+    ``Σ_k |l_jk| |u_kj| <= √n ‖U‖_F``, as no entry of L exceeds 1, so that larger pivots need no look at their sum.
+    """
+    flat = lu.ravel(order="K")
+    square = float(np.vdot(flat, flat).real)
+    size = square**0.5
+    if not 1e-20 < square < np.inf:  # too small or too large to be squared, or not finite
+        size = float(abs(flat).max(initial=0.0)) * flat.size**0.5
+        if not size < np.inf:
+            return False, False
     rounding = PIVOT_RTOL * float(np.finfo(lu.dtype).eps)
     pivot = abs(lu.diagonal())
-    suspects = np.flatnonzero(pivot <= rounding * len(lu) * max(largest, 1.0) * largest)
+    suspects = np.flatnonzero(pivot <= rounding * len(lu) ** 0.5 * size)
     terms = (abs(lu[j, :j]) @ abs(lu[:j, j]) for j in suspects)
     return info > 0 or any(pivot[j] <= rounding * t for j, t in zip(suspects, terms, strict=True)), True
 

@@ -1,6 +1,6 @@
 """Every operation as a smooth function of one random square matrix, for bridges: no gauge, no close eigenvalues.
 
-Written in what PyTorch's and JAX's arrays have in common.
+Written in what PyTorch's, JAX's and autograd's arrays have in common.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Smooth(NamedTuple):
 
 def positive(x: Any, steps: Any) -> tuple[Any, ...]:
     """Positive definite, with distinct eigenvalues."""
-    return (x @ x.mT.conj() / 4 + steps,)
+    return (x @ x.swapaxes(-1, -2).conj() / 4 + steps,)
 
 
 def pairs(result: Any) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ import ddnref
 from conftest import need
 
 BENCHES = Path(__file__).parents[1] / "asv_benches"
-MODULES = ("eigh", "eigsh", "iteration", "krylov", "spectral", "ladder", "nodes", "operators")
+MODULES = ("eigh", "eigsh", "iteration", "krylov", "linear", "spectral", "ladder", "networks", "nodes", "operators")
 PREFIXES = ("time_", "peakmem_", "track_")
 
 before = dict(os.environ)
@@ -76,14 +76,16 @@ def run(cls: type, method: str, parameters: tuple[Any, ...]) -> Any:
 @pytest.mark.parametrize(("cls", "method"), methods())
 def test_benchmark_runs(cls: type, method: str, request: pytest.FixtureRequest) -> None:
     parameters = smallest(cls)
-    if cls in (benchmarks["eigh"].EighTorchApart, benchmarks["iteration"].IterationForward) or "torch" in parameters:
+    networks = benchmarks["networks"]
+    torch_only = {benchmarks["eigh"].EighTorchApart, benchmarks["iteration"].IterationForward}
+    if cls in torch_only | {networks.NetworksOverTorch, networks.NetworksErrors} or "torch" in parameters:
         need(request.config, "torch")
-    if cls is benchmarks["krylov"].CgRatioJax:
+    if cls in (benchmarks["krylov"].CgRatioJax, benchmarks["linear"].BlurJax):
         need(request.config, "jax")
     value = run(cls, method, parameters)
     if method.startswith("track_"):
         assert np.isfinite(value)
-        assert cls.unit or getattr(cls, method).unit
+        assert getattr(cls, "unit", "") or getattr(cls, method).unit
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.framework(n)) for n in ("torch", "jax")])

@@ -13,18 +13,22 @@ import array_api_compat
 import numpy as np
 import operator_cases
 import pytest
+from test_network import block_arrays, block_chain, targets
 
 import ddnref
 from conftest import backend, need
-from ddnref import _operators
+from ddnref import _network, _operators
+from ddnref._network._activations import ACTIVATIONS, jet
+from ddnref._network._losses import LOSSES
 from ddnref._rule import options_of, plain_forward, plain_vjp
 from ddnref._rules import RULES
 from ddnref.testing import check_vjp
 
-NAMES = [f"ddnref.{p.name}" for p in pkgutil.iter_modules(ddnref.__path__)]
-NAMES += [f"ddnref._operators.{p.name}" for p in pkgutil.iter_modules(_operators.__path__)]
-MODULES = [module for name in sorted(NAMES)
-           if hasattr(module := importlib.import_module(name), "array_api_compat")]  # fmt: skip
+NAMES = sorted(p.name for p in pkgutil.iter_modules(ddnref.__path__))
+NAMES += sorted(f"_network.{p.name}" for p in pkgutil.iter_modules(_network.__path__))
+NAMES += sorted(f"_operators.{p.name}" for p in pkgutil.iter_modules(_operators.__path__))
+MODULES = [module for name in NAMES
+           if hasattr(module := importlib.import_module(f"ddnref.{name}"), "array_api_compat")]  # fmt: skip
 
 
 class Recorder:
@@ -80,6 +84,18 @@ def calls(monkeypatch, rng):
             operator = operator_cases.case(name, strict.asarray, is_complex=is_complex, batch=(2,))
             assert ddnref.check_operator(operator).passed
             operator.matrix(operator.params[0])
+    for loss in LOSSES:
+        chain = block_chain(block_arrays(rng, strict.asarray), loss)
+        x, t = strict.asarray(rng.standard_normal((3, 1, 5, 3))), strict.asarray(targets(rng, loss, 3, 3))
+        for v in (chain.params, [p[None, ...] for p in chain.params]):
+            chain.hvp(x, t, v)
+            chain.ggnvp(x, t, v)
+        chain.per_sample_gradients(x, t)
+        chain.layer_derivatives(x, t)
+        chain.criterion.hessian_sqrt(chain.output(x), t)
+        chain.loss(x, t)
+    for activation in ACTIVATIONS.values():
+        jet(activation, strict.asarray(np.eye(2)), 2)
     return seen
 
 
@@ -88,7 +104,7 @@ def test_every_call_exists_in_cupy_with_its_arguments(calls, request):
     import array_api_compat.cupy as cupy
 
     names = {name for name, _, _ in calls}
-    assert {"where", "linalg.eigh", "cumulative_sum", "take", "fft.rfftn"} <= names
+    assert {"where", "linalg.eigh", "cumulative_sum", "take", "fft.rfftn", "tensordot"} <= names
     unfit = []
     for name, count, keywords in sorted(calls):
         function = cupy

@@ -20,8 +20,8 @@ def test_erf_is_that_of_scipy(dtype, xp):
     x = np.concatenate([np.linspace(-7, 7, 1401), [0.0, 1e-300, -1e-8, 2.5, 1e4, -1e4, np.inf, -np.inf, np.nan]])
     x = x.astype(dtype)
     for f in (erf, erf_standard):
-        if xp.name == "torch" and f is erf_standard:
-            continue
+        if f is erf_standard and xp.name in ("torch", "jax"):
+            continue  # they have their own
         y = xp.numpy(f(xp.asarray(x)))
         assert y.dtype == dtype
         assert np.array_equal(np.isnan(y), np.isnan(x))
@@ -305,19 +305,21 @@ def test_vjp_dot_is_the_derivative_of_vjp(name, rng):
     assert tangent_errors(p, p.layer) <= 1e-8
 
 
-@pytest.mark.parametrize("mutation", ["curvature", "slope", "u"])
+@pytest.mark.parametrize("mutation", ["curvature", "slope", "u", "sign", "last digits"])
 def test_a_wrong_vjp_dot_is_noticed(mutation, rng):
     class Mutant(ddnref.Dense):
         def vjp_dot(self, params, saved, y_bar, params_dot, saved_dot, y_bar_dot, **kwargs):
             if mutation == "u":
                 saved_dot = saved_dot._replace(u=None)
-            else:
+            elif mutation in saved._fields:
                 saved = saved._replace(**{mutation: None})
-            return super().vjp_dot(params, saved, y_bar, params_dot, saved_dot, y_bar_dot, **kwargs)
+            factor = {"sign": -1, "last digits": 1 + 1e-6}.get(mutation, 1)
+            dots, x_bar_dot, x_bar = super().vjp_dot(params, saved, y_bar, params_dot, saved_dot, y_bar_dot, **kwargs)
+            return dots, factor * x_bar_dot, x_bar
 
     p = Problem("dense", rng)
     layer = Mutant(p.layer.weight, p.layer.bias, p.layer.activation)
-    assert tangent_errors(p, layer) > 1e-3
+    assert tangent_errors(p, layer) > 1e-7
 
 
 def test_convolution_takes_its_options(rng):

@@ -61,6 +61,68 @@ def test_hermitian_product(m, is_complex, rng):
     assert np.array_equal(x, np.conj(x.mT))
 
 
+@pytest.mark.parametrize("m", [0, 1, 5, 128, 130, 300])
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_hermitian_sum(m, is_complex, rng):
+    b, v = (rng.standard_normal((2, m, 3)) + (1j * rng.standard_normal((2, m, 3)) if is_complex else 0) for _ in "bv")
+    x = _numpy.hermitian_sum(b, v)
+    assert relative(x, b @ np.conj(v.mT) + v @ np.conj(b.mT)) <= 1e-14
+    assert np.array_equal(x, np.conj(x.mT))
+
+
+@pytest.mark.parametrize("j", [1, 4, 5])
+@pytest.mark.parametrize("shape", [(7, 7), (2, 3, 6, 6), (0, 4, 4)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rows_times_symmetric(j, shape, dtype, rng):
+    x = symmetric(rng, shape[-1], shape[:-2]).astype(dtype)
+    q = rng.standard_normal((*shape[:-2], j, shape[-1])).astype(dtype)
+    for s in (x, np.repeat(x, 2, axis=-1)[..., ::2], x.mT):
+        y = _numpy.rows_times_symmetric(s)(q)
+        assert y.dtype == dtype
+        assert relative(y, q @ x) <= (1e-6 if dtype == "float32" else 1e-14)
+
+
+@pytest.mark.parametrize("m", [256, 257])
+def test_product_in_double(m, rng):
+    x, y = rng.standard_normal((2, m, m)).astype(np.float32), rng.standard_normal((2, m, 3))
+    assert relative(_numpy.product_in_double(x, y), x.astype(np.float64) @ y) <= 1e-14
+
+
+def dominant_pairs(rng, m, n, batch, first=0):
+    """Matrices and n pairs, in order of magnitude and of both signs, from the given one on."""
+    spectrum = (1.0 - 0.4 * np.arange(m) / m) * np.where(np.arange(m) % 3 == 1, -1, 1)
+    v = rotation(rng, m, batch)
+    return (v * spectrum) @ v.mT, np.broadcast_to(spectrum[first : first + n], (*batch, n)), v[..., first : first + n]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("batch", "m", "n"), [((), 1, 1), ((3,), 7, 3), ((2, 2), 40, 1), ((2,), 60, 4), ((0,), 5, 2)])
+def test_cholesky_of_dominant_pairs(batch, m, n, dtype, rng):
+    x, w, v = dominant_pairs(rng, m, n, batch)
+    arrays = [
+        a.astype(dtype) for a in (rng.standard_normal(w.shape), rng.standard_normal(v.shape), w, v, (x + x.mT) / 2)
+    ]
+    x_bar = ddnref.simultaneous_iteration_vjp(*arrays, symmetric=True)
+    expected = ddnref.simultaneous_iteration_vjp(*map(array_api_strict.asarray, arrays), symmetric=True)
+    assert x_bar.dtype == dtype
+    assert relative(x_bar, np.asarray(expected)) <= (1e-6 if dtype == "float32" else 1e-12)
+
+
+def test_pairs_that_do_not_dominate_take_the_other_way_item_by_item(rng):
+    x, w, v = (np.stack(both) for both in zip(*(dominant_pairs(rng, 9, 2, (), first) for first in (0, 3)), strict=True))
+    size = np.ones((2, 1))
+    _, failed = _numpy.dominant_solve(w, v, size, np.ones((2, 2, 1, 9)), x)
+    assert failed.tolist() == [False, True]
+    w_bar, v_bar = rng.standard_normal(w.shape), rng.standard_normal(v.shape)
+    x_bar = ddnref.simultaneous_iteration_vjp(w_bar, v_bar, w, v, x, symmetric=True)
+    every_w, every_v = ddnref.eigh(x)
+    for i in range(2):
+        index = [int(np.argmin(np.abs(every_w[i] - value))) for value in w[i]]
+        sign = np.sign(np.sum(every_v[i][:, index] * v[i], axis=0))
+        expected = ddnref.eigh_vjp(w_bar[i], v_bar[i] * sign, every_w[i], every_v[i], index=index)
+        assert relative(x_bar[i], expected) <= 1e-12
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3])
 @pytest.mark.parametrize(("count", "m"), [(1, 40), (2, 200), (7, 128), (1000, 16), (0, 8)])
 def test_parts_cover_the_batch_once(workers, count, m, monkeypatch):

@@ -18,7 +18,7 @@ class Iteration:
 
     def setup(self, name: str, size: tuple[int, int], method: str) -> None:
         on = backend(name)
-        p = iteration.made_up_pairs(*size, N)
+        p = iteration.planted_pairs(*size, N)
         arrays = [on.array(a) for a in p[:5]]
         steps = {"n": N, "symmetric": True, "rtol": 0.0, "maxiter": 10, "check_every": 10, "throw": False}
         if name == "jax":
@@ -44,7 +44,7 @@ class IterationMemory:
 
     def setup(self, name: str, m: int) -> None:
         on = backend(name)
-        self.arrays = [on.array(a) for a in iteration.made_up_pairs(5, m, N)[:5]]
+        self.arrays = [on.array(a) for a in iteration.planted_pairs(5, m, N)[:5]]
 
     def peakmem_setup(self, *_: object) -> None:
         """The baseline: nothing."""

@@ -2,16 +2,16 @@ r"""The stable form: Householder QR of the block-tridiagonal system of `_joint`,
 
 The stacked block column of a layer and the one after it, ``[D_k; E_k] = Q [R; 0]``, is factored, ``Qᵀ`` applied to
 the two block columns to its right; what fills in reaches one block further. Orthogonal steps cannot grow, so that the
-factorisation is backward stable whatever the pivots of an elimination would be. It costs about ten times as much.
+factorisation is backward stable whatever the pivots of an elimination would be. It costs several times as much.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from ddnref._array import Array, full
+from ddnref._array import Array
 from ddnref._hessian._joint import Joint, joint, rights, weights
-from ddnref._hessian._lu import solve_upper
+from ddnref._hessian._lu import solve_upper, triangular_slogdet
 from ddnref._hessian._riccati import slogdet_sum
 from ddnref._hessian._small import space, t
 from ddnref._hessian._terms import Blocks, Terms
@@ -83,10 +83,7 @@ def slogdet(f: Qr) -> tuple[Array, Array]:
     xp = space(f.rows[0].r)
     parts = []
     for row in f.rows:
-        diagonal = xp.linalg.diagonal(row.r)
-        size = xp.abs(diagonal)
-        log = xp.sum(xp.log(xp.where(size > 0, size, xp.ones_like(size))))
-        log = xp.where(xp.all(size > 0), log, full((), float("-inf"), log))
-        parts.append((xp.prod(xp.sign(diagonal)) * xp.linalg.slogdet(row.q)[0], log))
+        sign, log = triangular_slogdet(xp.linalg.diagonal(row.r))
+        parts.append((sign * xp.linalg.slogdet(row.q)[0], log))
     sign, log = slogdet_sum(parts, sum(frame.rest for frame in f.joint.frames), f.damping)
     return (-sign if sum(f.joint.tangents) % 2 else sign), log

@@ -45,8 +45,8 @@ def hessian_factor(
     method : {"auto", "tridiagonal", "riccati", "qr", "dense"}
         "tridiagonal" eliminates pre-activations and needs a plain chain with linearly independent samples in every
         layer, fewer than its inputs; "riccati" eliminates weights and takes every chain; "qr" is stable for every
-        damping and ten times slower; "dense" forms the matrix. "auto" takes the fastest and falls back to a stable
-        one for a solution that is not good enough (see `Notes`).
+        damping and two to fifteen times slower; "dense" forms the matrix. "auto" takes the fastest and falls back to a
+        stable one for a solution that is not good enough (see `Notes`).
 
     Returns
     -------
@@ -80,8 +80,8 @@ def hessian_factor(
     damping has no digits in float32. Solutions come back in the dtype of the weights.
 
     Rule of "auto", by estimated time: the fast elimination ("tridiagonal" where it applies, else "riccati") or the
-    dense matrix, whichever is cheaper; a solution whose backward error stays above 1e-15 after refinement is solved
-    for again by the cheaper of "qr" and "dense". ``damping=0`` starts there.
+    dense matrix, whichever is cheaper; a solution whose backward error stays above ``factor.rtol`` (1e-15) after
+    refinement is solved for again by the cheaper of "qr" and "dense". ``damping=0`` starts there.
 
     References
     ----------
@@ -190,7 +190,7 @@ def hessian_solve(
     Raises
     ------
     ConvergenceError
-        The backward error stayed above 1e-15 (double precision).
+        The backward error stayed above 1e-15 (double precision, up to 20 layers; see `HessianFactor`).
     SingularError
         ``H + damping·I`` is singular to working precision.
     TypeError, ValueError

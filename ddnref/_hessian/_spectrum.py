@@ -181,18 +181,16 @@ def hessian_eigvals(
     >>> bool(np.allclose(hv[0], w[:, None, None] * v[0]))
     True
     """
-    if (k is None) == (interval is None):
-        raise ValueError("Pass either k or interval: how many eigenvalues, or between which numbers.")
     if sigma is not None and interval is not None:
         raise ValueError("sigma is a number to look around; interval already says where to look.")
+    if (k is None) == (interval is None):
+        raise ValueError("Pass either k or interval: how many eigenvalues, or between which numbers.")
     s = _prepared(chain, x, t, curvature)
     like = double(space(x), x)
-    if interval is not None:
-        return _between(s, _edges(interval), like, chain.params, rtol, throw)
-    if k is None or sigma is None:
-        (w, v), info = eigsh(
-            _operator(s, None), k or 1, which=which, v0=noise(2, s.total, like), rtol=rtol, throw=throw
-        )
+    if k is None:
+        return _between(s, _edges(interval or ()), like, chain.params, rtol, throw)
+    if sigma is None:
+        (w, v), info = eigsh(_operator(s, None), k, which=which, v0=noise(2, s.total, like), rtol=rtol, throw=throw)
         return (w, _lists(s, v)), info
     (w, v), info = _nearest(s, k, float(sigma), like, chain.params, rtol, throw)
     return (w, _lists(s, v)), info

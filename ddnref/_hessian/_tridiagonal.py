@@ -182,12 +182,19 @@ def _rights(f: Tridiagonal, g: Blocks) -> list[Array]:
 
 
 def _weights(i: Inputs, ds: Array, dz: Array | None, g: Array, damping: Array | float) -> Array:
-    """``dW = (ds − dz Wᵀ)ᵀ z⁺ + (G − βᵀ dz̃)(I − QQᵀ)/ε``."""
+    """``dW = (ds − dz Wᵀ)ᵀ z⁺ + (G − βᵀ dz̃)(I − QQᵀ)/ε``, as G/ε and one product: two passes over memory."""
+    xp = space(g)
     layer, q = i.basis.layer, i.basis.q
+    gq, lead = t(g @ q), (g.shape[0],)
+    left, right = [], []
     if dz is not None:
+        wide = extended(dz, q.shape[0])
         ds = ds - dz @ t(layer.weight)
-        g = g - t(layer.beta) @ extended(dz, q.shape[0])
-    return t(ds) @ i.pseudo + (g - (g @ q) @ t(q)) / damping
+        gq = gq - t(wide @ q) @ layer.beta
+        left, right = [xp.broadcast_to(layer.beta / -damping, (*lead, *layer.beta.shape))], [wide]
+    left += [ds, gq / -damping]
+    right += [xp.broadcast_to(m, (*lead, *m.shape)) for m in (i.pseudo, t(q))]
+    return g / damping + t(xp.concat(left, axis=1)) @ xp.concat(right, axis=1)
 
 
 def slogdet(f: Tridiagonal) -> tuple[Array, Array]:

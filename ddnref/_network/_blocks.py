@@ -43,6 +43,11 @@ class Residual:
         """Those of all its layers."""
         return tuple(array for layer in self.layers for array in layer.params)
 
+    @property
+    def constants(self) -> Params:
+        """Arrays of frozen layers inside."""
+        return tuple(array for layer in self.layers for array in getattr(layer, "constants", ()))
+
     def with_params(self, params: Params) -> Self:
         """The same block with other arrays."""
         parts = _sweeps.split(self.layers, params)
@@ -121,6 +126,11 @@ class Frozen(Parameterless):
     """
 
     layer: AnyLayer
+
+    @property
+    def constants(self) -> Params:
+        """The arrays of the layer."""
+        return (*self.layer.params, *getattr(self.layer, "constants", ()))
 
     def output_shape(self, shape: Shape | None) -> Shape | None:
         """That of the layer."""

@@ -92,6 +92,8 @@ class Chain:
         names = {f"params[{i}]": array for i, array in enumerate(self.params)}
         if not names:
             raise ValueError("layers hold no parameters: there is nothing to differentiate.")
+        constants = [array for layer in self.layers for array in getattr(layer, "constants", ())]
+        names |= {f"constants[{i}]": array for i, array in enumerate(constants)}
         namespace(**names)
         check_real(**names)
         check_dtypes(**{name: (array, names["params[0]"].dtype) for name, array in names.items()})
@@ -207,7 +209,7 @@ class Chain:
 
         Returns
         -------
-        gradients : list of arrays (N, *shape)
+        gradients : list of arrays ``(N, *shape)``
         """
         y, saved, y_bar, _ = self._reverse(x, t, 1, throw)
         y_bar = y_bar / self.scale(y.shape[0])

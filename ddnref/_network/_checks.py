@@ -71,8 +71,7 @@ def like_params(name: str, given: Sequence[Array], like: Sequence[Array], leadin
     lead: tuple[int, ...] = ()
     if leading and given and getattr(given[0], "ndim", 0) == like[0].ndim + 1:
         lead = (given[0].shape[0],)
-    for i, (array, p) in enumerate(zip(given, like, strict=True)):
-        label = f"{name}[{i}]"
-        namespace(**{label: array, "params": p})
-        check_dtypes(**{label: (array, p.dtype)})
-        check_shapes(**{label: (array, (*lead, *p.shape))})
+    arrays = {f"{name}[{i}]": array for i, array in enumerate(given)}
+    namespace(params=like[0], **arrays)
+    check_dtypes(**{label: (array, like[0].dtype) for label, array in arrays.items()})
+    check_shapes(**{label: (array, (*lead, *p.shape)) for (label, array), p in zip(arrays.items(), like, strict=True)})

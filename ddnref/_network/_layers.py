@@ -219,7 +219,7 @@ class Dense(Affine):
 
     def linear(self, weight: Array, u: Array) -> Array:
         """``u Wᵀ``."""
-        return _rows(u, array_api_compat.array_namespace(u).matrix_transpose(weight))
+        return _rows(u, _transposed(weight))
 
     def linear_x(self, weight: Array, delta: Array, saved: AffineSaved) -> Array:
         """``δ W``."""
@@ -229,7 +229,7 @@ class Dense(Affine):
         """``δᵀ u``."""
         if per_sample:
             return delta[..., :, None] * u[..., None, :]
-        return array_api_compat.array_namespace(u).matrix_transpose(delta) @ u
+        return _transposed(delta) @ u
 
     def linear_b(self, delta: Array, per_sample: bool = False) -> Array:
         """``Σ_n δ_n``."""
@@ -303,11 +303,16 @@ def times(a: Array, b: Array | None) -> Array:
     return a if b is None else a * b
 
 
+def _transposed(x: Array) -> Array:
+    """Of the last two axes; of a single matrix without asking for its namespace, which takes as long as a product."""
+    return x.T if x.ndim == 2 else array_api_compat.array_namespace(x).matrix_transpose(x)
+
+
 def _rows(x: Array, w: Array) -> Array:
     """``x w``; one product for all rows where w is a single matrix."""
-    xp = array_api_compat.array_namespace(x)
     if w.ndim > 2 or x.ndim == 2:
         return x @ w
+    xp = array_api_compat.array_namespace(x)
     return xp.reshape(xp.reshape(x, (-1, x.shape[-1])) @ w, (*x.shape[:-1], w.shape[-1]))
 
 

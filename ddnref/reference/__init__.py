@@ -7,8 +7,15 @@ from ddnref.reference.declarative import ddn_vjp_jacobian, ddn_vjp_schur, ift_vj
 from ddnref.reference.eigh import eigh_vjp_v1, eigh_vjp_v2, eigh_vjp_v3
 from ddnref.reference.krylov import cg_unrolled, cg_unrolled_vjp
 from ddnref.reference.network import network_ggn, network_hessian, network_jacobian
+from ddnref.reference.tall_skinny import (
+    LayerMatrices,
+    tall_skinny_derivatives,
+    tall_skinny_product,
+    tall_skinny_solve,
+)
 
 __all__ = [
+    "LayerMatrices",
     "cg_unrolled",
     "cg_unrolled_vjp",
     "ddn_vjp_jacobian",
@@ -21,4 +28,7 @@ __all__ = [
     "network_ggn",
     "network_hessian",
     "network_jacobian",
+    "tall_skinny_derivatives",
+    "tall_skinny_product",
+    "tall_skinny_solve",
 ]

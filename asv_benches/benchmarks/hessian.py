@@ -1,0 +1,52 @@
+"""The Hessian of tall-skinny networks: one solve, by depth, by width, and against the textbook's construction."""
+
+from __future__ import annotations
+
+import ddnref
+
+from ._hessian_cases import fastest, ours, problem, quotient, second, textbook
+
+
+class HessianSolve:
+    """Derivatives, factorisation and one refined solve: (layers, width, samples)."""
+
+    params = ((25, 64, 1), (100, 64, 1), (400, 64, 1), (100, 16, 1), (100, 32, 1), (50, 64, 4), (20, 8, 32))
+    param_names = ("network",)
+
+    def setup(self, network: tuple[int, int, int]) -> None:
+        self.problem = problem(*network)
+        self.call = ours(self.problem)
+        self.again = second(self.problem)
+        self.call()
+
+    def time_solve(self, *_: object) -> None:
+        self.call()
+
+    def time_second_right_hand_side(self, *_: object) -> None:
+        self.again()
+
+    def track_backward_error(self, *_: object) -> float:
+        return float(self.call()[1].backward_error)
+
+
+class HessianRatio:
+    """Ratios inside one process, at which a change of the machine cancels."""
+
+    params = ((20, 16, 1), (20, 8, 8))
+    param_names = ("network",)
+    unit = "ratio"
+
+    def track_textbook_over_ours(self, network: tuple[int, int, int]) -> float:
+        p = problem(*network)
+        return quotient(textbook(p), ours(p)).median
+
+
+class HessianCounts:
+    """Inertia by three eliminations."""
+
+    def setup(self) -> None:
+        self.problem = problem(100, 32, 1)
+
+    def track_count(self) -> float:
+        p = self.problem
+        return fastest(lambda: ddnref.hessian_eigval_count(p.chain, p.x, p.t, (0.01, float("inf"))), 1)

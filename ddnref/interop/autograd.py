@@ -1,0 +1,122 @@
+"""HIPS autograd: ``differentiable(op)`` makes an operation use our VJP; NumPy arrays, first derivatives.
+
+autograd's convention for complex gradients is the conjugate of ours; the bridge converts.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+from autograd.core import defvjp_argnums
+from autograd.extend import Box, primitive
+from autograd.tracer import getval
+
+from ddnref._array import Array
+from ddnref._layout import Layout, flatten, on_arrays
+from ddnref._rule import WARNING, Bound, Rule, bind, failed
+from ddnref._rules import rule_of
+
+
+def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Turn one of ddnref's operations into a function that HIPS autograd differentiates with our VJP.
+
+    Parameters
+    ----------
+    operation : callable
+        A public operation with a rule, such as ``ddnref.eigh``.
+    **options
+        Options of the operation and of its VJP, bound once: ``differentiable(ddnref.eigh_topk, k=4)``.
+
+    Returns
+    -------
+    function : callable
+        Takes arrays or boxes, returns what the operation returns; gradients follow ``autograd.grad``'s convention.
+
+    Raises
+    ------
+    TypeError
+        The operation has no rule, an option is unknown, or a required one is missing.
+    NotImplementedError
+        When a second derivative is taken: autograd traces NumPy functions, not those of the array API.
+
+    Notes
+    -----
+    Where no gradient exists (a gauge-dependent loss, a singular matrix), that item's gradient is NaN and a warning
+    says why. The status of an iteration is a plain array. An operator is made of plain arrays first; then
+    ``operator.with_params(...)`` takes autograd's boxes.
+
+    Examples
+    --------
+    >>> import autograd, autograd.numpy as np
+    >>> from ddnref.interop.autograd import differentiable
+    >>> eigh = differentiable(ddnref.eigh)
+    >>> autograd.grad(lambda x: eigh(x)[0][1])(np.diag(np.array([1.0, 2.0])))
+    array([[0., 0.],
+           [0., 1.]])
+    """
+    rule = rule_of(operation)
+    bound = bind(rule, options)
+    operate = lru_cache(maxsize=16)(partial(_operation, rule, bound))
+    n, fields = rule.outputs, 0 if rule.info is None else len(rule.info._fields)
+
+    def function(*inputs: Any) -> Any:
+        layout, arrays = flatten(inputs)
+        flat = operate(layout)(*arrays)
+        info = tuple(_bare(flat[i]) for i in range(len(flat) - fields, len(flat)))
+        return bound.result(tuple(flat[i] for i in range(n)), info)
+
+    function.__name__ = function.__qualname__ = rule.name
+    function.__doc__ = operation.__doc__
+    return function
+
+
+def _operation(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., Any]:
+    """Outputs, saved arrays and status in one tuple, as a primitive of arrays."""
+    own = on_arrays(bound, rule, layout)
+    needs, n, fields = layout.places(rule.needs), rule.outputs, 0 if rule.info is None else len(rule.info._fields)
+
+    @primitive
+    def operate(*inputs: Array) -> tuple[Array, ...]:
+        return tuple(np.asarray(y) for group in own.forward(*inputs) for y in group)
+
+    @primitive
+    def reverse(saved: int, *arrays: Array) -> tuple[Array, ...]:
+        bars = *(np.conj(bar) if np.any(bar) else None for bar in arrays[:n]), *(None,) * saved
+        gradients = own.reverse(bars, arrays[n:]) if any(bar is not None for bar in bars) else ()
+        if any(g is not None and np.any(failed(g)) for g in gradients):
+            warnings.warn(WARNING, RuntimeWarning, stacklevel=2)
+        return tuple(None if g is None else np.conj(g) for g in gradients)
+
+    def pull(argnums: Sequence[int], flat: Any, inputs: tuple[Any, ...], _: Any) -> Callable[[Any], Iterator[Any]]:
+        results = tuple(flat[i] for i in range(len(flat) - fields))
+
+        def cotangents(bars: Any) -> Iterator[Any]:
+            arrays = *results, *(inputs[i] for i in needs if i < len(inputs))
+            found = reverse(len(results) - n, *(bars[i] for i in range(n)), *arrays)
+            for i in argnums:
+                x_bar = found[i] if i < len(found) else None
+                yield np.zeros_like(_bare(inputs[i])) if x_bar is None else x_bar
+
+        return cotangents
+
+    defvjp_argnums(operate, pull)
+    defvjp_argnums(reverse, _refuse)
+    return operate  # type: ignore[no-any-return]
+
+
+def _refuse(*_: Any) -> Any:
+    raise NotImplementedError(
+        "A second derivative was taken through ddnref's bridge to autograd, which gives first derivatives only. The "
+        "bridges to PyTorch and JAX give second ones."
+    )
+
+
+def _bare(value: Any) -> Any:
+    """The value under all of autograd's boxes."""
+    while isinstance(value, Box):
+        value = getval(value)
+    return value

@@ -1,0 +1,135 @@
+"""Counts and eigenpairs of a network's Hessian against those of the dense matrix."""
+
+import numpy as np
+import pytest
+from test_hessian import dense, each_layer, flatten, hard_shifts, network, problem
+
+import ddnref
+from ddnref import reference
+from ddnref._hessian import _factor, _inertia, _paths, _spectrum, _system
+
+
+@pytest.mark.parametrize(("n_layers", "a", "n", "residual"), [(5, 6, 1, False), (4, 4, 9, True), (8, 5, 2, True)])
+def test_counts(n_layers, a, n, residual, rng, monkeypatch):
+    monkeypatch.setattr(_paths, "DENSE_LIMIT", 0)
+    q = problem(rng, n_layers, a, n, residual=residual, bias=True)
+    edges = [-np.inf, -0.3, -0.01, -1e-5, 1e-5, 0.02, 0.5, np.inf]
+    counts, info = ddnref.hessian_eigval_count(q.chain, q.x, q.t, edges)
+    assert counts == tuple(np.histogram(q.w, [-1e9, *edges[1:-1], 1e9])[0])
+    assert sum(counts) == len(q.w)
+    assert info.uncertain == (0,) * len(edges)
+    assert {"tridiagonal", "riccati"} & set(info.paths)
+    g = np.linalg.eigvalsh(dense(q.chain, q.x, q.t, "ggnvp"))
+    counts, _ = ddnref.hessian_eigval_count(q.chain, q.x, q.t, [-0.1, 0.1, 9.0], curvature="ggn")
+    assert counts == tuple(np.histogram(g, [-0.1, 0.1, 9.0])[0])
+
+
+def test_count_at_an_eigenvalue(rng):
+    q = problem(rng, 4, 6, 1)
+    for edge in (0.0, float(q.w[-1])):
+        with pytest.raises(ddnref.SingularError, match="of the edge"):
+            ddnref.hessian_eigval_count(q.chain, q.x, q.t, (edge, 100.0), method="qr")
+    counts, info = ddnref.hessian_eigval_count(q.chain, q.x, q.t, (float(q.w[-1]), 100.0), throw=False)
+    assert (counts, info.uncertain) == ((1,), (1, 0))
+
+
+@pytest.mark.parametrize(("n_layers", "a", "n"), [(5, 4, 2), (5, 4, 9), (4, 6, 1)])
+def test_delayed_pivots_count_at_every_shift(n_layers, a, n, rng):
+    """Also where a layer's own block is singular, at which the other forms are not asked."""
+    for activation, residual in (("tanh", True), ("relu", False), ("identity", False)):
+        q = problem(rng, n_layers, a, n, activation, residual=residual)
+        terms = _system.system(q.chain, q.x, q.t, "hessian").terms
+        for damping in [0.1, -0.05, 1e-6, *hard_shifts(q.chain, q.h)]:
+            if np.min(np.abs(q.w + damping)) > 1e-9 * np.max(np.abs(q.w)):
+                assert _inertia.delayed(terms, damping) == np.sum(q.w + damping < 0)
+
+
+def test_delaying_matters(rng, monkeypatch):
+    """Where the first joint block is singular, to rounding: without delays some counts are wrong."""
+    monkeypatch.setattr(_inertia, "THETA", 1e-30)
+    wrong = 0
+    for seed in range(4):
+        q = problem(np.random.default_rng(seed), 5, 4, 3)
+        terms = _system.system(q.chain, q.x, q.t, "hessian").terms
+        first, second = reference.tall_skinny_derivatives(q.chain, q.x, q.t)[:2]
+        for value in np.linalg.eigvalsh(first.dxx + first.dx.T @ second.dzz @ first.dx)[[0, 1, -2, -1]]:
+            with np.errstate(all="ignore"):
+                wrong += _inertia.delayed(terms, -float(value)) != np.sum(q.w < value)
+            with monkeypatch.context() as patch:
+                patch.setattr(_inertia, "THETA", 1e-3)
+                assert _inertia.delayed(terms, -float(value)) == np.sum(q.w < value)
+    assert wrong
+
+
+def test_what_is_not_trusted_is_counted_another_way(rng, monkeypatch):
+    """The probe of an elimination is what decides: near a singular block, and for small dampings, it is not used."""
+    monkeypatch.setattr(_paths, "DENSE_LIMIT", 0)
+    q = problem(rng, 5, 4, 3)
+    paths = [
+        ddnref.hessian_factor(q.chain, q.x, q.t, damping=e).counted_by for e in (0.1, 1e-7, *hard_shifts(q.chain, q.h))
+    ]
+    assert paths[:2] == ["tridiagonal", "qr"]
+    assert "qr" in paths[2:]
+
+
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+def test_extreme_eigenvalues(which, rng):
+    chain, x, t = network(rng, 8, 5, 2, bias=True)
+    w_all = np.linalg.eigvalsh(dense(chain, x, t))
+    order = {"LA": np.argsort(-w_all), "SA": np.argsort(w_all), "LM": np.argsort(-np.abs(w_all))}[which]
+    (w, v), info = ddnref.hessian_eigvals(chain, x, t, 4, which=which)
+    np.testing.assert_allclose(w, w_all[order][:4], atol=1e-11 * np.max(np.abs(w_all)))
+    check_vectors(chain, x, t, w, v)
+    assert info.converged
+
+
+def check_vectors(chain, x, t, w, v):
+    rows = flatten(v)
+    np.testing.assert_allclose(rows @ rows.T, np.eye(len(w)), atol=1e-8)
+    products = flatten(chain.hvp(x, t, v))
+    np.testing.assert_allclose(products, w[:, None] * rows, atol=1e-8 * np.max(np.abs(products)))
+
+
+def test_nearest(rng):
+    chain, x, t = network(rng, 8, 5, 2)
+    w_all = np.linalg.eigvalsh(dense(chain, x, t))
+    sigma = 0.03
+    (w, v), _ = ddnref.hessian_eigvals(chain, x, t, 5, sigma=sigma)
+    nearest = w_all[np.argsort(np.abs(w_all - sigma))][:5]
+    np.testing.assert_allclose(w, nearest, atol=1e-11)
+    check_vectors(chain, x, t, w, v)
+
+
+def test_interval(rng, monkeypatch):
+    """All eigenvalues between two numbers, in slices."""
+    chain, x, t = network(rng, 8, 5, 2, bias=True)
+    w_all = np.linalg.eigvalsh(dense(chain, x, t))
+    monkeypatch.setattr(_spectrum, "AT_ONCE", 6)
+    for low, high in ((0.01, 100.0), (2.0 * float(w_all[-1]), 1e6)):
+        (w, v), info = ddnref.hessian_eigvals(chain, x, t, interval=(low, high))
+        expected = w_all[(w_all > low) & (w_all < high)]
+        assert w.shape == expected.shape
+        np.testing.assert_allclose(w, expected, atol=1e-11 * np.max(np.abs(w_all)))
+        assert v[0].shape == (len(w), *chain.params[0].shape)
+        if len(w):
+            check_vectors(chain, x, t, w, v)
+        assert info.uncertain == (0, 0)
+    assert len(list(each_layer(chain))) == 8
+
+
+def test_static_errors(rng):
+    chain, x, t = network(rng, 3, 4, 2)
+    for run, error, match in [
+        (lambda: ddnref.hessian_eigval_count(chain, x, t, (1.0,)), ValueError, "two or more ascending"),
+        (lambda: ddnref.hessian_eigval_count(chain, x, t, (1.0, 0.5)), ValueError, "ascending"),
+        (lambda: ddnref.hessian_eigval_count(chain, x, t, (0.1, 1), curvature="x"), ValueError, "curvature is 'x'"),
+        (lambda: ddnref.hessian_eigvals(chain, x, t), ValueError, "either k or interval"),
+        (lambda: ddnref.hessian_eigvals(chain, x, t, 2, interval=(0.1, 1)), ValueError, "either k or interval"),
+        (lambda: ddnref.hessian_eigvals(chain, x, t, interval=(0.1, 1), sigma=0.5), ValueError, "sigma"),
+        (lambda: ddnref.hessian_eigvals(chain, x, t, 0), ValueError, "k is 0"),
+        (lambda: ddnref.hessian_eigvals(chain, x, t, 2, which="SM"), ValueError, "which"),
+        (lambda: ddnref.hessian_eigvals(chain, x * np.nan, t, 2), ddnref.NonFiniteError, "NaN"),
+    ]:
+        with pytest.raises(error, match=match):
+            run()
+    assert _factor.ZERO < 1e-9
