@@ -17,7 +17,7 @@ from rich.markup import escape
 from threadpoolctl import threadpool_limits
 
 import ddnref
-from ddnref.report import deblurring, declarative, gaps, peers, profile, subspaces, terminal, whitening
+from ddnref.report import deblurring, declarative, gaps, hessian, peers, profile, subspaces, terminal, whitening
 from ddnref.report.backends import Backend
 from ddnref.report.content import Content, Context, Headline, Picture, Section, Text
 from ddnref.report.page import file_name, page
@@ -30,6 +30,7 @@ SECTIONS: tuple[Section, ...] = (
     profile.SECTION,
     declarative.SECTION,
     deblurring.SECTION,
+    hessian.SECTION,
 )
 """The chapters of the report, in order. A new one is a file that defines a `Section`, and its name here."""
 
