@@ -64,7 +64,7 @@ def draw_errors(found: dict[str, NDArray[Any]]) -> Figure:
     """Backward error against damping; dotted before refinement."""
     drawing = pictures.figure(3.4)
     axes = drawing.subplots()
-    for (path, (plain, refined)), colour in zip(found.items(), (BLUE, ORANGE, GREEN, GREY), strict=True):
+    for (path, (plain, refined)), colour in zip(found.items(), (BLUE, ORANGE, GREEN), strict=True):
         axes.loglog(model.DAMPINGS, plain, ":", color=colour)
         axes.loglog(model.DAMPINGS, refined, "o-", color=colour, label=path)
     axes.set(xlabel="damping ε", ylabel="backward error")
@@ -74,14 +74,6 @@ def draw_errors(found: dict[str, NDArray[Any]]) -> Figure:
 
 # --- the section ------------------------------------------------------------------------------------------------
 
-_INTRODUCTION = Text(
-    "A network with more layers than its layers are wide is easy to differentiate twice: layer by layer, its Hessian "
-    "plus a multiple of the identity can be factored in time linear in the number of layers "
-    "(<code>ddnref.hessian_factor</code>). The factors solve, and the signs of their pivots are the signs of the "
-    "eigenvalues: <code>ddnref.hessian_eigval_count</code> counts the eigenvalues in any interval, all of them, "
-    "without computing or sampling one. Here a network of "
-    f"{model.LAYERS} layers of width {model.WIDTH} learns ten digits, one image of each."
-)
 _TIME = Text(
     "A solve with the Hessian, from the weights to the refined solution, with the gradient as right-hand side: width "
     f"{model.DEPTH_WIDTH}, one sample, ε = {model.DAMPING:g}. The best of three, one thread."
@@ -91,10 +83,21 @@ _NO_TIME = Text(
     "operations."
 )
 _ERRORS = Text(
-    "Every way to factor, judged by what it leaves: ‖b − (H + εI)x‖ / (‖H‖‖x‖ + ‖b‖), which for a perfect solver is "
-    f"about the rounding error of the arithmetic, 1e-16. {model.HARD_LAYERS} layers of width {model.HARD_WIDTH}, "
+    "Every way to factor layer by layer, judged by what it leaves: ‖b − (H + εI)x‖ / (‖H‖‖x‖ + ‖b‖), which for a "
+    f"perfect solver is about the rounding error of the arithmetic, 1e-16. {model.HARD_LAYERS} layers of width {model.HARD_WIDTH}, "
     f"{model.HARD_SAMPLES} samples, weights of gain {model.HARD_GAIN}, random right-hand side."
 )
+
+
+def _introduction(layers: int, width: int) -> Text:
+    return Text(
+        "A network with more layers than its layers are wide is easy to differentiate twice: layer by layer, its "
+        "Hessian plus a multiple of the identity can be factored in time linear in the number of layers "
+        "(<code>ddnref.hessian_factor</code>). The factors solve, and the signs of their pivots are the signs of the "
+        "eigenvalues: <code>ddnref.hessian_eigval_count</code> counts the eigenvalues in any interval, all of them, "
+        f"without computing or sampling one. Here a network of {layers} layers of width {width} learns ten digits, one "
+        "image of each."
+    )
 
 
 def _spectra(snapshots: list[Snapshot]) -> Picture:
@@ -125,12 +128,14 @@ def _errors(found: dict[str, NDArray[Any]]) -> Picture:
         for damping, plain, refined in zip(model.DAMPINGS, *errors, strict=True)
     ]
     return Picture("errors", "Backward error of each path. Dotted: as the factorisation solves. Solid: after "
-                   "refinement with exact Hessian-vector products.", "Backward error against damping for four factorisations",
+                   "refinement with exact Hessian-vector products.",
+                   "Backward error against damping for three factorisations",
                    draw_errors(found), ("path", "damping", "unrefined", "refined"), rows)  # fmt: skip
 
 
 def _run(context: Context) -> Content:
-    learned = model.learn(context, model.one_of_each(context.seed))
+    size = model.size(context.backend)
+    learned = model.learn(context, model.one_of_each(context.seed, *size))
     snapshots = [model.count(context.backend, *each) for each in learned]
     wrong = int(np.sum(np.abs(np.subtract(snapshots[-1].counts, model.count_densely(snapshots[-1].problem))))) // 2
     errors = model.backward_errors(context.backend, context.seed)
@@ -149,7 +154,7 @@ def _run(context: Context) -> Content:
     if seconds:
         rows.append(("exponent of the time in the depth", f"{model.slope(model.DEPTHS, seconds):.2f}"))
     parts: list[Part] = [
-        _INTRODUCTION, _spectra(snapshots), *depth, _ERRORS, _errors(errors),
+        _introduction(*size), _spectra(snapshots), *depth, _ERRORS, _errors(errors),
         Table("numbers", "The Hessian in numbers.", ("", "value"), rows),
     ]  # fmt: skip
     counts = " to ".join(str(sum(found.counts[:NEGATIVE])) for found in (snapshots[0], snapshots[-1]))

@@ -166,8 +166,8 @@ plt.show()
 # Backward errors
 # ---------------
 # :math:`\|b - (H + \varepsilon I)x\| \,/\, (\|H\|\,\|x\| + \|b\|)` of each path: 20 layers, width 8, four
-# samples, gain 1.4, which makes it hard, float64. Dotted: as the factorisation solves; solid: after refinement with exact products. With
-# ``method="auto"`` what stays above is solved for again by a stable path.
+# samples, gain 1.4, which makes it hard, float64. Dotted: as the factorisation solves; solid: after refinement with
+# exact products. With ``method="auto"`` what stays above is solved for again by a stable path.
 
 epsilons = 10.0 ** np.arange(-9, 0)
 paths = {"tridiagonal": BLUE, "riccati": ORANGE, "qr": GREEN, "dense": GREY}

@@ -48,8 +48,8 @@ def damped_newton(chain, x, t, epsilon, curvature="hessian"):
 # %%
 # A trust region asks for the step of a given length :math:`r`, that is for the root of the *secular equation*
 # :math:`\|(H + \varepsilon I)^{-1} g\| = r` above all poles, where :math:`H + \varepsilon I` is positive definite.
-# Newton's method for :math:`1/r - 1/\|s(\varepsilon)\|`, which is nearly straight there, finds it in a few trials, with one
-# factorisation each. The derivative takes one more solve,
+# Newton's method for :math:`1/r - 1/\|s(\varepsilon)\|`, which is nearly straight there, finds it in a few trials, with
+# one factorisation each. The derivative takes one more solve,
 #
 # .. math:: \frac{\mathrm d}{\mathrm d\varepsilon} \|s\| = -\frac{\langle s, (H + \varepsilon I)^{-1} s\rangle}{\|s\|}.
 #
