@@ -84,7 +84,7 @@ def dense_rows(sizes: Sizes) -> Iterator[Row]:
     yield at_most(figure, worst, 1.1, f"{worst:.2f} ({at})", MARGIN)
 
 
-HESSIAN_FIGURES = {
+FIGURES = {
     "hessian-depth": (depth_rows, (Size(1, 32), Size(1, 32))),
     "hessian-width": (width_rows, (Size(1, 64), Size(1, 512))),
     "hessian-headline": (headline_rows, (Size(400, 64), Size(200, 64))),

@@ -14,6 +14,11 @@ from ddnref._errors import (
     OptimalityError,
     SingularError,
 )
+from ddnref._ggn._directional import DirectionalDerivatives, ggn_damped_newton, ggn_directional_derivatives
+from ddnref._ggn._functions import ggn_eigh, ggn_eigvalsh
+from ddnref._ggn._state import Ggn, GgnState, ggn_reducer
+from ddnref._gram import gram_eigh, gram_eigh_fwd, gram_eigh_vjp
+from ddnref._gram_values import gram_eigvalsh, gram_eigvalsh_fwd, gram_eigvalsh_vjp
 from ddnref._hessian._factor import HessianFactor, HessianSolveInfo, Inertia
 from ddnref._hessian._solve import hessian_factor, hessian_solve, hessian_solve_vjp
 from ddnref._hessian._spectrum import EigvalCountInfo, hessian_eigval_count, hessian_eigvals
@@ -88,6 +93,7 @@ from ddnref._operators import (
 )
 from ddnref._pairs import align_signs, eigen_residual, fixed_point_residual
 from ddnref._qr import qr, qr_vjp
+from ddnref._reducers import GramState, Reducer, SumState, gram_reducer, sum_reducer
 from ddnref._solve import solve, solve_fwd, solve_vjp
 from ddnref._spectral import spectral_function, spectral_function_fwd, spectral_function_vjp
 from ddnref._topk import eigh_topk, eigh_topk_fwd, eigh_topk_vjp
@@ -103,12 +109,16 @@ __all__ = [
     "Dense",
     "Diagonal",
     "DiagonalPlusLowRank",
+    "DirectionalDerivatives",
     "EigshInfo",
     "EigshVjpInfo",
     "EigvalCountInfo",
     "Flatten",
     "Frozen",
     "GaugeError",
+    "Ggn",
+    "GgnState",
+    "GramState",
     "HessianFactor",
     "HessianSolveInfo",
     "Inertia",
@@ -124,11 +134,13 @@ __all__ = [
     "OptimalityError",
     "Products",
     "Progress",
+    "Reducer",
     "Residual",
     "RobustPoolInfo",
     "SingularError",
     "SinkhornInfo",
     "SolveInfo",
+    "SumState",
     "add",
     "adjoint",
     "align_signs",
@@ -158,7 +170,19 @@ __all__ = [
     "fixed_point_residual",
     "from_scipy",
     "gauge_residual",
+    "ggn_damped_newton",
+    "ggn_directional_derivatives",
+    "ggn_eigh",
+    "ggn_eigvalsh",
+    "ggn_reducer",
     "gmres",
+    "gram_eigh",
+    "gram_eigh_fwd",
+    "gram_eigh_vjp",
+    "gram_eigvalsh",
+    "gram_eigvalsh_fwd",
+    "gram_eigvalsh_vjp",
+    "gram_reducer",
     "hessian_eigval_count",
     "hessian_eigvals",
     "hessian_factor",
@@ -209,6 +233,7 @@ __all__ = [
     "sqrtm_fwd",
     "sqrtm_vjp",
     "stack",
+    "sum_reducer",
     "testing",
     "to_scipy",
     "weighted_least_squares",

@@ -178,7 +178,7 @@ def eigh_vjp(
     xp, columns = _check(w_bar, v_bar, w, v, index)
     if 0 in v.shape:
         return xp.zeros_like(v)
-    near = _near(xp, w, rtol)
+    near = neighbours(xp, w, rtol)
     if gauge_rtol is None:
         gauge_rtol = eps(xp, w.dtype) ** 0.5
     x_bar, bad = _eigh_vjp(xp, w_bar, v_bar, w, v, columns, near, gauge_rtol, throw)
@@ -234,19 +234,19 @@ def gauge_residual(
     residual = full(w.shape[:-1], 0.0, w)
     if 0 in v.shape:
         return residual
-    near = _near(xp, w, rtol)
+    near = neighbours(xp, w, rtol)
     if w_bar is not None:
         residual = xp.maximum(residual, ratio(*jump(w_bar, near, columns)))
     if v_bar is not None:
         m_ = adjoint(v) @ v_bar
-        residual = xp.maximum(residual, ratio(*masked(m_, _same(near, columns), columns)))
+        residual = xp.maximum(residual, ratio(*masked(m_, cluster_mask(near, columns), columns)))
     return residual
 
 
 def has_repeated(w: Array, rtol: float | None = None) -> Array:
     """Per item, whether `eigh_vjp` masks anything: there a second derivative through it is wrong."""
     xp = array_api_compat.array_namespace(w)
-    return xp.any(_near(xp, w, rtol), axis=-1)
+    return xp.any(neighbours(xp, w, rtol), axis=-1)
 
 
 # --- below: the algorithm, without validation ----------------------------------------------------------------
@@ -270,7 +270,7 @@ def _eigh_vjp(
     bad = None if w_bar is None else exceeds(*jump(w_bar, near, columns), gauge_rtol)
     if v_bar is None:
         return hermitian_product(v_k * _or_nan(w_bar, bad, throw)[..., None, :], v_k), bad
-    m_, same = adjoint(v) @ v_bar, _same(near, columns)
+    m_, same = adjoint(v) @ v_bar, cluster_mask(near, columns)
     gauge = exceeds(*masked(m_, same, columns), gauge_rtol)
     bad = gauge if bad is None else bad | gauge
     diagonal = _or_nan(xp.zeros_like(w[..., : len(columns)]) if w_bar is None else w_bar, bad, throw)
@@ -304,7 +304,7 @@ def _or_nan(diagonal: Array, bad: Array | None, throw: bool) -> Array:
     return diagonal if throw or bad is None else nan_where(bad[..., None], diagonal)
 
 
-def _near(xp: Namespace, w: Array, rtol: float | None) -> Array:
+def neighbours(xp: Namespace, w: Array, rtol: float | None) -> Array:
     """Which neighbours in the sorted spectrum count as equal, ``(..., m − 1)``."""
     if rtol is None:
         rtol = RTOL * eps(xp, w.dtype)
@@ -312,7 +312,7 @@ def _near(xp: Namespace, w: Array, rtol: float | None) -> Array:
     return w[..., 1:] - w[..., :-1] <= rtol * size
 
 
-def _same(near: Array, columns: Columns) -> Array:
+def cluster_mask(near: Array, columns: Columns) -> Array:
     """Whether eigenvalue i and the j-th chosen one are in one cluster, chained through neighbours: ``(..., m, k)``."""
     xp = array_api_compat.array_namespace(near)
     apart = xp.astype(~near, xp.int32)

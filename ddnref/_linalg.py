@@ -6,7 +6,7 @@ import array_api_compat
 from numpy.linalg import LinAlgError
 
 from ddnref import _numpy
-from ddnref._array import Array, full, nan_where
+from ddnref._array import Array, full, is_true, nan_where
 
 CUPY_EIGH_BATCH = 2**19  # cuSOLVER's batched Jacobi kernel counts in 32 bits; it failed above a million matrices
 
@@ -53,6 +53,31 @@ def eigh(s: Array) -> tuple[Array, Array]:
     w, v = _eigh_finite(xp.where(finite, s, xp.zeros_like(s)))
     bad = xp.logical_not(finite)
     return nan_where(bad[..., 0], w), nan_where(bad, v)
+
+
+def eigvalsh(s: Array) -> Array:
+    """Eigenvalues alone of exactly Hermitian `s`, ascending; NaN for its non-finite items alone."""
+    xp = array_api_compat.array_namespace(s)
+    finite = xp.all(xp.isfinite(s), axis=(-2, -1), keepdims=True)
+    s = xp.where(finite, s, xp.zeros_like(s))
+    if array_api_compat.is_numpy_array(s):
+        w = _numpy.eigvalsh(s)
+    elif array_api_compat.is_cupy_array(s) and s.ndim > 2:
+        w = _eigh_cupy(s)[0]
+    elif array_api_compat.is_jax_array(s):
+        w = xp.linalg.eigvalsh(s, symmetrize_input=False)
+    else:
+        w = xp.linalg.eigvalsh(s)
+    return nan_where(~finite[..., 0], w)
+
+
+def eigh_largest(s: Array, k: int) -> tuple[Array, Array]:
+    """The k largest eigenpairs of one exactly Hermitian matrix, descending; NaN where it is not finite."""
+    if array_api_compat.is_numpy_array(s) and s.ndim == 2 and k < s.shape[-1] and is_true(_numpy.is_finite(s)):
+        return _numpy.eigh_largest(s, k)
+    xp = array_api_compat.array_namespace(s)
+    w, v = eigh(s)
+    return xp.flip(w[..., -k:], axis=-1), xp.flip(v[..., -k:], axis=-1)
 
 
 def _eigh_finite(s: Array) -> tuple[Array, Array]:

@@ -46,8 +46,8 @@ class Rule(NamedTuple):
     vjp_info: bool = False
     """Whether the VJP iterates too."""
     saved_vjp: Callable[..., Any] | None = None
-    """Cotangents of the saved arrays to those of the inputs, called as ``saved_vjp(*saved_bars, *saved)``; second
-    derivatives pass through it."""
+    """Cotangents of the saved arrays to those of the inputs, called as ``saved_vjp(*saved_bars, *saved, *needed)``;
+    second derivatives pass through it."""
     undefined: Callable[..., Array] | None = None
     """``undefined(*outputs, *saved, *needed, rtol=...)``: items at which a second derivative through the VJP is
     wrong; ``None`` where it is right."""
@@ -182,7 +182,7 @@ def _reverse(rule: Rule, options: dict[str, Any]) -> Callable[..., tuple[Array |
         if saved_vjp is None or all(bar is None for bar in bars[n:]):
             return vjp(*bars[:n], *arrays, **options) if used else ()
         # Second order: outputs and saved arrays hold the same eigenvectors, and only the sum is free of gauge.
-        through_saved = as_tuple(saved_vjp(*bars[n:], *arrays[n : len(bars)]))
+        through_saved = as_tuple(saved_vjp(*bars[n:], *arrays[n:]))
         if not used:
             return through_saved
         through_outputs = vjp(*bars[:n], *arrays, **accepting)

@@ -14,6 +14,8 @@ import ddnref._spectral as spectral
 import ddnref._topk as topk
 from ddnref import _eigsh as kpairs
 from ddnref import _eigsh_vjp as kpairs_vjp
+from ddnref import _gram as gram
+from ddnref import _gram_values as gram_values
 from ddnref import _iteration as iteration
 from ddnref import _iteration_vjp as iteration_vjp
 from ddnref import _linear_solve as linear
@@ -51,6 +53,14 @@ def _repeated(*arrays: Array, rtol: float | None = None) -> Array:
 
 def _saved_eigh_vjp(w_bar: Array | None, v_bar: Array | None, w: Array, v: Array) -> Array:
     return eigen.eigh_vjp(w_bar, v_bar, w, v, gauge_rtol=float("inf"), throw=False)
+
+
+def _repeated_in_gram(*arrays: Array, rtol: float | None = None) -> Array:
+    return gram_values.has_repeated(arrays[-3], rtol)
+
+
+def _saved_gram_vjp(w_bar: Array | None, u_bar: Array | None, w_all: Array, u_all: Array, factor: Array) -> Array:
+    return factor @ (2 * _saved_eigh_vjp(w_bar, u_bar, w_all, u_all))
 
 
 def _always(*arrays: Array, rtol: float | None = None) -> Array:  # noqa: ARG001
@@ -123,6 +133,21 @@ def _iteration_rule(name: str, docs: str) -> Rule:
     )
 
 
+def _gram_rule(module: Any, name: str, **fields: Any) -> Rule:
+    return Rule(
+        name=name,
+        function=getattr(module, name),
+        forward=getattr(module, f"{name}_fwd"),
+        vjp=getattr(module, f"{name}_vjp"),
+        sample=getattr(samples, name),
+        needs=(0,),
+        saved_vjp=_saved_gram_vjp,
+        undefined=_repeated_in_gram,
+        refusal=_MASKED,
+        **fields,
+    )
+
+
 def _node_rule(module: Any, name: str, **fields: Any) -> Rule:
     """A declarative node: real arrays, one output, a VJP in closed form."""
     function = getattr(module, name)
@@ -184,6 +209,22 @@ _TABLE = (
         docs="k largest, smallest or largest-in-magnitude eigenpairs, matrix-free",
         singular="as `eigh_topk`",
         cost="k systems by conjugate gradients",
+    ),
+    _gram_rule(
+        gram_values,
+        "gram_eigvalsh",
+        outputs=1,
+        docs="eigenvalues of V Vᵀ for a tall factor V, through VᵀV",
+        singular="losses that tell equal eigenvalues apart: `GaugeError`",
+        cost="2 D n² + 2 n³ flops",
+    ),
+    _gram_rule(
+        gram,
+        "gram_eigh",
+        outputs=2,
+        docs="k largest eigenpairs of V Vᵀ for a tall factor V",
+        singular="as `eigh_topk`; eigenvalue zero: `SingularError`",
+        cost="8 D n k flops",
     ),
     _spectral_rule(
         "spectral_function",

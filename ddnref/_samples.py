@@ -148,3 +148,26 @@ def tall(convert: Convert, rng: np.random.Generator, batch: tuple[int, ...], m: 
     )
     a = np.linalg.qr(z)[0] + 0.1 * z / m**0.5
     return Sample((convert(a),), {}, None, 0.3, 3.0)
+
+
+def gram_eigh(convert: Convert, rng: np.random.Generator, batch: tuple[int, ...], m: int, is_complex: bool) -> Sample:
+    """A tall factor whose squared singular values lie a tenth apart, and the leading half of them."""
+    n = max(1, m // 2)
+    k = (n + 1) // 2
+
+    def orthonormal(rows: int) -> Any:
+        z = rng.standard_normal((*batch, rows, n, 2))
+        return np.linalg.qr(z @ np.asarray([1.0, 1j]) if is_complex else z[..., 0])[0]
+
+    sigma = np.sqrt(1 + 0.1 * np.arange(n))
+    v = (orthonormal(m) * sigma) @ np.conj(np.swapaxes(orthonormal(n), -1, -2))
+    return Sample(
+        (convert(v),), {"k": k}, eigen_loss(convert, rng, (*batch, m), k, is_complex), 0.1, (1 + 0.1 * n) / 0.1
+    )
+
+
+def gram_eigvalsh(
+    convert: Convert, rng: np.random.Generator, batch: tuple[int, ...], m: int, is_complex: bool
+) -> Sample:
+    """The same, for a loss of all eigenvalues."""
+    return gram_eigh(convert, rng, batch, m, is_complex)._replace(options={}, loss=None)

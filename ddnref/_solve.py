@@ -169,7 +169,7 @@ def solve_vjp(
     return _minus_outer(y, x, lu), y if b is None else summed_to(y, tuple(b.shape))
 
 
-def saved_solve_vjp(lu_bar: Array, _: None, lu: Array, pivots: Array) -> tuple[Array, None]:
+def saved_solve_vjp(lu_bar: Array, _: None, lu: Array, pivots: Array, *needed: Array) -> tuple[Array, None]:  # noqa: ARG001
     """From a cotangent of what `solve_fwd` saved to that of the matrix: the way of second derivatives."""
     return lu_factor_vjp(lu_bar, lu, pivots), None
 

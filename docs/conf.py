@@ -123,7 +123,7 @@ html_show_sphinx = False
 html_theme_options = {
     "logo": {"text": "ddnref"},
     "navbar_align": "left",
-    "header_links_before_dropdown": 9,
+    "header_links_before_dropdown": 8,
     "navbar_end": ["theme-switcher"],
     "navbar_persistent": ["search-button"],
     "secondary_sidebar_items": ["page-toc"],

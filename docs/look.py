@@ -44,6 +44,7 @@ PAGES = {  # page: whether it has mathematics
     "index": False,
     "which-gradient": True,
     "verify": True,
+    "systems": False,
     "frameworks": False,
     "conventions": True,
     "eigen": True,
@@ -73,7 +74,7 @@ PAGES = {  # page: whether it has mathematics
     "auto_gallery/plot_sinkhorn": True,
     "auto_gallery/plot_whitening": True,
 }
-ON_A_PHONE = ("index", "which-gradient", "eigen", "nodes", "figures", "auto_gallery/plot_ladder")
+ON_A_PHONE = ("index", "systems", "which-gradient", "eigen", "nodes", "figures", "auto_gallery/plot_ladder")
 ERRORS = re.compile(
     r'CONSOLE[:(\d)]*\].*?"((?:Uncaught|Error|Failed|Access|Refused|Mixed|ParseError|KaTeX).*?)", source'
 )

@@ -55,6 +55,11 @@ def column(x: Any, steps: Any) -> tuple[Any, ...]:
     return (positive(x, steps)[0][..., 0],)
 
 
+def factor(x: Any, steps: Any) -> tuple[Any, ...]:
+    """Tall, with squared singular values well apart."""
+    return (positive(x, steps)[0][..., :2],)
+
+
 def regression(x: Any, steps: Any) -> tuple[Any, ...]:
     return positive(x, steps)[0][..., :2], x[..., 0], 1 + x[..., 1] ** 2, 1 + x[..., 0, 0] ** 2
 
@@ -72,6 +77,8 @@ SMOOTH = {
     "eigh": Smooth(positive, pairs),
     "eigh_topk": Smooth(positive, pairs, {"k": 2}),
     "eigsh": Smooth(positive, lambda result: pairs(result[0]), {"k": 2}),
+    "gram_eigvalsh": Smooth(factor, whole),
+    "gram_eigh": Smooth(factor, pairs, {"k": 1}),
     "spectral_function": Smooth(positive, whole, {"f": cube, "df": cube_derivative}),
     **{name: Smooth(positive, whole) for name in ("sqrtm", "invsqrtm", "logm", "expm")},
     "power_iteration": Smooth(positive, without_info),
@@ -83,7 +90,7 @@ SMOOTH = {
     "robust_pool": Smooth(column, without_info, {"rtol": 1e-14}),
     "solve": Smooth(system, whole),
     "linear_solve": Smooth(system, without_info, {"solver": "gmres", "rtol": 1e-13}),
-    "qr": Smooth(lambda x, steps: (positive(x, steps)[0][..., :2],), whole),
+    "qr": Smooth(factor, whole),
 }
 
 assert set(SMOOTH) == set(RULES), "every rule needs a line here"

@@ -17,7 +17,7 @@ from test_network import block_arrays, block_chain, targets
 
 import ddnref
 from conftest import backend, need
-from ddnref import _network, _operators
+from ddnref import _ggn, _network, _operators
 from ddnref._network._activations import ACTIVATIONS, jet
 from ddnref._network._losses import LOSSES
 from ddnref._rule import options_of, plain_forward, plain_vjp
@@ -26,6 +26,7 @@ from ddnref.testing import check_vjp
 
 NAMES = sorted(p.name for p in pkgutil.iter_modules(ddnref.__path__))
 NAMES += sorted(f"_network.{p.name}" for p in pkgutil.iter_modules(_network.__path__))
+NAMES += sorted(f"_ggn.{p.name}" for p in pkgutil.iter_modules(_ggn.__path__))
 NAMES += sorted(f"_operators.{p.name}" for p in pkgutil.iter_modules(_operators.__path__))
 MODULES = [module for name in NAMES
            if hasattr(module := importlib.import_module(f"ddnref.{name}"), "array_api_compat")]  # fmt: skip
@@ -94,6 +95,11 @@ def calls(monkeypatch, rng):
         chain.layer_derivatives(x, t)
         chain.criterion.hessian_sqrt(chain.output(x), t)
         chain.loss(x, t)
+        state = ddnref.ggn_reducer(chain, mc_samples=1, subsampling=[0, 2])
+        ggn = state.finalise(state.update(state.update(state.init(), x, t), x, t))
+        ddnref.ggn_eigvalsh(ggn)
+        ddnref.ggn_eigh(ggn, k=1)
+        ddnref.ggn_damped_newton(ggn, damping=lambda derivatives: derivatives.w)
     for activation in ACTIVATIONS.values():
         jet(activation, strict.asarray(np.eye(2)), 2)
     return seen

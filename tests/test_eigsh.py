@@ -610,3 +610,14 @@ def test_torch_does_not_record_the_iteration():
 
     with pytest.raises(TypeError, match="given to eigsh requires grad"):
         ddnref.eigsh(torch.eye(3, dtype=torch.float64, requires_grad=True), 1)
+
+
+def test_an_operator_that_maps_its_null_space_to_exact_zeros():
+    """Nothing but the operator's own rounding would leave the invariant subspace twice by the same direction."""
+    d = np.zeros(60)
+    d[:5] = [5.0, 4.0, 3.0, 2.0, 1.0]
+    apply = lambda params, v: params[0] * v
+    operator = ddnref.LinearOperator((d,), apply, apply, None, (60,), (60,), self_adjoint=True)
+    (w, _), info = ddnref.eigsh(operator, 2, v0=np.ones(60), method="iterative", basis=20)
+    np.testing.assert_allclose(w, [5.0, 4.0], rtol=1e-14)
+    assert int(info.n_iter) <= 5

@@ -489,6 +489,18 @@ def test_static_errors(rng):
     assert "18" in repr(factor) or "44" in repr(factor)
 
 
+@pytest.mark.framework("torch")
+def test_gradients_to_weights_and_data_are_refused_by_name(rng):
+    """They would take third derivatives: only the right-hand side and the damping have cotangents."""
+    import torch
+
+    chain, x, t = network(rng, 3, 4, 2, asarray=torch.asarray)
+    with pytest.raises(TypeError, match="x requires grad"):
+        ddnref.hessian_factor(chain, x.requires_grad_(), t, damping=0.1)
+    with pytest.raises(TypeError, match=r"params\[1\] requires grad"):
+        chain.with_params([chain.params[0], chain.params[1].clone().requires_grad_(), chain.params[2]])
+
+
 # --- the derivative of a solve --------------------------------------------------------------------------------------
 
 

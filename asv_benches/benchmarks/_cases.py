@@ -13,6 +13,7 @@ from typing import Any
 import ddnref
 from ddnref import reference
 
+from . import _ggn_cases
 from ._common import Call, load, load_jax, problem
 
 
@@ -100,4 +101,9 @@ def rung(batch: int, m: int, dtype: str, name: str) -> Call:
 
 
 PEERS: dict[str, Callable[..., Call]] = {"torch": torch_eigh, "jax": jax_eigh, "autograd": autograd_eigh}
-CASES: dict[str, Callable[..., Call]] = {"ours": ours, "products": products, "rung": rung, **PEERS}
+GGN: dict[str, Callable[..., Call]] = {
+    "ggn": _ggn_cases.ours,
+    "vivit": _ggn_cases.vivit,
+    "curvlinops": _ggn_cases.curvlinops,
+}
+CASES: dict[str, Callable[..., Call]] = {"ours": ours, "products": products, "rung": rung, **PEERS, **GGN}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
@@ -113,7 +114,7 @@ class HessianFactor:
         1e-15 in double precision up to 20 layers; beyond them the rounding of the products by which it is measured
         grows with the square root of their number.
         """
-        return 4.5 * precision(self._like) * max(1.0, (len(self._system.sizes) / 20) ** 0.5)
+        return 4.5 * precision(self._like) * math.sqrt(max(1.0, len(self._system.sizes) / 20))
 
     def _path(self, name: str) -> Path:
         if name not in self._built:
@@ -211,7 +212,7 @@ class HessianFactor:
 
     def _measured(self, x: Blocks, g: Blocks, name: str) -> _Result:
         xp = space(g[0])
-        hx = combine(self._system.product(x), self.damping_like, x)
+        hx = combine(self._system.product(x), self._epsilon, x)
         r = [a - b for a, b in zip(g, hx, strict=True)]
         size = self.norm * norm(x) + norm(g)
         error = norm(r) / xp.where(size > 0, size, xp.ones_like(size))
@@ -220,7 +221,7 @@ class HessianFactor:
         return _Result(x, r, error, steps, name)
 
     @property
-    def damping_like(self) -> Array | float:
+    def _epsilon(self) -> Array | float:
         """ε as `combine` takes it."""
         return self.damping if isinstance(self.damping, float) else self.damping[None]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import array_api_compat
 
-from ddnref._array import Array, check_shapes, double, is_true, namespace, refuse_recording
+from ddnref._array import Array, check_shapes, double, is_true, namespace
 from ddnref._errors import NonFiniteError, SingularError
 from ddnref._hessian import _paths
 from ddnref._hessian._factor import HessianFactor, HessianSolveInfo
@@ -114,8 +114,6 @@ def hessian_factor(
 
 def prepared(chain: Chain, x: Array, t: Array, curvature: str) -> System:
     """The terms of the expansion, after all checks of chain and data."""
-    for name, array in {**{f"chain.params[{i}]": p for i, p in enumerate(chain.params)}, "x": x}.items():
-        refuse_recording(f"hessian_factor ({name}; gradients with respect to weights and data do not exist)", array)
     if x.ndim and x.shape[0] == 0:
         raise ValueError("x holds no samples: there is no Hessian to factor.")
     chain.loss(x, t)  # static facts and targets

@@ -5,6 +5,7 @@ Nothing here is fast, and nothing else in the package calls it.
 
 from ddnref.reference.declarative import ddn_vjp_jacobian, ddn_vjp_schur, ift_vjp_jacobian, ift_vjp_structured
 from ddnref.reference.eigh import eigh_vjp_v1, eigh_vjp_v2, eigh_vjp_v3
+from ddnref.reference.ggn import ggn_dense_derivatives, ggn_dense_newton, ggn_power_iteration
 from ddnref.reference.krylov import cg_unrolled, cg_unrolled_vjp
 from ddnref.reference.network import network_ggn, network_hessian, network_jacobian
 from ddnref.reference.tall_skinny import (
@@ -23,6 +24,9 @@ __all__ = [
     "eigh_vjp_v1",
     "eigh_vjp_v2",
     "eigh_vjp_v3",
+    "ggn_dense_derivatives",
+    "ggn_dense_newton",
+    "ggn_power_iteration",
     "ift_vjp_jacobian",
     "ift_vjp_structured",
     "network_ggn",

@@ -66,7 +66,7 @@ class Learned(NamedTuple):
 def photograph(name: str) -> NDArray[Any]:
     """A square of one of scikit-learn's photographs, in grey, from 0 to 1."""
     i, j = CORNERS[name]
-    return np.mean(load_sample_image(name)[i : i + SIDE, j : j + SIDE], axis=-1) / 255
+    return np.asarray(np.mean(load_sample_image(name)[i : i + SIDE, j : j + SIDE], axis=-1) / 255)
 
 
 def camera_shake() -> NDArray[Any]:
@@ -74,7 +74,7 @@ def camera_shake() -> NDArray[Any]:
     i = np.arange(KERNEL) - KERNEL // 2
     along, across = (i[:, None] + i[None, :]) / 2, (i[:, None] - i[None, :]) / 2
     kernel = np.exp(-((across / 0.7) ** 2) - (along / 2.2) ** 4)
-    return kernel / np.sum(kernel)
+    return np.asarray(kernel / np.sum(kernel))
 
 
 def pair(context: Context, name: str) -> Pair:

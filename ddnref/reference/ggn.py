@@ -1,0 +1,100 @@
+"""What ``ddnref.ggn_*`` compute, from the dense Gauss–Newton matrix; and its leading curvature without any matrix.
+
+Everything is written as it is defined: with the Jacobians J_n of the outputs, ``G = Σ_n J_nᵀ ∇²ℓ_n J_n`` (times 1/N for
+the mean), its eigenvectors e_k, and the gradients g_n of single samples,
+
+    γ_nk = e_kᵀ g_n,    λ_nk = e_kᵀ J_nᵀ ∇²ℓ_n J_n e_k,    s = − Σ_k e_kᵀ g / (λ_k + δ) e_k
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import array_api_compat
+
+from ddnref._array import Array
+from ddnref._linalg import eigh
+from ddnref._network._chain import Chain
+from ddnref._rows import noise
+from ddnref.reference.network import network_ggn, network_jacobian
+
+
+def ggn_dense_derivatives(chain: Chain, x: Array, t: Array, k: int) -> tuple[Array, Array, Array, Array]:
+    """The k largest eigenvalues, their eigenvectors, and the directional derivatives of every sample.
+
+    Parameters
+    ----------
+    chain : Chain
+        Of `Dense` layers; ``TypeError`` for others.
+    x, t : (N, a_0) and (N,) or (N, C) arrays
+    k : int
+
+    Returns
+    -------
+    w, v, first, second : (k,), (D, k), (N, k) and (N, k) arrays
+    """
+    xp = array_api_compat.array_namespace(x)
+    w, v = eigh(network_ggn(chain, x, t))
+    w, v = xp.flip(w, axis=0)[:k], xp.flip(v, axis=1)[:, :k]
+    j, y = network_jacobian(chain, x), chain.output(x)
+    je = j @ v  # (N, C, k)
+    g_n = (chain.criterion.gradient(y, t)[:, None, :] @ j)[:, 0, :]
+    return w, v, g_n @ v, xp.sum(je * (chain.criterion.hessian(y, t) @ je), axis=1)
+
+
+def ggn_dense_newton(chain: Chain, x: Array, t: Array, k: int, damping: float) -> Array:
+    """The damped Newton step along the k leading eigenvectors ``(D,)``; parameters as `ggn_dense_derivatives`."""
+    xp = array_api_compat.array_namespace(x)
+    w, v, first, _ = ggn_dense_derivatives(chain, x, t, k)
+    slope = chain.scale(x.shape[0]) * xp.sum(first, axis=0)
+    return -(v @ (slope / (w + damping)))
+
+
+def ggn_power_iteration(chain: Chain, x: Array, t: Array, k: int = 1, *, steps: int = 1000) -> tuple[Array, Array]:
+    """The k leading eigenpairs by power iteration on `Chain.ggnvp`, one after the other, earlier ones projected out.
+
+    Parameters
+    ----------
+    chain : Chain
+        Of any layers.
+    x, t
+        As `Chain.loss` takes them.
+    k, steps : int
+        How many pairs, and how many products for each.
+
+    Returns
+    -------
+    w, v : (k,) and (D, k) arrays
+        Converged as ``(λ_(k+1) / λ_k)`` to the power of `steps`.
+    """
+    xp = array_api_compat.array_namespace(*chain.params)
+    size = sum(math.prod(p.shape) for p in chain.params)
+    values: list[Any] = []
+    found: list[Any] = []
+    for i in range(k):
+        v = noise(i, size, chain.params[0])
+        for _ in range(steps):
+            for e in found:
+                v = v - xp.sum(e * v) * e
+            v = v / xp.sqrt(xp.sum(v * v))
+            image = _flat(chain.ggnvp(x, t, _like_params(chain, v)))
+            value, v = xp.sum(v * image), image
+        values.append(value)
+        found.append(v / xp.sqrt(xp.sum(v * v)))
+    return xp.stack(values), xp.stack(found, axis=-1)
+
+
+def _flat(arrays: list[Array]) -> Array:
+    xp = array_api_compat.array_namespace(*arrays)
+    return xp.concat([xp.reshape(a, (-1,)) for a in arrays])
+
+
+def _like_params(chain: Chain, v: Array) -> list[Array]:
+    xp = array_api_compat.array_namespace(v)
+    parts, start = [], 0
+    for p in chain.params:
+        size = math.prod(p.shape)
+        parts.append(xp.reshape(v[start : start + size], p.shape))
+        start += size
+    return parts
