@@ -51,7 +51,7 @@ def draw_time(seconds: list[float]) -> Figure:
     drawing = pictures.figure(3.2)
     axes = drawing.subplots()
     depths = np.asarray(model.DEPTHS)
-    axes.loglog(depths, seconds, "o-", color=BLUE, label=f"measured: slope {model.slope(depths, seconds):.2f}")
+    axes.loglog(depths, seconds, "o-", color=BLUE, label=f"measured: slope {model.slope(model.DEPTHS, seconds):.2f}")
     axes.loglog(depths, seconds[0] * depths / depths[0], ":", color=GREY, label="slope 1")
     axes.set_xticks(depths, [str(n) for n in depths])
     axes.minorticks_off()
@@ -84,8 +84,8 @@ _NO_TIME = Text(
 )
 _ERRORS = Text(
     "Every way to factor layer by layer, judged by what it leaves: ‖b − (H + εI)x‖ / (‖H‖‖x‖ + ‖b‖), which for a "
-    f"perfect solver is about the rounding error of the arithmetic, 1e-16. {model.HARD_LAYERS} layers of width {model.HARD_WIDTH}, "
-    f"{model.HARD_SAMPLES} samples, weights of gain {model.HARD_GAIN}, random right-hand side."
+    f"perfect solver is about the rounding error of the arithmetic, 1e-16. {model.HARD_LAYERS} layers of width "
+    f"{model.HARD_WIDTH}, {model.HARD_SAMPLES} samples, weights of gain {model.HARD_GAIN}, random right-hand side."
 )
 
 
