@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
 
 from ddnref.report import hessian_model as model
@@ -52,9 +53,9 @@ def draw_time(seconds: list[float]) -> Figure:
     axes = drawing.subplots()
     depths = np.asarray(model.DEPTHS)
     axes.loglog(depths, seconds, "o-", color=BLUE, label=f"measured: slope {model.slope(model.DEPTHS, seconds):.2f}")
-    axes.loglog(depths, seconds[0] * depths / depths[0], ":", color=GREY, label="slope 1")
+    axes.loglog(depths, seconds[-1] * depths / depths[-1], ":", color=GREY, label="slope 1")
     axes.set_xticks(depths, [str(n) for n in depths])
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set(xlabel="layers", ylabel="seconds")
     axes.legend()
     return drawing

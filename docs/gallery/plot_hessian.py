@@ -146,7 +146,7 @@ ways = {
 print("against depth")
 for title, (function, depths, _, colour) in ways.items():
     draw(left, title, depths, [seconds(function, problem(n, 16, 1)) for n in depths], colour)
-left.set(xlabel="layers, at width 16", ylabel="seconds")
+left.set(xlabel="layers, at width 16", ylabel="seconds", ylim=(1e-3, 20))
 left.legend(fontsize=8)
 
 # %%
