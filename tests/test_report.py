@@ -20,7 +20,7 @@ from ddnref.report.cli import main
 from ddnref.report.content import Content, Context, Headline, Section, Table, Text
 
 STEPS = 12
-TIMED = ("profile", "declarative")
+TIMED = ("profile", "declarative", "hessian")
 TEXTS = ("when", "photograph", "image")
 
 
@@ -44,6 +44,9 @@ def report(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ddnref.report.subspaces.ITERATIONS", STEPS)
         patch.setattr("ddnref.report.deblurring_model.SIDE", 64)
+        patch.setattr("ddnref.report.hessian_model.LAYERS", 6)
+        patch.setattr("ddnref.report.hessian_model.KEPT", (0, 40))
+        patch.setattr("ddnref.report.hessian_model.DEPTHS", (4, 8))
         patch.setattr("ddnref.report.profile.SIZES", ((2, 8), (1, 128)))
         patch.setattr("ddnref.report.declarative.QUICK", declarative.QUICK._replace(widths=(8, 16), seeds=1))
         patch.setattr("ddnref.report.declarative.SMALL", 16)
@@ -80,6 +83,7 @@ def test_files(report):
         "subspaces-course", "subspaces-weights", "subspaces-eigen-digits", "whitening-covariance", "gaps-error",
         "profile-time", "declarative-gradients", "declarative-time-by-size", "deblurring-photographs",
         "curvature-spectrum",
+        "hessian-spectrum", "hessian-time", "hessian-errors",
     }  # fmt: skip
     assert main <= pictures_
     assert pictures_ < numbers  # the numbers of every picture, and the tables
@@ -138,8 +142,8 @@ def test_console_says_where_and_what(report):
     out, printed = report
     lines = printed.splitlines()
     assert lines[-1] == f"The page: {out / 'index.html'}"
-    assert sum(line.startswith(f"{i + 1}/{len(build.SECTIONS)} ") for i, line in enumerate(lines)) == 7
-    assert len(lines) == len(build.SECTIONS) + 10 + 1
+    assert sum(line.startswith(f"{i + 1}/{len(build.SECTIONS)} ") for i, line in enumerate(lines)) == 8
+    assert len(lines) == len(build.SECTIONS) + 12 + 1
     assert "before learning" in printed
     assert printed.isascii()
 

@@ -17,7 +17,18 @@ from rich.markup import escape
 from threadpoolctl import threadpool_limits
 
 import ddnref
-from ddnref.report import curvature, deblurring, declarative, gaps, peers, profile, subspaces, terminal, whitening
+from ddnref.report import (
+    curvature,
+    deblurring,
+    declarative,
+    gaps,
+    hessian,
+    peers,
+    profile,
+    subspaces,
+    terminal,
+    whitening,
+)
 from ddnref.report.backends import Backend
 from ddnref.report.content import Content, Context, Headline, Picture, Section, Text
 from ddnref.report.page import file_name, page
@@ -31,6 +42,7 @@ SECTIONS: tuple[Section, ...] = (
     declarative.SECTION,
     deblurring.SECTION,
     curvature.SECTION,
+    hessian.SECTION,
 )
 """The chapters of the report, in order. A new one is a file that defines a `Section`, and its name here."""
 
