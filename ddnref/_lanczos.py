@@ -164,6 +164,7 @@ def _extended(a: SelfAdjoint, plan: Plan, state: State) -> tuple[Array, Array, A
         g = inner(y, basis)
         y = y - g @ basis
         h = h + g
+        y = y - inner(y, basis) @ basis  # once more: at rounding level the step before may have left nothing but that
         beta = norms(y)
         q = put_row(q, j + 1, scaled(y, beta))
         beta = xp.where(beta > 4 * unit * size[..., None], beta, xp.zeros_like(beta))[..., 0]

@@ -30,7 +30,7 @@ from ddnref._krylov._lsmr import LeastSquaresInfo, lsmr
 from ddnref._krylov._minres import minres
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator, adjoint, as_operator
-from ddnref._solve import summed_to
+from ddnref._solve import check_source, summed_to
 
 Solver = Callable[..., tuple[Array, Any]]
 SOLVERS: dict[str, Solver] = {
@@ -278,6 +278,8 @@ def _check(a: LinearOperator, x_bar: Array, x: Array, b: Array | None, y0: Array
     k = len(a.domain_shape)
     lead = tuple(x.shape[: max(0, x.ndim - k)])
     check_shapes(x=(x, (*lead, *a.domain_shape)), x_bar=(x_bar, (*lead, *a.domain_shape)))
+    if b is not None:
+        check_source("b", b, lead, a.range_shape)
     return lead
 
 

@@ -161,6 +161,8 @@ def solve_vjp(
     if tuple(x_bar.shape) != tuple(x.shape):
         raise ValueError(f"x_bar has shape {tuple(x_bar.shape)}, expected that of x, {tuple(x.shape)}.")
     _batch("x", lu, x)
+    if b is not None:
+        check_source("b", b, tuple(x.shape[:-1]), tuple(x.shape[-1:]))
     failed = xp.any(xp.isnan(xp.linalg.diagonal(lu)), axis=-1)
     if throw and is_true(xp.any(failed)):
         raise_singular(failed)
@@ -184,6 +186,18 @@ def summed_to(x: Array, shape: tuple[int, ...]) -> Array:
     x = xp.sum(x, axis=tuple(range(extra))) if extra else x
     axes = tuple(i for i, n in enumerate(shape) if n == 1 and x.shape[i] != 1)
     return xp.sum(x, axis=axes, keepdims=True) if axes else x
+
+
+def check_source(name: str, b: Array, lead: tuple[int, ...], item: tuple[int, ...]) -> None:
+    """Raise unless vectors ``(*lead, *item)`` can have come from `b` by broadcasting."""
+    shape, extra = tuple(b.shape), len(lead) + len(item) - b.ndim
+    wanted = (*lead, *item)[max(extra, 0) :]
+    own = zip(shape[: len(wanted) - len(item)], wanted[: len(wanted) - len(item)], strict=True)
+    if extra < 0 or shape[len(shape) - len(item) :] != item or any(p not in (1, q) for p, q in own):
+        raise ValueError(
+            f"{name} has shape {shape}, but the solution belongs to right-hand sides that broadcast to "
+            f"{(*lead, *item)}: pass the {name} that was solved for."
+        )
 
 
 def _batch(name: str, a: Array, b: Array) -> tuple[int, ...]:

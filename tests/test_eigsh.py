@@ -605,3 +605,22 @@ def test_an_operator_that_maps_its_null_space_to_exact_zeros():
     (w, _), info = ddnref.eigsh(operator, 2, v0=np.ones(60), method="iterative", basis=20)
     np.testing.assert_allclose(w, [5.0, 4.0], rtol=1e-14)
     assert int(info.n_iter) <= 5
+
+
+@pytest.mark.parametrize("value", [-0.5, 0.5, 1 / 3])
+@pytest.mark.parametrize("which", ["LA", "LM"])
+def test_all_other_eigenvalues_are_equal(value, which, rng):
+    """The basis leaves an invariant subspace at nearly each step, and must stay orthogonal."""
+    d = np.r_[2.0, 1.5, 1.0, np.full(97, value)]
+    operator = ddnref.diagonal(d)._replace(self_adjoint=True)
+    (w, v), info = ddnref.eigsh(operator, 3, which=which, v0=rng.standard_normal(100), method="iterative")
+    np.testing.assert_allclose(w, d[:3], rtol=1e-13)
+    np.testing.assert_allclose(v.T @ v, np.eye(3), atol=1e-12)
+    assert int(info.n_iter) <= 5
+
+
+def test_identity_and_a_low_rank(rng):
+    a = rng.standard_normal((300, 3))
+    a = np.eye(300) + a @ a.T / 300
+    (w, _), _ = ddnref.eigsh(a, 2, method="iterative")
+    np.testing.assert_allclose(w, np.linalg.eigvalsh(a)[:-3:-1], rtol=1e-13)
