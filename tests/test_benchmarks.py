@@ -163,7 +163,7 @@ def test_interleaved_shows_a_planted_product(monkeypatch: pytest.MonkeyPatch) ->
 def test_alternating_processes_show_a_planted_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DDNREF_BENCH_SECONDS", "0.4")
     options = {"batch": 40, "m": 32, "dtype": "float32"}
-    planted, base = (common.Case("products", {**options, "count": count}) for count in (6, 3))
+    planted, base = (common.Case("products", {**options, "count": count}) for count in (12, 3))
     ratio = common.alternating(planted, base)
     assert ratio.median >= 1.5
     assert ratio.low <= ratio.median <= ratio.high

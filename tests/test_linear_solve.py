@@ -383,8 +383,8 @@ def test_static_errors(rng):
 def test_a_right_hand_side_that_was_not_solved_for(shape, rng):
     a = ddnref.dense(rng.standard_normal((5, 2)))
     x, _ = ddnref.linear_solve(a, rng.standard_normal(5), rtol=1e-12)
-    with pytest.raises(ValueError, match="b has shape .* pass the b that was solved for"):
+    with pytest.raises(ValueError, match=r"b has shape .* pass the b that was solved for"):
         ddnref.linear_solve_vjp(np.ones(2), x, a, np.ones(shape))
     x, saved = ddnref.solve_fwd(np.eye(5), np.ones((2, 5)))
-    with pytest.raises(ValueError, match="b has shape .* pass the b that was solved for"):
+    with pytest.raises(ValueError, match=r"b has shape .* pass the b that was solved for"):
         ddnref.solve_vjp(x, x, *saved, np.ones(shape))
