@@ -153,6 +153,8 @@ def test_what_else_is_refused():
         ddnref.Chain.from_torch(module, loss=nn.MSELoss(), reduction="sum")
     with pytest.raises(ValueError, match="label_smoothing"):
         ddnref.Chain.from_torch(module, loss=nn.CrossEntropyLoss(label_smoothing=0.1))
+    with pytest.raises(ValueError, match="ignore_index set"):
+        ddnref.Chain.from_torch(module, loss=nn.CrossEntropyLoss(ignore_index=1))
     with pytest.raises(ValueError, match="weight set"):
         ddnref.Chain.from_torch(module, loss=nn.CrossEntropyLoss(torch.ones(3)))
     with pytest.raises(ValueError, match="reduction is 'none'"):

@@ -49,7 +49,8 @@ def loss_from(loss: Any, reduction: str | None) -> tuple[str | Loss, str]:
     if kind not in NAMED_LOSSES:
         known = ", ".join([*(f'"{name}"' for name in LOSSES), *(f"torch.nn.{name}" for name in NAMED_LOSSES)])
         raise TypeError(f"loss is a {kind}, expected one of {known}, or a ddnref.Loss.")
-    for option, default in (("weight", None), ("pos_weight", None), ("label_smoothing", 0.0)):
+    options = (("weight", None), ("pos_weight", None), ("label_smoothing", 0.0), ("ignore_index", -100))
+    for option, default in options:
         if getattr(loss, option, default) != default:
             raise ValueError(f"{kind} has {option} set, which is not supported: write the loss as a ddnref.Loss.")
     if reduction not in (None, loss.reduction):
