@@ -132,6 +132,7 @@ def test_frozen_parameters_do_not_appear():
         (nn.Conv2d(2, 2, 2, padding="same"), "unequal sides"),
         (nn.Dropout(0.5), "module.eval"),
         (nn.Softplus(beta=2), "beta=1"),
+        (nn.Softplus(threshold=0.1), "threshold of at least 20"),
         (nn.ELU(), "ELU"),
     ],
 )

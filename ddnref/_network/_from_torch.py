@@ -132,6 +132,8 @@ def _activation(name: str, module: Any) -> str | Activation | None:
     if kind == "Softplus":
         if module.beta != 1:
             raise _unsupported(name, module, "only beta=1 is")
+        if module.threshold < 20:  # from there on it differs from its line by less than 2.1e-9
+            raise _unsupported(name, module, "only a threshold of at least 20, above which it is a line, is")
         return "softplus"
     return NAMED.get(kind)
 
