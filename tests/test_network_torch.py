@@ -141,6 +141,24 @@ def test_unsupported_modules_are_named(module, message):
         ddnref.Chain.from_torch(nn.Sequential(nn.Linear(3, 3), nn.Sequential(module)))
 
 
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("path", ["", "0", "1", "1.0"])
+def test_hooks_are_refused(path, register):
+    module = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Tanh(), nn.Linear(3, 2)))
+    hook = getattr(module.get_submodule(path), register)(lambda *given: None)
+    with pytest.raises(TypeError, match=rf"(?s)module '{path}',.*_{register.removeprefix('register_')}s"):
+        ddnref.Chain.from_torch(module)
+    hook.remove()
+    assert len(ddnref.Chain.from_torch(module).layers) == 2
+
+
+def test_the_old_weight_norm_is_refused():
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        normed = nn.utils.weight_norm(nn.Linear(3, 3))
+    with pytest.raises(TypeError, match=r"module '0'.*weight_norm"):
+        ddnref.Chain.from_torch(nn.Sequential(normed))
+
+
 def test_what_else_is_refused():
     module, _ = network("relu")
     tied = nn.Linear(3, 3)

@@ -59,12 +59,21 @@ def loss_from(loss: Any, reduction: str | None) -> tuple[str | Loss, str]:
 
 
 def _children(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    _refuse_hooks(prefix[:-1], module)
     for i, child in enumerate(module):  # named_children would leave out a module that comes twice
         path = f"{prefix}{i}"
         if type(child).__name__ == "Sequential":
             yield from _children(child, f"{path}.")
         else:
+            _refuse_hooks(path, child)
             yield path, child
+
+
+def _refuse_hooks(name: str, module: Any) -> None:
+    """Functions that PyTorch calls before or after a module, which may change its input, its weights or its output."""
+    for hooks in ("_forward_pre_hooks", "_forward_hooks"):
+        if getattr(module, hooks, None):
+            raise _unsupported(name, module, f"its {hooks} (weight_norm is one) may change what it computes")
 
 
 def _layer(name: str, module: Any) -> list[AnyLayer]:
