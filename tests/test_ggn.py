@@ -356,6 +356,65 @@ def test_batches_give_the_whole(make, sizes, rng):
             assert error(a.second, b.second) <= 1e-12
 
 
+def refilled(x, t, size):
+    """Batches that all come in the same two buffers."""
+    x_buffer, t_buffer = 0 * x[:size], 0 * t[:size]
+    for start in range(0, len(x), size):
+        x_buffer[...], t_buffer[...] = x[start : start + size], t[start : start + size]
+        yield x_buffer, t_buffer
+    x_buffer[...], t_buffer[...] = 0, 0
+
+
+def images(rng, n):
+    """A view of the data is what the dense layer takes."""
+    layers = [ddnref.Flatten(), ddnref.Dense(rng.standard_normal((3, 6)), rng.standard_normal(3))]
+    return ddnref.Chain(layers, "cross_entropy"), rng.standard_normal((n, 1, 2, 3)), rng.integers(0, 3, n)
+
+
+def targets_as_gradient(rng, n):
+    """Targets are the gradient of ``tᵀ y``, and those of the state."""
+    chain, x, t = problem(rng, "mse", n=n)
+    return ddnref.Chain(chain.layers, chain.criterion._replace(gradient=lambda y, t: t)), x, t
+
+
+@pytest.mark.parametrize("make", [problem, blocks, images, targets_as_gradient])
+def test_batches_may_come_in_one_buffer(make, rng):
+    chain, x, t = make(rng, n=8)
+    for size in (1, 2, 4):
+        whole, sharded = ddnref.ggn_eigvalsh(chain, x, t), ddnref.ggn_eigvalsh(chain, batches=refilled(x, t, size))
+        assert error(sharded, whole) <= 1e-12
+    for options in ({}, {"subsampling": [1, 2, 6]}, {"subsampling_gradient": [0, 7]}):
+        options = {"k": 3, "damping": 0.1, **options}
+        whole = ddnref.ggn_damped_newton(chain, x, t, **options)
+        sharded = ddnref.ggn_damped_newton(chain, batches=refilled(x, t, 2), **options)
+        assert error(flat(sharded), flat(whole)) <= 1e-12
+
+
+@pytest.mark.framework("torch")
+def test_batches_may_come_in_one_tensor(rng):
+    import torch
+
+    chain, x, t = problem(rng, n=8)
+    layers = [ddnref.Dense(*(torch.from_numpy(p) for p in layer.params), layer.activation) for layer in chain.layers]
+    chain, x, t = ddnref.Chain(layers, "cross_entropy"), torch.from_numpy(x), torch.from_numpy(t)
+    sharded = ddnref.ggn_eigvalsh(chain, batches=refilled(x, t, 2))
+    assert error(sharded.numpy(), ddnref.ggn_eigvalsh(chain, x, t).numpy()) <= 1e-12
+    with pytest.raises(TypeError, match="x requires grad"):
+        ddnref.ggn_eigvalsh(chain, batches=[(x.requires_grad_(), t)])
+
+
+@pytest.mark.parametrize("mode", ["r", "r+", "c"])
+def test_only_files_mapped_for_reading_are_not_copied(mode, tmp_path, rng):
+    chain, x, t = problem(rng)
+    np.save(tmp_path / "x.npy", x)
+    there = np.load(tmp_path / "x.npy", mmap_mode=mode)
+    reducer = ddnref.ggn_reducer(chain)
+    state = reducer.update(reducer.update(reducer.init(), there[:2], t[:2]), there[2:], t[2:])
+    kept = [shard.columns[0].u for shard in state.shards]
+    assert [np.shares_memory(u, there) for u in kept] == [mode == "r"] * 2
+    assert error(ddnref.ggn_eigvalsh(reducer.finalise(state)), ddnref.ggn_eigvalsh(chain, x, t)) <= 1e-12
+
+
 def test_states_of_several_processes_merge_in_any_grouping(rng):
     chain, x, t = problem(rng, n=9)
     reducer = ddnref.ggn_reducer(chain, mc_samples=2, seed=5)
