@@ -524,6 +524,20 @@ def test_bad_data(function, rng):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_cross_entropy_of_one_output_has_no_columns(function, rng):
+    layers, x = [ddnref.Dense(rng.standard_normal((1, 4)))], rng.standard_normal((5, 4))
+    chain, t = ddnref.Chain(layers, "cross_entropy"), np.zeros(5, dtype=np.int64)
+    for options in ({}, {"mc_samples": 2}, {"throw": False}, {"subsampling": [1, 3]}):
+        with pytest.raises(ValueError, match=r'C = 1 output.*no curvature.*"bce"'):
+            function(chain, x, t, **options)
+    with pytest.raises(ValueError, match="no curvature"):
+        function(chain, batches=[(x, t)])
+    two = ddnref.Chain([ddnref.Dense(np.concatenate([layers[0].weight, np.zeros((1, 4))]))], "cross_entropy")
+    expected = ddnref.ggn_eigvalsh(two, x, t, groups=[[0]])[0] / 2  # logits (y, 0): opposite rows
+    assert error(ddnref.ggn_eigvalsh(ddnref.Chain(layers, "bce"), x, 1.0 + np.zeros((5, 1))), expected[:4]) <= EXACT
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_bad_options(function, rng):
     chain, x, t = problem(rng)
     for groups, kind, message in (

@@ -272,6 +272,11 @@ def _factors(
     bad = _checks.bad_targets(given.chain.criterion, "sum", y, t, given.throw)
     xp = array_api_compat.array_namespace(y)
     s = given.chain.criterion.hessian_sqrt(y, t)
+    if s.shape[-1] == 0:
+        raise ValueError(
+            f"The loss of C = {y.shape[-1]} output(s) has no curvature: the square root of its Hessian has no column. "
+            'A cross-entropy of one output is constant: for two classes end with two outputs, or take loss="bce".'
+        )
     factors = _checks.marked(xp.moveaxis(s, -1, 0), bad)
     if given.mc_samples is None:
         return y, saved, factors
