@@ -579,6 +579,10 @@ def test_k_and_rank(name, rng):
         function(chain, x, t, k=11)
     with pytest.raises(SingularError):
         function(chain, x, t, k=10, zero_rtol=0.5)
+    linear = ddnref.Chain([ddnref.Dense(rng.standard_normal((3, 4)))], "mse")
+    with pytest.raises(SingularError, match="all eigenvalues are zero") as caught:
+        function(linear, 0 * x, np.zeros((6, 3)), k=1)
+    assert "Pass k=" not in str(caught.value), "k = 0 is refused"
 
 
 def test_bad_subsampling_of_gradients_and_damping(rng):
