@@ -257,6 +257,13 @@ def raise_singular(w: Array, zero: Array) -> None:
     """Say which eigenvector does not exist."""
     xp = array_api_compat.array_namespace(w)
     rank = int(xp.min(xp.sum(xp.astype(~zero, xp.int32), axis=-1)))
+    if rank == 0:
+        raise SingularError(
+            f"k = {w.shape[-1]} eigenvectors were asked for, but all eigenvalues are zero: the eigenvector of a zero "
+            "eigenvalue is not in the range of the factor. Likely the factor is zero (inputs of zeros, dead units), or "
+            "zero_rtol= is one or more. Ask for the eigenvalues alone, or pass throw=False to get NaN for these "
+            "eigenvectors."
+        )
     raise SingularError(
         f"k = {w.shape[-1]} eigenvectors were asked for, but only {rank} eigenvalue(s) are not zero: the eigenvector "
         "of a zero eigenvalue is not in the range of the factor, V u / √λ would divide by zero. Likely the factor has "

@@ -356,6 +356,65 @@ def test_batches_give_the_whole(make, sizes, rng):
             assert error(a.second, b.second) <= 1e-12
 
 
+def refilled(x, t, size):
+    """Batches that all come in the same two buffers."""
+    x_buffer, t_buffer = 0 * x[:size], 0 * t[:size]
+    for start in range(0, len(x), size):
+        x_buffer[...], t_buffer[...] = x[start : start + size], t[start : start + size]
+        yield x_buffer, t_buffer
+    x_buffer[...], t_buffer[...] = 0, 0
+
+
+def images(rng, n):
+    """A view of the data is what the dense layer takes."""
+    layers = [ddnref.Flatten(), ddnref.Dense(rng.standard_normal((3, 6)), rng.standard_normal(3))]
+    return ddnref.Chain(layers, "cross_entropy"), rng.standard_normal((n, 1, 2, 3)), rng.integers(0, 3, n)
+
+
+def targets_as_gradient(rng, n):
+    """Targets are the gradient of ``tᵀ y``, and those of the state."""
+    chain, x, t = problem(rng, "mse", n=n)
+    return ddnref.Chain(chain.layers, chain.criterion._replace(gradient=lambda y, t: t)), x, t
+
+
+@pytest.mark.parametrize("make", [problem, blocks, images, targets_as_gradient])
+def test_batches_may_come_in_one_buffer(make, rng):
+    chain, x, t = make(rng, n=8)
+    for size in (1, 2, 4):
+        whole, sharded = ddnref.ggn_eigvalsh(chain, x, t), ddnref.ggn_eigvalsh(chain, batches=refilled(x, t, size))
+        assert error(sharded, whole) <= 1e-12
+    for options in ({}, {"subsampling": [1, 2, 6]}, {"subsampling_gradient": [0, 7]}):
+        options = {"k": 3, "damping": 0.1, **options}
+        whole = ddnref.ggn_damped_newton(chain, x, t, **options)
+        sharded = ddnref.ggn_damped_newton(chain, batches=refilled(x, t, 2), **options)
+        assert error(flat(sharded), flat(whole)) <= 1e-12
+
+
+@pytest.mark.framework("torch")
+def test_batches_may_come_in_one_tensor(rng):
+    import torch
+
+    chain, x, t = problem(rng, n=8)
+    layers = [ddnref.Dense(*(torch.from_numpy(p) for p in layer.params), layer.activation) for layer in chain.layers]
+    chain, x, t = ddnref.Chain(layers, "cross_entropy"), torch.from_numpy(x), torch.from_numpy(t)
+    sharded = ddnref.ggn_eigvalsh(chain, batches=refilled(x, t, 2))
+    assert error(sharded.numpy(), ddnref.ggn_eigvalsh(chain, x, t).numpy()) <= 1e-12
+    with pytest.raises(TypeError, match="x requires grad"):
+        ddnref.ggn_eigvalsh(chain, batches=[(x.requires_grad_(), t)])
+
+
+@pytest.mark.parametrize("mode", ["r", "r+", "c"])
+def test_only_files_mapped_for_reading_are_not_copied(mode, tmp_path, rng):
+    chain, x, t = problem(rng)
+    np.save(tmp_path / "x.npy", x)
+    there = np.load(tmp_path / "x.npy", mmap_mode=mode)
+    reducer = ddnref.ggn_reducer(chain)
+    state = reducer.update(reducer.update(reducer.init(), there[:2], t[:2]), there[2:], t[2:])
+    kept = [shard.columns[0].u for shard in state.shards]
+    assert [np.shares_memory(u, there) for u in kept] == [mode == "r"] * 2
+    assert error(ddnref.ggn_eigvalsh(reducer.finalise(state)), ddnref.ggn_eigvalsh(chain, x, t)) <= 1e-12
+
+
 def test_states_of_several_processes_merge_in_any_grouping(rng):
     chain, x, t = problem(rng, n=9)
     reducer = ddnref.ggn_reducer(chain, mc_samples=2, seed=5)
@@ -465,6 +524,20 @@ def test_bad_data(function, rng):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_cross_entropy_of_one_output_has_no_columns(function, rng):
+    layers, x = [ddnref.Dense(rng.standard_normal((1, 4)))], rng.standard_normal((5, 4))
+    chain, t = ddnref.Chain(layers, "cross_entropy"), np.zeros(5, dtype=np.int64)
+    for options in ({}, {"mc_samples": 2}, {"throw": False}, {"subsampling": [1, 3]}):
+        with pytest.raises(ValueError, match=r'C = 1 output.*no curvature.*"bce"'):
+            function(chain, x, t, **options)
+    with pytest.raises(ValueError, match="no curvature"):
+        function(chain, batches=[(x, t)])
+    two = ddnref.Chain([ddnref.Dense(np.concatenate([layers[0].weight, np.zeros((1, 4))]))], "cross_entropy")
+    expected = ddnref.ggn_eigvalsh(two, x, t, groups=[[0]])[0] / 2  # logits (y, 0): opposite rows
+    assert error(ddnref.ggn_eigvalsh(ddnref.Chain(layers, "bce"), x, 1.0 + np.zeros((5, 1))), expected[:4]) <= EXACT
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_bad_options(function, rng):
     chain, x, t = problem(rng)
     for groups, kind, message in (
@@ -506,6 +579,10 @@ def test_k_and_rank(name, rng):
         function(chain, x, t, k=11)
     with pytest.raises(SingularError):
         function(chain, x, t, k=10, zero_rtol=0.5)
+    linear = ddnref.Chain([ddnref.Dense(rng.standard_normal((3, 4)))], "mse")
+    with pytest.raises(SingularError, match="all eigenvalues are zero") as caught:
+        function(linear, 0 * x, np.zeros((6, 3)), k=1)
+    assert "Pass k=" not in str(caught.value), "k = 0 is refused"
 
 
 def test_bad_subsampling_of_gradients_and_damping(rng):

@@ -132,12 +132,31 @@ def test_frozen_parameters_do_not_appear():
         (nn.Conv2d(2, 2, 2, padding="same"), "unequal sides"),
         (nn.Dropout(0.5), "module.eval"),
         (nn.Softplus(beta=2), "beta=1"),
+        (nn.Softplus(threshold=0.1), "threshold of at least 20"),
         (nn.ELU(), "ELU"),
     ],
 )
 def test_unsupported_modules_are_named(module, message):
     with pytest.raises(TypeError, match=rf"module '1\.0'.*{message}"):
         ddnref.Chain.from_torch(nn.Sequential(nn.Linear(3, 3), nn.Sequential(module)))
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("path", ["", "0", "1", "1.0"])
+def test_hooks_are_refused(path, register):
+    module = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Tanh(), nn.Linear(3, 2)))
+    hook = getattr(module.get_submodule(path), register)(lambda *given: None)
+    with pytest.raises(TypeError, match=rf"(?s)module '{path}',.*_{register.removeprefix('register_')}s"):
+        ddnref.Chain.from_torch(module)
+    hook.remove()
+    assert len(ddnref.Chain.from_torch(module).layers) == 2
+
+
+def test_the_old_weight_norm_is_refused():
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        normed = nn.utils.weight_norm(nn.Linear(3, 3))
+    with pytest.raises(TypeError, match=r"module '0'.*weight_norm"):
+        ddnref.Chain.from_torch(nn.Sequential(normed))
 
 
 def test_what_else_is_refused():
@@ -153,6 +172,8 @@ def test_what_else_is_refused():
         ddnref.Chain.from_torch(module, loss=nn.MSELoss(), reduction="sum")
     with pytest.raises(ValueError, match="label_smoothing"):
         ddnref.Chain.from_torch(module, loss=nn.CrossEntropyLoss(label_smoothing=0.1))
+    with pytest.raises(ValueError, match="ignore_index set"):
+        ddnref.Chain.from_torch(module, loss=nn.CrossEntropyLoss(ignore_index=1))
     with pytest.raises(ValueError, match="weight set"):
         ddnref.Chain.from_torch(module, loss=nn.CrossEntropyLoss(torch.ones(3)))
     with pytest.raises(ValueError, match="reduction is 'none'"):

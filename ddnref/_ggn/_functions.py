@@ -67,8 +67,8 @@ def ggn_eigvalsh(
     TypeError
         `chain` is not a Chain; arrays of another library, device or dtype; groups that are not positions.
     ValueError
-        Shapes that do not fit; no samples; targets out of range; samples named twice or that do not exist; groups that
-        overlap, are empty, or name parameters that do not exist.
+        Shapes that do not fit; no samples; a cross-entropy of one output; targets out of range; samples named twice or
+        that do not exist; groups that overlap, are empty, or name parameters that do not exist.
     NonFiniteError
         Activations or derivatives of some samples are NaN or infinite; it names them.
 

@@ -35,6 +35,11 @@ def cross(pairs: list[Pair], symmetric: bool) -> Array:
     return k
 
 
+def is_read_from_file(x: Array) -> bool:
+    """Whether it is, or was cut from, a memory-mapped file that cannot be written to through it."""
+    return isinstance(x, np.memmap) and x.mode == "r"
+
+
 def _is_dense(columns: Columns) -> bool:
     return isinstance(columns, AffineColumns) and isinstance(columns.layer, Dense)
 

@@ -95,7 +95,8 @@ def ggn_reducer(
     A state holds, for N samples with M factors each (C − 1 for the cross-entropy), the inputs and backpropagated
     factors of all layers, ``N (Σ a_in + M Σ a_out)`` numbers, and the blocks of the Gram matrix, ``(N M)² / 2``: these
     are more as soon as N M² exceeds twice ``Σ a_in + M Σ a_out``. The data itself is held through the inputs of the
-    first layer, by reference: a batch cut from a memory-mapped file is read from the disk where it is used. Passing
+    first layer, as a copy, so that the next batch may come in the same buffer; a batch cut from a file that is
+    memory-mapped for reading (``mode="r"``) is held by reference, and read from the disk where it is used. Passing
     over every batch needs it once forward and M times backward, and one product with every batch before it.
 
     Where ``(N M)²`` numbers are too many, sub-sample, take fewer factors by `mc_samples`, or ask for k eigenpairs by
@@ -117,15 +118,15 @@ def ggn_reducer(
     return reducer_of(given)
 
 
-def reducer_of(given: Options) -> Reducer:
-    """The four functions, with their options bound."""
+def reducer_of(given: Options, *, copied: bool = True) -> Reducer:
+    """The four functions, with their options bound; `copied`: batches may be overwritten after `update`."""
 
     def init(first: int = 0) -> GgnState:
         return GgnState(tuple(() for _ in given.groups), (), first, first)
 
     return Reducer(
         init,
-        lambda state, x, t: _update(given, state, x, t),
+        lambda state, x, t: _update(given, state, *((_own(x), _own(t)) if copied else (x, t))),
         lambda a, b: _merge(given, a, b),
         lambda state: _finalise(given, state),
     )
@@ -135,7 +136,7 @@ def accumulated(
     given: Options, x: Array | None, t: Array | None, batches: Any, progress: Callable[..., object] | None
 ) -> Ggn:
     """All of the data: one batch, or an iterator over several."""
-    reducer = reducer_of(given)
+    reducer = reducer_of(given, copied=batches is not None)
     if batches is not None:
         if x is not None or t is not None:
             raise TypeError("x, t and batches= were all given: pass the data either as a whole or in batches.")
@@ -145,6 +146,15 @@ def accumulated(
         raise TypeError("x and t must be given, or batches=, an iterable of pairs (x, t).")
     whole: Ggn = reducer.finalise(reduce_shards(reducer, [(x, t)], progress))
     return whole
+
+
+def _own(array: Array) -> Array:
+    """A copy, because the caller may fill its buffer again; not of what is mapped from a file for reading."""
+    if array_api_compat.is_torch_array(array):
+        return array.clone()  # asarray would hide that it requires grad, which is refused later
+    if array_api_compat.is_numpy_array(array) and _numpy.is_read_from_file(array):
+        return array
+    return array_api_compat.array_namespace(array).asarray(array, copy=True)
 
 
 def _update(given: Options, state: GgnState, x: Array, t: Array) -> GgnState:
@@ -262,6 +272,11 @@ def _factors(
     bad = _checks.bad_targets(given.chain.criterion, "sum", y, t, given.throw)
     xp = array_api_compat.array_namespace(y)
     s = given.chain.criterion.hessian_sqrt(y, t)
+    if s.shape[-1] == 0:
+        raise ValueError(
+            f"The loss of C = {y.shape[-1]} output(s) has no curvature: the square root of its Hessian has no column. "
+            'A cross-entropy of one output is constant: for two classes end with two outputs, or take loss="bce".'
+        )
     factors = _checks.marked(xp.moveaxis(s, -1, 0), bad)
     if given.mc_samples is None:
         return y, saved, factors

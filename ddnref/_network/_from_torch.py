@@ -49,7 +49,8 @@ def loss_from(loss: Any, reduction: str | None) -> tuple[str | Loss, str]:
     if kind not in NAMED_LOSSES:
         known = ", ".join([*(f'"{name}"' for name in LOSSES), *(f"torch.nn.{name}" for name in NAMED_LOSSES)])
         raise TypeError(f"loss is a {kind}, expected one of {known}, or a ddnref.Loss.")
-    for option, default in (("weight", None), ("pos_weight", None), ("label_smoothing", 0.0)):
+    options = (("weight", None), ("pos_weight", None), ("label_smoothing", 0.0), ("ignore_index", -100))
+    for option, default in options:
         if getattr(loss, option, default) != default:
             raise ValueError(f"{kind} has {option} set, which is not supported: write the loss as a ddnref.Loss.")
     if reduction not in (None, loss.reduction):
@@ -58,12 +59,21 @@ def loss_from(loss: Any, reduction: str | None) -> tuple[str | Loss, str]:
 
 
 def _children(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    _refuse_hooks(prefix[:-1], module)
     for i, child in enumerate(module):  # named_children would leave out a module that comes twice
         path = f"{prefix}{i}"
         if type(child).__name__ == "Sequential":
             yield from _children(child, f"{path}.")
         else:
+            _refuse_hooks(path, child)
             yield path, child
+
+
+def _refuse_hooks(name: str, module: Any) -> None:
+    """Functions that PyTorch calls before or after a module, which may change its input, its weights or its output."""
+    for hooks in ("_forward_pre_hooks", "_forward_hooks"):
+        if getattr(module, hooks, None):
+            raise _unsupported(name, module, f"its {hooks} (weight_norm is one) may change what it computes")
 
 
 def _layer(name: str, module: Any) -> list[AnyLayer]:
@@ -131,6 +141,8 @@ def _activation(name: str, module: Any) -> str | Activation | None:
     if kind == "Softplus":
         if module.beta != 1:
             raise _unsupported(name, module, "only beta=1 is")
+        if module.threshold < 20:  # from there on it differs from its line by less than 2.1e-9
+            raise _unsupported(name, module, "only a threshold of at least 20, above which it is a line, is")
         return "softplus"
     return NAMED.get(kind)
 
