@@ -418,9 +418,12 @@ def test_identical_samples_and_dead_units(rng):
 
 def test_singular_systems(rng):
     chain, x, t = network(rng, 4, 6, 1)
-    with pytest.raises(ddnref.SingularError, match=r"damping is zero.*at least 85 of its 126"):
-        ddnref.hessian_factor(chain, x, t, damping=0.0)
-    wide, x_w, t_w = network(rng, 2, 4, 16)  # cross-entropy does not see a shift of all outputs: singular all the same
+    for zero in (0.0, 0, np.asarray(0.0)):
+        with pytest.raises(ddnref.SingularError, match=r"damping is zero.*at least 85 of its 126"):
+            ddnref.hessian_factor(chain, x, t, damping=zero)
+    wide, x_w, t_w = network(rng, 2, 4, 16)
+    assert ddnref.hessian_factor(wide, x_w, t_w, damping=np.asarray(0.0)).path in ("qr", "dense")
+    # Cross-entropy does not see a shift of all outputs: singular all the same.
     with pytest.raises(ddnref.SingularError, match="singular to working precision"):
         ddnref.hessian_solve(wide, x_w, t_w, wide.params, damping=0.0)
     largest = float(np.linalg.eigvalsh(dense(chain, x, t))[-1])
@@ -466,10 +469,15 @@ def test_static_errors(rng):
         (lambda: call(curvature="fisher"), ValueError, "curvature is 'fisher'"),
         (lambda: call(damping="much"), TypeError, "damping is a str"),
         (lambda: call(damping=np.inf), ValueError, "damping is inf"),
+        (lambda: call(damping=np.asarray(0.1 + 1j)), TypeError, "damping has dtype complex128"),
+        (lambda: call(damping=np.asarray(np.nan)), ValueError, "damping is nan, expected a finite number"),
+        (lambda: call(damping=np.asarray(-np.inf)), ValueError, "damping is -inf, expected a finite number"),
         (lambda: call(damping=np.ones(2)), ValueError, r"damping has shape \(2,\)"),
         (lambda: factor.solve(b[:2]), ValueError, "b has 2 arrays, expected 3"),
         (lambda: factor.solve([b[0], b[1].T[:2], b[2]]), ValueError, r"b\[1\] has shape \(2, 4\), expected \(4, 4\)"),
         (lambda: factor.solve([z.astype(np.float32) for z in b]), TypeError, "float32"),
+        (lambda: factor.solve(bad), ddnref.NonFiniteError, "^b contains NaN"),
+        (lambda: ddnref.hessian_solve_vjp(bad, b, factor), ddnref.NonFiniteError, "^x_bar contains NaN"),
         (lambda: factor.solve(b, refine=-1), ValueError, "refine is -1"),
         (lambda: factor.solve(b, refine="some"), ValueError, "refine is 'some'"),
         (lambda: ddnref.hessian_factor(chain, x[:0], t[:0], damping=0.1), ValueError, "no samples"),
@@ -486,6 +494,9 @@ def test_static_errors(rng):
     many = network(rng, 3, 4, 9)
     with pytest.raises(ValueError, match="fewer samples than inputs"):
         ddnref.hessian_factor(*many, damping=0.1, method="tridiagonal")
+    solutions, info = factor.solve([np.stack([u, v]) for u, v in zip(b, bad, strict=True)], throw=False)
+    assert info.converged.tolist() == [True, False]
+    assert all(np.all(np.isfinite(z[0])) for z in solutions)
     assert "18" in repr(factor) or "44" in repr(factor)
 
 
