@@ -336,6 +336,33 @@ def test_damping_as_an_array_of_its_own(rng):
     assert factor.inertia() == ddnref.hessian_factor(chain, x, t, damping=-0.05).inertia()
 
 
+@pytest.mark.parametrize("kind", ["tridiagonal", "riccati", "qr", "dense", "auto", "residual", "frozen"])
+def test_a_factor_stays_that_of_the_weights_it_was_made_at(kind, rng):
+    """Also the paths built later, here where the first one is not good enough, and the data."""
+    chain, x, t = network(rng, 5, 4, 3, residual=kind == "residual")
+    damping = np.asarray(hard_shifts(chain, dense(chain, x, t))[0])
+    if kind == "frozen":
+        first = ddnref.Dense(rng.standard_normal((4, 4)), None, "tanh")
+        chain = ddnref.Chain([ddnref.Frozen(first), *chain.layers], "cross_entropy")
+    method = kind if kind in _paths.METHODS else "auto"
+    b = [rng.standard_normal(p.shape) for p in chain.params]
+    before = ddnref.hessian_factor(chain, x, t, damping=damping, method=method)
+    factor = ddnref.hessian_factor(chain, x, t, damping=damping, method=method)
+    (expected, info), counts = before.solve(b, throw=False), before.inertia()
+    arrays = [x, damping, *chain.params, *([first.weight] if kind == "frozen" else [])]
+    for array in arrays:
+        array *= 1.3
+    t[...] = (t + 1) % 3
+    solution, found = factor.solve(b, throw=False)
+    assert found.path == info.path
+    for u, v in zip(solution, expected, strict=True):
+        np.testing.assert_array_equal(u, v)
+    assert factor.inertia() == counts
+    assert factor.damping == pytest.approx(float(damping) / 1.3)
+    moved, _ = ddnref.hessian_solve(chain, x, t, b, damping=damping, method=method, throw=False)
+    assert not np.allclose(moved[0], expected[0])
+
+
 @pytest.mark.parametrize("damping", [1e-1, 1e-8, -0.05])
 def test_single_precision(damping, rng):
     """In and out; the work is done in double precision, so that rounding the solution is all that is lost."""

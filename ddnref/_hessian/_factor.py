@@ -57,6 +57,8 @@ class Inertia(NamedTuple):
 class HessianFactor:
     """``H + εI`` of a network's loss, factored; made by `hessian_factor`.
 
+    Of the weights, data and damping it was made with, which it copied: after a change in place, make another.
+
     Attributes
     ----------
     damping : float or array without axes
@@ -253,8 +255,7 @@ class HessianFactor:
         xp = space(g[0])
         size = norm(g)
         safe = xp.where(size > 0, size, xp.ones_like(size))
-        epsilon = abs(self.damping)
-        amplification = (self.norm + epsilon) * norm(result.x) / safe
+        amplification = (self.norm + abs(self.damping)) * norm(result.x) / safe
         amplification = xp.where(xp.isfinite(amplification), amplification, full((), float("inf"), safe))
         good = (result.error <= self.rtol) & (amplification < SINGULAR / precision(self._like))
         return HessianSolveInfo(good, result.steps, norm(result.r) / safe, result.error, amplification, result.name)

@@ -11,7 +11,7 @@ from ddnref._errors import NonFiniteError, SingularError
 from ddnref._hessian import _paths
 from ddnref._hessian._factor import HessianFactor, HessianSolveInfo
 from ddnref._hessian._small import space
-from ddnref._hessian._system import System, system
+from ddnref._hessian._system import System, own, system
 from ddnref._network._chain import Chain
 
 CURVATURES = ("hessian", "ggn")
@@ -134,10 +134,9 @@ def _damping(damping: float | Array, x: Array) -> float | Array:
         namespace(damping=damping, x=x)
         check_real(damping=damping)
         check_shapes(damping=(damping, ()))
-        xp = space(x)
-        if not is_true(xp.isfinite(damping)):
+        if not is_true(space(x).isfinite(damping)):
             raise ValueError(f"damping is {float(damping)}, expected a finite number.")
-        return double(xp, damping)
+        return own(damping)
     if not isinstance(damping, (int, float)):
         raise TypeError(f"damping is a {type(damping).__name__}, expected a number or an array without axes.")
     if not abs(float(damping)) < float("inf"):
