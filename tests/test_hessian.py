@@ -336,6 +336,33 @@ def test_damping_as_an_array_of_its_own(rng):
     assert factor.inertia() == ddnref.hessian_factor(chain, x, t, damping=-0.05).inertia()
 
 
+@pytest.mark.parametrize("kind", ["tridiagonal", "riccati", "qr", "dense", "auto", "residual", "frozen"])
+def test_a_factor_stays_that_of_the_weights_it_was_made_at(kind, rng):
+    """Also the paths built later, here where the first one is not good enough, and the data."""
+    chain, x, t = network(rng, 5, 4, 3, residual=kind == "residual")
+    damping = np.asarray(hard_shifts(chain, dense(chain, x, t))[0])
+    if kind == "frozen":
+        first = ddnref.Dense(rng.standard_normal((4, 4)), None, "tanh")
+        chain = ddnref.Chain([ddnref.Frozen(first), *chain.layers], "cross_entropy")
+    method = kind if kind in _paths.METHODS else "auto"
+    b = [rng.standard_normal(p.shape) for p in chain.params]
+    before = ddnref.hessian_factor(chain, x, t, damping=damping, method=method)
+    factor = ddnref.hessian_factor(chain, x, t, damping=damping, method=method)
+    (expected, info), counts = before.solve(b, throw=False), before.inertia()
+    arrays = [x, damping, *chain.params, *([first.weight] if kind == "frozen" else [])]
+    for array in arrays:
+        array *= 1.3
+    t[...] = (t + 1) % 3
+    solution, found = factor.solve(b, throw=False)
+    assert found.path == info.path
+    for u, v in zip(solution, expected, strict=True):
+        np.testing.assert_array_equal(u, v)
+    assert factor.inertia() == counts
+    assert factor.damping == pytest.approx(float(damping) / 1.3)
+    moved, _ = ddnref.hessian_solve(chain, x, t, b, damping=damping, method=method, throw=False)
+    assert not np.allclose(moved[0], expected[0])
+
+
 @pytest.mark.parametrize("damping", [1e-1, 1e-8, -0.05])
 def test_single_precision(damping, rng):
     """In and out; the work is done in double precision, so that rounding the solution is all that is lost."""
@@ -418,9 +445,12 @@ def test_identical_samples_and_dead_units(rng):
 
 def test_singular_systems(rng):
     chain, x, t = network(rng, 4, 6, 1)
-    with pytest.raises(ddnref.SingularError, match=r"damping is zero.*at least 85 of its 126"):
-        ddnref.hessian_factor(chain, x, t, damping=0.0)
-    wide, x_w, t_w = network(rng, 2, 4, 16)  # cross-entropy does not see a shift of all outputs: singular all the same
+    for zero in (0.0, 0, np.asarray(0.0)):
+        with pytest.raises(ddnref.SingularError, match=r"damping is zero.*at least 85 of its 126"):
+            ddnref.hessian_factor(chain, x, t, damping=zero)
+    wide, x_w, t_w = network(rng, 2, 4, 16)
+    assert ddnref.hessian_factor(wide, x_w, t_w, damping=np.asarray(0.0)).path in ("qr", "dense")
+    # Cross-entropy does not see a shift of all outputs: singular all the same.
     with pytest.raises(ddnref.SingularError, match="singular to working precision"):
         ddnref.hessian_solve(wide, x_w, t_w, wide.params, damping=0.0)
     largest = float(np.linalg.eigvalsh(dense(chain, x, t))[-1])
@@ -466,10 +496,15 @@ def test_static_errors(rng):
         (lambda: call(curvature="fisher"), ValueError, "curvature is 'fisher'"),
         (lambda: call(damping="much"), TypeError, "damping is a str"),
         (lambda: call(damping=np.inf), ValueError, "damping is inf"),
+        (lambda: call(damping=np.asarray(0.1 + 1j)), TypeError, "damping has dtype complex128"),
+        (lambda: call(damping=np.asarray(np.nan)), ValueError, "damping is nan, expected a finite number"),
+        (lambda: call(damping=np.asarray(-np.inf)), ValueError, "damping is -inf, expected a finite number"),
         (lambda: call(damping=np.ones(2)), ValueError, r"damping has shape \(2,\)"),
         (lambda: factor.solve(b[:2]), ValueError, "b has 2 arrays, expected 3"),
         (lambda: factor.solve([b[0], b[1].T[:2], b[2]]), ValueError, r"b\[1\] has shape \(2, 4\), expected \(4, 4\)"),
         (lambda: factor.solve([z.astype(np.float32) for z in b]), TypeError, "float32"),
+        (lambda: factor.solve(bad), ddnref.NonFiniteError, "^b contains NaN"),
+        (lambda: ddnref.hessian_solve_vjp(bad, b, factor), ddnref.NonFiniteError, "^x_bar contains NaN"),
         (lambda: factor.solve(b, refine=-1), ValueError, "refine is -1"),
         (lambda: factor.solve(b, refine="some"), ValueError, "refine is 'some'"),
         (lambda: ddnref.hessian_factor(chain, x[:0], t[:0], damping=0.1), ValueError, "no samples"),
@@ -486,6 +521,9 @@ def test_static_errors(rng):
     many = network(rng, 3, 4, 9)
     with pytest.raises(ValueError, match="fewer samples than inputs"):
         ddnref.hessian_factor(*many, damping=0.1, method="tridiagonal")
+    solutions, info = factor.solve([np.stack([u, v]) for u, v in zip(b, bad, strict=True)], throw=False)
+    assert info.converged.tolist() == [True, False]
+    assert all(np.all(np.isfinite(z[0])) for z in solutions)
     assert "18" in repr(factor) or "44" in repr(factor)
 
 

@@ -117,6 +117,35 @@ def test_interval(rng, monkeypatch):
     assert len(list(each_layer(chain))) == 8
 
 
+def test_interval_far_above_the_estimated_norm(rng):
+    """One eigenvalue of 8 (or -8) beyond two hundred near 2, which products with a few vectors hardly see."""
+    a, scale = 200, np.linspace(0.9, 1.1, 200)
+    scale[0] = 2.0
+    q = [np.linalg.qr(rng.standard_normal((a, a)))[0] for _ in range(2)]
+    x, t = (q[0] * scale) @ q[1], np.ones((a, 1))
+    for sign, loss in ((1.0, "mse"), (-1.0, _negative_squares())):
+        chain = ddnref.Chain([ddnref.Dense(np.zeros((1, a)))], loss, "sum")
+        assert 1.5 * float(ddnref.hessian_factor(chain, x, t, damping=0.1).norm) < 7.0
+        for low, high in ((7.0, 9.0), (3.0, np.inf), (7.0, 1e9)):
+            interval = (low, high) if sign > 0 else (-high, -low)
+            (w, v), info = ddnref.hessian_eigvals(chain, x, t, interval=interval)
+            np.testing.assert_allclose(w, [8.0 * sign], rtol=1e-12)
+            check_vectors(chain, x, t, w, v)
+            assert info.uncertain == (0, 0)
+        for interval in ((9.0, np.inf), (-1e9, -9.0)):
+            assert ddnref.hessian_eigvals(chain, x, t, interval=interval)[0][0].shape == (0,)
+
+
+def _negative_squares():
+    """Minus the squares: a Hessian without a positive eigenvalue."""
+    return ddnref.Loss(
+        value=lambda y, t: -np.sum((y - t) ** 2, axis=-1),
+        gradient=lambda y, t: -2 * (y - t),
+        hessian_sqrt=lambda y, t: np.full((*y.shape, 1), np.nan),
+        hessian=lambda y, t: np.full((*y.shape, 1), -2.0),
+    )
+
+
 def test_static_errors(rng):
     chain, x, t = network(rng, 3, 4, 2)
     for run, error, match in [

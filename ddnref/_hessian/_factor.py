@@ -9,7 +9,7 @@ from typing import NamedTuple, NoReturn
 import array_api_compat
 
 from ddnref._array import Array, double, full, is_true
-from ddnref._errors import ConvergenceError, SingularError
+from ddnref._errors import ConvergenceError, NonFiniteError, SingularError
 from ddnref._hessian import _inertia, _paths
 from ddnref._hessian._paths import Path
 from ddnref._hessian._small import quiet, space, t
@@ -56,6 +56,8 @@ class Inertia(NamedTuple):
 
 class HessianFactor:
     """``H + εI`` of a network's loss, factored; made by `hessian_factor`.
+
+    Of the weights, data and damping it was made with, which it copied: after a change in place, make another.
 
     Attributes
     ----------
@@ -151,6 +153,8 @@ class HessianFactor:
             A backward error above `rtol`.
         SingularError
             ``H + εI`` is singular to working precision.
+        NonFiniteError
+            `b` is not finite.
         TypeError, ValueError
             `b` is not shaped like the parameters, of another dtype or library; `refine` is neither.
 
@@ -159,7 +163,7 @@ class HessianFactor:
         Cost: ``4 p`` flops and a product for each step, p the parameters, and ``O(L (N a)²)``. A right-hand side that
         is zero gives exact zeros.
         """
-        self.check("b", b)
+        self.check("b", b, finite=throw)
         if refine != "auto" and not (isinstance(refine, int) and refine >= 0):
             raise ValueError(f'refine is {refine!r}, expected "auto" or a number of steps.')
         single = b[0].ndim == self._params[0].ndim
@@ -251,8 +255,7 @@ class HessianFactor:
         xp = space(g[0])
         size = norm(g)
         safe = xp.where(size > 0, size, xp.ones_like(size))
-        epsilon = abs(self.damping)
-        amplification = (self.norm + epsilon) * norm(result.x) / safe
+        amplification = (self.norm + abs(self.damping)) * norm(result.x) / safe
         amplification = xp.where(xp.isfinite(amplification), amplification, full((), float("inf"), safe))
         good = (result.error <= self.rtol) & (amplification < SINGULAR / precision(self._like))
         return HessianSolveInfo(good, result.steps, norm(result.r) / safe, result.error, amplification, result.name)
@@ -261,9 +264,12 @@ class HessianFactor:
         """``(H + εI)⁻¹`` of blocks, refined as `solve` does, whatever came of it."""
         return self._best(g, "auto").x
 
-    def check(self, name: str, v: Sequence[Array]) -> None:
+    def check(self, name: str, v: Sequence[Array], finite: bool = False) -> None:
         """Raise unless `v` is a list like the chain's parameters, with or without one leading axis."""
         like_params(name, list(v), self._params, leading=True)
+        xp = space(v[0])
+        if finite and not is_true(xp.all(xp.stack([xp.all(xp.isfinite(entry)) for entry in v]))):
+            raise NonFiniteError(f"{name} contains NaN or infinity. Pass throw=False to get the other solutions.")
 
     def paired(self, u: Sequence[Array], v: Sequence[Array]) -> Array:
         """``Σ ⟨u, v⟩`` over all vectors, in the dtype of the parameters."""

@@ -125,7 +125,7 @@ def order(s: System, method: str, damping: Array | float) -> list[str]:
             f"{s.total} parameters, too many for the dense matrix (at most {DENSE_LIMIT}). Use Dense, Flatten and "
             "Residual layers, or solve with ddnref.minres and chain.hvp."
         )
-    if s.terms is None or (isinstance(damping, float) and damping == 0):
+    if s.terms is None or is_true(damping == 0):
         return stable
     fast = "tridiagonal" if _independent(s.terms) else "riccati"
     if stable[0] == "dense" and seconds("dense", s) < seconds(fast, s):

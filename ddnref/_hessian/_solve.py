@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import array_api_compat
 
-from ddnref._array import Array, check_shapes, double, is_true, namespace
+from ddnref._array import Array, check_real, check_shapes, double, is_true, namespace
 from ddnref._errors import NonFiniteError, SingularError
 from ddnref._hessian import _paths
 from ddnref._hessian._factor import HessianFactor, HessianSolveInfo
 from ddnref._hessian._small import space
-from ddnref._hessian._system import System, system
+from ddnref._hessian._system import System, own, system
 from ddnref._network._chain import Chain
 
 CURVATURES = ("hessian", "ggn")
@@ -60,8 +60,8 @@ def hessian_factor(
     SingularError
         `damping` is zero and some weights have no influence: more inputs than samples.
     TypeError, ValueError
-        Mixed libraries or dtypes, shapes that do not fit, unknown options, an empty batch, a layer that the sweeps do
-        not take, tensors that require grad.
+        Mixed libraries or dtypes, shapes that do not fit, a damping that is complex or not finite, unknown options,
+        an empty batch, a layer that the sweeps do not take, tensors that require grad.
 
     See Also
     --------
@@ -105,7 +105,7 @@ def hessian_factor(
         raise ValueError(f"method is {method!r}, expected one of {', '.join(map(repr, _paths.METHODS))}.")
     epsilon = _damping(damping, x)
     s = prepared(chain, x, t, curvature)
-    if isinstance(epsilon, float) and epsilon == 0 and s.terms is not None:
+    if s.terms is not None and is_true(epsilon == 0):
         _refuse_null_space(s)
     if s.terms is not None and method == "tridiagonal":
         _paths.check_tridiagonal(s.terms)
@@ -132,8 +132,11 @@ def prepared(chain: Chain, x: Array, t: Array, curvature: str) -> System:
 def _damping(damping: float | Array, x: Array) -> float | Array:
     if array_api_compat.is_array_api_obj(damping):
         namespace(damping=damping, x=x)
+        check_real(damping=damping)
         check_shapes(damping=(damping, ()))
-        return double(space(x), damping)
+        if not is_true(space(x).isfinite(damping)):
+            raise ValueError(f"damping is {float(damping)}, expected a finite number.")
+        return own(damping)
     if not isinstance(damping, (int, float)):
         raise TypeError(f"damping is a {type(damping).__name__}, expected a number or an array without axes.")
     if not abs(float(damping)) < float("inf"):
@@ -191,6 +194,8 @@ def hessian_solve(
         The backward error stayed above 1e-15 (double precision, up to 20 layers; see `HessianFactor`).
     SingularError
         ``H + damping·I`` is singular to working precision.
+    NonFiniteError
+        Weights, data or `b` are not finite.
     TypeError, ValueError
         As `hessian_factor`; `b` is not shaped like the parameters.
 
@@ -242,7 +247,7 @@ def hessian_solve_vjp(
 
     Raises
     ------
-    ConvergenceError, SingularError, TypeError, ValueError
+    ConvergenceError, SingularError, NonFiniteError, TypeError, ValueError
         As `hessian_solve`.
 
     Notes
@@ -261,7 +266,7 @@ def hessian_solve_vjp(
     ([array([[0.4]])], np.float64(-0.8))
     """
     factor.check("x", x)
-    factor.check("x_bar", x_bar)
+    factor.check("x_bar", x_bar, finite=throw)
     if x[0].ndim != x_bar[0].ndim:
         raise ValueError(f"x_bar[0] has shape {tuple(x_bar[0].shape)}, expected {tuple(x[0].shape)} of x[0].")
     b_bar, info = factor.solve(x_bar, refine=refine, throw=throw)

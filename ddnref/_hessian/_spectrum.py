@@ -227,9 +227,7 @@ def _between(
 ) -> tuple[tuple[Array, list[Array]], EigvalCountInfo]:
     """Slices with few eigenvalues each, all of them nearest to the middle of their slice."""
     xp = space(like)
-    (low, high) = edges[0], edges[-1]
-    norm = float(HessianFactor(s, 1.0, "auto", like, params).norm) * 1.5
-    low, high = max(low, -norm), min(high, norm)
+    low, high = _clipped(s, edges[0], edges[-1], like, params)
     counts, info = _counts(s, [low, high], "auto", like, params, throw)
     waiting, found = [(low, high, counts[0])], []
     while waiting:
@@ -253,6 +251,24 @@ def _between(
         return (nothing, _lists(s, xp.zeros((s.total, 0), dtype=like.dtype))), info
     w = xp.concat([w for w, _ in found])
     return (w, _lists(s, xp.concat([v for _, v in found], axis=1))), info
+
+
+def _clipped(s: System, low: float, high: float, like: Array, params: Sequence[Array]) -> tuple[float, float]:
+    """The interval without its ends beyond the spectrum: where that ends is counted, an estimated norm is too low."""
+    reach = 1.5 * float(HessianFactor(s, 1.0, "auto", like, params).norm) or 1.0
+    above = max(reach, 2 * low)
+    while above < high:
+        found = HessianFactor(s, -above, "auto", like, params).inertia()
+        if found.zero + found.positive == 0:
+            break
+        above *= 2
+    below = max(reach, -2 * high)
+    while below < -low:
+        found = HessianFactor(s, below, "auto", like, params).inertia()
+        if found.negative + found.zero == 0:
+            break
+        below *= 2
+    return max(low, -below), min(high, above)
 
 
 def _free_edge(s: System, a: float, b: float, like: Array, params: Sequence[Array]) -> float:

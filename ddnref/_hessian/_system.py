@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import array_api_compat
@@ -13,7 +14,7 @@ from ddnref._hessian import _terms
 from ddnref._hessian._terms import CLOSE, OPEN, Blocks, Layer, Step, Terms
 from ddnref._linalg import identity
 from ddnref._network._activations import jet
-from ddnref._network._blocks import Residual
+from ddnref._network._blocks import Frozen, Residual
 from ddnref._network._chain import Chain
 from ddnref._network._layers import Dense, Flatten
 from ddnref._network._sweeps import LayerDerivatives
@@ -57,14 +58,14 @@ class System(NamedTuple):
 
 
 def system(chain: Chain, x: Array, t: Array, curvature: str) -> System:
-    """In double precision wherever the library has it: the Hessian at small damping loses digits otherwise."""
+    """In double precision wherever the library has it: the Hessian at small damping loses digits otherwise.
+
+    All arrays are copies, so that what is factored stays that of these weights and data when they change in place.
+    """
     xp = array_api_compat.array_namespace(x)
     dtype = chain.params[0].dtype
-    layers = [layer.with_params(tuple(double(xp, p) for p in layer.params)) for layer in chain.layers]
-    chain = type(chain)(layers, chain.criterion, chain.reduction)
-    x = double(xp, x)
-    if xp.isdtype(t.dtype, "real floating"):
-        t = double(xp, t)
+    chain = type(chain)([_own(layer) for layer in chain.layers], chain.criterion, chain.reduction)
+    x, t = own(x), own(t)
     refused = next((name for name in map(_refused, chain.layers) if name), "")
     if refused:
         return _opaque(chain, x, t, curvature, dtype, refused)
@@ -84,6 +85,22 @@ def system(chain: Chain, x: Array, t: Array, curvature: str) -> System:
         return [xp.astype(entry, dtype, copy=False) for entry in found]
 
     return System(terms, "", terms.sizes, lambda v: _terms.product(terms, v), blocks, params)
+
+
+def own(array: Array) -> Array:
+    """A copy, of floating numbers in double precision."""
+    xp = array_api_compat.array_namespace(array)
+    exact = double(xp, array) if xp.isdtype(array.dtype, "real floating") else array
+    return xp.asarray(array, copy=True) if exact is array else exact
+
+
+def _own(layer: Any) -> Any:
+    """The layer with copies of its arrays, frozen ones included."""
+    if isinstance(layer, Residual):
+        return replace(layer, layers=[_own(inner) for inner in layer.layers])
+    if isinstance(layer, Frozen):
+        return replace(layer, layer=_own(layer.layer))
+    return layer.with_params(tuple(own(p) for p in layer.params))
 
 
 def _with_bias(weight: Array, bias: Array) -> Array:
