@@ -10,7 +10,8 @@ from ._hessian_cases import fastest, ours, problem, quotient, second, textbook
 class HessianSolve:
     """Derivatives, factorisation and one refined solve: (layers, width, samples)."""
 
-    params = ((25, 64, 1), (100, 64, 1), (400, 64, 1), (100, 16, 1), (100, 32, 1), (50, 64, 4), (20, 8, 32))
+    params = (((25, 64, 1), (100, 64, 1), (400, 64, 1), (100, 16, 1), (100, 32, 1), (50, 64, 4), (20, 8, 32)),)
+    unit = "backward error"
     param_names = ("network",)
 
     def setup(self, network: tuple[int, int, int]) -> None:
@@ -32,7 +33,7 @@ class HessianSolve:
 class HessianRatio:
     """Ratios inside one process, at which a change of the machine cancels."""
 
-    params = ((20, 16, 1), (20, 8, 8))
+    params = (((20, 16, 1), (20, 8, 8)),)
     param_names = ("network",)
     unit = "ratio"
 
@@ -43,6 +44,8 @@ class HessianRatio:
 
 class HessianCounts:
     """Inertia by three eliminations."""
+
+    unit = "seconds"
 
     def setup(self) -> None:
         self.problem = problem(100, 32, 1)
