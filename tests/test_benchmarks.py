@@ -21,6 +21,7 @@ MODULES = (
     "eigh",
     "eigsh",
     "ggn",
+    "hessian",
     "iteration",
     "krylov",
     "linear",
