@@ -26,7 +26,6 @@ WHOLE = 256  # up to this width a matrix and its buffers stay in the second-leve
 TILE = 128  # wider: antisymmetrise and divide in tiles
 BLOCK = 256  # wider: block rows of the last product
 STRIP = 64  # its width where only a few columns are multiplied, so that mirroring it costs the most
-ROWS = 4  # up to this many, symv is faster than a product
 SMALL = 2**13  # numbers in a batch below which the fewest calls win
 NARROW = 128  # up to this width OpenBLAS takes twice as long for A Bᵀ as for A B and a copy
 CHUNK = 2**18  # numbers in a chunk of a batch, 256 matrices of 32×32: smaller ones wait for the interpreter's lock
@@ -178,26 +177,6 @@ def symmetrised(x: Array) -> Array:
         tile = tile + adjoint(x[..., j, i] / 2)
         s[..., i, j], s[..., j, i] = tile, adjoint(tile)
     return s
-
-
-def rows_times_symmetric(s: Array) -> Callable[[Array], Array]:
-    """Rows ``q ↦ q S`` of real symmetric matrices, one after the other by BLAS's symv, which reads half of S.
-
-    Measured at m = 1024 and 2048: 0.5 of the time of the product for one row, 0.9 for four.
-    """
-    s = np.ascontiguousarray(s)
-    s_t, symv = s.mT, {"f": blas.ssymv, "d": blas.dsymv}[s.dtype.char]
-
-    def apply(q: Array) -> Array:
-        if q.shape[-2] > ROWS:
-            return q @ s
-        y = np.empty(q.shape, s.dtype)
-        for item in np.ndindex(s.shape[:-2]):
-            for row, image in zip(q[item], y[item], strict=True):
-                image[...] = symv(1.0, s_t[item], row, lower=1)
-        return y
-
-    return apply
 
 
 def hermitian_sum(b: Array, v: Array) -> Array:

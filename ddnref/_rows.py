@@ -16,7 +16,7 @@ import numpy as np
 
 from ddnref import _numpy
 from ddnref._array import Array, Namespace, check_dtypes, check_shapes, check_square, full, namespace
-from ddnref._linalg import hermitian_part, identity, symmetrised
+from ddnref._linalg import hermitian_part, identity
 from ddnref._operators import LinearOperator
 
 
@@ -65,16 +65,9 @@ def self_adjoint(a: Array | LinearOperator, function: str, like: Array | None = 
     if like is not None:
         check_dtypes(v0=(like, a.dtype))
         check_shapes(v0=(like, tuple(a.shape[:-1])))
-    s = symmetrised(a)
+    s = _numpy.symmetrised(a) if array_api_compat.is_numpy_array(a) else hermitian_part(a)
     s_t = xp.matrix_transpose(s) if _is_complex(s.dtype) else s  # rows q ↦ q Sᵀ; BLAS is faster untransposed
-    if array_api_compat.is_numpy_array(s) and not _is_complex(s.dtype):
-        apply = _numpy.rows_times_symmetric(s)
-    else:
-
-        def apply(q: Array) -> Array:
-            return q @ s_t
-
-    return SelfAdjoint(apply, tuple(a.shape[:-2]), (a.shape[-1],), a)
+    return SelfAdjoint(lambda q: q @ s_t, tuple(a.shape[:-2]), (a.shape[-1],), a)
 
 
 def _of_operator(a: LinearOperator, function: str, like: Array | None) -> SelfAdjoint:

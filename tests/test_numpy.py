@@ -70,18 +70,6 @@ def test_hermitian_sum(m, is_complex, rng):
     assert np.array_equal(x, np.conj(x.mT))
 
 
-@pytest.mark.parametrize("j", [1, 4, 5])
-@pytest.mark.parametrize("shape", [(7, 7), (2, 3, 6, 6), (0, 4, 4)])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_rows_times_symmetric(j, shape, dtype, rng):
-    x = symmetric(rng, shape[-1], shape[:-2]).astype(dtype)
-    q = rng.standard_normal((*shape[:-2], j, shape[-1])).astype(dtype)
-    for s in (x, np.repeat(x, 2, axis=-1)[..., ::2], x.mT):
-        y = _numpy.rows_times_symmetric(s)(q)
-        assert y.dtype == dtype
-        assert relative(y, q @ x) <= (1e-6 if dtype == "float32" else 1e-14)
-
-
 @pytest.mark.parametrize("m", [256, 257])
 def test_product_in_double(m, rng):
     x, y = rng.standard_normal((2, m, m)).astype(np.float32), rng.standard_normal((2, m, 3))
