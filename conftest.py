@@ -14,7 +14,14 @@ import pytest  # noqa: E402
 
 collect_ignore = [
     f"ddnref/interop/{file}.py"
-    for name, file in (("torch", "torch"), ("torch", "_torch_batch"), ("jax", "jax"), ("autograd", "autograd"))
+    for name, file in (
+        ("torch", "torch"),
+        ("torch", "_torch_batch"),
+        ("jax", "jax"),
+        ("autograd", "autograd"),
+        ("dask", "dask"),
+        ("dask", "_dask_blocks"),
+    )
     if importlib.util.find_spec(name) is None
 ]
 

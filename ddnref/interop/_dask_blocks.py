@@ -93,11 +93,11 @@ def called(function: Callable[..., Any]) -> Called:
     """What a public function is of which rule, or ``TypeError``."""
     for rule in RULES.values():
         inputs, outputs, saved, info, vjp_info = items_of(rule)
-        value = outputs[0] if rule.outputs == 1 else tuple(outputs)
+        value: Any = outputs[0] if rule.outputs == 1 else tuple(outputs)
         if function is rule.vjp:
             bars = [Item(("",) * len(item.axes), item.kind) for item in outputs]
             needed = [inputs[i] for i in rule.needs]
-            result = inputs[0] if len(inputs) == 1 else tuple(inputs)
+            result: Any = inputs[0] if len(inputs) == 1 else tuple(inputs)
             if rule.vjp_info is not None:
                 result = result, rule.vjp_info(*vjp_info)
             return Called(rule, True, [*bars, *outputs, *saved, *needed], result)
@@ -117,18 +117,20 @@ def called(function: Callable[..., Any]) -> Called:
 
 def names_of(function: Callable[..., Any], arrays: Sequence[Any], options: dict[str, Any]) -> list[str]:
     """The names of the arrays, of a call that Python would accept."""
+    signature = inspect.signature(function)
     try:
-        bound = inspect.signature(function).bind(*arrays, **options)
+        bound = signature.bind(*arrays, **options)
     except TypeError as error:
         raise TypeError(f"{function.__name__}: {error}. Arrays come by position, options by their names.") from None
     names: list[str] = []
     for name, value in bound.arguments.items():
-        names += [name] if not isinstance(value, tuple) else [f"{name}[{i}]" for i in range(len(value))]
-    refuse_others(zip(names, arrays, strict=False))
+        several = signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
+        names += [f"{name}[{i}]" for i in range(len(value))] if several else [name]
+    refuse_others(zip(names, arrays, strict=False))  # options follow
     for name, value in options.items():
         if dask.is_dask_collection(value):
             raise TypeError(f"{name} is a Dask collection: options are the same for every block. Compute it first.")
-    return names
+    return names[: len(arrays)]
 
 
 def refuse_others(arrays: Iterable[tuple[str, Any]]) -> None:
