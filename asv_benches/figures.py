@@ -26,10 +26,11 @@ from benchmarks import THREADS  # isort: skip - pins the threads before NumPy
 import _figures
 import _figures_ggn
 import _figures_hessian
+import _figures_scale
 from _figures import Row, Sizes
 from benchmarks._common import pin_threads
 
-FIGURES = {**_figures.FIGURES, **_figures_ggn.FIGURES, **_figures_hessian.FIGURES}
+FIGURES = {**_figures.FIGURES, **_figures_ggn.FIGURES, **_figures_hessian.FIGURES, **_figures_scale.FIGURES}
 BUSY = 0.1  # of one core, in other processes, above which a timing is not judged
 
 
@@ -49,7 +50,7 @@ def cpu() -> str:
 
 def versions() -> str:
     found = []
-    for name in ("numpy", "torch", "jax", "autograd"):
+    for name in ("numpy", "torch", "jax", "autograd", "dask"):
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
