@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -149,6 +148,8 @@ def peak_in_blocks(client: Any, size: Size) -> float:
     """Peak memory of the worker that needed most, above what it had before, in blocks of matrices."""
 
     def peak() -> float:
+        import resource  # Unix
+
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     before = client.run(peak)

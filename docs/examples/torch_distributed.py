@@ -1,4 +1,4 @@
-"""The reducers under torch.distributed: a gradient, a Gram matrix and the curvature of a network from several processes.
+"""The reducers under torch.distributed: gradient, Gram matrix and curvature of a network from several processes.
 
 Two processes on one machine, or as many as you like on several::
 
@@ -24,7 +24,7 @@ size = -(-len(x) // world)
 mine = slice(rank * size, min((rank + 1) * size, len(x)))
 
 # Sums add up: one all_reduce for each array of the state.
-mean = ddnref.sum_reducer(chain.gradient, weight=lambda x, t: len(x))
+mean = ddnref.sum_reducer(chain.gradient, weight=lambda x, _: len(x))
 state = mean.update(mean.init(), x[mine], t[mine])
 weight = torch.asarray(state.weight, dtype=x.dtype)
 for total in (*state.total, weight):
