@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from ddnref._array import Array
+from ddnref._array import namespace_of as space
 from ddnref._linalg import identity
-from ddnref._rows import namespace_of as space
 
 
 def t(x: Array) -> Array:

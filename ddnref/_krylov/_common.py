@@ -9,12 +9,11 @@ from typing import Any, NamedTuple, TypeAlias
 import array_api_compat
 import numpy as np
 
-from ddnref._array import Array, is_true
+from ddnref._array import Array, is_true, namespace_of
 from ddnref._errors import ConvergenceError
 from ddnref._krylov._vectors import NUMPY
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator
-from ddnref._rows import namespace_of
 
 RUNNING = -1
 CONVERGED = 0

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import array_api_compat
 import numpy as np
 
-from ddnref._array import Array, check_dtypes, check_shapes, eps, full, namespace
+from ddnref._array import Array, check_dtypes, check_shapes, eps, full, namespace, namespace_of
 from ddnref._krylov._common import (
     CONVERGED,
     NOT_FINITE,
@@ -25,7 +25,6 @@ from ddnref._krylov._common import (
 from ddnref._krylov._vectors import beside, column, norms, power_of_two
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator, dense
-from ddnref._rows import namespace_of
 
 MOST = 20_000  # steps by default: enough for condition 1e6 at 1.5e-8, see `default_maxiter`
 

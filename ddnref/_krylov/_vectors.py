@@ -8,9 +8,8 @@ from __future__ import annotations
 import array_api_compat
 import numpy as np
 
-from ddnref._array import Array
+from ddnref._array import Array, as_dtype, conj, namespace_of, real
 from ddnref._krylov import _inplace
-from ddnref._rows import as_dtype, conj, namespace_of, real
 
 NUMPY = np.ndarray, np.generic  # numbers of one right-hand side are NumPy scalars
 

@@ -9,18 +9,9 @@ The gradient of ``Re ⟨ȳ, B x⟩`` follows from ``Re ⟨ȳ, Ḃ x⟩``; vjp(ȳ
 
 from __future__ import annotations
 
-from ddnref._array import Array
+from ddnref._array import Array, conj, is_complex
 from ddnref._operators._elementary import as_operator, coefficient
-from ddnref._operators._operator import (
-    LinearOperator,
-    Params,
-    coefficient_bar,
-    conj,
-    is_array,
-    is_complex,
-    motions_of,
-    times,
-)
+from ddnref._operators._operator import LinearOperator, Params, coefficient_bar, is_array, motions_of, times
 
 
 def scaled(

@@ -13,7 +13,7 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from ddnref._array import Array, namespace
+from ddnref._array import Array, conj, is_complex, namespace
 from ddnref._linalg import move_axis
 from ddnref._operators._operator import (
     LinearOperator,
@@ -21,10 +21,8 @@ from ddnref._operators._operator import (
     as_shape,
     broadcast_shape,
     check_precision,
-    conj,
     cotangent,
     is_array,
-    is_complex,
     linear_motions,
     no_params_vjp,
     over,
