@@ -155,16 +155,22 @@ def check_square(name: str, x: Array) -> None:
 
 def refuse_recording(function: str, x: Array) -> None:
     """Raise ``TypeError`` where PyTorch would record the forward with its own derivative, which ours replaces."""
+    if is_recorded(x):
+        raise TypeError(
+            f"The tensor given to {function} requires grad, so PyTorch would record its own derivative "
+            "(NaN or wrong at repeated eigenvalues) instead of ours. Call "
+            f"ddnref.interop.torch.differentiable(ddnref.{function}) to train through it, or pass x.detach() "
+            f"and call {function}_vjp yourself."
+        )
+
+
+def is_recorded(x: Array) -> bool:
+    """Whether PyTorch records what is computed from `x`."""
     if "torch" in sys.modules and array_api_compat.is_torch_array(x) and x.requires_grad:
         import torch
 
-        if torch.is_grad_enabled():
-            raise TypeError(
-                f"The tensor given to {function} requires grad, so PyTorch would record its own derivative "
-                "(NaN or wrong at repeated eigenvalues) instead of ours. Call "
-                f"ddnref.interop.torch.differentiable(ddnref.{function}) to train through it, or pass x.detach() "
-                f"and call {function}_vjp yourself."
-            )
+        return torch.is_grad_enabled()
+    return False
 
 
 def is_true(flag: Array) -> bool:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import array_api_compat
 import numpy as np
 
-from ddnref._array import Array, check_dtypes, check_shapes, eps, full, namespace, namespace_of
+from ddnref._array import Array, check_dtypes, check_shapes, eps, full, is_recorded, namespace, namespace_of
 from ddnref._krylov._common import (
     CONVERGED,
     NOT_FINITE,
@@ -173,10 +172,7 @@ def _options(
 
 
 def _refuse_recording(function: str, *arrays: Array) -> None:
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.is_grad_enabled():
-        return
-    if any(array_api_compat.is_torch_array(array) and array.requires_grad for array in arrays):
+    if any(map(is_recorded, arrays)):
         raise TypeError(
             f"A tensor given to {function} requires grad, so PyTorch would record every step, and the gradient of an "
             "unrolled Krylov method is wrong after some hundred steps. Differentiate ddnref.linear_solve instead, or "
