@@ -188,6 +188,11 @@ def refuse_non_finite(name: str, x: Array) -> None:
         )
 
 
+def quiet() -> np.errstate:
+    """NumPy's warnings off, array-api-strict's too: an item that is not finite is reported by its status."""
+    return np.errstate(all="ignore")
+
+
 def full(shape: tuple[int, ...], value: float, like: Array) -> Array:
     """An array filled with `value`, of the dtype and on the device of `like`."""
     xp = array_api_compat.array_namespace(like)

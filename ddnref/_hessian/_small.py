@@ -18,11 +18,6 @@ def t(x: Array) -> Array:
     return x.mT if type(x) is np.ndarray else space(x).matrix_transpose(x)
 
 
-def quiet() -> np.errstate:
-    """Without NumPy's warnings: what is not finite is found in the residual, and reported there."""
-    return np.errstate(all="ignore")
-
-
 def add_diagonal(m: Array, d: Array | float) -> Array:
     """``M + diag(d)``; on NumPy M itself, which the caller has just made, overwritten."""
     if type(m) is np.ndarray:
@@ -49,4 +44,4 @@ def symmetric(x: Array) -> Array:
     return (x + t(x)) / 2
 
 
-__all__ = ["add_diagonal", "dot", "flat", "quiet", "space", "symmetric", "t"]
+__all__ = ["add_diagonal", "dot", "flat", "space", "symmetric", "t"]

@@ -107,11 +107,6 @@ def count(go: Array, n_iter: Array) -> Array:
     return n_iter + namespace_of(n_iter).astype(go, n_iter.dtype)
 
 
-def quiet() -> np.errstate:
-    """NumPy's warnings off, array-api-strict's too: an item that is not finite is reported by its status."""
-    return np.errstate(all="ignore")
-
-
 ADVICE = {
     ITERATION_LIMIT: (
         "reached the iteration limit of {maxiter}",

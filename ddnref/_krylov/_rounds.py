@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import array_api_compat
 
-from ddnref._array import Array, full, nan_where
+from ddnref._array import Array, full, nan_where, quiet
 from ddnref._krylov._common import (
     CONVERGED,
     ITERATION_LIMIT,
@@ -27,7 +27,6 @@ from ddnref._krylov._common import (
     SolveInfo,
     System,
     mark,
-    quiet,
     raise_if_failed,
 )
 from ddnref._krylov._vectors import beside, column, norms, own

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import array_api_compat
 import numpy as np
 
-from ddnref._array import Array, check_dtypes, check_shapes, eps, full, is_recorded, namespace, namespace_of
+from ddnref._array import Array, check_dtypes, check_shapes, eps, full, is_recorded, namespace, namespace_of, quiet
 from ddnref._krylov._common import (
     CONVERGED,
     NOT_FINITE,
@@ -19,7 +19,6 @@ from ddnref._krylov._common import (
     Preconditioner,
     System,
     mark,
-    quiet,
 )
 from ddnref._krylov._vectors import beside, column, norms, power_of_two
 from ddnref._loops import WhileLoop
