@@ -199,6 +199,18 @@ def full(shape: tuple[int, ...], value: float, like: Array) -> Array:
     return xp.full(shape, value, dtype=like.dtype, device=array_api_compat.device(like))
 
 
+def own(x: Array) -> Array:
+    """A copy, which may be overwritten and does not change with `x`."""
+    return namespace_of(x).asarray(x, copy=True)
+
+
+def with_axes(x: Array, count: int) -> Array:
+    """Numbers ``(...)``, one for each item, with that many axes of length one behind, to go with what an item has."""
+    if count == 1:
+        return x[..., None]  # the quickest: Krylov methods ask for it in every step
+    return namespace_of(x).reshape(x, (*x.shape, *(1,) * count)) if count else x
+
+
 def nan_where(bad: Array, x: Array) -> Array:
     """`x` with NaN wherever `bad` (broadcast against it) is set; reads nothing on the host."""
     return array_api_compat.array_namespace(x).where(bad, full((), float("nan"), x), x)

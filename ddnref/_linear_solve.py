@@ -19,7 +19,7 @@ from typing import Any
 import array_api_compat
 
 from ddnref import _linalg
-from ddnref._array import Array, check_dtypes, check_shapes, namespace, nan_where, refuse_recording
+from ddnref._array import Array, check_dtypes, check_shapes, namespace, nan_where, refuse_recording, with_axes
 from ddnref._dense_solver import DIRECT_UP_TO, direct
 from ddnref._errors import DdnrefError
 from ddnref._krylov._bicgstab import bicgstab
@@ -196,7 +196,7 @@ def linear_solve_vjp(
     call |= {"check_every": check_every, "throw": throw, "while_loop": while_loop}
     n, m, domain, target = math.prod(a.range_shape), a.size, a.domain_shape, a.range_shape
     y, info = solve_for_derivative(solve, adjoint_of(operator), x_bar, x0=y0, **call)
-    y = nan_where(spread(missing(x, domain), target), without_failed(y, info, target))
+    y = nan_where(with_axes(missing(x, domain), len(target)), without_failed(y, info, target))
     params_bar = _minus(a.params_vjp(a.params, y, x))
     if n > m:
         z, more = solve_for_derivative(solve, operator, y, **call)
@@ -283,15 +283,9 @@ def _check(a: LinearOperator, x_bar: Array, x: Array, b: Array | None, y0: Array
     return lead
 
 
-def spread(flags: Array, shape: tuple[int, ...]) -> Array:
-    """One flag for each right-hand side, shaped to broadcast against vectors of that shape."""
-    xp = array_api_compat.array_namespace(flags)
-    return xp.reshape(flags, (*flags.shape, *(1,) * len(shape)))
-
-
 def without_failed(x: Array, info: SolveInfo, shape: tuple[int, ...]) -> Array:
     """NaN for every right-hand side that was not solved."""
-    return nan_where(spread(~info.converged, shape), x)
+    return nan_where(with_axes(~info.converged, len(shape)), x)
 
 
 def missing(x: Array, shape: tuple[int, ...]) -> Array:

@@ -11,7 +11,7 @@ from ddnref._errors import NonFiniteError, SingularError
 from ddnref._hessian import _paths
 from ddnref._hessian._factor import HessianFactor, HessianSolveInfo
 from ddnref._hessian._small import space
-from ddnref._hessian._system import System, own, system
+from ddnref._hessian._system import System, exact_copy, system
 from ddnref._network._chain import Chain
 
 CURVATURES = ("hessian", "ggn")
@@ -136,7 +136,7 @@ def _damping(damping: float | Array, x: Array) -> float | Array:
         check_shapes(damping=(damping, ()))
         if not is_true(space(x).isfinite(damping)):
             raise ValueError(f"damping is {float(damping)}, expected a finite number.")
-        return own(damping)
+        return exact_copy(damping)
     if not isinstance(damping, (int, float)):
         raise TypeError(f"damping is a {type(damping).__name__}, expected a number or an array without axes.")
     if not abs(float(damping)) < float("inf"):

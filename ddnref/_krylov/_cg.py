@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ddnref._array import Array
+from ddnref._array import Array, own
 from ddnref._krylov._common import (
     NOT_POSITIVE_DEFINITE,
     PRECONDITIONER_NOT_POSITIVE_DEFINITE,
@@ -19,7 +19,7 @@ from ddnref._krylov._common import (
 )
 from ddnref._krylov._rounds import Result, Round, finish, rounds
 from ddnref._krylov._system import prepare
-from ddnref._krylov._vectors import axpy, dots, own, quotient, xpay
+from ddnref._krylov._vectors import axpy, dots, quotient, xpay
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator
 

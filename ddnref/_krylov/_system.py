@@ -9,7 +9,18 @@ from typing import Any, NamedTuple
 import array_api_compat
 import numpy as np
 
-from ddnref._array import Array, check_dtypes, check_shapes, eps, full, is_recorded, namespace, namespace_of, quiet
+from ddnref._array import (
+    Array,
+    check_dtypes,
+    check_shapes,
+    eps,
+    full,
+    is_recorded,
+    namespace,
+    namespace_of,
+    quiet,
+    with_axes,
+)
 from ddnref._krylov._common import (
     CONVERGED,
     NOT_FINITE,
@@ -20,7 +31,7 @@ from ddnref._krylov._common import (
     System,
     mark,
 )
-from ddnref._krylov._vectors import beside, column, norms, power_of_two
+from ddnref._krylov._vectors import column, norms, power_of_two
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator, dense
 
@@ -204,7 +215,7 @@ def _scaled(
         return xp.reshape(a.adjoint(a.params, xp.reshape(y, (*batch, *a.range_shape))), (*batch, *spaces.domain))
 
     finite = xp.all(xp.isfinite(b), axis=tuple(range(-axes, 0)))
-    b = xp.where(beside(finite, b), b, xp.zeros_like(b))
+    b = xp.where(with_axes(finite, axes), b, xp.zeros_like(b))
     scale = power_of_two(b, axes)
     b = b / column(scale, b)
     size = norms(b, axes)
@@ -213,7 +224,7 @@ def _scaled(
     status = mark(mark(status, zero & finite, CONVERGED), ~finite, NOT_FINITE)
     norm_b = xp.where(zero, xp.ones_like(size), size)
     if x0 is not None:
-        x0 = xp.where(beside(zero, x0), xp.zeros_like(x0), x0 / column(scale, x0))
+        x0 = xp.where(with_axes(zero, axes), xp.zeros_like(x0), x0 / column(scale, x0))
     system = System(
         apply, adjoint, precondition, b, norm_b, scale, status, batch, tuple(a.domain_shape), axes, options
     )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 import array_api_compat
 import numpy as np
 
-from ddnref._array import Array, conj, full, is_complex, namespace, real_dtype
+from ddnref._array import Array, conj, full, is_complex, namespace, real_dtype, with_axes
 from ddnref._linalg import identity, move_axis
 
 Params = tuple[Array, ...]
@@ -174,9 +174,7 @@ def is_array(c: Any) -> bool:
 
 def over(c: Array, ndim: int) -> Array:
     """One number for each item of a batch, ``(...)``, shaped to multiply vectors with `ndim` axes."""
-    if isinstance(c, (int, float, complex)) or ndim == 0:
-        return c
-    return array_api_compat.array_namespace(c).reshape(c, (*c.shape, *(1,) * ndim))
+    return c if isinstance(c, (int, float, complex)) else with_axes(c, ndim)
 
 
 def times(c: Array | float | complex, y: Array, ndim: int) -> Array:
