@@ -33,19 +33,9 @@ from ddnref._krylov._common import (
 )
 from ddnref._krylov._vectors import column, norms, power_of_two
 from ddnref._loops import WhileLoop
-from ddnref._operators import LinearOperator, dense
+from ddnref._operators import LinearOperator, as_operator
 
 MOST = 20_000  # steps by default: enough for condition 1e6 at 1.5e-8, see `default_maxiter`
-
-
-def of_array(a: Array | LinearOperator, function: str) -> LinearOperator:
-    """An operator as it is; the one that multiplies by a matrix, a square one taken as self-adjoint if need be."""
-    if isinstance(a, LinearOperator):
-        return a
-    namespace(operator=a)
-    if a.ndim < 2:
-        raise ValueError(f"The operator given to {function} has shape {tuple(a.shape)}, expected (..., n, m).")
-    return dense(a, self_adjoint=a.shape[-2] == a.shape[-1])
 
 
 def prepare(
@@ -63,7 +53,10 @@ def prepare(
     shaped: bool = False,
 ) -> tuple[System, Array | None]:
     """The system, after a look at everything that does not depend on values, and ``x0`` scaled like it."""
-    a = of_array(operator, function).prepared()
+    a = as_operator(operator)
+    if a is not operator and a.domain_shape == a.range_shape:
+        a = a._replace(self_adjoint=True)  # a square matrix is taken at its word
+    a = a.prepared()
     xp = namespace(b=b, x0=x0, **{f"params[{i}]": parameter for i, parameter in enumerate(a.params)})
     check_dtypes(x0=(x0, b.dtype))
     _refuse_recording(function, b, *a.params)
