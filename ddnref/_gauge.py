@@ -45,11 +45,13 @@ def exceeds(part: Array, whole: Array, rtol: float) -> Array:
 
 
 def ratio(part: Array, whole: Array) -> Array:
+    """``part / whole``, and `part` itself where `whole` is zero."""
     xp = array_api_compat.array_namespace(part)
     return part / xp.where(whole > 0, whole, xp.ones_like(whole))
 
 
 def raise_gauge(residual: Array, gauge_rtol: float) -> NoReturn:
+    """Say what a loss that is not well defined depends on, and by how much."""
     xp = array_api_compat.array_namespace(residual)
     worst = float(xp.max(xp.where(xp.isnan(residual), xp.zeros_like(residual), residual)))
     raise GaugeError(

@@ -111,4 +111,5 @@ def _wide(w: Array, x: Array, v: Array) -> Array:
 
 
 def norm(xp: Namespace, x: Array, axis: int | tuple[int, int] = (-2, -1)) -> Array:
+    """Euclidean norm along `axis`, Frobenius norm over two axes."""
     return xp.sqrt(xp.sum(real(x * conj(x)), axis=axis))
