@@ -169,7 +169,7 @@ def is_recorded(x: Array) -> bool:
     if "torch" in sys.modules and array_api_compat.is_torch_array(x) and x.requires_grad:
         import torch
 
-        return torch.is_grad_enabled()
+        return bool(torch.is_grad_enabled())
     return False
 
 
