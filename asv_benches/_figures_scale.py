@@ -34,7 +34,7 @@ def scale_rows(sizes: Sizes) -> Iterator[Row]:
         large = cases.Size(6, sizes[1].batch if len(sizes) > 1 else 500, size.m)
         peak = cases.peak_in_blocks(client, large)
     what = f"blocks of {large.items} matrices {large.m}×{large.m}"
-    yield at_most(f"peak memory of a worker above idle, {what}, in blocks", peak, 8, f"{peak:.1f}")
+    yield at_most(f"peak memory of a worker above idle, {what}, in blocks", peak, 6, f"{peak:.1f}")
 
 
 def _measured(
