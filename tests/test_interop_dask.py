@@ -470,7 +470,6 @@ def client(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("OMP", "OPENBLAS", "MKL"):  # as a user has it, who has set nothing
             patch.delenv(f"{name}_NUM_THREADS", raising=False)
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         with dask.config.set(timeouts), cluster() as processes, Client(processes) as client:
             yield client
 
