@@ -190,6 +190,9 @@ def test_unknown_chunks(rng):
     np.testing.assert_allclose(found, 2 * x[keep], atol=1e-13)
     _, gradient = map_gradients(ddnref.eigh, lambda w, v: (np.sum(w**2, axis=-1), (2 * w, None)), some)
     assert np.array_equal(gradient.compute(), found)
+    b = chunked(rng.random((7, 3)), 2)[da.from_array(keep, chunks=2)]
+    x, (lu, _) = map_items(ddnref.solve_fwd, some, b)
+    assert lu.compute().shape == (4, 3, 3)
     with pytest.raises(ValueError, match="compute_chunk_sizes"):
         map_items(ddnref.eigh_vjp, chunked(np.ones((4, 3)), 2), None, w, v)
     unknown = da.from_array(np.ones((4, 3)), chunks=2)[:, da.from_array(np.ones(3, dtype=bool), chunks=2)]

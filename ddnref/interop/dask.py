@@ -88,7 +88,8 @@ def map_items(function: Callable[..., Any], /, *arrays: da.Array | None, **optio
     names = names_of(function, arrays, options)
     given = {i: Given(names[i], x, own.items[i]) for i, x in enumerate(arrays) if x is not None}
     sizes, dtype = checked(list(given.values()), options)
-    if own.saves and len({x.shape[: x.ndim - len(item.axes)] for _, x, item in given.values()}) > 1:
+    batches = {str(x.shape[: x.ndim - len(item.axes)]) for _, x, item in given.values()}  # nan is not equal to nan
+    if own.saves and len(batches) > 1:
         raise ValueError(
             f"{' and '.join(names)} have different batch axes: every block would compute again what "
             f"{function.__name__} saves of a shared array. Give them the same, or use map_gradients."
