@@ -113,15 +113,15 @@ def test_a_gauge_dependent_loss_is_nan_with_a_warning(tf, differentiable, grad, 
     assert np.isfinite(x_bar[1]).all()
 
 
-def test_what_has_not_converged_is_nan_and_warns(tf, differentiable, grad, mode, rng):
-    a, b = np.diag(np.logspace(0, 3, 12)), np.ones((2, 12))
+def test_what_has_not_converged_is_nan_and_warns(tf, differentiable, grad, mode):
+    operator, b = ddnref.diagonal(np.logspace(0, 3, 12), positive_definite=True), np.ones((2, 12))
     b[0, 1:] = 0
     solve = differentiable(ddnref.linear_solve, maxiter=3)
-    x, info = mode(solve)(a, b)
+    x, info = mode(lambda b: solve(operator, b))(b)
     assert info.converged.numpy().tolist() == [True, False]
     assert np.isnan(x.numpy()).all(axis=-1).tolist() == [False, True]
     with pytest.warns(RuntimeWarning, match="A gradient is NaN"):
-        b_bar = mode(grad(lambda b: tf.reduce_sum(solve(a, b)[0] ** 2)))(b)
+        b_bar = mode(grad(lambda b: tf.reduce_sum(solve(operator, b)[0] ** 2)))(b)
     assert np.isnan(b_bar.numpy()).all(axis=-1).tolist() == [False, True]
 
 
@@ -141,17 +141,19 @@ def test_an_operator_and_its_status(tf, differentiable, grad, mode, rng):
     assert mode(grad(lambda b: solve(operator, b)[1].residual_norm))(b) is None
 
 
-def test_an_operator_of_two_parameters_shared_by_a_batch(tf, differentiable, grad, rng):
-    """In a graph that knows neither how many right-hand sides there are, nor the blur's size."""
-    kernel, rho, b = 0.1 * rng.standard_normal((3, 3)), np.asarray(0.5), rng.standard_normal((4, 3, 5))
+@pytest.mark.parametrize("batch", [(), (None,)])
+def test_operators_and_batches(batch, tf, differentiable, grad, rng):
+    """A kernel or several, shared by right-hand sides or not, in a graph that does not know how many."""
+    kernel, rho = 0.1 * rng.standard_normal((*(4 for _ in batch), 3, 3)), np.asarray(0.5)
     operator, solve = ddnref.normal(ddnref.convolution(kernel, (3, 5)), rho), differentiable(ddnref.linear_solve)
-    loss = lambda *inputs: tf.reduce_sum(solve(operator.with_params(*inputs[:-1]), inputs[-1])[0] ** 3)
-    params = tuple(operator.params)
-    eager = grad(loss)(*params, b)
-    shapes = [*(p.shape for p in params[:-1]), (), (None, 3, 5)]
-    compiled = tf.function(grad(loss), input_signature=[tf.TensorSpec(s, tf.float64) for s in shapes])
-    for ours, graph in zip(eager, compiled(*params, b), strict=True):
-        assert relative(graph.numpy(), ours.numpy()) <= 1e-12
+    loss = lambda b, *params: tf.reduce_sum(solve(operator.with_params(*params), b)[0] ** 3)
+    signature = [tf.TensorSpec(s, tf.float64) for s in ((None, 3, 5), (*batch, 3, 3), ())]
+    assert [p.ndim for p in operator.params] == [len(batch) + 2, 0]
+    for b in (rng.standard_normal((4, 3, 5)), rng.standard_normal((1, 3, 5))):
+        eager = grad(loss)(b, *operator.params)
+        compiled = tf.function(grad(loss), input_signature=signature)(b, *operator.params)
+        for ours, graph in zip(eager, compiled, strict=True):
+            assert relative(graph.numpy(), ours.numpy()) <= 1e-12
 
 
 def test_eigenpairs_of_an_operator_alone(tf, differentiable, grad, mode):
@@ -221,6 +223,10 @@ def test_shapes_in_a_graph(tf, differentiable):
     assert shapes(qr, (None, 5, 2)) == [(None, 5, 2), (None, 2, 2)]
     assert shapes(qr, (3, None, 2)) == [(3, None, 2), (3, 2, 2)]
     assert shapes(lambda *inputs: sinkhorn(*inputs)[1].converged, (7, 4, 3), (7, 4), (7, 3)) == [(7,)]
+    for solve in (differentiable(ddnref.solve), lambda a, b: differentiable(ddnref.linear_solve)(a, b)[0]):
+        assert shapes(solve, (3, 3), (7, 3)) == [(7, 3)]  # several right-hand sides
+        assert shapes(solve, (None, 3, 3), (3,)) == [(None, 3)]
+        assert shapes(solve, (4, 3, 3), (None, 1, 3)) == [(None, 4, 3)]
     with pytest.raises(ValueError, match="no known rank"):
         shapes(qr, None)
     with pytest.raises(ValueError, match=r"sinkhorn returns do not follow from \[None, None, 3\], \[4\], \[3\]"):

@@ -105,7 +105,7 @@ def _operation(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., tuple[
 
     @lru_cache(maxsize=64)
     def specs(*inputs: Spec) -> tuple[Spec, ...]:
-        return _specs(rule.name, host.forward, layout, inputs)
+        return _specs(rule, host.forward, layout, inputs)
 
     @tf.custom_gradient
     def operate(*inputs: Tensor) -> tuple[Any, Callable[..., Any]]:
@@ -156,38 +156,44 @@ def _spec(x: Tensor) -> Spec:
 
 
 def _specs(
-    name: str, forward: Callable[..., tuple[Array, ...]], layout: Layout, inputs: tuple[Spec, ...]
+    rule: Rule, forward: Callable[..., tuple[Array, ...]], layout: Layout, inputs: tuple[Spec, ...]
 ) -> tuple[Spec, ...]:
-    """What the forward returns, seen from an empty batch, in which there is nothing to compute.
+    """What the forward returns, seen from two runs in which there is next to nothing to compute.
 
-    Twice, with two lengths of the axes that are not known: where the results differ, their axis is not known either.
+    They differ in the lengths of the axes that are not known; where their results differ, an axis is not known either.
     """
     known = all(None not in spec.shape for spec in inputs)
+    shapes = ", ".join(str(list(spec.shape)) for spec in inputs)
     try:
-        first, last = (forward(*_empty(layout, inputs, length)) for length in _LENGTHS)
+        with np.errstate(all="ignore"):
+            first, last = (forward(*_probe(rule, layout, inputs, i)) for i in range(2))
     except ValueError as error:
         if known:
             forward(*(np.ones(spec.shape, spec.dtype.as_numpy_dtype) for spec in inputs))  # says which shape is wrong
             raise
-        shapes = ", ".join(str(list(spec.shape)) for spec in inputs)
         raise ValueError(
-            f"The shapes that {name} returns do not follow from {shapes}, where None is not known before the graph "
-            f"runs: tell more lengths with input_signature or tf.ensure_shape. {error}"
+            f"The shapes that {rule.name} returns do not follow from {shapes}, where None is not known before the "
+            f"graph runs: tell more lengths with input_signature or tf.ensure_shape. {error}"
         ) from error
+    batch = 1 if layout.plain else 0
     return tuple(
-        Spec(y.dtype, tuple(a if a == b else None for a, b in zip(y.shape[1:], z.shape[1:], strict=True)))
+        Spec(y.dtype, tuple(a if a == b else None for a, b in zip(y.shape[batch:], z.shape[batch:], strict=True)))
         for y, z in zip(first, last, strict=True)
     )
 
 
-_LENGTHS = (251, 257)  # of unknown axes, longer than any k; an empty batch of them takes no memory
+def _probe(rule: Rule, layout: Layout, inputs: tuple[Spec, ...], run: int) -> list[Array]:
+    """An empty batch of inputs; beside operators, which not all take batches, a right-hand side of zeros.
 
-
-def _empty(layout: Layout, inputs: tuple[Spec, ...], length: int) -> list[Array]:
-    """An empty batch of inputs; operators are shared by it, if there is an array beside them."""
-    specs, arrays = iter(inputs), []
-    for part, count in zip(layout.parts, layout.counts, strict=True):
-        batch = () if part is not None and None in layout.parts else (0,)
-        for dtype, shape in (next(specs) for _ in range(count)):
-            arrays.append(np.ones((*batch, *(length if n is None else n for n in shape)), dtype.as_numpy_dtype))
-    return arrays
+    Axes that are not known are longer than any k, which takes no memory, or of an operator's batch, which does.
+    """
+    length = (251, 257)[run] if layout.plain else (2, 3)[run]
+    shapes = [tuple(length if n is None else n for n in spec.shape) for spec in inputs]
+    dtypes = [spec.dtype.as_numpy_dtype for spec in inputs]
+    if not layout.plain:
+        fills = (value for part, count in zip(*layout, strict=True) for value in (0 if part is None else 1,) * count)
+        return [np.full(shape, *rest) for shape, *rest in zip(shapes, fills, dtypes, strict=True)]
+    own = rule.item_axes[: len(shapes)] or [len(shape) for shape in shapes]
+    lead = max(len(shape) - n for shape, n in zip(shapes, own, strict=True))
+    levels = [(0, *(1,) * (lead + n - len(shape)), *shape) for shape, n in zip(shapes, own, strict=True)]
+    return list(map(np.zeros, levels, dtypes))
