@@ -30,6 +30,10 @@ class Spec(NamedTuple):
     shape: tuple[int | None, ...]
     """``None`` for axes whose length is told at run time."""
 
+    def lengths(self, unknown: int = 0) -> tuple[int, ...]:
+        """The shape, with a length for those axes."""
+        return tuple(unknown if n is None else n for n in self.shape)
+
 
 def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """Turn one of ddnref's operations into a function that TensorFlow differentiates with our VJP.
@@ -119,8 +123,9 @@ def _operation(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., tuple[
         return (*results[:n], *info), pull
 
     @tf.custom_gradient  # of all inputs, also those that the VJP does not need: a second derivative comes through them
-    def reverse(*tensors: Tensor) -> tuple[tuple[Tensor, ...], Callable[..., Any]]:
-        return _on_host(pulled, tensors, lambda *specs: specs[len(specs) - count :]), _refuse
+    def reverse(*tensors: Tensor) -> tuple[Any, Callable[..., Any]]:
+        gradients = _on_host(pulled, tensors, lambda *specs: specs[len(specs) - count :])
+        return (gradients if count > 1 else gradients[0]), _refuse  # TensorFlow takes longer over a tuple of one
 
     def pulled(*arrays: Array) -> tuple[Array, ...]:
         results, inputs = arrays[n : len(arrays) - count], arrays[len(arrays) - count :]
@@ -169,7 +174,7 @@ def _specs(
             first, last = (forward(*_probe(rule, layout, inputs, i)) for i in range(2))
     except ValueError as error:
         if known:
-            forward(*(np.ones(spec.shape, spec.dtype.as_numpy_dtype) for spec in inputs))  # says which shape is wrong
+            forward(*(np.ones(spec.lengths(), spec.dtype.as_numpy_dtype) for spec in inputs))  # says which is wrong
             raise
         raise ValueError(
             f"The shapes that {rule.name} returns do not follow from {shapes}, where None is not known before the "
@@ -188,7 +193,7 @@ def _probe(rule: Rule, layout: Layout, inputs: tuple[Spec, ...], run: int) -> li
     Axes that are not known are longer than any k, which takes no memory, or of an operator's batch, which does.
     """
     length = (251, 257)[run] if layout.plain else (2, 3)[run]
-    shapes = [tuple(length if n is None else n for n in spec.shape) for spec in inputs]
+    shapes = [spec.lengths(length) for spec in inputs]
     dtypes = [spec.dtype.as_numpy_dtype for spec in inputs]
     if not layout.plain:
         fills = (value for part, count in zip(*layout, strict=True) for value in (0 if part is None else 1,) * count)
