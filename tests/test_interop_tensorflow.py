@@ -269,6 +269,28 @@ def test_second_derivatives_are_refused(tf, differentiable, grad, mode, rng):
         mode(cubes)(x)
 
 
+def test_a_layer_of_keras_learns(tf, differentiable, rng):
+    """Its shapes are asked for before there is a batch; XLA, which Keras may choose, cannot call the operation."""
+    eigh, keras = differentiable(ddnref.eigh), tf.keras
+
+    class Spectrum(keras.layers.Layer):
+        def call(self, x):
+            return eigh(tf.matmul(x, x, transpose_a=True))[0]
+
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.Input((3,)), keras.layers.Dense(4), keras.layers.Reshape((2, 2)), Spectrum(), keras.layers.Dense(1)]
+    )
+    assert model.output_shape == (None, 1)
+    x, y = rng.standard_normal((16, 3)), np.abs(rng.standard_normal((16, 1)))
+    model.compile(optimizer=keras.optimizers.SGD(0.01), loss="mse", jit_compile=False)
+    losses = model.fit(x, y, batch_size=8, epochs=8, verbose=0, shuffle=False).history["loss"]
+    assert losses[-1] < 0.9 * losses[0]
+    model.compile(optimizer="sgd", loss="mse", jit_compile=True)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="PyFuncStateless"):
+        model.fit(x, y, verbose=0)
+
+
 def test_xla_is_refused(tf, differentiable, rng):
     with pytest.raises(tf.errors.InvalidArgumentError, match="No registered 'PyFuncStateless' OpKernel for XLA"):
         tf.function(differentiable(ddnref.eigh), jit_compile=True)(symmetric(rng, 3))
