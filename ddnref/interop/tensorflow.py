@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from itertools import islice, zip_longest
+from itertools import zip_longest
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -117,15 +117,16 @@ def _operation(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., tuple[
         results, info = flat[: len(flat) - rule.info_fields], flat[len(flat) - rule.info_fields :]
 
         def pull(*bars: Tensor | None) -> Any:
-            given = (tf.zeros_like(y) if bar is None else _tensor(bar) for bar, y in zip(bars, results, strict=False))
-            return reverse(*islice(given, n), *results, *inputs)
+            pairs = zip(bars[:n], results[:n], strict=True)
+            given = (tf.zeros_like(y) if bar is None else _tensor(bar) for bar, y in pairs)
+            return reverse(*given, *results, *inputs)
 
         return (*results[:n], *info), pull
 
     @tf.custom_gradient  # of all inputs, also those that the VJP does not need: a second derivative comes through them
     def reverse(*tensors: Tensor) -> tuple[Any, Callable[..., Any]]:
         gradients = _on_host(pulled, tensors, lambda *specs: specs[len(specs) - count :])
-        return (gradients if count > 1 else gradients[0]), _refuse  # TensorFlow takes longer over a tuple of one
+        return (gradients[0] if count == 1 else gradients), _refuse  # TensorFlow takes longer over a tuple of one
 
     def pulled(*arrays: Array) -> tuple[Array, ...]:
         results, inputs = arrays[n : len(arrays) - count], arrays[len(arrays) - count :]
