@@ -9,6 +9,7 @@ for library in ("OMP", "OPENBLAS", "MKL"):
 # Before JAX: most of its time is compilation, which takes 3.3 s with this code generator where 1.1 s do without
 # (forwards and VJPs of six rules; the code is slower, but runs on a few numbers). `ddnref verify` runs with it.
 os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow, which logs what it was built for
 
 import pytest  # noqa: E402
 
@@ -19,6 +20,7 @@ collect_ignore = [
         ("torch", "_torch_batch"),
         ("jax", "jax"),
         ("autograd", "autograd"),
+        ("tensorflow", "tensorflow"),
         ("dask", "dask"),
         ("dask", "_dask_blocks"),
     )

@@ -342,6 +342,7 @@ _TABLE = (
         outputs=1,
         needs=(1,),
         saved_vjp=dense.saved_solve_vjp,
+        item_axes=(2, 1),
         signature="(n,n),(n)->(n)->(n,n),(n)i",
         docs="dense linear systems, many right-hand sides",
         singular="singular matrices: `SingularError`",
