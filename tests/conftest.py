@@ -13,14 +13,18 @@ import pytest
 from hypothesis import settings
 
 BACKENDS = ("numpy", "array-api-strict", "torch", "jax")
-MODULES = {"array-api-strict": "array_api_strict"}
+MODULES = {"array-api-strict": "array_api_strict", "emulated-cupy": "numpy"}
 
 settings.register_profile("ddnref", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("ddnref")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--backend", choices=[*BACKENDS, "cupy"], help="run the array tests on this library only")
+    parser.addoption(
+        "--backend",
+        choices=[*BACKENDS, "cupy", "emulated-cupy"],
+        help="run the array tests on this library only; emulated-cupy needs no GPU (tests/emulated_cupy.py)",
+    )
     parser.addoption("--all-frameworks", action="store_true", help="a missing optional framework is an error")
 
 
@@ -109,7 +113,12 @@ def backend(name: str, device: Any = None) -> Backend:
         import array_api_compat.numpy as namespace
     elif name == "torch":
         import array_api_compat.torch as namespace
-    elif name == "cupy":
+    elif name in ("cupy", "emulated-cupy"):
+        if name == "emulated-cupy":
+            import emulated_cupy
+
+            emulated_cupy.install()
+            name = "cupy"
         import array_api_compat.cupy as namespace
     elif name == "array-api-strict":
         import array_api_strict as namespace
