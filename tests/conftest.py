@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,12 @@ def need(config: pytest.Config, name: str) -> None:
         if config.getoption("--all-frameworks"):
             pytest.fail(message)
         pytest.skip(message)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """What is about CuPy's arrays alone is for ``--backend cupy`` and its emulation."""
+    alone = collection_path.name == "test_cupy.py" and "cupy" not in (config.getoption("--backend") or "")
+    return True if alone else None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

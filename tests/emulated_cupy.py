@@ -16,8 +16,9 @@ It is no GPU: neither streams nor speed nor the rounding of other kernels can be
 import ctypes
 import math
 import sys
+import time
 from functools import wraps
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import scipy.fft
@@ -108,7 +109,7 @@ class ndarray:
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`.")
 
     def __getitem__(self, key):
-        if any(getattr(k, "dtype", None) == bool for k in (key if isinstance(key, tuple) else (key,))):
+        if any(isinstance(k, ndarray) and k.dtype.kind == "b" for k in (key if isinstance(key, tuple) else (key,))):
             READS.append("mask")
         return wrap(self.on_host[unwrap(key)])
 
@@ -142,7 +143,8 @@ class ndarray:
 
 
 def _operators():
-    binary = "add sub mul truediv floordiv mod pow matmul and or xor lt le gt ge eq ne".split()
+    arithmetic = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+    binary = (*arithmetic, "and", "or", "xor", "lt", "le", "gt", "ge", "eq", "ne")
 
     def two(name):
         def call(self, other):
@@ -339,19 +341,50 @@ class Stream:
         READS.append("synchronize")
 
 
+class MemoryHook:
+    """Hears of arrays that `full` and its relatives make: enough to see whether a hook adds up."""
+
+    active = None
+
+    def __enter__(self):
+        MemoryHook.active = self
+        return self
+
+    def __exit__(self, *_):
+        MemoryHook.active = None
+
+
+def _empty(shape, dtype=float, order="C"):
+    made = ndarray(np.zeros(shape, dtype=dtype, order=order))
+    if MemoryHook.active is not None:
+        size = made.nbytes
+        MemoryHook.active.malloc_postprocess(device_id=0, size=size, mem_size=size, mem_ptr=0, pmem_id=0)
+    return made
+
+
+def _benchmark(call, args=(), kwargs=None, n_repeat=10000, *, name=None, n_warmup=10, max_duration=math.inf):
+    times = []
+    while len(times) < min(n_repeat, 3):
+        start = time.perf_counter()
+        call(*args)
+        times.append(time.perf_counter() - start)
+    return SimpleNamespace(gpu_times=np.asarray([times]))
+
+
 def install():
     """Put the emulation in the place of CuPy, for the rest of the process."""
     if "cupy" in sys.modules and not hasattr(sys.modules["cupy"], "EMULATED"):
         raise RuntimeError("CuPy itself has been imported already.")
     numbers = {"f": np.float32, "d": np.float64, "F": np.complex64, "D": np.complex128}
     kinds = dict(zip("sdcz", numbers.values(), strict=True))
-    _module("cupy", EMULATED=True, **_public(np))
+    _module("cupy", EMULATED=READS, **_public(np))
     vars(sys.modules["cupy"]).update(
         ndarray=ndarray, asarray=_asarray, array=_array, from_dlpack=_from_dlpack, abs=wrapped(np.abs),
-        max=wrapped(np.max), min=wrapped(np.min), round=wrapped(np.round), bool_=np.bool_,
+        max=wrapped(np.max), min=wrapped(np.min), round=wrapped(np.round), bool_=np.bool_, empty=_empty,
         isdtype=np.isdtype, __version__="14.emulated",
     )  # fmt: skip
-    _module("cupy.cuda", Device=Device, Stream=Stream, ExternalStream=Stream, get_current_stream=Stream)
+    _module("cupy.cuda", Device=Device, Stream=Stream, get_current_stream=Stream, MemoryHook=MemoryHook)
+    _module("cupy.cuda.runtime", getDeviceCount=lambda: 1, CUDARuntimeError=RuntimeError)
     _module("cupy.cuda.device", Device=Device, get_cublas_handle=lambda: 0, get_cusolver_handle=lambda: 0)
     _module("cupy.cuda.cublas", CUBLAS_OP_N=0, CUBLAS_OP_T=1, CUBLAS_OP_C=2,
             **{f"{kind}getrsBatched": _getrs_batched(dtype) for kind, dtype in kinds.items()})  # fmt: skip
@@ -359,11 +392,12 @@ def install():
     linalg = _module("cupy.linalg", **_public(np.linalg))
     vars(linalg).update(
         eigh=_items(lambda a: tuple(np.linalg.eigh(a)), 2), eigvalsh=_items(lambda a: (np.linalg.eigvalsh(a),), 1),
-        solve=wrapped(solve), inv=None, lstsq=linalg.lstsq,
+        solve=wrapped(solve), pinv=lambda a, rcond: ndarray(np.linalg.pinv(a.on_host, rcond)),  # of finfo's type
     )  # fmt: skip
     _module("cupy.linalg._decomposition", _lu_factor=_lu_factor)
     _module("cupy.fft", **{name: _transform(getattr(np.fft, name)) for name in np.fft.__all__})
     _module("cupyx")
+    _module("cupyx.profiler", benchmark=_benchmark)
     _module("cupyx.scipy")
     _module("cupyx.scipy.linalg", solve_triangular=wrapped(solve_triangular))
     _module("cupyx.scipy.special", erf=wrapped(scipy.special.erf))
