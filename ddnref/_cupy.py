@@ -41,9 +41,10 @@ def eigh(s: Array) -> tuple[Array, Array]:
     m = s.shape[-1]
     flat, w, v = xp.reshape(s, (-1, m, m)), xp.reshape(w, (-1, m)), xp.reshape(v, (-1, m, m))
     step = max(1, min(EIGH_ITEMS, EIGH_ENTRIES // m**2))
-    for i in range(0, flat.shape[0], step):
-        part = flat[i : i + step, ...]
-        w[i : i + step, :], v[i : i + step, ...] = _judged(part, *xp.linalg.eigh(part))
+    for start in range(0, flat.shape[0], step):
+        chosen = slice(start, min(start + step, flat.shape[0]))
+        part = flat[chosen, ...]
+        w[chosen, :], v[chosen, ...] = _judged(part, *xp.linalg.eigh(part))
     return xp.reshape(w, s.shape[:-1]), xp.reshape(v, s.shape)
 
 

@@ -69,7 +69,8 @@ def network(on: Backend, name: str, net: str, dtype: str) -> Call:
 def hessian(on: Backend, layers: int, width: int, samples: int) -> Call:
     """Derivatives, factorisation of the damped Hessian and one refined solve, in double precision."""
     p = _hessian_cases.problem(layers, width, samples)
-    chain = p.chain.with_params([on.array(a) for a in p.chain.params])
+    layers = [ddnref.Dense(on.array(layer.weight), None, layer.activation) for layer in p.chain.layers]
+    chain = ddnref.Chain(layers, "cross_entropy")
     x, t, b = on.array(p.x), on.array(p.t), [on.array(a) for a in p.b]
     return lambda: ddnref.hessian_solve(chain, x, t, b, damping=1e-3, throw=False)
 
