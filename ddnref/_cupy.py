@@ -111,14 +111,15 @@ def lu_solve(lu: Array, pivots: Array, b: Array, adjoint: bool) -> Array:
     xp = array_api_compat.array_namespace(lu, b)
     n, k = b.shape[-2:]
     items = math.prod(b.shape[:-2])
-    by_columns = [_copy(xp.matrix_transpose(z), (items, -1, n)) for z in (lu, b)]  # LAPACK's order; b is overwritten
-    lu_t, x_t = by_columns
-    swaps = _copy(pivots, (items, n)) + 1
+    # LAPACK's order; shapes and dtypes exactly as stated, because what follows are addresses
+    lu_t = _copy(xp.matrix_transpose(lu), (items, n, n), lu.dtype)
+    x_t = _copy(xp.matrix_transpose(b), (items, k, n), lu.dtype)
+    swaps = _copy(pivots, (items, n), xp.int32) + 1
     kind = {"f": "s", "d": "d", "F": "c", "D": "z"}[lu.dtype.char]
     trans = cublas.CUBLAS_OP_C if adjoint else cublas.CUBLAS_OP_N
     if items * BATCHED_LU >= n * n:
         info = np.zeros(1, dtype=np.int32)  # on the host: whether an argument was illegal, which none is
-        f, x = (_addresses(z) for z in by_columns)
+        f, x = _addresses(lu_t), _addresses(x_t)
         getrs = getattr(cublas, f"{kind}getrsBatched")
         getrs(device.get_cublas_handle(), trans, n, k, f.data.ptr, n, swaps.data.ptr, x.data.ptr, n, info.ctypes.data,
               items)  # fmt: skip
@@ -131,10 +132,10 @@ def lu_solve(lu: Array, pivots: Array, b: Array, adjoint: bool) -> Array:
     return xp.reshape(xp.matrix_transpose(x_t), b.shape)
 
 
-def _copy(x: Array, shape: tuple[int, ...]) -> Array:
+def _copy(x: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     """A copy in C order, which owns its memory."""
     xp = array_api_compat.array_namespace(x)
-    return xp.reshape(x.astype(x.dtype, order="C", copy=True), shape)
+    return xp.reshape(x.astype(dtype, order="C", copy=True), shape)
 
 
 def _addresses(x: Array) -> Array:

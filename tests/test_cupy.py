@@ -108,6 +108,13 @@ def test_solutions_from_factors(batched, dtype, is_adjoint, xp, rng, monkeypatch
     assert np.array_equal(xp.numpy(by_rows), xp.numpy(lu))
 
 
+def test_factors_that_do_not_fit_are_refused_before_their_addresses_are_used(xp, rng):
+    lu, pivots, _ = _lu.lu_factor(xp.asarray(rng.standard_normal((2, 4, 4))))
+    for shape in ((3, 4, 1), (4, 4, 1), (2, 2, 4)):
+        with pytest.raises(ValueError, match="reshape"):
+            _cupy.lu_solve(lu, pivots, xp.asarray(np.ones(shape)), False)
+
+
 def test_a_singular_matrix_is_nan_whatever_the_right_hand_side(xp, rng):
     """A right-hand side of zeros avoids the division by the pivot that is zero."""
     a, b = rng.standard_normal((4, 3, 3)), np.zeros((4, 3, 1))
@@ -195,7 +202,7 @@ def test_the_benchmarks_for_a_gpu_run(xp, monkeypatch):
 
     monkeypatch.setenv("DDNREF_BENCH_SECONDS", "0.01")
     monkeypatch.setitem(gpu.network.__globals__["networks"].NETWORKS, "small", ((5, 4, 3), 6))
-    runs = [(gpu.GpuRules, (name, (2, 4), "float64")) for name in RULES]
+    runs = [(gpu.GpuRules, (name, (2, 4), "float64")) for name in ("eigh", "sinkhorn", "solve")]
     runs += [(gpu.GpuSolvers, (name, 8, "float32")) for name in gpu.SOLVERS]
     runs += [(gpu.GpuNetworks, (name, "small", "float32")) for name in gpu.NETWORK]
     for cls, parameters in [*runs, (gpu.GpuHessian, ((3, 4, 1),))]:
@@ -205,3 +212,10 @@ def test_the_benchmarks_for_a_gpu_run(xp, monkeypatch):
             value = getattr(benchmark, method)(*parameters)
             assert 0 <= value < np.inf
             assert getattr(getattr(benchmark, method), "unit", "") in ("ms", "MiB")
+
+
+def test_the_code_on_the_pages_runs(xp):
+    from test_docs import pages_with, run
+
+    for page in pages_with("cupy"):
+        run(page, "cupy")

@@ -46,9 +46,10 @@ def elsewhere(rule: Rule, bound: Bound, compute: str) -> tuple[Rule, Bound]:
         raise ValueError(f'compute is {compute!r}, expected "cupy" or "numpy", or None for PyTorch itself.')
     library = LIBRARIES[compute]
 
-    def forward(*inputs: Any) -> tuple[tuple[Tensor, ...], ...]:
+    def forward(*inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
         with _computing(library, compute, inputs) as (arrays, back):
-            return tuple(tuple(map(back, group)) for group in bound.forward(*arrays))
+            outputs, saved, info = bound.forward(*arrays)
+            return tuple(map(back, outputs)), tuple(map(back, saved)), tuple(map(back, info))
 
     def reverse(bars: tuple[Tensor | None, ...], arrays: tuple[Any, ...]) -> tuple[Any, ...]:
         count = len(bars)
