@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from smooth import SMOOTH
+from test_interop_torch import TRACED
 
 import ddnref
 from ddnref._rule import Bound
@@ -192,6 +193,24 @@ def test_a_failed_item_is_nan_with_a_warning(torch, differentiable):
         v[..., 0, 1].sum().backward()
     assert torch.isfinite(x.grad[0]).all()
     assert torch.isnan(x.grad[1]).all()
+
+
+@pytest.mark.filterwarnings(*TRACED, r"ignore:The \.grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_code_runs_it_between_its_graphs(torch, differentiable):
+    torch._dynamo.reset()
+    eigh = differentiable(ddnref.eigh, compute="numpy")
+    x = torch.randn(3, 4, 4, dtype=torch.float64, requires_grad=True)
+
+    def loss(x):
+        return (eigh(2 * x)[0] ** 3).sum()
+
+    (eager,) = torch.autograd.grad(loss(x), x)
+    compiled = torch.compile(loss, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), x)[0], eager)
+    assert eigh.__name__ == "eigh"
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch\.compiler\.disable"):
+        torch.compile(loss, backend="aot_eager", fullgraph=True)(x)
 
 
 def test_refusals(torch, differentiable):

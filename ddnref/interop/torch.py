@@ -52,8 +52,8 @@ def differentiable(operation: Callable[..., Any], *, compute: str | None = None,
         A public operation with a rule, such as ``ddnref.eigh``.
     compute : {None, "cupy", "numpy"}
         Whose kernels compute: PyTorch's own, or those of another library, which gets the tensors through DLPack,
-        without a copy: ``"cupy"`` CUDA tensors, on PyTorch's current stream, ``"numpy"`` tensors of the CPU. Not
-        traced by ``torch.compile``, and without second derivatives.
+        without a copy: ``"cupy"`` CUDA tensors, on PyTorch's current stream, ``"numpy"`` tensors of the CPU. A graph
+        break for ``torch.compile``, and without second derivatives.
     **options
         Options of the operation and of its VJP, bound once: ``differentiable(ddnref.eigh_topk, k=4)``.
 
@@ -102,7 +102,7 @@ def differentiable(operation: Callable[..., Any], *, compute: str | None = None,
 
     function.__name__ = function.__qualname__ = rule.name
     function.__doc__ = operation.__doc__
-    return function
+    return function if compute is None else torch.compiler.disable(function)  # tracers cannot follow it
 
 
 def _arrays(count: int) -> Layout:
