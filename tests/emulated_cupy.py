@@ -337,6 +337,12 @@ class Stream:
     def __exit__(self, *_):
         pass
 
+    @classmethod
+    def from_external(cls, stream):
+        version, ptr = stream.__cuda_stream__()
+        assert version == 0
+        return cls(ptr)
+
     def synchronize(self):
         READS.append("synchronize")
 

@@ -1,5 +1,6 @@
 """The code for CuPy alone: collected with ``--backend cupy``, or ``emulated-cupy``, which needs no GPU."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -219,3 +220,36 @@ def test_the_code_on_the_pages_runs(xp):
 
     for page in pages_with("cupy"):
         run(page, "cupy")
+
+
+@pytest.mark.framework("torch")
+@pytest.mark.parametrize("name", ["eigh", "sinkhorn", "solve"])
+def test_under_pytorch(name, xp, rng, monkeypatch):
+    """On CUDA tensors; over the emulation on the CPU's, with a stand-in for PyTorch's stream."""
+    import torch
+
+    from ddnref.interop import _dlpack
+    from ddnref.interop.torch import differentiable
+
+    device = "cuda"
+    if hasattr(cupy := pytest.importorskip("cupy"), "EMULATED"):
+        device = "cpu"
+        library = _dlpack.LIBRARIES["cupy"]._replace(device="cpu", load=lambda: cupy)
+        monkeypatch.setitem(_dlpack.LIBRARIES, "cupy", library)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    sample = RULES[name].sample(np.asarray, rng, (3,), 4, False)
+    inputs = [torch.tensor(x, device=device, requires_grad=True) for x in sample.inputs]
+
+    def gradients(compute):
+        result = differentiable(getattr(ddnref, name), compute=compute, **sample.options)(*inputs)
+        outputs = result[0] if RULES[name].info is not None else result
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        if name == "sinkhorn":
+            assert result[1].converged.dtype == torch.bool
+            assert result[1].converged.all()
+        return torch.autograd.grad(sum((y.abs() ** 2).sum() for y in outputs), inputs)
+
+    for ours, theirs in zip(gradients("cupy"), gradients(None), strict=True):
+        assert ours.device == theirs.device
+        torch.testing.assert_close(ours, theirs)

@@ -1,5 +1,6 @@
 """The benchmarks for a GPU, as far as they run without one: their cases, their instruments, what asv is told."""
 
+import importlib
 import json
 import os
 import sys
@@ -16,8 +17,8 @@ before = dict(os.environ)
 sys.path.insert(0, str(BENCHES))
 try:
     from benchmarks import _common as common
+    from benchmarks import _gpu as gpu
     from benchmarks import _gpu_cases as cases
-    from benchmarks import gpu
 finally:
     sys.path.remove(str(BENCHES))
     os.environ.clear()
@@ -109,6 +110,20 @@ def test_without_cupy_setup_says_so(cls, parameters, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)  # asv shows n/a for this error in setup
     with pytest.raises(NotImplementedError, match="cupy is not installed"):
         cls().setup(*parameters)
+
+
+def test_asv_is_shown_them_where_there_is_a_gpu(monkeypatch):
+    def shown(found):
+        monkeypatch.setattr(common, "backend", found)
+        monkeypatch.delitem(sys.modules, "benchmarks.gpu", raising=False)
+        return {name for name in vars(importlib.import_module("benchmarks.gpu")) if name.startswith("Gpu")}
+
+    def missing(name):
+        raise NotImplementedError(name)
+
+    monkeypatch.syspath_prepend(BENCHES)
+    assert shown(missing) == set()
+    assert shown(lambda name: None) == {"GpuRules", "GpuSolvers", "GpuNetworks", "GpuHessian"}
 
 
 def test_asv_starts_processes_that_cuda_survives():

@@ -71,8 +71,8 @@ def _computing(
     for tensor in tensors:
         if tensor.device.type != library.device:
             raise TypeError(
-                f"A tensor is on {tensor.device}, but compute={compute!r} works on {library.device} tensors, in place. "
-                "Move it first with tensor.to(...), or leave out compute= and compute with PyTorch where it is."
+                f"A tensor is on {tensor.device}, but compute={compute!r} works on {library.device} tensors, without a "
+                "copy. Move it first with tensor.to(...), or leave out compute= and compute with PyTorch where it is."
             )
     if any(isinstance(x, LinearOperator) and x.apply.__module__ == _torch_batch.__name__ for x in inputs):
         raise NotImplementedError(
