@@ -18,6 +18,7 @@ import math
 import sys
 import time
 from functools import wraps
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -307,7 +308,7 @@ def _transform(function):
 
 def _module(name, **contents):
     module = ModuleType(name)
-    module.__path__ = []
+    module.__path__, module.__spec__ = [], ModuleSpec(name, None)
     vars(module).update(contents)
     sys.modules[name] = module
     parent, _, child = name.rpartition(".")
@@ -387,7 +388,8 @@ def install():
     vars(sys.modules["cupy"]).update(
         ndarray=ndarray, asarray=_asarray, array=_array, from_dlpack=_from_dlpack, abs=wrapped(np.abs),
         max=wrapped(np.max), min=wrapped(np.min), round=wrapped(np.round), bool_=np.bool_, empty=_empty,
-        isdtype=np.isdtype, __version__="14.emulated",
+        isdtype=np.isdtype, asnumpy=lambda x: x.get() if isinstance(x, ndarray) else np.asarray(x),
+        __version__="14.emulated",
     )  # fmt: skip
     _module("cupy.cuda", Device=Device, Stream=Stream, get_current_stream=Stream, MemoryHook=MemoryHook)
     _module("cupy.cuda.runtime", getDeviceCount=lambda: 1, CUDARuntimeError=RuntimeError)
