@@ -6,14 +6,13 @@ import array_api_compat
 from numpy.linalg import LinAlgError
 
 from ddnref import _cupy, _numpy
-from ddnref._array import Array, full, is_true, nan_where
+from ddnref._array import Array, conj, full, is_true, nan_where
 
 
 def adjoint(x: Array) -> Array:
     """Conjugate transpose of the last two axes."""
     xp = array_api_compat.array_namespace(x)
-    x_t = xp.matrix_transpose(x)
-    return xp.conj(x_t) if xp.isdtype(x.dtype, "complex floating") else x_t
+    return conj(xp.matrix_transpose(x))
 
 
 def hermitian_part(x: Array) -> Array:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import array_api_compat
 import numpy as np
 
-from ddnref._array import Array, nan_where
+from ddnref._array import Array, nan_where, with_axes
 from ddnref._samples import Convert, Sample
 
 
@@ -204,10 +204,9 @@ def input_counts(rule: Rule) -> range:
 
 def spread(flags: Array, like: Array) -> Array:
     """One flag per item, shaped to broadcast against an array of these items; for one without them, any flag."""
-    xp = array_api_compat.array_namespace(flags)
     if flags.ndim > like.ndim:
-        return xp.any(flags)
-    return xp.reshape(flags, (*flags.shape, *(1,) * (like.ndim - flags.ndim)))
+        return array_api_compat.array_namespace(flags).any(flags)
+    return with_axes(flags, like.ndim - flags.ndim)
 
 
 def failed(x_bar: Array) -> Array:

@@ -20,7 +20,7 @@ from test_network import block_arrays, block_chain, targets
 
 import ddnref
 from conftest import backend, need
-from ddnref import _cupy, _rows
+from ddnref import _array, _cupy
 from ddnref._network._activations import ACTIVATIONS, jet
 from ddnref._network._losses import LOSSES
 from ddnref._rule import options_of, plain_forward, plain_vjp
@@ -69,7 +69,7 @@ def calls(monkeypatch, rng):
     strict = backend("array-api-strict")
     for module in MODULES:
         monkeypatch.setattr(module, "array_api_compat", Compat())
-    monkeypatch.setattr(_rows, "_namespaces", {})
+    monkeypatch.setattr(_array, "_namespaces", {})
     for rule in RULES.values():
         for is_complex in (False, True)[: 1 + rule.is_complex]:
             sample = rule.sample(strict.asarray, rng, (2,), 4, is_complex)
