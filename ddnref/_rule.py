@@ -65,6 +65,11 @@ class Rule(NamedTuple):
     operation made differentiable, and so the VJP can be differentiated again, although it iterates."""
 
     @property
+    def info_fields(self) -> int:
+        """How many arrays say how an iterative forward ended."""
+        return 0 if self.info is None else len(self.info._fields)
+
+    @property
     def opaque(self) -> bool:
         """Whether the VJP iterates and is not differentiated again."""
         return self.vjp_info and not self.recursive
