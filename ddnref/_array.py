@@ -76,6 +76,10 @@ def _check_devices(present: dict[str, Array]) -> None:
         raise TypeError(
             f"All arrays must be on one device, but got {where}. Move them first with array_api_compat.to_device."
         )
+    if "cupy" in sys.modules and array_api_compat.is_cupy_array(next(iter(present.values()))):
+        from ddnref._cupy import check_current_device
+
+        check_current_device(present)
 
 
 _namespaces: dict[type, Namespace] = {}
