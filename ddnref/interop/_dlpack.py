@@ -57,7 +57,10 @@ def elsewhere(rule: Rule, bound: Bound, compute: str) -> tuple[Rule, Bound]:
             return tuple(_mapped(back, bar) for bar in bound.reverse(given[:count], given[count:]))
 
     opaque = rule._replace(
-        vjp_info=True, recursive=False, undefined=None, refusal=REFUSAL.format(name=rule.name, library=compute)
+        vjp_info=rule.vjp_info or tuple,
+        recursive=False,
+        undefined=None,
+        refusal=REFUSAL.format(name=rule.name, library=compute),
     )
     return opaque, Bound(forward, reverse, None, bound.result)
 
