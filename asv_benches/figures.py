@@ -24,12 +24,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from benchmarks import THREADS  # isort: skip - pins the threads before NumPy
 
 import _figures
+import _figures_bridges
 import _figures_ggn
 import _figures_hessian
 from _figures import Row, Sizes
 from benchmarks._common import pin_threads
 
-FIGURES = {**_figures.FIGURES, **_figures_ggn.FIGURES, **_figures_hessian.FIGURES}
+FIGURES = {**_figures.FIGURES, **_figures_ggn.FIGURES, **_figures_hessian.FIGURES, **_figures_bridges.FIGURES}
 BUSY = 0.1  # of one core, in other processes, above which a timing is not judged
 
 

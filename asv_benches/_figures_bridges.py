@@ -1,0 +1,31 @@
+"""The stated figures of the bridges: what they cost above the pair called by hand; `figures.py` runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from _figures import MARGIN, Row, Size, Sizes, at_most
+from benchmarks import _bridges as bridges
+
+BAR = 60.0  # µs
+
+
+def bridge_rows(sizes: Sizes) -> Iterator[Row]:
+    """Every framework and operation; a smoke test takes the first operation."""
+    for framework in bridges.FRAMEWORKS:
+        for name in bridges.OPERATIONS[: None if len(sizes) > 1 else 1]:
+            figure = f"µs of the bridge over the pair by hand, {framework} eager, {name}, m = {bridges.M} float64"
+            try:
+                calls = bridges.calls(framework, name)
+            except NotImplementedError as missing:
+                yield Row(figure, f"skipped: {missing}")
+                continue
+            over = bridges.overhead(calls.bridge, calls.by_hand)
+            floor = bridges.overhead(calls.floor, bridges.nothing)
+            text = f"{over.median:.0f} ({over.low:.0f} to {over.high:.0f}); a bridge that does nothing: "
+            yield at_most(figure, over.median, BAR, f"{text}{floor.median:.0f}", MARGIN)
+
+
+FIGURES: dict[str, tuple[Callable[[Sizes], Iterator[Row]], Sizes]] = {
+    "bridges": (bridge_rows, (Size(1, bridges.M, ("float64",)), Size(1, bridges.M, ("float64",)))),
+}
