@@ -75,6 +75,35 @@ def test_a_gradient_that_does_not_exist_is_nan_and_warns(jax, differentiable, rn
     assert np.all(np.isfinite(g[1]))
 
 
+def test_a_gradient_that_does_not_exist_warns_without_jit(jax, differentiable, rng):
+    x = jax.numpy.asarray(with_spectrum(rotation(rng, 6), TRIPLE))
+    with pytest.warns(RuntimeWarning, match="A gradient is NaN"):
+        g = jax.grad(lambda x: differentiable(ddnref.eigh)(x)[1][:, 0].sum())(x)
+    assert np.all(np.isnan(g))
+
+
+def test_what_reads_values_runs_without_jit(jax, differentiable):
+    """The bridge compiles where nothing asks for a value; where something does, it runs as it is."""
+    gradient = jax.grad(lambda x: differentiable(ddnref.eigh, check_finite=True)(x)[0][-1])
+    x = np.diag([1.0, 2.0])
+    np.testing.assert_array_equal(gradient(jax.numpy.asarray(x)), np.diag([0.0, 1.0]))
+    with pytest.raises(ddnref.NonFiniteError):
+        gradient(jax.numpy.asarray(x * np.nan))
+
+
+def test_functions_that_change_are_not_compiled(jax, differentiable):
+    """Or the first value would stay for ever, in silence."""
+    power = [2.0]
+    op = differentiable(
+        ddnref.spectral_function, f=lambda w: w ** power[0], df=lambda w: power[0] * w ** (power[0] - 1)
+    )
+    x = jax.numpy.diag(jax.numpy.asarray([1.0, 3.0]))
+    for power[0] in (2.0, 3.0):
+        np.testing.assert_allclose(op(x), np.diag([1.0, 3.0 ** power[0]]), atol=1e-13)
+        expected = power[0] * np.asarray([1.0, 3.0]) ** (power[0] - 1)
+        np.testing.assert_allclose(np.diag(jax.grad(lambda x: op(x).trace())(x)), expected)
+
+
 @pytest.mark.filterwarnings("ignore:A gradient is NaN")
 def test_second_order_is_nan_where_anything_was_masked(jax, differentiable):
     eigh = differentiable(ddnref.eigh)

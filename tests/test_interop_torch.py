@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 from problems import projector_gradient, relative, rotation, symmetric, with_spectrum
-from smooth import SMOOTH, bridged, total
+from smooth import SMOOTH, bridged, cube, total
 
 import ddnref
 from ddnref._rule import options_of, plain_forward
@@ -128,6 +128,54 @@ def test_a_gradient_that_does_not_exist_is_nan_and_warns(torch, differentiable, 
         loss.backward()
     assert torch.all(torch.isnan(x.grad[0]))
     assert torch.all(torch.isfinite(x.grad[1]))
+
+
+def test_the_warning_passes_vmap(torch, differentiable):
+    """Where no value can be read, an operator of PyTorch warns as it runs."""
+    x = torch.stack([torch.eye(3), torch.diag(torch.arange(3.0))])
+    each = torch.func.vmap(torch.func.grad(lambda x: differentiable(ddnref.eigh)(x)[1][0].sum()))
+    with pytest.warns(RuntimeWarning, match="A gradient is NaN"):
+        x_bar = each(x)
+    assert torch.all(torch.isnan(x_bar[0]))
+    assert torch.all(torch.isfinite(x_bar[1]))
+
+
+@pytest.mark.parametrize("name", ["solve", "weighted_least_squares"])
+def test_values_are_read_once_a_backward_pass(name, torch, differentiable, monkeypatch):
+    """However many inputs there are: on a GPU each read would wait for it."""
+    x = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    loss = total(bridged(torch, differentiable, name)(x))
+    reads = []
+    read = torch.Tensor.__bool__
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda flag: reads.append(flag) or read(flag))
+    loss.backward()
+    assert len(reads) == 1
+
+
+def test_the_same_options_give_the_same_function(differentiable):
+    """So that a framework finds again what it compiled; equal numbers of other types are other options."""
+    assert differentiable(ddnref.eigh_topk, k=2) is differentiable(ddnref.eigh_topk, k=2)
+    assert differentiable(ddnref.eigh_topk, k=2) is not differentiable(ddnref.eigh_topk, k=3)
+    assert differentiable(ddnref.eigh_topk, k=True) is not differentiable(ddnref.eigh_topk, k=1)
+    assert differentiable(ddnref.eigh_topk, k=1.0) is not differentiable(ddnref.eigh_topk, k=1)
+
+
+def test_what_can_change_is_not_kept():
+    from ddnref.interop._kept import constant
+
+    power = 2.0
+
+    def default(w, power=power):
+        return w**power
+
+    def with_list(w, powers=[2.0]):  # noqa: B006
+        return w ** powers[0]
+
+    for value in (None, 2, (1.0, ("a", True)), cube, np.float64(2.0), lambda w: np.exp(w), default):
+        assert constant(value), value
+    for value in ([2], np.ones(2), (1, [2]), lambda w: w**power, lambda w: w * TRIPLE[0], with_list, warnings.warn,
+                  lambda w: [v + w for v in w], lambda w: relative(w, w)):  # fmt: skip
+        assert not constant(value), value
 
 
 @pytest.mark.filterwarnings(*TRACED)

@@ -99,9 +99,7 @@ def test_torch_compile(name, torch, in_torch, rng, cell):
     with pytest.raises(torch._dynamo.exc.Unsupported, match=f"{name} iterates until a flag that it reads") as refusal:
         torch.compile(loss, fullgraph=True, backend="aot_eager")(x)
     assert "leave out fullgraph=True" in str(refusal.value)
-    outcome = (
-        "`fullgraph=True` is refused, because an iteration reads flags; without it, it runs between compiled parts"
-    )
+    outcome = "`fullgraph=True` is refused: an iteration reads flags. Without it, it runs between compiled parts."
     cell("PyTorch", "compile", name, outcome)
 
 

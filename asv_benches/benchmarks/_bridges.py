@@ -1,7 +1,7 @@
-"""What a bridge costs: forward and backward through it, the same pair called by hand, and a bridge that does nothing.
+"""What a bridge costs: forward and backward through it, the same pair called by hand, and in the barest wrapper.
 
-The last is the framework's own part: an operation of as many inputs, outputs and saved arrays, which hands out arrays
-that were made beforehand.
+The last is the framework's own part: an ``autograd.Function`` or ``custom_vjp`` around the same two calls, with no
+status, no warning, no second derivative and no transform.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddnref._rule import as_tuple, options_of
+from ddnref._rule import Rule, as_tuple, options_of
 from ddnref._rules import RULES
 
 from ._common import Call, burst, load, load_jax, seconds
@@ -25,7 +25,7 @@ FRAMEWORKS = ("torch", "jax")
 class Calls(NamedTuple):
     bridge: Call
     by_hand: Call
-    floor: Call
+    bare: Call
 
 
 class Overhead(NamedTuple):
@@ -50,18 +50,21 @@ def overhead(a: Call, b: Call) -> Overhead:
     return Overhead(float(middle), float(low), float(high))
 
 
-def nothing() -> None:
-    """Beside which a floor is measured."""
-
-
 class Problem(NamedTuple):
     inputs: tuple[Any, ...]
-    results: tuple[Any, ...]
-    """Outputs and saved arrays."""
     bars: tuple[Any, ...]
     options: dict[str, Any]
-    by_hand: Callable[[], tuple[Any, ...]]
-    """All cotangents."""
+    forward: Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]]
+    """From inputs to outputs and saved arrays."""
+    vjp: Callable[..., tuple[Any, ...]]
+    """From cotangents, outputs, saved arrays and the inputs that it needs to cotangents."""
+
+    def needed(self, rule: Rule) -> tuple[Any, ...]:
+        return tuple(self.inputs[i] for i in rule.needs)
+
+    def by_hand(self, rule: Rule) -> tuple[Any, ...]:
+        outputs, saved = self.forward(*self.inputs)
+        return self.vjp(*self.bars, *outputs, *saved, *self.needed(rule))
 
 
 def problem(name: str, convert: Callable[[Any], Any]) -> Problem:
@@ -69,26 +72,23 @@ def problem(name: str, convert: Callable[[Any], Any]) -> Problem:
     rule, rng = RULES[name], np.random.default_rng(0)
     sample = rule.sample(convert, rng, (), M, False)
     forward_options, vjp_options = options_of(rule, sample.options)
-    needed = tuple(sample.inputs[i] for i in rule.needs)
 
-    def forward() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        result = rule.forward(*sample.inputs, **forward_options)
+    def forward(*inputs: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        result = rule.forward(*inputs, **forward_options)
         outputs, saved = result if rule.info is None else result[0]
         return as_tuple(outputs), saved
 
-    outputs, saved = forward()
-    bars = sample.loss[1](*outputs) if sample.loss else [convert(rng.standard_normal(tuple(y.shape))) for y in outputs]
-
-    def by_hand() -> tuple[Any, ...]:
-        outputs, saved = forward()
-        gradients = rule.vjp(*bars, *outputs, *saved, *needed, **vjp_options)
+    def vjp(*arrays: Any) -> tuple[Any, ...]:
+        gradients = rule.vjp(*arrays, **vjp_options)
         return as_tuple(gradients[0] if rule.vjp_info else gradients)
 
-    return Problem(sample.inputs, (*outputs, *saved), tuple(bars), sample.options, by_hand)
+    outputs, _ = forward(*sample.inputs)
+    bars = sample.loss[1](*outputs) if sample.loss else [convert(rng.standard_normal(tuple(y.shape))) for y in outputs]
+    return Problem(sample.inputs, tuple(bars), sample.options, forward, vjp)
 
 
 def calls(framework: str, name: str) -> Calls:
-    """The three, warmed up by being built."""
+    """The three of one operation."""
     return {"torch": _torch, "jax": _jax}[framework](name)
 
 
@@ -101,28 +101,25 @@ def _torch(name: str) -> Calls:
     inputs = tuple(x.clone().requires_grad_() for x in p.inputs)
     n = len(p.bars)
 
-    class Floor(torch.autograd.Function):
+    class Bare(torch.autograd.Function):
         @staticmethod
-        def forward(*inputs: Any) -> tuple[Any, ...]:  # noqa: ARG004
-            return tuple(y.view_as(y) for y in p.results)
+        def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
+            outputs, saved = p.forward(*inputs)
+            ctx.save_for_backward(*outputs, *saved, *(inputs[i] for i in rule.needs))
+            return outputs
 
         @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-            ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*output, *(inputs[i] for i in rule.needs))
-
-        @staticmethod
-        def backward(ctx: Any, *bars: Any) -> tuple[Any, ...]:  # noqa: ARG004
-            return p.inputs if ctx.saved_tensors else ()
+        def backward(ctx: Any, *bars: Any) -> tuple[Any, ...]:
+            return p.vjp(*bars, *ctx.saved_tensors)
 
     def bridge() -> Any:
         outputs = operation(*inputs)
         return torch.autograd.grad(as_tuple(outputs if rule.info is None else outputs[0]), inputs, p.bars)
 
-    def floor() -> Any:
-        return torch.autograd.grad(Floor.apply(*inputs)[:n], inputs, p.bars)
+    def bare() -> Any:
+        return torch.autograd.grad(Bare.apply(*inputs)[:n], inputs, p.bars)
 
-    return Calls(bridge, p.by_hand, floor)
+    return Calls(bridge, lambda: p.by_hand(rule), bare)
 
 
 def _jax(name: str) -> Calls:
@@ -131,25 +128,22 @@ def _jax(name: str) -> Calls:
 
     p, rule = problem(name, jax.numpy.asarray), RULES[name]
     operation = differentiable(rule.function, **p.options)
-    n = len(p.bars)
 
     @jax.custom_vjp
-    def empty(*inputs: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:  # noqa: ARG001
-        return p.results[:n], p.results[n:]
+    def wrapped(*inputs: Any) -> tuple[Any, ...]:
+        return p.forward(*inputs)[0]
 
-    def fwd(*inputs: Any) -> Any:  # noqa: ARG001
-        return (p.results[:n], p.results[n:]), (p.results, p.inputs)
+    def fwd(*inputs: Any) -> Any:
+        outputs, saved = p.forward(*inputs)
+        return outputs, (*outputs, *saved, *(inputs[i] for i in rule.needs))
 
-    empty.defvjp(fwd, lambda kept, bars: kept[1], symbolic_zeros=True)  # noqa: ARG005
+    wrapped.defvjp(fwd, lambda kept, bars: p.vjp(*bars, *kept))
 
     def outputs(*inputs: Any) -> tuple[Any, ...]:
         result = operation(*inputs)
         return as_tuple(result if rule.info is None else result[0])
 
-    def bridge() -> Any:
-        return jax.block_until_ready(jax.vjp(outputs, *p.inputs)[1](p.bars))
+    def through(function: Callable[..., Any]) -> Call:
+        return lambda: jax.block_until_ready(jax.vjp(function, *p.inputs)[1](p.bars))
 
-    def floor() -> Any:
-        return jax.block_until_ready(jax.vjp(lambda *inputs: empty(*inputs)[0], *p.inputs)[1](p.bars))
-
-    return Calls(bridge, lambda: jax.block_until_ready(p.by_hand()), floor)
+    return Calls(through(outputs), lambda: jax.block_until_ready(p.by_hand(rule)), through(wrapped))
