@@ -90,7 +90,7 @@ def test_unknown_options_and_operations(differentiable):
 def test_boxes_outside_the_bridge_are_refused_by_name(autograd):
     for call in (ddnref.eigh, ddnref.dense, lambda x: ddnref.diagonal(x[0])):
         with pytest.raises(TypeError, match=r"autograd\.ArrayBox.*interop\.autograd.*differentiable.*with_params"):
-            autograd.grad(lambda x: autograd.numpy.sum(call(x)))(np.eye(2))
+            autograd.grad(call)(np.eye(2))
 
 
 def test_imports_autograd_only_when_used():
