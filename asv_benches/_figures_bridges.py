@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from _figures import MARGIN, Row, Size, Sizes, at_most
+from _figures import MARGIN, Row, Size, Sizes, at_most, or_skipped
 from benchmarks import _bridges as bridges
 
 BAR = 60.0  # µs
@@ -15,15 +15,14 @@ def bridge_rows(sizes: Sizes) -> Iterator[Row]:
     for framework in bridges.FRAMEWORKS:
         for name in bridges.OPERATIONS[: None if len(sizes) > 1 else 1]:
             figure = f"µs of the bridge over the pair by hand, {framework} eager, {name}, m = {bridges.M} float64"
-            try:
-                calls = bridges.calls(framework, name)
-            except NotImplementedError as missing:
-                yield Row(figure, f"skipped: {missing}")
-                continue
-            over = bridges.overhead(calls.bridge, calls.by_hand)
-            bare = bridges.overhead(calls.bare, calls.by_hand)
-            text = f"{over.median:.0f} ({over.low:.0f} to {over.high:.0f}); the barest wrapper: {bare.median:.0f}"
-            yield at_most(figure, over.median, BAR, text, MARGIN)
+            yield or_skipped(figure, bridge_row, framework, name)
+
+
+def bridge_row(figure: str, framework: str, name: str) -> Row:
+    calls = bridges.calls(framework, name)
+    over, bare = (bridges.overhead(call, calls.by_hand) for call in (calls.bridge, calls.bare))
+    text = f"{over.median:.0f} ({over.low:.0f} to {over.high:.0f}); the barest wrapper: {bare.median:.0f}"
+    return at_most(figure, over.median, BAR, text, MARGIN)
 
 
 FIGURES: dict[str, tuple[Callable[[Sizes], Iterator[Row]], Sizes]] = {

@@ -10,8 +10,8 @@ from ddnref._rules import RULES
 
 FILE = Path(__file__).parents[1] / "docs" / "matrix.md"
 COMMAND = (
-    "python -m pytest tests/test_matrix.py tests/test_rules.py::test_vjp_agrees_with_finite_differences "
-    "--all-frameworks --matrix-out docs/matrix.md"
+    "python -m pytest tests/test_matrix.py tests/test_rules.py tests/test_interop_tensorflow.py "
+    "-k 'test_matrix or finite_differences' --all-frameworks --matrix-out docs/matrix.md"
 )
 HOLDS = "✓"
 
@@ -21,6 +21,7 @@ BRIDGES = {
     "PyTorch": ("first order", "batched", "second order", "vmap", "jacrev", "compile"),
     "JAX": ("first order", "batched", "second order", "vmap", "jacrev", "jit"),
     "HIPS autograd": ("first order", "batched", "second order"),
+    "TensorFlow": ("batched", "graph"),
 }
 SECTIONS: dict[str, tuple[str, ...]] = {
     PAIR: tuple(f"{name}{kind}" for name in LIBRARIES.values() for kind in ("", ", batched")),
