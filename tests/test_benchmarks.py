@@ -30,6 +30,7 @@ MODULES = (
     "networks",
     "nodes",
     "operators",
+    "startup",
 )
 PREFIXES = ("time_", "peakmem_", "track_")
 
