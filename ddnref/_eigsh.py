@@ -7,14 +7,14 @@ from typing import NamedTuple, NoReturn
 
 import array_api_compat
 
-from ddnref._array import Array, eps, full, is_true, refuse_recording
+from ddnref._array import Array, as_dtype, eps, full, is_true, refuse_recording
 from ddnref._columns import take
 from ddnref._errors import ConvergenceError, GaugeError
 from ddnref._lanczos import Plan, lanczos, wish
 from ddnref._linalg import eigh
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator
-from ddnref._rows import SelfAdjoint, as_dtype, norms, self_adjoint
+from ddnref._rows import SelfAdjoint, norms, self_adjoint
 
 WHICH = ("LA", "SA", "LM")
 METHODS = ("auto", "iterative", "full")

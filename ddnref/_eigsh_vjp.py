@@ -14,7 +14,18 @@ from typing import NamedTuple, NoReturn
 import array_api_compat
 
 from ddnref import _numpy
-from ddnref._array import Array, check_dtypes, check_shapes, eps, full, is_true, namespace, nan_where, real_dtype
+from ddnref._array import (
+    Array,
+    as_dtype,
+    check_dtypes,
+    check_shapes,
+    eps,
+    full,
+    is_true,
+    namespace,
+    nan_where,
+    real_dtype,
+)
 from ddnref._deflated import Shifted, cg, direct, shifted
 from ddnref._eigsh import CLUSTER_RTOL, WHICH, is_cut
 from ddnref._errors import ConvergenceError, GaugeError
@@ -22,7 +33,7 @@ from ddnref._gauge import exceeds, largest, masked
 from ddnref._linalg import hermitian_product
 from ddnref._loops import CHECK_EVERY, WhileLoop
 from ddnref._operators import LinearOperator
-from ddnref._rows import SelfAdjoint, as_dtype, inner, noise, norms, self_adjoint, without
+from ddnref._rows import SelfAdjoint, inner, noise, norms, self_adjoint, without
 
 SOLVERS = ("auto", "cg", "direct")
 DIRECT_UP_TO = 256

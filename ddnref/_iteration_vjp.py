@@ -37,6 +37,7 @@ from ddnref._array import (
     check_square,
     double,
     eps,
+    is_complex,
     is_true,
     namespace,
     nan_where,
@@ -366,8 +367,7 @@ def _check(
     w_bar: Array | None, v_bar: Array | None, w: Array, v: Array, x: Array, method: str, n_iter: int | None
 ) -> int:
     check_dtypes(w_bar=(w_bar, x.dtype), v_bar=(v_bar, x.dtype), w=(w, x.dtype), v=(v, x.dtype))
-    xp = array_api_compat.array_namespace(x)
-    if xp.isdtype(x.dtype, "complex floating"):
+    if is_complex(x):
         raise TypeError(f"The iterations and their VJPs take real matrices, got {x.dtype}: use ddnref.eigh or eigsh.")
     if w_bar is None and v_bar is None:
         raise TypeError("w_bar and v_bar are both None: there is nothing to differentiate.")

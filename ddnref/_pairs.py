@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ddnref._array import Array, Namespace, check_shapes, check_square, full, namespace
+from ddnref._array import Array, Namespace, check_shapes, check_square, conj, full, namespace, real
 
 SIGNS = ("positive", "negative")
 
@@ -111,4 +111,5 @@ def _wide(w: Array, x: Array, v: Array) -> Array:
 
 
 def norm(xp: Namespace, x: Array, axis: int | tuple[int, int] = (-2, -1)) -> Array:
-    return xp.sqrt(xp.sum(xp.real(x * xp.conj(x)) if xp.isdtype(x.dtype, "complex floating") else x * x, axis=axis))
+    """Euclidean norm along `axis`, Frobenius norm over two axes."""
+    return xp.sqrt(xp.sum(real(x * conj(x)), axis=axis))

@@ -10,18 +10,10 @@ from __future__ import annotations
 
 import array_api_compat
 
-from ddnref._array import (
-    Array,
-    check_dtypes,
-    check_shapes,
-    eps,
-    is_true,
-    namespace,
-    nan_where,
-    refuse_recording,
-)
+from ddnref._array import Array, check_dtypes, check_shapes, conj, eps, is_true, namespace, nan_where, refuse_recording
 from ddnref._errors import SingularError
 from ddnref._linalg import adjoint, identity, solve
+from ddnref._linalg import qr as _qr
 
 
 def qr(a: Array, /) -> tuple[Array, Array]:
@@ -65,12 +57,12 @@ def qr(a: Array, /) -> tuple[Array, Array]:
     if a.ndim < 2 or a.shape[-2] < a.shape[-1]:
         raise ValueError(f"a has shape {tuple(a.shape)}, expected (..., m, n) with m >= n: pass its adjoint.")
     finite = xp.all(xp.isfinite(a), axis=(-2, -1), keepdims=True)
-    q, r = xp.linalg.qr(xp.where(finite, a, xp.ones_like(a)), mode="reduced")
+    q, r = _qr(xp.where(finite, a, xp.ones_like(a)))
     diagonal = xp.linalg.diagonal(r)
     size = xp.abs(diagonal)
     one = xp.ones_like(diagonal)
     sign = xp.where(size > 0, diagonal / xp.where(size > 0, xp.astype(size, a.dtype), one), one)
-    r = (xp.conj(sign) if xp.isdtype(a.dtype, "complex floating") else sign)[..., :, None] * r
+    r = conj(sign)[..., :, None] * r
     bad = xp.logical_not(finite)
     return nan_where(bad, q * sign[..., None, :]), nan_where(bad, r)
 

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,18 @@ import pytest
 from hypothesis import settings
 
 BACKENDS = ("numpy", "array-api-strict", "torch", "jax")
-MODULES = {"array-api-strict": "array_api_strict"}
+MODULES = {"array-api-strict": "array_api_strict", "emulated-cupy": "numpy"}
 
 settings.register_profile("ddnref", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("ddnref")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--backend", choices=[*BACKENDS, "cupy"], help="run the array tests on this library only")
+    parser.addoption(
+        "--backend",
+        choices=[*BACKENDS, "cupy", "emulated-cupy"],
+        help="run the array tests on this library only; emulated-cupy needs no GPU (tests/emulated_cupy.py)",
+    )
     parser.addoption("--all-frameworks", action="store_true", help="a missing optional framework is an error")
 
 
@@ -31,6 +36,12 @@ def need(config: pytest.Config, name: str) -> None:
         if config.getoption("--all-frameworks"):
             pytest.fail(message)
         pytest.skip(message)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """What is about CuPy's arrays alone is for ``--backend cupy`` and its emulation."""
+    alone = collection_path.name == "test_cupy.py" and "cupy" not in (config.getoption("--backend") or "")
+    return True if alone else None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -109,7 +120,12 @@ def backend(name: str, device: Any = None) -> Backend:
         import array_api_compat.numpy as namespace
     elif name == "torch":
         import array_api_compat.torch as namespace
-    elif name == "cupy":
+    elif name in ("cupy", "emulated-cupy"):
+        if name == "emulated-cupy":
+            import emulated_cupy
+
+            emulated_cupy.install()
+            name = "cupy"
         import array_api_compat.cupy as namespace
     elif name == "array-api-strict":
         import array_api_strict as namespace

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import array_api_compat
 
-from ddnref._array import Array, is_true
+from ddnref._array import Array, is_true, own
 from ddnref._errors import NonFiniteError
 from ddnref._ggn import _numpy
 from ddnref._ggn._columns import Columns, collect
@@ -126,7 +126,7 @@ def reducer_of(given: Options, *, copied: bool = True) -> Reducer:
 
     return Reducer(
         init,
-        lambda state, x, t: _update(given, state, *((_own(x), _own(t)) if copied else (x, t))),
+        lambda state, x, t: _update(given, state, *((_kept(x), _kept(t)) if copied else (x, t))),
         lambda a, b: _merge(given, a, b),
         lambda state: _finalise(given, state),
     )
@@ -148,13 +148,13 @@ def accumulated(
     return whole
 
 
-def _own(array: Array) -> Array:
+def _kept(array: Array) -> Array:
     """A copy, because the caller may fill its buffer again; not of what is mapped from a file for reading."""
     if array_api_compat.is_torch_array(array):
         return array.clone()  # asarray would hide that it requires grad, which is refused later
     if array_api_compat.is_numpy_array(array) and _numpy.is_read_from_file(array):
         return array
-    return array_api_compat.array_namespace(array).asarray(array, copy=True)
+    return own(array)
 
 
 def _update(given: Options, state: GgnState, x: Array, t: Array) -> GgnState:

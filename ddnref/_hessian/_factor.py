@@ -8,13 +8,14 @@ from typing import NamedTuple, NoReturn
 
 import array_api_compat
 
-from ddnref._array import Array, double, full, is_true
+from ddnref._array import Array, double, full, is_true, quiet
 from ddnref._errors import ConvergenceError, NonFiniteError, SingularError
 from ddnref._hessian import _inertia, _paths
 from ddnref._hessian._paths import Path
-from ddnref._hessian._small import quiet, space, t
+from ddnref._hessian._small import space, t
 from ddnref._hessian._system import System
 from ddnref._hessian._terms import Blocks, combine, norm
+from ddnref._linalg import eigvalsh
 from ddnref._network._checks import like_params
 from ddnref._rows import noise
 
@@ -319,8 +320,7 @@ class HessianFactor:
             return _paths.count_negative(name, self._system, damping)
 
     def _spectrum(self) -> Array:
-        if self._w is None:
-            self._w = space(self._like).linalg.eigvalsh(self._path("dense").saved)
+        self._w = eigvalsh(self._path("dense").saved) if self._w is None else self._w
         return self._w
 
     def _trusted(self, rtol: float) -> str:

@@ -19,6 +19,7 @@ from ddnref._errors import GaugeError
 from ddnref._layout import Layout, flatten, on_arrays
 from ddnref._rule import WARNING, Bound, Rule, bind, failed, input_counts, spread
 from ddnref._rules import rule_of
+from ddnref.interop._dlpack import elsewhere
 from ddnref.interop._torch_batch import aligned, batched
 
 Tensor: TypeAlias = Any  # torch is optional, so that types must not depend on it
@@ -42,13 +43,17 @@ def _(info: Any, in_dims: tuple[int | None], flags: Tensor) -> tuple[Tensor, int
     return torch.ops.ddnref.warn(flags), in_dims[0]
 
 
-def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def differentiable(operation: Callable[..., Any], *, compute: str | None = None, **options: Any) -> Callable[..., Any]:
     """Turn one of ddnref's operations into a function that PyTorch differentiates with our VJP.
 
     Parameters
     ----------
     operation : callable
         A public operation with a rule, such as ``ddnref.eigh``.
+    compute : {None, "cupy", "numpy"}
+        Whose kernels compute: PyTorch's own, or those of another library, which gets the tensors through DLPack,
+        without a copy: ``"cupy"`` CUDA tensors, on PyTorch's current stream, ``"numpy"`` tensors of the CPU. A graph
+        break for ``torch.compile``, and without second derivatives.
     **options
         Options of the operation and of its VJP, bound once: ``differentiable(ddnref.eigh_topk, k=4)``.
 
@@ -61,6 +66,8 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     ------
     TypeError
         The operation has no rule, an option is unknown, or a required one is missing.
+    NotImplementedError
+        When differentiating twice through an operation with ``compute=``, or whose VJP iterates.
 
     Notes
     -----
@@ -80,7 +87,9 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
             [0., 1.]], dtype=torch.float64)
     """
     rule = rule_of(operation)
-    bound = bind(rule, options, solve=_again(operation) if rule.recursive else None)
+    bound = bind(rule, options, solve=_again(operation) if rule.recursive and compute is None else None)
+    if compute is not None:
+        rule, bound = elsewhere(rule, bound, compute)
     operations = {count: _operation(rule, bound, _arrays(count)) for count in input_counts(rule)}
     with_operators = lru_cache(maxsize=16)(partial(_operation, rule, bound))
     n, fields = rule.outputs, 0 if rule.info is None else len(rule.info._fields)
@@ -93,7 +102,7 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
 
     function.__name__ = function.__qualname__ = rule.name
     function.__doc__ = operation.__doc__
-    return function
+    return function if compute is None else torch.compiler.disable(function)  # tracers cannot follow it
 
 
 def _arrays(count: int) -> Layout:
@@ -122,7 +131,7 @@ def _operation(rule: Rule, bound: Bound, layout: Layout) -> Any:
     class Operation(torch.autograd.Function):
         """Outputs, saved arrays and status; saved ones are outputs too, so that second derivatives pass through."""
 
-        generate_vmap_rule = rule.info is None
+        generate_vmap_rule = rule.info is None and not rule.opaque
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
@@ -143,7 +152,7 @@ def _operation(rule: Rule, bound: Bound, layout: Layout) -> Any:
             return tuple(first_order.apply(gradient, *arrays) for gradient in warned)
 
     Operation.forward = staticmethod(_forward(bound, count))
-    if rule.info is not None:  # a loop that reads flags cannot be traced by vmap, and need not: batch axes lead
+    if rule.info is not None or rule.opaque:  # loops and other libraries cannot be traced by vmap: batch axes lead
 
         @staticmethod  # type: ignore[misc]
         def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[tuple[Tensor, ...], int]:
