@@ -12,7 +12,7 @@ from benchmarks import _eigsh_cases as eigsh_cases
 from benchmarks import _iteration as iteration
 from benchmarks import _krylov_cases as krylov
 from benchmarks import _linear_cases as linear
-from benchmarks import networks, nodes
+from benchmarks import networks, nodes, startup
 from benchmarks._common import Call, Case, Ratio, alternating, backend, interleaved
 
 MARGIN = 1.1  # for noise, on figures that a clock enters
@@ -336,6 +336,13 @@ def against_jax_blur(ours: Callable[[], Call]) -> Ratio:
     return interleaved(ours(), linear.blur_jax_scipy())
 
 
+def import_rows(_: Sizes) -> Iterator[Row]:
+    ours, first_call, theirs = startup.process_seconds(startup.OURS, startup.FIRST_CALL, startup.THEIRS)
+    above = "seconds of a fresh interpreter above one that imports NumPy and SciPy"
+    yield at_most(f"import ddnref: {above}", ours - theirs, 0.15, margin=MARGIN)
+    yield Row(f"import ddnref and the first eigh: {above}", f"{first_call - theirs:.3g}", timed=True)
+
+
 _PEER_SIZES = tuple(Size(batch, m, SINGLE) for batch, m in ((5, 32), (5, 64), (5, 128), (5, 256), (1000, 32)))
 
 # The products come first, before any other library has started its threads.
@@ -377,4 +384,5 @@ FIGURES: dict[str, tuple[Callable[[Sizes], Iterator[Row]], Sizes]] = {
     "krylov": (krylov_rows, (Size(1, 256),)),
     "krylov-many": (krylov_many_rows, (Size(64, 2000, bar=4.0), Size(64, 128, bar=1.0))),
     "krylov-memory": (krylov_memory_rows, ()),
+    "import": (import_rows, ()),
 }

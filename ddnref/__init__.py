@@ -98,7 +98,7 @@ from ddnref._solve import solve, solve_fwd, solve_vjp
 from ddnref._spectral import spectral_function, spectral_function_fwd, spectral_function_vjp
 from ddnref._topk import eigh_topk, eigh_topk_fwd, eigh_topk_vjp
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 __all__ = [
     "Activation",
     "BlockDiagonal",

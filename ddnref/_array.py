@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from typing import Any, TypeAlias
 
 import array_api_compat
-import array_api_compat.numpy
 import numpy as np
 
 from ddnref._errors import NonFiniteError
@@ -30,7 +30,7 @@ def namespace(**arrays: Array | None) -> Namespace:
     if not present:
         raise TypeError(f"{' and '.join(arrays)} must be given: there is nothing to compute from None.")
     if all(type(array) is np.ndarray and array.dtype.char in "fdFD" for array in present.values()):
-        return array_api_compat.numpy  # the common case, checked in a microsecond
+        return _numpy_namespace()  # the common case, checked in a microsecond
     xp = library(**present)
     for name, array in present.items():
         if array.dtype not in (xp.float64, xp.float32, xp.complex128, xp.complex64):
@@ -38,6 +38,14 @@ def namespace(**arrays: Array | None) -> Namespace:
                 f"{name} has dtype {array.dtype}; ddnref computes in float32, float64, complex64 or complex128. "
                 f"Convert it first, for example with xp.astype({name}, xp.float64)."
             )
+    return xp
+
+
+@cache
+def _numpy_namespace() -> Namespace:
+    """array-api-compat's NumPy, loaded when first used: it loads all of NumPy, its compiler for Fortran included."""
+    import array_api_compat.numpy as xp
+
     return xp
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import array_api_compat
 import numpy as np
-from scipy.linalg import get_blas_funcs, get_lapack_funcs
+import scipy
 
 from ddnref import _cupy
 from ddnref._array import Array, Namespace, eps, full, nan_where
@@ -143,7 +143,7 @@ def _factor_numpy(a: Any) -> tuple[Array, Array, Array]:
     alone = len(flat) == 1 and n > 0  # then what LAPACK wrote is not copied: 0.1 of the time at n = 1000
     lu_t, pivots = np.empty((0 if alone else len(flat), n, n), a.dtype), np.empty(flat.shape[:-1], np.int32)
     singular = np.zeros(len(flat), dtype=bool)
-    getrf: Any = get_lapack_funcs("getrf", (a,))
+    getrf: Any = scipy.linalg.get_lapack_funcs("getrf", (a,))
     for i, item in enumerate(flat if n else ()):
         lu, pivots[i], info = getrf(item)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -177,7 +177,7 @@ def _judge(lu: Any, info: int) -> tuple[bool, bool]:
 
 
 def _solve_numpy(lu: Any, pivots: Any, b: Any, adjoint: bool) -> Any:
-    getrs: Any = get_lapack_funcs("getrs", (lu, b))
+    getrs: Any = scipy.linalg.get_lapack_funcs("getrs", (lu, b))
     n, k = b.shape[-2:]
     x_t = np.empty((*b.shape[:-2], k, n), b.dtype)
     for item in np.ndindex(b.shape[:-2]):
@@ -186,7 +186,7 @@ def _solve_numpy(lu: Any, pivots: Any, b: Any, adjoint: bool) -> Any:
 
 
 def _triangular_numpy(a: Any, b: Any, lower: bool, unit_diagonal: bool) -> Any:
-    trsm: Any = get_blas_funcs("trsm", (a, b))
+    trsm: Any = scipy.linalg.get_blas_funcs("trsm", (a, b))
     x = np.empty_like(b)
     for item in np.ndindex(b.shape[:-2]):
         by_columns = a[item].flags.f_contiguous

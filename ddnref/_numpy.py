@@ -16,9 +16,8 @@ from itertools import combinations_with_replacement
 from typing import Any
 
 import numpy as np
-import scipy.linalg as scipy_linalg
+import scipy  # its parts are loaded where they are first used
 from numpy.typing import NDArray
-from scipy.linalg import blas, lapack
 
 Array = NDArray[Any]
 
@@ -123,7 +122,7 @@ def eigvalsh(s: Array) -> Array:
     Measured at m = 1152, one thread: 0.48 of the time.
     """
     if s.ndim == 2 and s.dtype in (np.float32, np.complex64) and s.size:
-        return scipy_linalg.eigvalsh(s, check_finite=False)
+        return scipy.linalg.eigvalsh(s, check_finite=False)
     return np.linalg.eigvalsh(s)
 
 
@@ -133,7 +132,7 @@ def eigh_largest(s: Array, k: int) -> tuple[Array, Array]:
     Measured for k = 10 of m = 576 in float32, one thread: 0.23 of the time of all.
     """
     m = s.shape[-1]
-    w, v = scipy_linalg.eigh(s, subset_by_index=(m - k, m - 1), check_finite=False)
+    w, v = scipy.linalg.eigh(s, subset_by_index=(m - k, m - 1), check_finite=False)
     return w[::-1], v[:, ::-1]
 
 
@@ -229,6 +228,7 @@ def dominant_solve(w: Array, y: Array, size: Array, right: Array, x: Array) -> t
     Cholesky's half of the flops, without pivots, in one buffer: measured at m = 32 to 1024, 0.3 to 0.7 of the time
     of `numpy.linalg.solve`. A failed item is not overwritten by anything useful.
     """
+    blas, lapack = scipy.linalg.blas, scipy.linalg.lapack
     sign = np.where(w < 0, -1.0, 1.0)
     z = right * sign[..., None, None]
     a = np.empty(x.shape[-2:])

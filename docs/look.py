@@ -58,6 +58,9 @@ PAGES = {  # page: whether it has mathematics
     "networks": True,
     "ggn": True,
     "hessian": True,
+    "practice": False,
+    "migration": True,
+    "versions": False,
     "figures": False,
     "api": False,
     "generated/ddnref.eigh_vjp": True,
@@ -76,7 +79,7 @@ PAGES = {  # page: whether it has mathematics
     "auto_gallery/plot_sinkhorn": True,
     "auto_gallery/plot_whitening": True,
 }
-ON_A_PHONE = ("index", "systems", "which-gradient", "eigen", "nodes", "figures", "auto_gallery/plot_ladder")
+ON_A_PHONE = ("index", "systems", "which-gradient", "eigen", "migration", "figures", "auto_gallery/plot_ladder")
 ERRORS = re.compile(
     r'CONSOLE[:(\d)]*\].*?"((?:Uncaught|Error|Failed|Access|Refused|Mixed|ParseError|KaTeX).*?)", source'
 )

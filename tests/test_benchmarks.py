@@ -31,6 +31,7 @@ MODULES = (
     "networks",
     "nodes",
     "operators",
+    "startup",
 )
 PREFIXES = ("time_", "peakmem_", "track_")
 

@@ -99,6 +99,8 @@ def test_expected_time():
 def test_nobody_waits_longer_than_patience():
     found = cost.seconds("NumPy", ((1, 4), (1, 8)), patience=0.0)
     assert {size for _, size in found} == {(1, 4)}
+    found = cost.seconds("NumPy", ((1, 4), (1, 8)), patience=0.0, always=("NumPy forward",))
+    assert {name for name, size in found if size == (1, 8)} == {"NumPy forward"}
     found = cost.seconds("NumPy", ((1, 4), (1, 8)), patience=1e6)
     assert set(found) == {(name, size) for name in ("NumPy forward", *RUNGS) for size in ((1, 4), (1, 8))}
 
@@ -114,7 +116,8 @@ def fake(monkeypatch, *, memory=True):
     def names(library):
         return [name for name, one in profile.PASSES.items() if one.library == library]
 
-    def seconds(library, sizes):
+    def seconds(library, sizes, *, always):
+        assert always == (profile.UNIT,)
         return {(name, size): 1.0 for name in names(library) for size in sizes if (name, size) != ("v1", SIZES[1])}
 
     monkeypatch.setattr(profile, "SIZES", SIZES)

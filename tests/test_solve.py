@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import scipy.linalg
 from problems import adjoint, relative
+from scipy.linalg import get_lapack_funcs
 
 import ddnref
 from conftest import backend
@@ -68,7 +70,7 @@ def test_the_gradient_factorises_nothing(rng, monkeypatch):
         raise AssertionError("a second factorisation")
 
     monkeypatch.setattr(_lu, "lu_factor", refuse)
-    monkeypatch.setattr(_lu, "get_lapack_funcs", lambda names, arrays, original=_lu.get_lapack_funcs: (
+    monkeypatch.setattr(scipy.linalg, "get_lapack_funcs", lambda names, arrays, original=get_lapack_funcs: (
         refuse() if "getrf" in names else original(names, arrays)))  # fmt: skip
     ddnref.solve_vjp(x, x, *saved)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from scipy.linalg import lapack
+import scipy
 
 from ddnref import _lu
 from ddnref._array import Array, full
@@ -29,6 +29,7 @@ class Lu(NamedTuple):
 def lu(d: Array) -> Lu:
     """Factors of D; a singular block shows as infinity or NaN in what is solved with it."""
     if type(d) is np.ndarray:
+        lapack = scipy.linalg.lapack
         getrf = lapack.dgetrf if d.dtype == np.float64 else lapack.sgetrf
         factors, swaps, _ = getrf(d if d.flags.f_contiguous else d.T)  # by columns without a copy: D is symmetric
         return Lu(factors, swaps)
@@ -39,6 +40,7 @@ def lu(d: Array) -> Lu:
 def lu_solve(f: Lu, b: Array) -> Array:
     """``D⁻¹ B`` for a matrix B."""
     if type(b) is np.ndarray:
+        lapack = scipy.linalg.lapack
         getrs = lapack.dgetrs if b.dtype == np.float64 else lapack.sgetrs
         return getrs(f.factors, f.swaps, b)[0] if b.size else b
     return _lu.lu_solve(f.factors, f.swaps, b)

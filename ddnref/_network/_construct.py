@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import array_api_compat
-import array_api_compat.numpy
 import numpy as np
 
 from ddnref._array import Array

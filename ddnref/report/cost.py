@@ -55,13 +55,20 @@ _NOTHING_KEPT = {  # malloc takes all but small change from the system and gives
 
 
 def seconds(
-    library: str, sizes: Sequence[Size], patience: float = PATIENCE, *, least: int = LEAST, repeat: float = REPEAT
+    library: str,
+    sizes: Sequence[Size],
+    patience: float = PATIENCE,
+    *,
+    least: int = LEAST,
+    repeat: float = REPEAT,
+    always: Sequence[str] = (),
 ) -> Figures:
     """Median time of every pass of a library at every size, growing; skips what is `expected` to exceed `patience`.
 
-    A library is a name in `PASSES`, or ``"module:function"``, a function of the size that returns the calls by name.
+    Passes named in `always` are never skipped: what others are divided by. A library is a name in `PASSES`, or
+    ``"module:function"``, a function of the size that returns the calls by name.
     """
-    return _ask(_PINNED, ["seconds", library, sizes, patience, least, repeat])
+    return _ask(_PINNED, ["seconds", library, sizes, patience, least, repeat, always])
 
 
 def peaks(library: str, timed: Figures) -> Figures:
@@ -225,13 +232,13 @@ def _figures(flat: list[Any]) -> Figures:
 
 
 def _answer_seconds(
-    library: str, sizes: Sequence[Sequence[int]], patience: float, least: int, repeat: float
+    library: str, sizes: Sequence[Sequence[int]], patience: float, least: int, repeat: float, always: Sequence[str]
 ) -> Figures:
     found: Figures = {}
     for size in map(tuple, sizes):
         calls = _calls(library, size)
         guess = {name: expected(name, size, found) for name in calls}
-        wanted = {name: call for name, call in calls.items() if guess[name] <= patience}
+        wanted = {name: call for name, call in calls.items() if guess[name] <= patience or name in always}
         for name, call in wanted.items():
             if guess[name] <= LONG:
                 call()
