@@ -14,6 +14,7 @@ from ddnref._lanczos import Plan, lanczos, wish
 from ddnref._linalg import eigh
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator
+from ddnref._public import public
 from ddnref._rows import SelfAdjoint, as_dtype, norms, self_adjoint
 
 WHICH = ("LA", "SA", "LM")
@@ -38,6 +39,7 @@ class EigshInfo(NamedTuple):
     """Products of A with one vector, ``(...)``."""
 
 
+@public
 def eigsh(
     x: Array | LinearOperator,
     /,
@@ -142,6 +144,7 @@ def eigsh(
     return outputs, info
 
 
+@public
 def eigsh_fwd(
     x: Array | LinearOperator,
     /,

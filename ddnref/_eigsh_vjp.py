@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn
 import array_api_compat
 
 from ddnref import _numpy
-from ddnref._array import Array, check_dtypes, check_shapes, eps, full, is_true, namespace, nan_where, real_dtype
+from ddnref._array import Array, check_dtypes, check_shapes, eps, full, given, is_true, namespace, nan_where, real_dtype
 from ddnref._deflated import Shifted, cg, direct, shifted
 from ddnref._eigsh import CLUSTER_RTOL, WHICH, is_cut
 from ddnref._errors import ConvergenceError, GaugeError
@@ -22,6 +22,7 @@ from ddnref._gauge import exceeds, largest, masked
 from ddnref._linalg import hermitian_product
 from ddnref._loops import CHECK_EVERY, WhileLoop
 from ddnref._operators import LinearOperator
+from ddnref._public import public
 from ddnref._rows import SelfAdjoint, as_dtype, inner, noise, norms, self_adjoint, without
 
 SOLVERS = ("auto", "cg", "direct")
@@ -63,6 +64,7 @@ class Tolerances(NamedTuple):
     check: float
 
 
+@public
 def eigsh_vjp(
     w_bar: Array | None,
     v_bar: Array | None,
@@ -342,7 +344,11 @@ def _given(
         raise TypeError("w_bar and v_bar are both None: there is nothing to differentiate.")
     if isinstance(w_rest, LinearOperator) or isinstance(v_rest, LinearOperator):
         raise TypeError("x, the operator, comes last, after w_rest and v_rest.")
-    xp = namespace(w_bar=w_bar, v_bar=v_bar, w=w, v=v, w_rest=w_rest, v_rest=v_rest)
+    of_x = {f"params[{i}]": p for i, p in enumerate(x.params)} if isinstance(x, LinearOperator) else {"x": x}
+    given(w=w, v=v, **of_x)
+    xp = namespace(w_bar=w_bar, v_bar=v_bar, w=w, v=v, w_rest=w_rest, v_rest=v_rest, **of_x)
+    if v.ndim < 2 or v.shape[-1] < 1:
+        raise ValueError(f"v has shape {tuple(v.shape)}, expected (..., m, k) with k at least 1.")
     number = real_dtype(xp, v.dtype)
     check_dtypes(
         w=(w, number), w_bar=(w_bar, number), v_bar=(v_bar, v.dtype), w_rest=(w_rest, number), v_rest=(v_rest, v.dtype)

@@ -25,7 +25,9 @@ from ddnref._array import (
     check_dtypes,
     check_shapes,
     full,
+    given,
     is_true,
+    namespace,
     nan_where,
     real_dtype,
 )
@@ -36,8 +38,10 @@ from ddnref._factor import Factor, Pieces, Tall, tall
 from ddnref._gauge import jump, largest, masked
 from ddnref._gram_values import columns_of, count, gauge_check, gram_matrix, ready, zero_tolerance
 from ddnref._linalg import adjoint, eigh
+from ddnref._public import public
 
 
+@public
 def gram_eigh(
     factor: Factor,
     /,
@@ -94,6 +98,7 @@ def gram_eigh(
     return gram_eigh_fwd(factor, k, zero_rtol=zero_rtol, check_finite=check_finite, throw=throw)[0]
 
 
+@public
 def gram_eigh_fwd(
     factor: Factor,
     /,
@@ -131,6 +136,7 @@ def gram_eigh_fwd(
     return (w, v.join(e)), (w_all, u_all)
 
 
+@public
 def gram_eigh_vjp(
     w_bar: Array | None,
     e_bar: Any,
@@ -292,8 +298,9 @@ def _check(
 ) -> tuple[Namespace, Pieces]:
     if w_bar is None and e_bar is None:
         raise TypeError("w_bar and e_bar are both None: there is nothing to differentiate.")
-    xp = array_api_compat.array_namespace(u_all)
-    real, k = real_dtype(xp, v.like.dtype), w.shape[-1]
+    given(w=w, w_all=w_all, u_all=u_all)
+    xp = namespace(w_bar=w_bar, w=w, w_all=w_all, u_all=u_all, factor=v.like)
+    real, k = real_dtype(xp, v.like.dtype), w.shape[-1] if w.ndim else 0
     check_dtypes(w=(w, real), w_bar=(w_bar, real), w_all=(w_all, real), u_all=(u_all, v.like.dtype))
     check_shapes(
         w=(w, (*v.batch, k)), w_bar=(w_bar, (*v.batch, k)), w_all=(w_all, (*v.batch, v.n)),

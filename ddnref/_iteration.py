@@ -35,6 +35,7 @@ from ddnref._errors import ConvergenceError, NonFiniteError
 from ddnref._linalg import eigh, hermitian_part, matvec, symmetrised
 from ddnref._loops import CHECK_EVERY, IterationInfo, WhileLoop, run
 from ddnref._pairs import SIGNS, align_signs, norm
+from ddnref._public import public
 from ddnref._qr import qr
 
 RTOL = 16  # in units of eps, with √m more: the rounding of products with m terms reached 18 at m = 512
@@ -55,6 +56,7 @@ class _Power(NamedTuple):
     active: Array
 
 
+@public
 def power_iteration(
     x: Array,
     /,
@@ -185,6 +187,7 @@ class _Simultaneous(NamedTuple):
     active: Array
 
 
+@public
 def simultaneous_iteration(
     x: Array,
     /,

@@ -44,12 +44,14 @@ from ddnref._array import (
 from ddnref._errors import GaugeError
 from ddnref._gauge import RTOL, exceeds, largest
 from ddnref._linalg import bordered, hermitian_sum, identity, solve, symmetrised, with_diagonal
+from ddnref._public import public
 from ddnref._unrolled import power_unrolled_vjp, simultaneous_unrolled_vjp
 
 METHODS = ("bordered", "fixed_point", "unrolled")
 CHUNK = 2**16  # entries of the systems that NumPy holds at once: 4 items at m = 128, one from 256 on
 
 
+@public
 def power_iteration_vjp(
     w_bar: Array | None,
     v_bar: Array | None,
@@ -129,6 +131,7 @@ def power_iteration_vjp(
     return _vjp(xp, w_bar[..., None], v_bar[..., None], w[..., None], v[..., None], x, method, symmetric, throw)
 
 
+@public
 def simultaneous_iteration_vjp(
     w_bar: Array | None,
     v_bar: Array | None,

@@ -30,6 +30,7 @@ from ddnref._krylov._lsmr import LeastSquaresInfo, lsmr
 from ddnref._krylov._minres import minres
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator, adjoint, as_operator
+from ddnref._public import public
 from ddnref._solve import check_source, summed_to
 
 Solver = Callable[..., tuple[Array, Any]]
@@ -38,6 +39,7 @@ SOLVERS: dict[str, Solver] = {
 }  # fmt: skip
 
 
+@public
 def linear_solve(
     operator: Array | LinearOperator,
     b: Array,
@@ -117,6 +119,7 @@ def linear_solve(
     return x, _judged(info)
 
 
+@public
 def linear_solve_vjp(
     x_bar: Array,
     x: Array,

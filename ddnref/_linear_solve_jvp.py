@@ -18,8 +18,10 @@ from ddnref._krylov._common import SolveInfo
 from ddnref._linear_solve import Solver, adjoint_of, linear_solve, missing, solve_for_derivative, spread, worse
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator, adjoint, as_operator
+from ddnref._public import public
 
 
+@public
 def linear_solve_jvp(
     params_dot: Array | tuple[Array, ...] | None,
     b_dot: Array | None,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from ddnref._array import Array, Namespace, check_shapes, check_square, full, namespace
+from ddnref._array import Array, Namespace, check_precision, check_shapes, check_square, full, namespace
+from ddnref._public import public
 
 SIGNS = ("positive", "negative")
 
 
+@public
 def align_signs(v: Array, reference: Array | None = None, /, *, sign: str = "positive", axis: int = -2) -> Array:
     """Flip eigenvectors so that their inner product with a reference has a given sign.
 
@@ -49,6 +51,7 @@ def align_signs(v: Array, reference: Array | None = None, /, *, sign: str = "pos
     return xp.where(inner < 0 if sign == "positive" else inner > 0, -v, v)
 
 
+@public
 def eigen_residual(x: Array, w: Array, v: Array, /) -> Array:
     """``‖X v − λ v‖`` of each eigenpair: the "eigen gap" of the declarative-network papers.
 
@@ -79,6 +82,7 @@ def eigen_residual(x: Array, w: Array, v: Array, /) -> Array:
     return residual[..., 0] if v.ndim < x.ndim else residual
 
 
+@public
 def fixed_point_residual(x: Array, w: Array, v: Array, /) -> Array:
     """``‖v − sign(λ) X v / ‖X v‖‖``: how far each eigenvector is from a fixed point of power iteration.
 
@@ -99,6 +103,7 @@ def fixed_point_residual(x: Array, w: Array, v: Array, /) -> Array:
 
 def _columns_and_product(x: Array, w: Array, v: Array) -> tuple[Namespace, Array, Array]:
     xp = namespace(x=x, w=w, v=v)
+    check_precision(xp, x=x, w=w, v=v)
     check_square("x", x)
     n = v.shape[-1:] if v.ndim == x.ndim else ()
     check_shapes(v=(v, (*x.shape[:-1], *n)), w=(w, (*x.shape[:-2], *n)))

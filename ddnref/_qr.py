@@ -22,8 +22,10 @@ from ddnref._array import (
 )
 from ddnref._errors import SingularError
 from ddnref._linalg import adjoint, identity, solve
+from ddnref._public import public
 
 
+@public
 def qr(a: Array, /) -> tuple[Array, Array]:
     """Orthonormal columns and a triangular factor of a tall matrix, unique: the diagonal of R is not negative.
 
@@ -75,6 +77,7 @@ def qr(a: Array, /) -> tuple[Array, Array]:
     return nan_where(bad, q * sign[..., None, :]), nan_where(bad, r)
 
 
+@public
 def qr_vjp(q_bar: Array | None, r_bar: Array | None, q: Array, r: Array, /, *, throw: bool = True) -> Array:
     r"""Gradient of a loss with respect to the matrix, from its gradients with respect to the factors.
 

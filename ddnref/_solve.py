@@ -24,8 +24,10 @@ from ddnref._array import (
 from ddnref._errors import SingularError
 from ddnref._linalg import adjoint, move_axis
 from ddnref._lu import lu_factor, lu_factor_vjp, lu_solve
+from ddnref._public import public
 
 
+@public
 def solve(a: Array, b: Array, /, *, throw: bool = True) -> Array:
     """Solution of ``A x = b`` for a dense matrix, one right-hand side or many.
 
@@ -74,6 +76,7 @@ def solve(a: Array, b: Array, /, *, throw: bool = True) -> Array:
     return solve_fwd(a, b, throw=throw)[0]
 
 
+@public
 def solve_fwd(a: Array, b: Array, /, *, throw: bool = True) -> tuple[Array, tuple[Array, Array]]:
     """`solve` and the factorisation that its reverse pass uses.
 
@@ -106,6 +109,7 @@ def solve_fwd(a: Array, b: Array, /, *, throw: bool = True) -> tuple[Array, tupl
     return x, (lu, pivots)
 
 
+@public
 def solve_vjp(
     x_bar: Array, x: Array, lu: Array, pivots: Array, b: Array | None = None, /, *, throw: bool = True
 ) -> tuple[Array, Array]:

@@ -7,8 +7,10 @@ import operator
 from ddnref._array import Array, check_shapes, namespace
 from ddnref._columns import take
 from ddnref._eigh import eigh, eigh_vjp
+from ddnref._public import public
 
 
+@public
 def eigh_topk(x: Array, /, k: int, *, which: str = "LA", check_finite: bool = False) -> tuple[Array, Array]:
     """The k largest or smallest eigenpairs, most wanted first, from a full decomposition.
 
@@ -47,6 +49,7 @@ def eigh_topk(x: Array, /, k: int, *, which: str = "LA", check_finite: bool = Fa
     return eigh_topk_fwd(x, k, which=which, check_finite=check_finite)[0]
 
 
+@public
 def eigh_topk_fwd(
     x: Array, /, k: int, *, which: str = "LA", check_finite: bool = False
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
@@ -74,6 +77,7 @@ def eigh_topk_fwd(
     return (take(w, columns, -1), take(v, columns, -1)), (w, v)
 
 
+@public
 def eigh_topk_vjp(
     w_bar: Array | None,
     v_bar: Array | None,

@@ -16,6 +16,7 @@ from ddnref._hessian._small import quiet, space, t
 from ddnref._hessian._system import System
 from ddnref._hessian._terms import Blocks, combine, norm
 from ddnref._network._checks import like_params
+from ddnref._public import public
 from ddnref._rows import noise
 
 REFINEMENTS = 8
@@ -126,6 +127,7 @@ class HessianFactor:
 
     # --- solve ------------------------------------------------------------------------------------------------------
 
+    @public
     def solve(
         self, b: Sequence[Array], *, refine: str | int = "auto", throw: bool = True
     ) -> tuple[list[Array], HessianSolveInfo]:
@@ -279,6 +281,7 @@ class HessianFactor:
 
     # --- determinant and inertia ------------------------------------------------------------------------------------
 
+    @public
     def slogdet(self) -> tuple[Array, Array]:
         """Sign and ``log|det(H + εI)|``.
 
@@ -290,6 +293,7 @@ class HessianFactor:
         """
         return self._path(self._trusted(SLOGDET)).slogdet()
 
+    @public
     def inertia(self) -> Inertia:
         """Counts of negative, zero and positive eigenvalues of H + εI.
 

@@ -13,10 +13,12 @@ from ddnref._hessian._factor import HessianFactor, HessianSolveInfo
 from ddnref._hessian._small import space
 from ddnref._hessian._system import System, own, system
 from ddnref._network._chain import Chain
+from ddnref._public import public
 
 CURVATURES = ("hessian", "ggn")
 
 
+@public
 def hessian_factor(
     chain: Chain,
     x: Array,
@@ -159,6 +161,7 @@ def _refuse_null_space(s: System) -> None:
         )
 
 
+@public
 def hessian_solve(
     chain: Chain,
     x: Array,
@@ -216,6 +219,7 @@ def hessian_solve(
     return factor.solve(b, refine=refine, throw=throw)
 
 
+@public
 def hessian_solve_vjp(
     x_bar: Sequence[Array],
     x: Sequence[Array],

@@ -16,6 +16,7 @@ from ddnref._hessian._system import System
 from ddnref._hessian._terms import flat
 from ddnref._network._chain import Chain
 from ddnref._operators import LinearOperator
+from ddnref._public import public
 from ddnref._rows import noise
 
 AT_ONCE = 24
@@ -31,6 +32,7 @@ class EigvalCountInfo(NamedTuple):
     """The factorisation that counted at each edge."""
 
 
+@public
 def hessian_eigval_count(
     chain: Chain,
     x: Array,
@@ -122,6 +124,7 @@ def _counts(
     return counts, EigvalCountInfo(tuple(uncertain), tuple(paths))
 
 
+@public
 def hessian_eigvals(
     chain: Chain,
     x: Array,

@@ -22,6 +22,7 @@ from ddnref._krylov._system import prepare
 from ddnref._krylov._vectors import axpy, complex_dots, dots, norms, own, quotient, xpay
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator
+from ddnref._public import public
 from ddnref._rows import as_dtype, namespace_of
 
 
@@ -42,6 +43,7 @@ class _State(NamedTuple):
     n_iter: Array
 
 
+@public
 def bicgstab(
     operator: Array | LinearOperator,
     b: Array,

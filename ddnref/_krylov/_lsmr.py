@@ -30,6 +30,7 @@ from ddnref._krylov._system import prepare
 from ddnref._krylov._vectors import axpy, column, norms, quotient
 from ddnref._loops import WhileLoop, run
 from ddnref._operators import LinearOperator
+from ddnref._public import public
 from ddnref._rows import namespace_of
 
 
@@ -87,6 +88,7 @@ class _State(NamedTuple):
     n_iter: Array
 
 
+@public
 def lsmr(
     operator: Array | LinearOperator,
     b: Array,

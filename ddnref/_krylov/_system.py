@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import array_api_compat
 import numpy as np
 
-from ddnref._array import Array, check_dtypes, check_shapes, eps, full, namespace
+from ddnref._array import Array, check_dtypes, check_precision, check_shapes, eps, full, namespace
 from ddnref._krylov._common import (
     CONVERGED,
     NOT_FINITE,
@@ -57,6 +57,7 @@ def prepare(
     """The system, after a look at everything that does not depend on values, and ``x0`` scaled like it."""
     a = of_array(operator, function).prepared()
     xp = namespace(b=b, x0=x0, **{f"params[{i}]": parameter for i, parameter in enumerate(a.params)})
+    check_precision(xp, b=b, **{f"params[{i}]": parameter for i, parameter in enumerate(a.params)})
     check_dtypes(x0=(x0, b.dtype))
     _refuse_recording(function, b, *a.params)
     _check_operator(function, a, self_adjoint, rectangular)

@@ -31,6 +31,7 @@ from ddnref._array import (
 )
 from ddnref._errors import ConvergenceError, SingularError
 from ddnref._loops import CHECK_EVERY, WhileLoop, run
+from ddnref._public import public
 
 
 class Penalty(NamedTuple):
@@ -85,6 +86,7 @@ class RobustPoolInfo(NamedTuple):
     """(...): ``|Σ ψ_i| / Σ |ψ_i|`` at the returned point."""
 
 
+@public
 def robust_pool(
     x: Array,
     /,
@@ -171,6 +173,7 @@ def robust_pool(
     return nan_where(~info.converged, center[..., 0] + alpha * u), info
 
 
+@public
 def robust_pool_vjp(
     y_bar: Array, y: Array, x: Array, /, *, kind: str = "pseudo-huber", alpha: float = 1.0, throw: bool = True
 ) -> Array:

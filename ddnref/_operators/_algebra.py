@@ -21,8 +21,10 @@ from ddnref._operators._operator import (
     motions_of,
     times,
 )
+from ddnref._public import public
 
 
+@public
 def scaled(
     operator: Array | LinearOperator, c: Array | float | complex, /, *, positive_definite: bool | None = None
 ) -> LinearOperator:
@@ -102,6 +104,7 @@ def scaled(
     )  # fmt: skip
 
 
+@public
 def adjoint(operator: Array | LinearOperator, /) -> LinearOperator:
     """The adjoint ``Aᴴ`` as an operator, with the parameters of A.
 
@@ -139,6 +142,7 @@ def adjoint(operator: Array | LinearOperator, /) -> LinearOperator:
     )  # fmt: skip
 
 
+@public
 def normal(
     operator: Array | LinearOperator,
     damping: Array | float | None = None,

@@ -10,6 +10,7 @@ from ddnref._array import Array, namespace
 from ddnref._errors import OperatorError
 from ddnref._operators._operator import LinearOperator, is_complex, zeros
 from ddnref._operators._statements import STATEMENTS, Given, OperatorCheck
+from ddnref._public import public
 
 RTOL = 1e-11
 VJP_RTOL = 1e-7
@@ -30,6 +31,7 @@ class OperatorReport(NamedTuple):
         )
 
 
+@public
 def check_operator(
     operator: LinearOperator,
     x: Array | None = None,

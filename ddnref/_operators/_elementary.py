@@ -13,14 +13,13 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from ddnref._array import Array, namespace
+from ddnref._array import Array, check_precision, namespace
 from ddnref._linalg import move_axis
 from ddnref._operators._operator import (
     LinearOperator,
     Params,
     as_shape,
     broadcast_shape,
-    check_precision,
     conj,
     cotangent,
     is_array,
@@ -29,8 +28,10 @@ from ddnref._operators._operator import (
     no_params_vjp,
     over,
 )
+from ddnref._public import public
 
 
+@public
 def dense(a: Array, /, *, self_adjoint: bool = False, positive_definite: bool = False) -> LinearOperator:
     """A matrix as an operator.
 
@@ -126,6 +127,7 @@ def _alike(a: Array, b: Array) -> tuple[Array, Array]:
     return (a, xp.astype(b, a.dtype)) if is_complex(a) else (xp.astype(a, b.dtype), b)
 
 
+@public
 def diagonal(
     d: Array, /, shape: tuple[int, ...] | int | None = None, *, positive_definite: bool = False
 ) -> LinearOperator:
@@ -169,6 +171,7 @@ def diagonal(
     return _diagonal(d, sizes, not is_complex(d), positive_definite)
 
 
+@public
 def mask(m: Array, /, shape: tuple[int, ...] | int | None = None) -> LinearOperator:
     r"""Keeps some entries and sets the others to zero: a projection, its own adjoint.
 
@@ -263,6 +266,9 @@ def as_operator(a: Array | LinearOperator, name: str = "operator") -> LinearOper
             f"{name} is a {type(a).__qualname__}, expected a LinearOperator or an array (..., n, m). "
             "SciPy's and CuPy's operators and sparse matrices are wrapped by ddnref.from_scipy."
         )
+    namespace(**{name: a})
+    if a.ndim < 2:
+        raise ValueError(f"{name} has shape {tuple(a.shape)}, expected (..., n, m).")
     return dense(a)
 
 

@@ -19,8 +19,10 @@ from ddnref._array import Array
 from ddnref._operators._algebra import bare_of, normal
 from ddnref._operators._elementary import as_operator
 from ddnref._operators._operator import LinearOperator, Params, broadcast_shape, check_params, motions_of
+from ddnref._public import public
 
 
+@public
 def add(*operators: Array | LinearOperator, positive_definite: bool | None = None) -> LinearOperator:
     """The sum of operators.
 
@@ -81,6 +83,7 @@ def add(*operators: Array | LinearOperator, positive_definite: bool | None = Non
     return LinearOperator(parts.params, apply, adjoint, params_vjp, *shapes, flag, positive, prepare=prepare, **motions)
 
 
+@public
 def compose(
     *operators: Array | LinearOperator, self_adjoint: bool = False, positive_definite: bool = False
 ) -> LinearOperator:
@@ -162,6 +165,7 @@ def compose(
     return LinearOperator(parts.params, apply, adjoint, params_vjp, *shapes, flag, positive, prepare=prepare, **motions)
 
 
+@public
 def stack(*operators: Array | LinearOperator) -> LinearOperator:
     r"""Several operators of one vector, their results side by side.
 

@@ -208,7 +208,7 @@ def single(site: Site) -> Hostile | None:
 def mixed_precision(site: Site) -> Hostile | None:
     """One array in float32, or complex, beside others."""
     i = site.pick()
-    if i is None or len(site.problem.arrays) < 2:
+    if i is None or len(site.problem.arrays) < 2 or site.target.numpy_only:
         return None
     a = site.problem.arrays[i]
     if site.rng.integers(2) and not np.iscomplexobj(a):
@@ -396,7 +396,7 @@ def batches(site: Site) -> Hostile | None:
         ("no batch", lambda a: a[(0,) * (a.ndim - site.core[i])]),
         ("a batch of one", lambda a: a[:1]),
     ])  # fmt: skip
-    return site.replaced(i, change(a).copy(), how, "items", names=())
+    return site.replaced(i, np.array(change(a)), how, "items", names=())
 
 
 def empty(site: Site) -> Hostile | None:

@@ -67,13 +67,12 @@ def target(function: Any, build: Callable[..., tuple[Any, ...]], names: str, cal
 
 
 def _pairs(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
-    x = definite(rng, batch, m, is_complex)
-    w, v = np.linalg.eigh(x)
-    return x, w, v
+    """Far from eigenpairs: of residuals that are nothing but rounding no digit could be compared."""
+    return definite(rng, batch, m, is_complex), rng.uniform(1.0, 2.0, (*batch, m)), normal(rng, (*batch, m, m), is_complex)
 
 
 def _gauge(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
-    _, w, v = _pairs(rng, batch, m, False)
+    w, v = np.linalg.eigh(definite(rng, batch, m, False))
     return random_like(rng, w), random_like(rng, v), w, v
 
 
@@ -84,7 +83,7 @@ def eigen_targets() -> list[Target]:
         target(ddnref.gauge_residual, _gauge, "w_bar v_bar w v"),
         target(
             ddnref.align_signs, lambda rng, batch, m, c: (normal(rng, (*batch, m, 3)), normal(rng, (*batch, m))), "v reference",
-            given={"axis": -2}, call=_align,
+            given={"axis": -2}, call=_align, optional=("reference",),
         ),
     ]  # fmt: skip
 
@@ -108,7 +107,7 @@ def krylov_targets() -> list[Target]:
 
         return target(
             solver, _system, "a b", call, given={"rtol": 1e-12}, check=_solve, loose=1e3, is_complex=True,
-            powers={"b": (1,), "a": (-1,)},
+            powers={"b": (1,), "a": (-1,)}, aliases={"a": ("operator", "params")},
         )  # fmt: skip
 
     solvers = (ddnref.cg, ddnref.minres, ddnref.bicgstab, ddnref.gmres, ddnref.lsmr)
@@ -130,14 +129,18 @@ def krylov_targets() -> list[Target]:
 def everything(operator: ddnref.LinearOperator, x: Any) -> Any:
     """All that an operator does, once."""
     y = operator(x)
-    return y, operator.adjoint(operator.params, y), *operator.params_vjp(operator.params, y, x)
+    with np.errstate(all="ignore"):  # the bare formulas, which solvers call, look at nothing
+        return y, operator.adjoint(operator.params, y), *operator.params_vjp(operator.params, y, x)
+
+
+PARAMS = {name: ("params",) for name in ("a", "d", "m", "kernel", "operator", "c", "damping", "operators")}
 
 
 def operator_targets() -> list[Target]:
     n = 6
 
     def of(function: Any, build: Any, names: str, call: Any, **fields: Any) -> Target:
-        return target(function, build, names, call, is_complex=True, **fields)
+        return target(function, build, names, call, **{"is_complex": True, "sums": True, "aliases": PARAMS, **fields})
 
     def matrix(rng: Any, batch: Any, m: int, c: bool) -> tuple[Any, ...]:
         return normal(rng, (*batch, m, m + 1), c), normal(rng, (*batch, m + 1), c)
@@ -187,7 +190,7 @@ def operator_targets() -> list[Target]:
                like=lambda: None, items=False),
         of(ddnref.check_operator, matrix, "a x",
            lambda a, x, **o: ddnref.check_operator(ddnref.dense(a), x, **o).passed, items=False,
-           options={"rtol": "tolerance", "vjp_rtol": "tolerance", "seed": "seed"}),
+           options={"rtol": "tolerance", "vjp_rtol": "tolerance", "seed": "seed"}, double=True, optional=("x",)),
     ]  # fmt: skip
 
 
@@ -205,7 +208,7 @@ def scipy_targets() -> list[Target]:
         target(ddnref.to_scipy, lambda rng, batch, m, c: build(rng, (), m, c), "a x", back, items=False, theirs=("x",), numpy_only=True),
         target(
             ddnref.from_scipy, lambda rng, batch, m, c: (normal(rng, (*batch, 3)),), "x",
-            lambda x, **o: (ddnref.from_scipy(sparse, **o)(x),), numpy_only=True,
+            lambda x, **o: (ddnref.from_scipy(sparse, **o)(x),), numpy_only=True, double=True,
         ),
     ]  # fmt: skip
 
@@ -359,7 +362,8 @@ def network_targets() -> list[Target]:
     names = "weight bias weight x t"
 
     def of(name: str, call: Any, build: Any = _network, names: str = names, **fields: Any) -> Target:
-        aliases = fields.pop("aliases", {"weight": ("params",), "bias": ("params",)})
+        aliases = fields.pop("aliases", {"weight": ("params", "layers"), "bias": ("params",)})
+        fields = {"optional": ("bias",), **fields}
         like = fields.pop("like", lambda *, throw=True: None)
         return target(call, build, names, call, like=like, name=name, items=False, aliases=aliases, **fields)
 
@@ -405,7 +409,7 @@ def network_targets() -> list[Target]:
         of("Dense", lambda w, b, v, x, t, throw=True: ddnref.Chain([ddnref.Dense(w, b, "relu"), ddnref.Dense(v)], "bce").gradient(x, 1 / (1 + t * t), throw=throw), theirs=("t",)),
         of("Conv2d", convolved, _images, "weight bias x t"),
         of("Flatten", convolved, _images, "weight bias x t"),
-        of("Residual", residual, square), of("Activation", residual, square), of("Loss", residual, square),
+        *(of(name, residual, square, theirs=("t",)) for name in ("Residual", "Activation", "Loss")),
         of("Frozen", frozen, aliases={"weight": ("constants", "params"), "bias": ("constants", "params")}),
         of("Layer", lambda s, x, t, throw=True: ddnref.Chain([_scale_layer(s)], "mse").gradient(x, t, throw=throw), _own_layer, "params x t"),
     ]  # fmt: skip
@@ -419,6 +423,13 @@ def _free_of_sign(result: Any) -> Any:
     return w, [array_api_compat.array_namespace(z).abs(z) for z in v]
 
 
+def rows(x: Any, part: slice) -> Any:
+    """Some samples; what has none is handed on as it is."""
+    if not hasattr(x, "ndim") or isinstance(x, type) or x.ndim == 0 or "sparse" in str(getattr(x, "layout", "")):
+        return x
+    return x[part, ...]
+
+
 def curvature_targets() -> list[Target]:
     names = "weight bias weight x t"
     aliases = {"weight": ("params",), "bias": ("params",)}
@@ -429,13 +440,13 @@ def curvature_targets() -> list[Target]:
 
         return target(
             function, _network, names, called, like=function, name=name or function.__name__, items=False,
-            aliases=aliases, given=given or {}, loose=1e4, **fields,
+            aliases=aliases, given=given or {}, loose=1e4, optional=("bias",), unused=("t",), **fields,
         )  # fmt: skip
 
     def reduced(c: Any, x: Any, t: Any, **options: Any) -> Any:
         reducer = ddnref.ggn_reducer(c, **options)
-        first = reducer.update(reducer.init(), x[:2, ...], t[:2, ...])
-        second = reducer.update(reducer.init(2), x[2:, ...], t[2:, ...])
+        first = reducer.update(reducer.init(), rows(x, slice(2)), rows(t, slice(2)))
+        second = reducer.update(reducer.init(2), rows(x, slice(2, None)), rows(t, slice(2, None)))
         return reducer.finalise(reducer.merge(first, second)).grams
 
     def solved(c: Any, x: Any, t: Any, **options: Any) -> Any:
@@ -482,13 +493,17 @@ def _shards(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
 
 
 def reducer_targets() -> list[Target]:
+    def square(z: Any) -> Any:
+        with np.errstate(all="ignore"):
+            return z @ array_api_compat.array_namespace(z).matrix_transpose(z)
+
     def gram(a: Any, b: Any, **options: Any) -> Any:
         reducer = ddnref.gram_reducer(**options)
         second = reducer.update(reducer.init(), b)
         return reducer.finalise(reducer.merge(reducer.update(reducer.init(), a), second))
 
     def total(a: Any, b: Any, **options: Any) -> Any:
-        reducer = ddnref.sum_reducer(lambda z: z @ array_api_compat.array_namespace(z).matrix_transpose(z), **options)
+        reducer = ddnref.sum_reducer(square, **options)
         return reducer.finalise(reducer.update(reducer.update(reducer.init(), a), b))
 
     return [
@@ -499,7 +514,8 @@ def reducer_targets() -> list[Target]:
 
 def testing_targets() -> list[Target]:
     def sine(x: Any) -> Any:
-        return array_api_compat.array_namespace(x).sin(x)
+        with np.errstate(all="ignore"):
+            return array_api_compat.array_namespace(x).sin(x)
 
     def cosine(y_bar: Any, y: Any, x: Any) -> Any:
         return y_bar * array_api_compat.array_namespace(x).cos(x)
@@ -508,7 +524,13 @@ def testing_targets() -> list[Target]:
         return testing.numerical_jvp(sine, x, x_dot, **options)
 
     def check(f: Callable[..., Any]) -> Any:
-        return lambda x, **options: f(sine, cosine, x, needs=(0,), **options).passed
+        def call(x: Any, **options: Any) -> Any:
+            try:
+                return f(sine, cosine, x, needs=(0,), **options).passed
+            except AssertionError:
+                return False
+
+        return call
 
     kinds = {"step": "positive", "gap": "gap", "directions": "k", "rtol": "tolerance", "tangent": "name", "seed": "seed"}
     several = {name: kinds[name] for name in ("step", "gap", "rtol", "tangent", "seed")}

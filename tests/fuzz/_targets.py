@@ -53,8 +53,6 @@ class Target(NamedTuple):
     """Factor of the tolerance, for iterations that stop early."""
     integers: tuple[str, ...] = ()
     """Arrays that are integers."""
-    constant: tuple[str, ...] = ()
-    """Options of the problem that are its sizes; another value is another problem."""
     is_complex: bool = False
     theirs: tuple[str, ...] = ()
     """Arrays that only functions of the user see: what is wrong with them is for these to say."""
@@ -63,6 +61,16 @@ class Target(NamedTuple):
     numpy_only: bool = False
     double: bool = False
     """Whether float32 is refused."""
+    doubles: bool = False
+    """Whether it computes and returns float64 whatever comes in, as its documentation says."""
+    compared: int | None = None
+    """How many of the results are compared: what is saved may be any basis of an eigenspace."""
+    sums: bool = False
+    """Whether results may be summed over axes that broadcast."""
+    optional: tuple[str, ...] = ()
+    """Arrays that may be None."""
+    unused: tuple[str, ...] = ()
+    """Arrays that the result need not depend on."""
 
 
 def positional(function: Callable[..., Any]) -> tuple[str, ...]:
@@ -243,7 +251,7 @@ def forward_target(rule: Rule, suffix: str = "") -> Target:
     return Target(
         rule.name + suffix, function, make, positional(function), powers={} if suffix else POWERS.get(rule.name, {}),
         phases=PHASES.get(rule.name, ()), check=None if suffix else CHECKS.get(rule.name), rule=rule,
-        loose=_looseness(rule), constant=("k", "n"), is_complex=rule.is_complex,
+        loose=_looseness(rule), compared=rule.outputs if suffix else None, is_complex=rule.is_complex,
     )  # fmt: skip
 
 
