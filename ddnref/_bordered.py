@@ -71,7 +71,8 @@ class BlockDiagonal(NamedTuple):
     def row_size(self) -> Array:
         """``Σ_j |H_ij|``, (..., n)."""
         xp = array_api_compat.array_namespace(self.blocks)
-        return xp.reshape(_sum_abs(self.blocks), (*self.blocks.shape[:-3], -1))
+        *batch, count, size, _ = self.blocks.shape
+        return xp.reshape(_sum_abs(self.blocks), (*batch, count * size))
 
     def solve(self, b: Array) -> Array:
         """``H⁻¹ B`` for b of shape (..., n, k); NaN in the rows of singular blocks."""

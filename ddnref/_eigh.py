@@ -244,7 +244,7 @@ def gauge_residual(
     if v_bar is not None:
         m_ = adjoint(v) @ v_bar
         residual = xp.maximum(residual, ratio(*masked(m_, cluster_mask(near, columns), columns)))
-    return residual
+    return nan_where(xp.any(xp.isnan(w), axis=-1), residual)
 
 
 def has_repeated(w: Array, rtol: float | None = None) -> Array:

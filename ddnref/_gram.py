@@ -285,8 +285,10 @@ def _as(x: Array, like: Array) -> Array:
 
 def _longest(xp: Namespace, e_bar: Pieces) -> Array:
     """The largest length of a column, ``(...)``."""
-    square = sum(xp.sum(xp.real(e * xp.conj(e)) if _complex(xp, e) else e * e, axis=-2) for e in e_bar)
-    return largest(xp.sqrt(square), 1)
+    size = xp.max(xp.stack([largest(e, 2) for e in e_bar]), axis=0)  # of unit size, so that squares stay in range
+    size = xp.where(size > 0, size, xp.ones_like(size))
+    square = sum(xp.sum(xp.abs(e / _as(size, e)[..., None, None]) ** 2, axis=-2) for e in e_bar)
+    return size * largest(xp.sqrt(square), 1)
 
 
 def _complex(xp: Namespace, x: Array) -> bool:

@@ -224,7 +224,7 @@ def solver_of(operator: Array | LinearOperator, solver: str | Solver | None) -> 
         return SOLVERS[_default(operator)]
     if callable(solver):
         return solver
-    if solver not in SOLVERS:
+    if not isinstance(solver, str) or solver not in SOLVERS:
         raise ValueError(f"solver is {solver!r}, expected {', '.join(map(repr, SOLVERS))}, a callable or None.")
     return SOLVERS[solver]
 

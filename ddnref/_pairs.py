@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from ddnref._array import Array, Namespace, check_precision, check_shapes, check_square, full, namespace
+from ddnref._array import (
+    Array,
+    Namespace,
+    check_dtypes,
+    check_precision,
+    check_real,
+    check_shapes,
+    check_square,
+    full,
+    namespace,
+    nan_where,
+)
 from ddnref._public import public
 
 SIGNS = ("positive", "negative")
@@ -39,6 +50,8 @@ def align_signs(v: Array, reference: Array | None = None, /, *, sign: str = "pos
     [[0.6, 0.8], [-0.8, 0.6]]
     """
     xp = namespace(v=v, reference=reference)
+    check_real(v=v, reference=reference)
+    check_dtypes(reference=(reference, v.dtype))
     if sign not in SIGNS or axis not in (-1, -2):
         raise ValueError(f'sign is {sign!r} and axis {axis!r}, expected "positive" or "negative" and -2 or -1.')
     if reference is None:
@@ -48,7 +61,7 @@ def align_signs(v: Array, reference: Array | None = None, /, *, sign: str = "pos
         if along.ndim > v.ndim or any(a not in (1, b) for a, b in zip(along.shape[::-1], v.shape[::-1], strict=False)):
             raise ValueError(f"reference has shape {tuple(reference.shape)}, which does not fit v: {tuple(v.shape)}.")
         inner = xp.sum(along * v, axis=axis, keepdims=True)
-    return xp.where(inner < 0 if sign == "positive" else inner > 0, -v, v)
+    return xp.where(inner < 0 if sign == "positive" else inner > 0, -v, nan_where(xp.isnan(inner), v))
 
 
 @public
@@ -78,7 +91,7 @@ def eigen_residual(x: Array, w: Array, v: Array, /) -> Array:
     0.0
     """
     xp, y, z = _columns_and_product(x, w, v)
-    residual = norm(xp, z - _wide(w, x, v) * y, axis=-2)
+    residual = _length(xp, z - _wide(w, x, v) * y)
     return residual[..., 0] if v.ndim < x.ndim else residual
 
 
@@ -95,9 +108,9 @@ def fixed_point_residual(x: Array, w: Array, v: Array, /) -> Array:
     0.0
     """
     xp, y, z = _columns_and_product(x, w, v)
-    size = norm(xp, z, axis=-2)[..., None, :]
-    size = xp.where(_wide(w, x, v) < 0, -size, size)
-    residual = norm(xp, y - z / xp.where(size == 0, full((), float("nan"), size), size), axis=-2)
+    size, w = _length(xp, z)[..., None, :], _wide(w, x, v)
+    size = xp.where(w < 0, -size, nan_where(xp.isnan(w), size))
+    residual = _length(xp, y - z / xp.where(size == 0, full((), float("nan"), size), size))
     return residual[..., 0] if v.ndim < x.ndim else residual
 
 
@@ -113,6 +126,17 @@ def _columns_and_product(x: Array, w: Array, v: Array) -> tuple[Namespace, Array
 
 def _wide(w: Array, x: Array, v: Array) -> Array:
     return w[..., None, :] if v.ndim == x.ndim else w[..., None, None]
+
+
+def _length(xp: Namespace, x: Array) -> Array:
+    """``‖x‖`` of columns, without squares that leave the range of exponents."""
+    size = (
+        xp.max(xp.abs(x), axis=-2, keepdims=True)
+        if x.shape[-2]
+        else full((*x.shape[:-2], 1, x.shape[-1]), 0.0, xp.real(x))
+    )
+    size = xp.where((size > 0) & xp.isfinite(size), size, xp.ones_like(size))
+    return size[..., 0, :] * norm(xp, x / (size if size.dtype == x.dtype else xp.astype(size, x.dtype)), axis=-2)
 
 
 def norm(xp: Namespace, x: Array, axis: int | tuple[int, int] = (-2, -1)) -> Array:

@@ -111,6 +111,11 @@ def _callable(name: str, value: Any) -> None:
         raise TypeError(f"{name} is {_shown(value)}, expected a function.")
 
 
+def _array(name: str, value: Any) -> None:
+    if not array_api_compat.is_array_api_obj(value):
+        raise TypeError(f"{name} is {_shown(value)}, expected an array.")
+
+
 CHECKS: dict[str, Callable[[str, Any], None]] = {
     **dict.fromkeys(("rtol", "atol", "gauge_rtol", "cluster_rtol", "check_rtol", "zero_rtol", "vjp_rtol"), _tolerance),
     **dict.fromkeys(("radius", "total", "alpha", "eps", "sigma"), _finite),
@@ -118,6 +123,7 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     **dict.fromkeys(("maxiter", "n_iter", "seed", "equalities"), _from(0)),
     **dict.fromkeys(("check_every", "restart", "directions", "mc_samples"), _from(1)),
     **dict.fromkeys(("k", "n", "basis"), _integer),
+    **dict.fromkeys(("v0", "x0", "y0", "reference"), _array),
     **dict.fromkeys(
         (
             "callback", "while_loop", "preconditioner", "progress", "f", "df", "residual", "jacobian", "residual_vjp",

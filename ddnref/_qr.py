@@ -128,6 +128,8 @@ def qr_vjp(q_bar: Array | None, r_bar: Array | None, q: Array, r: Array, /, *, t
     if q_bar is None and r_bar is None:
         raise TypeError("q_bar and r_bar are both None: there is nothing to differentiate.")
     check_dtypes(q_bar=(q_bar, q.dtype), r_bar=(r_bar, q.dtype), r=(r, q.dtype))
+    if q.ndim < 2:
+        raise ValueError(f"q has shape {tuple(q.shape)}, expected (..., m, n).")
     n = q.shape[-1]
     check_shapes(q_bar=(q_bar, q.shape), r_bar=(r_bar, r.shape), r=(r, (*q.shape[:-2], n, n)))
     q_bar = xp.zeros_like(q) if q_bar is None else q_bar

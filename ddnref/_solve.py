@@ -14,9 +14,11 @@ import array_api_compat
 from ddnref._array import (
     Array,
     check_dtypes,
+    check_shapes,
     check_square,
     full,
     is_true,
+    library,
     namespace,
     nan_where,
     refuse_recording,
@@ -159,9 +161,13 @@ def solve_vjp(
     (array([[-1., -1.],
            [ 1.,  1.]]), array([ 1., -1.]))
     """
-    xp = namespace(x_bar=x_bar, x=x, lu=lu)
+    xp = namespace(x_bar=x_bar, x=x, lu=lu, b=b)
     check_square("lu", lu)
-    check_dtypes(x_bar=(x_bar, lu.dtype), x=(x, lu.dtype))
+    check_dtypes(x_bar=(x_bar, lu.dtype), x=(x, lu.dtype), b=(b, lu.dtype))
+    library(lu=lu, pivots=pivots)
+    if not xp.isdtype(pivots.dtype, "integral"):
+        raise TypeError(f"pivots has dtype {pivots.dtype}, expected the integers that solve_fwd saved.")
+    check_shapes(pivots=(pivots, tuple(lu.shape[:-1])))
     if tuple(x_bar.shape) != tuple(x.shape):
         raise ValueError(f"x_bar has shape {tuple(x_bar.shape)}, expected that of x, {tuple(x.shape)}.")
     _batch("x", lu, x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 
-from ddnref._array import Array, check_shapes, namespace
+from ddnref._array import Array, check_dtypes, check_shapes, namespace
 from ddnref._columns import take
 from ddnref._eigh import eigh, eigh_vjp
 from ddnref._public import public
@@ -125,7 +125,12 @@ def eigh_topk_vjp(
            [0., 0., 0.]])
     """
     namespace(w_bar=w_bar, v_bar=v_bar, w=w, v=v, w_all=w_all, v_all=v_all)
+    if w.ndim < 1 or w_all.ndim < 1:
+        raise ValueError(
+            f"w has shape {tuple(w.shape)} and w_all {tuple(w_all.shape)}, expected (..., k) and (..., m)."
+        )
     k, m = w.shape[-1], w_all.shape[-1]
+    check_dtypes(w=(w, w_all.dtype), v=(v, v_all.dtype))
     check_shapes(w=(w, (*w_all.shape[:-1], k)), v=(v, (*w_all.shape, k)))
     return eigh_vjp(w_bar, v_bar, w_all, v_all, index=_top(k, which, m), rtol=rtol, gauge_rtol=gauge_rtol, throw=throw)
 

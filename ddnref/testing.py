@@ -288,6 +288,9 @@ def _spaces(tangent: Any, count: int) -> list[Tangent]:
     given = tangent if type(tangent) is tuple else (tangent,) * count
     if len(given) != count:
         raise ValueError(f"tangent has {len(given)} entries for {count} inputs.")
+    for space in given:
+        if not isinstance(space, Tangent) and not (isinstance(space, str) and space in TANGENTS):
+            raise ValueError(f"tangent is {space!r}, expected one of {', '.join(map(repr, TANGENTS))} or a Tangent.")
     return [TANGENTS[space] if isinstance(space, str) else space for space in given]
 
 

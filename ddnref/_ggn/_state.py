@@ -152,6 +152,8 @@ def accumulated(
 
 def _looked_at(x: Array, t: Array, copied: bool) -> tuple[Array, Array]:
     library(x=x, t=t)
+    if x.ndim < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (N, features): one row for each sample.")
     return (_own(x), _own(t)) if copied else (x, t)
 
 

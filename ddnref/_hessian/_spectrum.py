@@ -11,7 +11,7 @@ from ddnref._eigsh import EigshInfo, eigsh
 from ddnref._errors import ConvergenceError, SingularError
 from ddnref._hessian._factor import ZERO, HessianFactor
 from ddnref._hessian._small import space
-from ddnref._hessian._solve import CURVATURES, prepared
+from ddnref._hessian._solve import CURVATURES, check_method, prepared
 from ddnref._hessian._system import System
 from ddnref._hessian._terms import flat
 from ddnref._network._chain import Chain
@@ -82,12 +82,16 @@ def hessian_eigval_count(
     (True, True)
     """
     edges = _edges(interval)
+    check_method(method)
     s = _prepared(chain, x, t, curvature)
     return _counts(s, edges, method, double(space(x), x), chain.params, throw)
 
 
 def _edges(interval: Sequence[float]) -> list[float]:
-    edges = [float(edge) for edge in interval]
+    try:
+        edges = [float(edge) for edge in interval]
+    except (TypeError, ValueError):
+        raise TypeError(f"interval is {interval!r}, expected two or more ascending numbers.") from None
     if len(edges) < 2 or not all(a < b for a, b in pairwise(edges)):
         raise ValueError(f"interval is {interval!r}, expected two or more ascending numbers.")
     return edges

@@ -157,6 +157,7 @@ def least_squares_on_sphere_vjp(
     >>> ddnref.least_squares_on_sphere_vjp(np.ones(2), np.asarray([0.0, 1.0]), a, b)[1] + 0.0
     array([0.5, 0. ])
     """
+    namespace(y_bar=y_bar, y=y, a=a, b=b)
     xp = _check(radius, a, b)
     n = a.shape[-1]
     check_dtypes(y=(y, a.dtype))

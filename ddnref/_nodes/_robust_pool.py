@@ -295,7 +295,7 @@ def _check(kind: str, alpha: float, **arrays: Array) -> Namespace:
     check_dtypes(**{name: (a, x.dtype) for name, a in arrays.items()})
     if x.ndim < 1 or x.shape[-1] < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., m) with m at least 1.")
-    if kind not in PENALTIES:
+    if not isinstance(kind, str) or kind not in PENALTIES:
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(PENALTIES)}.")
     if not alpha > 0:
         raise ValueError(f"alpha is {alpha!r}, expected a positive number.")

@@ -277,6 +277,8 @@ def coefficient(name: str, c: Any, params: Params, real: bool = False) -> Any:
 
     NumPy's scalars, which its functions return for arrays without axes, are arrays here: they have a gradient.
     """
+    if c is None:
+        raise TypeError(f"{name} is None, expected a number or an array.")
     if not is_array(c):
         if real and isinstance(c, complex):
             raise TypeError(f"{name} is {c!r}, expected a real number or a real array.")

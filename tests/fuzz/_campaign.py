@@ -47,18 +47,25 @@ def run_case(seed: int, number: int, targets: Sequence[Target]) -> Case:
     is_complex = target.is_complex and bool(rng.integers(4) == 0)
     problem = target.make(rng, batch, m, is_complex)
     site = _mutations.Site(rng, target, problem, cores(target), batch)
-    kind, hostile = "", None
+    kind, hostile, outcome, finding = "", None, "", ""
     while hostile is None:
         kind = site.choice(_mutations.MUTATIONS)
         hostile = _mutations.MUTATIONS[kind](site)
-    outcome, finding = "", ""
     try:
         outcome = _oracle.EXPECTATIONS[hostile.expect](site, hostile).name
     except _oracle.Finding as error:
         finding = str(error)
     except Exception as error:  # noqa: BLE001 - of the oracle itself, or of a callback of this campaign
         finding = f"the oracle failed with {type(error).__name__} at {_oracle.where(error)}: {error}"
-    return Case(seed, number, target.name, kind, f"{batch} m={m}{' complex' if is_complex else ''} {hostile.what}", outcome, finding)
+    return Case(
+        seed,
+        number,
+        target.name,
+        kind,
+        f"{batch} m={m}{' complex' if is_complex else ''} {hostile.what}",
+        outcome,
+        finding,
+    )
 
 
 @cache
@@ -123,7 +130,9 @@ def _drive(seed: int, numbers: Sequence[int], command: Sequence[str]) -> list[Ca
             if started is None:
                 raise RuntimeError(process.stderr)
             last = "\n".join(process.stderr.strip().splitlines()[-12:])
-            found.append(Case(seed, started, "?", "?", "?", "", f"the interpreter ended ({process.returncode}): {last}"))
+            found.append(
+                Case(seed, started, "?", "?", "?", "", f"the interpreter ended ({process.returncode}): {last}")
+            )
             done.add(started)
         left = [n for n in left if n not in done]
     return found

@@ -38,7 +38,9 @@ class Site(NamedTuple):
     """Axes of one item of each array."""
     batch: tuple[int, ...]
 
-    def pick(self, accept: Callable[[Any], bool] = lambda a: True, floating: bool = True, ours: bool = True) -> int | None:
+    def pick(
+        self, accept: Callable[[Any], bool] = lambda a: True, floating: bool = True, ours: bool = True
+    ) -> int | None:
         """One of the arrays that satisfy a condition."""
         names = self.target.names
         places = [
@@ -72,14 +74,14 @@ class Site(NamedTuple):
 def _gaps(a: Any) -> Any:
     """Every second entry of a larger array full of numbers that must not be touched."""
     big = np.full(tuple(2 * n + 1 for n in a.shape), 77.0, dtype=a.dtype)
-    view = big[tuple(slice(1, None, 2) for _ in a.shape)]
+    view = big[(..., *(slice(1, None, 2) for _ in a.shape))]
     view[...] = a
     return view
 
 
 def _reversed(a: Any) -> Any:
     backwards = tuple(slice(None, None, -1) for _ in a.shape)
-    return np.ascontiguousarray(a[backwards])[backwards]
+    return np.ascontiguousarray(a[backwards])[backwards] if a.ndim else a.copy()
 
 
 def _unaligned(a: Any) -> Any:
@@ -251,7 +253,7 @@ def container(site: Site) -> Hostile | None:
     i = site.pick(lambda a: a.size > 0 and (how != "Python number" or a.ndim > 0), floating=False)
     if i is None or (how == "NumPy number" and site.problem.arrays[i].ndim == 0):
         return None
-    expect = "same_or_refused" if how == "tuple" else "refused"
+    expect = "same_or_refused" if how in ("tuple", "NumPy number") else "refused"
     return site.replaced(i, CONTAINERS[how](site.problem.arrays[i]), how, expect)
 
 
@@ -423,7 +425,7 @@ def not_finite(site: Site) -> Hostile | None:
     if i is None:
         return None
     how, value = site.choice([("NaN", np.nan), ("inf", np.inf), ("-inf", -np.inf)])
-    a = site.problem.arrays[i].copy()
+    a = np.array(site.problem.arrays[i], order="K")  # of the same strides, on which rounding depends
     place = tuple(int(site.rng.integers(n)) for n in a.shape)
     a[place] = value
     lead = place[: a.ndim - site.core[i]] if site.target.items else ()
@@ -513,7 +515,7 @@ INVALID: dict[str, tuple[Any, ...]] = {
     "index": ([0, 0], [99], [-99], [1.5], "ab", 3, 1.5), "seed": (-1, 1.5, "x"), "axis": (99, 1.5, "x", -3),
     "function": (None, 3, "x", lambda w: None, lambda w: w[..., :1], lambda w: 1.0, lambda w: w.tolist()),
     "damping": ("x", None, NAN, float("inf"), [1.0], np.ones(3)), "refine": ("x", -1, 1.5, None), "gap": (0, -1.0, NAN, "x"),
-    "interval": ("ab", (1.0,), (2.0, 1.0), (NAN, 1.0), 3, None, ("a", "b")), "any number": (NAN, "x", [1.0], 1j, float("inf")),
+    "interval": ("ab", (1.0,), (2.0, 1.0), (NAN, 1.0), 3, ("a", "b")), "any number": (NAN, "x", [1.0], 1j, float("inf")),
 }  # fmt: skip
 """Values that an option must refuse, by what it is."""
 KINDS: dict[str, str] = {

@@ -68,7 +68,11 @@ def target(function: Any, build: Callable[..., tuple[Any, ...]], names: str, cal
 
 def _pairs(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
     """Far from eigenpairs: of residuals that are nothing but rounding no digit could be compared."""
-    return definite(rng, batch, m, is_complex), rng.uniform(1.0, 2.0, (*batch, m)), normal(rng, (*batch, m, m), is_complex)
+    return (
+        definite(rng, batch, m, is_complex),
+        rng.uniform(1.0, 2.0, (*batch, m)),
+        normal(rng, (*batch, m, m), is_complex),
+    )
 
 
 def _gauge(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
@@ -80,7 +84,7 @@ def eigen_targets() -> list[Target]:
     return [
         target(ddnref.eigen_residual, _pairs, "x w v"),
         target(ddnref.fixed_point_residual, _pairs, "x w v"),
-        target(ddnref.gauge_residual, _gauge, "w_bar v_bar w v"),
+        target(ddnref.gauge_residual, _gauge, "w_bar v_bar w v", optional=("w_bar", "v_bar")),
         target(
             ddnref.align_signs, lambda rng, batch, m, c: (normal(rng, (*batch, m, 3)), normal(rng, (*batch, m))), "v reference",
             given={"axis": -2}, call=_align, optional=("reference",),
@@ -180,14 +184,14 @@ def operator_targets() -> list[Target]:
         of(ddnref.convolution, kernel, "kernel x", lambda k, x, **o: everything(ddnref.convolution(k, n, **o), x)),
         of(ddnref.difference, grid, "x", lambda x, **o: everything(ddnref.difference((4, 5), **o), x)),
         of(ddnref.scaled, coefficient, "operator c x", lambda a, s, x, **o: everything(ddnref.scaled(a, s, **o), x)),
-        of(ddnref.normal, coefficient, "operator damping x", lambda a, s, x, **o: everything(ddnref.normal(a, s, **o), x)),
+        of(ddnref.normal, coefficient, "operator damping x", lambda a, s, x, **o: everything(ddnref.normal(a, s, **o), x), optional=("damping",)),
         of(ddnref.add, square, "operators operators x", lambda a, b, x, **o: everything(ddnref.add(a, b, **o), x)),
         of(ddnref.compose, square, "operators operators x", lambda a, b, x, **o: everything(ddnref.compose(a, b, **o), x)),
         of(ddnref.stack, square, "operators operators x", lambda a, b, x, **o: everything(ddnref.stack(a, b, **o), x)),
         of(ddnref.adjoint, lambda *w: (np.swapaxes(matrix(*w)[0], -1, -2).copy(), matrix(*w)[1]), "operator x",
            lambda a, x, **o: everything(ddnref.adjoint(a, **o), x)),
         target(ddnref.LinearOperator, lambda rng, batch, m, c: (normal(rng, (4,)), normal(rng, (*batch, 4))), "params x", own,
-               like=lambda: None, items=False),
+               like=lambda: None, items=False, theirs=("params",)),
         of(ddnref.check_operator, matrix, "a x",
            lambda a, x, **o: ddnref.check_operator(ddnref.dense(a), x, **o).passed, items=False,
            options={"rtol": "tolerance", "vjp_rtol": "tolerance", "seed": "seed"}, double=True, optional=("x",)),
@@ -197,15 +201,13 @@ def operator_targets() -> list[Target]:
 def scipy_targets() -> list[Target]:
     """Of what goes to SciPy and comes from there: NumPy alone."""
 
-    def build(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
-        return normal(rng, (m, m + 1)), normal(rng, (*batch, m + 1))
-
-    def back(a: Any, x: Any, **options: Any) -> Any:
-        return ddnref.to_scipy(ddnref.dense(a), **options) @ x
+    def back(a: Any, **options: Any) -> Any:
+        operator = ddnref.to_scipy(ddnref.dense(a), **options)
+        return operator @ np.ones(operator.shape[1], operator.dtype)
 
     sparse = scipy.sparse.csr_array(np.asarray([[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]]))
     return [
-        target(ddnref.to_scipy, lambda rng, batch, m, c: build(rng, (), m, c), "a x", back, items=False, theirs=("x",), numpy_only=True),
+        target(ddnref.to_scipy, lambda rng, batch, m, c: (normal(rng, (m, m + 1)),), "a", back, items=False, numpy_only=True),
         target(
             ddnref.from_scipy, lambda rng, batch, m, c: (normal(rng, (*batch, 3)),), "x",
             lambda x, **o: (ddnref.from_scipy(sparse, **o)(x),), numpy_only=True, double=True,
@@ -302,9 +304,15 @@ def implicit_targets() -> list[Target]:
     return [
         of(ddnref.root_vjp, _root, "y_bar y inputs inputs", ROOT),
         of(ddnref.argmin_vjp, _root, "y_bar y inputs inputs", MINIMUM),
-        of(ddnref.eq_argmin_vjp, _constrained, "y_bar y nu inputs inputs", CONSTRAINED),
-        of(ddnref.ineq_argmin_vjp, _constrained, "y_bar y nu inputs inputs", {**CONSTRAINED, "equalities": 1}),
-        of(ddnref.lineq_argmin_vjp, _equations, "y_bar y nu a b inputs", LINEAR),
+        of(ddnref.eq_argmin_vjp, _constrained, "y_bar y nu inputs inputs", CONSTRAINED, optional=("nu",)),
+        of(
+            ddnref.ineq_argmin_vjp,
+            _constrained,
+            "y_bar y nu inputs inputs",
+            {**CONSTRAINED, "equalities": 1},
+            optional=("nu",),
+        ),
+        of(ddnref.lineq_argmin_vjp, _equations, "y_bar y nu a b inputs", LINEAR, optional=("nu",)),
         structured("Diagonal", ddnref.Diagonal),
         structured("BlockDiagonal", lambda d: ddnref.BlockDiagonal(d[..., :, None, None])),
         structured("DiagonalPlusLowRank", lambda d: ddnref.DiagonalPlusLowRank(d, 0 * d[..., None])),
@@ -411,7 +419,7 @@ def network_targets() -> list[Target]:
         of("Flatten", convolved, _images, "weight bias x t"),
         *(of(name, residual, square, theirs=("t",)) for name in ("Residual", "Activation", "Loss")),
         of("Frozen", frozen, aliases={"weight": ("constants", "params"), "bias": ("constants", "params")}),
-        of("Layer", lambda s, x, t, throw=True: ddnref.Chain([_scale_layer(s)], "mse").gradient(x, t, throw=throw), _own_layer, "params x t"),
+        of("Layer", lambda s, x, t, throw=True: ddnref.Chain([_scale_layer(s)], "mse").gradient(x, t, throw=throw), _own_layer, "params x t", theirs=("params", "x")),
     ]  # fmt: skip
 
 
@@ -481,7 +489,7 @@ def curvature_targets() -> list[Target]:
         of(ddnref.hessian_solve, solved, {"damping": 5.0}, options={"damping": "damping", "refine": "refine"}),
         of(ddnref.hessian_solve_vjp, reverse, options={"refine": "refine"}),
         of(ddnref.hessian_eigval_count, lambda c, x, t, interval=(-0.5, 0.7), **o: ddnref.hessian_eigval_count(c, x, t, interval, **o)[0], options={"interval": "interval"}),
-        of(ddnref.hessian_eigvals, pairs, options={"sigma": "any number", "interval": "interval"}),
+        of(ddnref.hessian_eigvals, pairs, options={"sigma": "any number", "interval": "interval"}, doubles=True),
     ]  # fmt: skip
 
 
@@ -532,7 +540,14 @@ def testing_targets() -> list[Target]:
 
         return call
 
-    kinds = {"step": "positive", "gap": "gap", "directions": "k", "rtol": "tolerance", "tangent": "name", "seed": "seed"}
+    kinds = {
+        "step": "positive",
+        "gap": "gap",
+        "directions": "k",
+        "rtol": "tolerance",
+        "tangent": "name",
+        "seed": "seed",
+    }
     several = {name: kinds[name] for name in ("step", "gap", "rtol", "tangent", "seed")}
     return [
         target(testing.numerical_jvp, lambda rng, batch, m, c: (normal(rng, (m,)), normal(rng, (m,))), "x x_dot", jvp,

@@ -232,6 +232,7 @@ CHECKS: dict[str, Callable[..., float]] = {
     "sinkhorn": _sinkhorn, "robust_pool": _robust, "solve": _solve, "linear_solve": _solve,
 }  # fmt: skip
 """What an accepted forward must satisfy, in plain NumPy."""
+PARAMS = {"operator": ("params",), "w": ("k",)}
 SAVED = {"eigsh_vjp": ("w_rest", "v_rest", "x")}
 """Names of arrays that a signature collects in one."""
 
@@ -251,7 +252,7 @@ def forward_target(rule: Rule, suffix: str = "") -> Target:
     return Target(
         rule.name + suffix, function, make, positional(function), powers={} if suffix else POWERS.get(rule.name, {}),
         phases=PHASES.get(rule.name, ()), check=None if suffix else CHECKS.get(rule.name), rule=rule,
-        loose=_looseness(rule), compared=rule.outputs if suffix else None, is_complex=rule.is_complex,
+        loose=_looseness(rule), aliases=PARAMS, compared=rule.outputs if suffix else None, is_complex=rule.is_complex,
     )  # fmt: skip
 
 
@@ -272,7 +273,7 @@ def vjp_target(rule: Rule) -> Target:
     pivots = tuple(n for n in names if n == "pivots")
     return Target(
         name, rule.vjp, make, names, bars=rule.outputs, rule=rule, loose=_looseness(rule), integers=pivots,
-        is_complex=rule.is_complex,
+        aliases=PARAMS, is_complex=rule.is_complex,
     )  # fmt: skip
 
 
