@@ -130,11 +130,9 @@ def _wide(w: Array, x: Array, v: Array) -> Array:
 
 def _length(xp: Namespace, x: Array) -> Array:
     """``‖x‖`` of columns, without squares that leave the range of exponents."""
-    size = (
-        xp.max(xp.abs(x), axis=-2, keepdims=True)
-        if x.shape[-2]
-        else full((*x.shape[:-2], 1, x.shape[-1]), 0.0, xp.real(x))
-    )
+    if 0 in x.shape:
+        return norm(xp, x, axis=-2)
+    size = xp.max(xp.abs(x), axis=-2, keepdims=True)
     size = xp.where((size > 0) & xp.isfinite(size), size, xp.ones_like(size))
     return size[..., 0, :] * norm(xp, x / (size if size.dtype == x.dtype else xp.astype(size, x.dtype)), axis=-2)
 

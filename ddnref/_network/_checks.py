@@ -34,6 +34,8 @@ def bad_targets(loss: Loss, reduction: str, y: Array, t: Array, throw: bool) -> 
     library(x=y, t=t)
     if loss.check is not None:
         loss.check(y, t)
+    if t.ndim < 1 or t.shape[0] != y.shape[0]:
+        raise ValueError(f"t has shape {tuple(t.shape)}, expected one target for each of {y.shape[0]} samples.")
     if loss.valid is None:
         return None
     bad = ~loss.valid(y, t)

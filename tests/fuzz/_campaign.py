@@ -43,7 +43,7 @@ def run_case(seed: int, number: int, targets: Sequence[Target]) -> Case:
     rng = np.random.default_rng((seed, number))
     target = targets[int(rng.integers(len(targets)))]
     batch = BATCHES[int(rng.integers(len(BATCHES)))] if target.items else ()
-    m = int(rng.integers(2, 7))
+    m = int(rng.integers(2, 7)) if rng.integers(20) else int(rng.integers(1, 41))
     is_complex = target.is_complex and bool(rng.integers(4) == 0)
     problem = target.make(rng, batch, m, is_complex)
     site = _mutations.Site(rng, target, problem, cores(target), batch)

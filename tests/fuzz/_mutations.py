@@ -436,12 +436,12 @@ def not_finite(site: Site) -> Hostile | None:
 POWERS_OF_TWO = (-1060, -1000, -600, -500, -300, -100, 100, 300, 500, 600, 1000, 1015)
 
 
-def scale(site: Site) -> Hostile | None:
+def scale(site: Site, powers: Any = POWERS_OF_TWO) -> Hostile | None:
     """One argument times a power of two, up to the ends of the exponent."""
     names = [n for n in site.target.names[: len(site.problem.arrays)] if n not in site.target.integers]
     if not names:
         return None
-    name, p = site.choice(names), site.choice(POWERS_OF_TWO)
+    name, p = site.choice(names), site.choice(powers)
     i = site.target.names.index(name)
     if not isinstance(site.problem.arrays[i], np.ndarray):
         return None
@@ -450,6 +450,22 @@ def scale(site: Site) -> Hostile | None:
     if not np.all(np.isfinite(a)):
         return None
     return site.replaced(i, a, f"times 2**{p}", "scaled", names=(), more=(name, p))
+
+
+def scale_single(site: Site) -> Hostile | None:
+    """The same in float32, whose exponents end at 2**±126."""
+    hostile = None if site.target.double else scale(site, (-140, -120, -70, -30, 30, 70, 120))
+    if hostile is None:
+        return None
+    kinds = {"float64": np.float32, "complex128": np.complex64}
+    with np.errstate(all="ignore"):
+        arrays = tuple(
+            a.astype(kinds.get(a.dtype.name, a.dtype)) if isinstance(a, np.ndarray) else a for a in hostile.arrays
+        )
+    if not all(np.all(np.isfinite(a)) for a in arrays if isinstance(a, np.ndarray)):
+        return None
+    options = {k: 1e-5 if k == "rtol" else v for k, v in hostile.options.items()}
+    return hostile._replace(arrays=arrays, options=options, expect="scaled_single", what=f"{hostile.what} in float32")
 
 
 def scale_bars(site: Site) -> Hostile | None:
@@ -583,6 +599,7 @@ MUTATIONS: dict[str, Callable[[Site], Hostile | None]] = {
     "empty": empty,
     "NaN or infinity in one item": not_finite,
     "scale up to 2**±1000": scale,
+    "scale up to 2**±120, float32": scale_single,
     "scale of the cotangents": scale_bars,
     "as it is, item by item": items,
     "items reordered": order,

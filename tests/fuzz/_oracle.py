@@ -510,6 +510,33 @@ def scaled(site: Site, hostile: Hostile) -> Outcome:
     return outcome
 
 
+def scaled_single(site: Site, hostile: Hostile) -> Outcome:
+    """In float32: refused, not finite, or what float64 makes of the same numbers."""
+    options = kept_quiet(site, hostile)
+    outcome = call(site.target, hostile.arrays, options)
+    if outcome.error is not None:
+        expect_helpful(site, hostile, outcome.error)
+        return outcome
+    wanted = call(site.target, tuple(map(plain, hostile.arrays)), options)
+    got, good = leaves(outcome.result), leaves(wanted.result)
+    sizes = [_size(y) for y in good if y.dtype.kind in "fc"]
+    # below the smallest normal numbers of float32 digits are lost, of arguments and results alike
+    lost = any(_least(a) < 2.0**-120 for a in hostile.arrays) or any(0 < size < 2.0**-110 for size in sizes)
+    if wanted.error is not None or lost or max(sizes, default=0.0) > 2.0**126:
+        return outcome
+    if all(np.all(np.isfinite(y)) for y in (*got, *good)):
+        flags = [x for x in got if x.dtype.kind == "b"]
+        if all(np.all(x) for x in flags):
+            expect_equal(site, outcome.result, wanted.result, 1e-3 / tolerance(site), " in float32")
+    return outcome
+
+
+def _least(a: Any) -> float:
+    if not isinstance(a, np.ndarray) or a.dtype.kind not in "fc":
+        return 1.0
+    return float(np.min(np.abs(a[a != 0]), initial=1.0))
+
+
 def lost(site: Site, hostile: Hostile) -> bool:
     """Whether the scale took digits away from the argument, below the smallest normal numbers."""
     pairs = zip(hostile.arrays, site.problem.arrays, strict=True)
@@ -573,6 +600,6 @@ EXPECTATIONS: dict[str, Callable[[Site, Hostile], Outcome]] = {
     f.__name__: f
     for f in (
         same, same_thrown, refused, same_or_refused, single, none, items, no_items, nothing, others, others_or_right,
-        scaled, permuted, twice, linear, derivative,
+        scaled, scaled_single, permuted, twice, linear, derivative,
     )
 }  # fmt: skip

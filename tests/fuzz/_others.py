@@ -82,12 +82,12 @@ def _gauge(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
 
 def eigen_targets() -> list[Target]:
     return [
-        target(ddnref.eigen_residual, _pairs, "x w v"),
-        target(ddnref.fixed_point_residual, _pairs, "x w v"),
+        target(ddnref.eigen_residual, _pairs, "x w v", powers={"v": (1,)}),
+        target(ddnref.fixed_point_residual, _pairs, "x w v", powers={"x": (0,), "w": (0,), "v": (1,)}),
         target(ddnref.gauge_residual, _gauge, "w_bar v_bar w v", optional=("w_bar", "v_bar")),
         target(
             ddnref.align_signs, lambda rng, batch, m, c: (normal(rng, (*batch, m, 3)), normal(rng, (*batch, m))), "v reference",
-            given={"axis": -2}, call=_align, optional=("reference",),
+            given={"axis": -2}, call=_align, optional=("reference",), powers={"v": (1,), "reference": (0,)},
         ),
     ]  # fmt: skip
 
@@ -123,7 +123,15 @@ def krylov_targets() -> list[Target]:
 
     return [
         *map(of, solvers),
-        target(ddnref.linear_solve_jvp, moved, "params_dot b_dot x operator b", bars=2, loose=10.0, is_complex=True),
+        target(
+            ddnref.linear_solve_jvp,
+            moved,
+            "params_dot b_dot x operator b",
+            bars=2,
+            aliases=PARAMS,
+            loose=10.0,
+            is_complex=True,
+        ),
     ]
 
 
