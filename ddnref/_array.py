@@ -191,6 +191,12 @@ def full(shape: tuple[int, ...], value: float, like: Array) -> Array:
     return xp.full(shape, value, dtype=like.dtype, device=array_api_compat.device(like))
 
 
+def power_of_two_below(size: Array) -> Array:
+    """The power of two below each number, 1 for zero: to divide by it is exact."""
+    xp = array_api_compat.array_namespace(size)
+    return full((), 2.0, size) ** xp.floor(xp.log2(xp.where(size > 0, size, xp.ones_like(size))))
+
+
 def nan_where(bad: Array, x: Array) -> Array:
     """`x` with NaN wherever `bad` (broadcast against it) is set; reads nothing on the host."""
     return array_api_compat.array_namespace(x).where(bad, full((), float("nan"), x), x)

@@ -14,12 +14,23 @@ from typing import NamedTuple, NoReturn
 import array_api_compat
 
 from ddnref import _numpy
-from ddnref._array import Array, check_dtypes, check_shapes, eps, full, given, is_true, namespace, nan_where, real_dtype
+from ddnref._array import (
+    Array,
+    check_dtypes,
+    check_shapes,
+    eps,
+    full,
+    given,
+    is_true,
+    namespace,
+    nan_where,
+    power_of_two_below,
+    real_dtype,
+)
 from ddnref._deflated import Shifted, cg, direct, shifted
 from ddnref._eigsh import CLUSTER_RTOL, WHICH, is_cut
 from ddnref._errors import ConvergenceError, GaugeError
 from ddnref._gauge import exceeds, largest, masked
-from ddnref._krylov._vectors import power_of_two
 from ddnref._linalg import hermitian_product
 from ddnref._loops import CHECK_EVERY, WhileLoop
 from ddnref._operators import LinearOperator
@@ -187,7 +198,7 @@ def _of_unit_size(g: Given) -> tuple[Given, Array]:
     """Cotangents over a power of two for each item, and that: their squares could leave the range of exponents."""
     xp = array_api_compat.array_namespace(g.w)
     size = largest(g.w_bar, 1) if g.v_bar is None else xp.maximum(largest(g.w_bar, 1), largest(g.v_bar, 2))
-    size = power_of_two(size[..., None])
+    size = power_of_two_below(size)
     v_bar = None if g.v_bar is None else g.v_bar / as_dtype(size, g.v_bar)[..., None, None]
     return g._replace(w_bar=g.w_bar / size[..., None], v_bar=v_bar), size
 

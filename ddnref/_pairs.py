@@ -57,6 +57,8 @@ def align_signs(v: Array, reference: Array | None = None, /, *, sign: str = "pos
     if reference is None:
         inner = v[..., :1, :] if axis == -2 else v[..., :1]
     else:
+        if reference.ndim < 1:
+            raise ValueError("reference has shape (), expected a vector (m,) or one for each of v.")
         along = reference[:, None] if axis == -2 and reference.ndim == 1 else reference
         if along.ndim > v.ndim or any(a not in (1, b) for a, b in zip(along.shape[::-1], v.shape[::-1], strict=False)):
             raise ValueError(f"reference has shape {tuple(reference.shape)}, which does not fit v: {tuple(v.shape)}.")

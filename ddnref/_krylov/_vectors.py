@@ -8,7 +8,7 @@ from __future__ import annotations
 import array_api_compat
 import numpy as np
 
-from ddnref._array import Array
+from ddnref._array import Array, power_of_two_below
 from ddnref._krylov import _inplace
 from ddnref._rows import as_dtype, conj, namespace_of, real
 
@@ -74,6 +74,4 @@ def quotient(a: Array, b: Array, ok: Array) -> Array:
 def power_of_two(x: Array, axes: int = 1) -> Array:
     """The power of two below the largest entry of each vector, 1 for zero."""
     xp = array_api_compat.array_namespace(x)
-    largest = xp.max(xp.abs(x), axis=tuple(range(-axes, 0)))
-    two = xp.full((), 2.0, dtype=largest.dtype, device=array_api_compat.device(largest))
-    return two ** xp.floor(xp.log2(xp.where(largest > 0, largest, xp.ones_like(largest))))
+    return power_of_two_below(xp.max(xp.abs(x), axis=tuple(range(-axes, 0))))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -17,8 +17,10 @@ import numpy as np
 from . import _mutations, _oracle
 from ._targets import Target
 
+ROOT = Path(__file__).parents[2]
 BATCHES = ((), (1,), (3,), (2, 2), (4,))
-SECONDS = 120
+SECONDS = 120.0
+"""After which a case counts as hanging, and its worker is ended."""
 
 
 class Case(NamedTuple):
@@ -49,7 +51,7 @@ def run_case(seed: int, number: int, targets: Sequence[Target]) -> Case:
     site = _mutations.Site(rng, target, problem, cores(target), batch)
     kind, hostile, outcome, finding = "", None, "", ""
     while hostile is None:
-        kind = site.choice(_mutations.MUTATIONS)
+        kind = site.choice(target.kinds or _mutations.MUTATIONS)
         hostile = _mutations.MUTATIONS[kind](site)
     try:
         outcome = _oracle.EXPECTATIONS[hostile.expect](site, hostile).name
@@ -85,18 +87,43 @@ def run(seed: int, numbers: Sequence[int], targets: Sequence[Target]) -> Iterato
         yield run_case(seed, number, targets)
 
 
+def table(cases: Sequence[Case]) -> str:
+    """What was tried and what came of it, in Markdown, one row for each kind."""
+    errors = sorted({case.outcome for case in cases if case.outcome not in ("equal", "")})
+    heads = ("what was done", "cases", "accepted and right", *(f"`{name}`" for name in errors), "findings")
+    rows = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+
+    def row(name: str, chosen: Sequence[Case]) -> str:
+        counts = Counter("finding" if case.finding else case.outcome for case in chosen)
+        cells = (name, len(chosen), counts["equal"], *(counts[error] for error in errors), counts["finding"])
+        return f"| {' | '.join(map(str, cells))} |"
+
+    rows += [row(kind, [case for case in cases if case.kind == kind]) for kind in _mutations.MUTATIONS]
+    return "\n".join([*rows, row("all", cases)]) + "\n"
+
+
+def record(cases: Sequence[Case], functions: int) -> str:
+    """The file that the documentation shows."""
+    seed, count = cases[0].seed, len(cases)
+    head = (
+        f"`python -m tests.fuzz --cases {count} --seed {seed} --record docs/fuzz.md`: {count:,} cases over {functions} "
+        f"functions and classes.\n\n"
+    )
+    return head + table(cases)
+
+
 # --- workers ----------------------------------------------------------------------------------------------------
 
 
-def worker(seed: int, numbers: Sequence[int], targets: Sequence[Target]) -> None:
+def worker(seed: int, numbers: Sequence[int], targets: Sequence[Target], seconds: float) -> None:
     """Run cases and print each before and after, so that one which ends the process is known by name."""
     import faulthandler
 
     faulthandler.enable()
     for number in numbers:
-        faulthandler.dump_traceback_later(SECONDS, exit=True)
-        print(json.dumps({"start": number}), flush=True)  # noqa: T201
-        print(json.dumps(run_case(seed, number, targets)), flush=True)  # noqa: T201
+        faulthandler.dump_traceback_later(seconds, exit=True)
+        print(json.dumps({"start": number}), flush=True)
+        print(json.dumps(run_case(seed, number, targets)), flush=True)
     faulthandler.cancel_dump_traceback_later()
 
 
@@ -115,7 +142,7 @@ def _drive(seed: int, numbers: Sequence[int], command: Sequence[str]) -> list[Ca
         text = ",".join(map(str, left))
         process = subprocess.run(
             [*command, "--seed", str(seed), "--worker"], input=text, capture_output=True, text=True, check=False,
-            env={**os.environ, "PYTHONWARNINGS": "default"},
+            cwd=ROOT,
         )  # fmt: skip
         started = None
         for line in process.stdout.splitlines():
@@ -141,6 +168,3 @@ def _drive(seed: int, numbers: Sequence[int], command: Sequence[str]) -> list[Ca
 def command() -> list[str]:
     """How this campaign starts its workers."""
     return [sys.executable, "-m", "tests.fuzz"]
-
-
-ROOT = Path(__file__).parents[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -108,7 +109,7 @@ def _bytes(a: Any) -> Any:
 
 
 LAYOUTS: dict[str, Callable[[Any], Any]] = {
-    "Fortran order": np.asfortranarray,
+    "Fortran order": lambda a: np.array(a, order="F"),
     "gaps": _gaps,
     "negative strides": _reversed,
     "unaligned": _unaligned,
@@ -175,7 +176,10 @@ def subclass(site: Site) -> Hostile | None:
 # --- what is no plain floating array ----------------------------------------------------------------------------
 
 DTYPES: dict[str, Callable[[Any], Any]] = {
-    **{name: partial(lambda a, name: np.real(a).astype(name), name=name) for name in ("int64", "int8", "uint8", "bool", "float16")},
+    **{
+        name: partial(lambda a, name: np.real(a).astype(name), name=name)
+        for name in ("int64", "int8", "uint8", "bool", "float16")
+    },
     "longdouble": lambda a: a.astype(np.clongdouble if np.iscomplexobj(a) else np.longdouble),
     "object": lambda a: a.astype(object),
     "str": lambda a: np.asarray(np.real(a)).astype(str),
@@ -183,7 +187,7 @@ DTYPES: dict[str, Callable[[Any], Any]] = {
     "datetime64": lambda a: np.real(a).astype("int64").astype("datetime64[s]"),
     "timedelta64": lambda a: np.real(a).astype("int64").astype("timedelta64[s]"),
     "structured": lambda a: np.zeros(a.shape, dtype=[("x", "f8")]),
-}  # fmt: skip
+}
 
 
 def dtype(site: Site) -> Hostile | None:
@@ -220,7 +224,9 @@ def mixed_precision(site: Site) -> Hostile | None:
 
 
 def _matrix(a: Any) -> Any:
-    return np.asmatrix(a) if a.ndim == 2 else np.ma.masked_array(a, mask=np.zeros(a.shape, bool))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pending deprecation
+        return np.asmatrix(a) if a.ndim == 2 else np.ma.masked_array(a, mask=np.zeros(a.shape, bool))
 
 
 def _masked(a: Any) -> Any:
@@ -244,7 +250,7 @@ CONTAINERS: dict[str, Callable[[Any], Any]] = {
     "matrix": _matrix,
     "masked array": _masked,
     "memoryview": lambda a: memoryview(np.ascontiguousarray(a)),
-}  # fmt: skip
+}
 
 
 def container(site: Site) -> Hostile | None:
@@ -304,7 +310,7 @@ LIBRARIES: dict[str, Callable[[Any], Any]] = {
     "torch, negative bit": _torch_negative,
     "array-api-strict": to_strict,
     "array-api-strict, second device": partial(to_strict, device="device1"),
-}  # fmt: skip
+}
 
 
 def library(site: Site) -> Hostile | None:
@@ -372,7 +378,7 @@ SHAPES: dict[str, Callable[[Any], Any]] = {
     "transposed": lambda a: np.swapaxes(a, -1, -2).copy() if a.ndim > 1 else a[:, None] if a.ndim else a[None],
     "no entries": lambda a: np.zeros(0, dtype=a.dtype),
     "reshaped": lambda a: a.reshape((-1, *a.shape[2:])).copy() if a.ndim > 1 else a[None, None],
-}  # fmt: skip
+}
 
 
 def shape(site: Site) -> Hostile | None:
@@ -392,12 +398,14 @@ def batches(site: Site) -> Hostile | None:
     if i is None or site.problem.arrays[i].ndim <= site.core[i]:
         return None
     a = site.problem.arrays[i]
-    how, change = site.choice([
-        ("another batch", lambda a: np.concatenate([a, a], axis=0)),
-        ("a batch of none", lambda a: a[:0]),
-        ("no batch", lambda a: a[(0,) * (a.ndim - site.core[i])]),
-        ("a batch of one", lambda a: a[:1]),
-    ])  # fmt: skip
+    how, change = site.choice(
+        [
+            ("another batch", lambda a: np.concatenate([a, a], axis=0)),
+            ("a batch of none", lambda a: a[:0]),
+            ("no batch", lambda a: a[(0,) * (a.ndim - site.core[i])]),
+            ("a batch of one", lambda a: a[:1]),
+        ]
+    )
     return site.replaced(i, np.array(change(a)), how, "items", names=())
 
 
@@ -412,7 +420,10 @@ def empty(site: Site) -> Hostile | None:
             for a, c in zip(site.problem.arrays, site.core, strict=True)
         )
         return Hostile(arrays, site.problem.options, f"all: batch {batch}", "no_items", more=batch)
-    arrays = tuple(np.zeros((*a.shape[: a.ndim - c], *(0,) * c), a.dtype) for a, c in zip(site.problem.arrays, site.core, strict=True))  # fmt: skip
+    arrays = tuple(
+        np.zeros((*a.shape[: a.ndim - c], *(0,) * c), a.dtype)
+        for a, c in zip(site.problem.arrays, site.core, strict=True)
+    )
     return Hostile(arrays, site.problem.options, "all: items without entries", "nothing")
 
 
@@ -425,7 +436,7 @@ def not_finite(site: Site) -> Hostile | None:
     if i is None:
         return None
     how, value = site.choice([("NaN", np.nan), ("inf", np.inf), ("-inf", -np.inf)])
-    a = np.array(site.problem.arrays[i], order="K")  # of the same strides, on which rounding depends
+    a = site.problem.arrays[i].copy()
     place = tuple(int(site.rng.integers(n)) for n in a.shape)
     a[place] = value
     lead = place[: a.ndim - site.core[i]] if site.target.items else ()
@@ -488,10 +499,14 @@ def items(site: Site) -> Hostile | None:
 
 def order(site: Site) -> Hostile | None:
     """The items in another order."""
-    if not site.target.items or not site.batch or any(
-        not isinstance(a, np.ndarray) or a.ndim - c != len(site.batch)
-        for a, c in zip(site.problem.arrays, site.core, strict=True)
-    ):  # fmt: skip
+    if (
+        not site.target.items
+        or not site.batch
+        or any(
+            not isinstance(a, np.ndarray) or a.ndim - c != len(site.batch)
+            for a, c in zip(site.problem.arrays, site.core, strict=True)
+        )
+    ):
         return None
     turn = site.rng.permutation(site.batch[0])
     return site.all(lambda a: a[turn], f"items in the order {turn.tolist()}", "permuted", more=turn)
@@ -526,25 +541,43 @@ _POSITIVE = (0, -1.0, NAN, float("inf"), "x", 1j, [1.0, 2.0])
 _CALL = (3, "x")
 _ARRAY = ("x", [1.0], 3, np.ones(99), np.ones((7, 1, 2)), np.ones(3, dtype=int))
 INVALID: dict[str, tuple[Any, ...]] = {
-    "tolerance": _TOLERANCE, "count": _COUNT, "name": _NAME, "positive": _POSITIVE, "callable": _CALL,
-    "array": _ARRAY, "k": (0, -1, 10**6, 1.5, "2", NAN, [1]), "check_every": (0, *_COUNT), "norm": (3, 0, "two", NAN, -1, [2]),
-    "index": ([0, 0], [99], [-99], [1.5], "ab", 3, 1.5), "seed": (-1, 1.5, "x"), "axis": (99, 1.5, "x", -3),
+    "tolerance": _TOLERANCE,
+    "count": _COUNT,
+    "name": _NAME,
+    "positive": _POSITIVE,
+    "callable": _CALL,
+    "array": _ARRAY,
+    "k": (0, -1, 10**6, 1.5, "2", NAN, [1]),
+    "check_every": (0, *_COUNT),
+    "norm": (3, 0, "two", NAN, -1, [2]),
+    "index": ([0, 0], [99], [-99], [1.5], "ab", 3, 1.5),
+    "seed": (-1, 1.5, "x"),
+    "axis": (99, 1.5, "x", -3),
     "function": (None, 3, "x", lambda w: None, lambda w: w[..., :1], lambda w: 1.0, lambda w: w.tolist()),
-    "damping": ("x", None, NAN, float("inf"), [1.0], np.ones(3)), "refine": ("x", -1, 1.5, None), "gap": (0, -1.0, NAN, "x"),
-    "interval": ("ab", (1.0,), (2.0, 1.0), (NAN, 1.0), 3, ("a", "b")), "any number": (NAN, "x", [1.0], 1j, float("inf")),
-}  # fmt: skip
+    "damping": ("x", None, NAN, float("inf"), [1.0], np.ones(3)),
+    "refine": ("x", -1, 1.5, None),
+    "gap": (0, -1.0, NAN, "x"),
+    "interval": ("ab", (1.0,), (2.0, 1.0), (NAN, 1.0), 3, ("a", "b")),
+    "any number": (NAN, "x", [1.0], 1j, float("inf")),
+}
 """Values that an option must refuse, by what it is."""
 KINDS: dict[str, str] = {
     **dict.fromkeys(("rtol", "gauge_rtol", "cluster_rtol", "check_rtol", "zero_rtol", "vjp_rtol", "atol"), "tolerance"),
     **dict.fromkeys(("maxiter", "n_iter", "basis"), "count"),
     **dict.fromkeys(("k", "n", "restart"), "k"),
-    **dict.fromkeys(("which", "method", "align", "kind", "solver", "curvature", "sign", "boundary", "reduction"), "name"),
+    **dict.fromkeys(
+        ("which", "method", "align", "kind", "solver", "curvature", "sign", "boundary", "reduction"), "name"
+    ),
     **dict.fromkeys(("radius", "total", "alpha", "eps"), "positive"),
     **dict.fromkeys(("v0", "x0", "y0", "reference"), "array"),
     **dict.fromkeys(("callback", "while_loop", "preconditioner", "progress"), "callable"),
     **dict.fromkeys(("f", "df"), "function"),
-    "check_every": "check_every", "norm": "norm", "index": "index", "seed": "seed", "axis": "axis",
-}  # fmt: skip
+    "check_every": "check_every",
+    "norm": "norm",
+    "index": "index",
+    "seed": "seed",
+    "axis": "axis",
+}
 
 
 def option_kinds(target: Target) -> dict[str, str]:

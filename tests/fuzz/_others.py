@@ -17,11 +17,29 @@ from ddnref import testing
 from ._targets import Make, Problem, Target, _solve, random_like
 
 VALUES = (
-    "ConvergenceError", "DdnrefError", "GaugeError", "NonFiniteError", "OperatorError", "OptimalityError",
-    "SingularError", "DirectionalDerivatives", "EigshInfo", "EigshVjpInfo", "EigvalCountInfo", "HessianSolveInfo",
-    "Inertia", "IterationInfo", "LeastSquaresInfo", "OperatorCheck", "OperatorReport", "Progress", "RobustPoolInfo",
-    "SinkhornInfo", "SolveInfo", "testing",
-)  # fmt: skip
+    "ConvergenceError",
+    "DdnrefError",
+    "GaugeError",
+    "NonFiniteError",
+    "OperatorError",
+    "OptimalityError",
+    "SingularError",
+    "DirectionalDerivatives",
+    "EigshInfo",
+    "EigshVjpInfo",
+    "EigvalCountInfo",
+    "HessianSolveInfo",
+    "Inertia",
+    "IterationInfo",
+    "LeastSquaresInfo",
+    "OperatorCheck",
+    "OperatorReport",
+    "Progress",
+    "RobustPoolInfo",
+    "SinkhornInfo",
+    "SolveInfo",
+    "testing",
+)
 """Public names that compute nothing: errors, what functions return, and a module."""
 
 
@@ -83,13 +101,18 @@ def _gauge(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
 def eigen_targets() -> list[Target]:
     return [
         target(ddnref.eigen_residual, _pairs, "x w v", powers={"v": (1,)}),
-        target(ddnref.fixed_point_residual, _pairs, "x w v", powers={"x": (0,), "w": (0,), "v": (1,)}),
+        target(ddnref.fixed_point_residual, _pairs, "x w v", powers={"x": (0,), "w": (0,)}),
         target(ddnref.gauge_residual, _gauge, "w_bar v_bar w v", optional=("w_bar", "v_bar")),
         target(
-            ddnref.align_signs, lambda rng, batch, m, c: (normal(rng, (*batch, m, 3)), normal(rng, (*batch, m))), "v reference",
-            given={"axis": -2}, call=_align, optional=("reference",), powers={"v": (1,), "reference": (0,)},
+            ddnref.align_signs,
+            lambda rng, batch, m, c: (normal(rng, (*batch, m, 3)), normal(rng, (*batch, m))),
+            "v reference",
+            given={"axis": -2},
+            call=_align,
+            optional=("reference",),
+            powers={"v": (1,), "reference": (0,)},
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _align(v: Any, reference: Any, **options: Any) -> Any:
@@ -110,9 +133,17 @@ def krylov_targets() -> list[Target]:
             return solver(ddnref.dense(a, self_adjoint=True, positive_definite=True), b, **options)
 
         return target(
-            solver, _system, "a b", call, given={"rtol": 1e-12}, check=_solve, loose=1e3, is_complex=True,
-            powers={"b": (1,), "a": (-1,)}, aliases={"a": ("operator", "params")},
-        )  # fmt: skip
+            solver,
+            _system,
+            "a b",
+            call,
+            given={"rtol": 1e-12},
+            check=_solve,
+            loose=1e3,
+            is_complex=True,
+            powers={"b": (1,), "a": (-1,)},
+            aliases={"a": ("operator", "params")},
+        )
 
     solvers = (ddnref.cg, ddnref.minres, ddnref.bicgstab, ddnref.gmres, ddnref.lsmr)
 
@@ -145,7 +176,7 @@ def everything(operator: ddnref.LinearOperator, x: Any) -> Any:
         return y, operator.adjoint(operator.params, y), *operator.params_vjp(operator.params, y, x)
 
 
-PARAMS = {name: ("params",) for name in ("a", "d", "m", "kernel", "operator", "c", "damping", "operators")}
+PARAMS = dict.fromkeys(("a", "d", "m", "kernel", "operator", "c", "damping", "operators"), ("params",))
 
 
 def operator_targets() -> list[Target]:
@@ -186,24 +217,56 @@ def operator_targets() -> list[Target]:
         of(ddnref.as_operator, matrix, "a x", lambda a, x, **o: everything(ddnref.as_operator(a, "a", **o), x)),
         of(ddnref.diagonal, points, "d x", lambda d, x, **o: everything(ddnref.diagonal(d, **o), x), items=False),
         of(
-            ddnref.mask, lambda rng, batch, m, c: (rng.uniform(0, 1, m), normal(rng, (*batch, m), c)), "m x",
-            lambda m, x, **o: everything(ddnref.mask(m, **o), x), items=False,
+            ddnref.mask,
+            lambda rng, batch, m, c: (rng.uniform(0, 1, m), normal(rng, (*batch, m), c)),
+            "m x",
+            lambda m, x, **o: everything(ddnref.mask(m, **o), x),
+            items=False,
         ),
         of(ddnref.convolution, kernel, "kernel x", lambda k, x, **o: everything(ddnref.convolution(k, n, **o), x)),
         of(ddnref.difference, grid, "x", lambda x, **o: everything(ddnref.difference((4, 5), **o), x)),
         of(ddnref.scaled, coefficient, "operator c x", lambda a, s, x, **o: everything(ddnref.scaled(a, s, **o), x)),
-        of(ddnref.normal, coefficient, "operator damping x", lambda a, s, x, **o: everything(ddnref.normal(a, s, **o), x), optional=("damping",)),
+        of(
+            ddnref.normal,
+            coefficient,
+            "operator damping x",
+            lambda a, s, x, **o: everything(ddnref.normal(a, s, **o), x),
+            optional=("damping",),
+        ),
         of(ddnref.add, square, "operators operators x", lambda a, b, x, **o: everything(ddnref.add(a, b, **o), x)),
-        of(ddnref.compose, square, "operators operators x", lambda a, b, x, **o: everything(ddnref.compose(a, b, **o), x)),
+        of(
+            ddnref.compose,
+            square,
+            "operators operators x",
+            lambda a, b, x, **o: everything(ddnref.compose(a, b, **o), x),
+        ),
         of(ddnref.stack, square, "operators operators x", lambda a, b, x, **o: everything(ddnref.stack(a, b, **o), x)),
-        of(ddnref.adjoint, lambda *w: (np.swapaxes(matrix(*w)[0], -1, -2).copy(), matrix(*w)[1]), "operator x",
-           lambda a, x, **o: everything(ddnref.adjoint(a, **o), x)),
-        target(ddnref.LinearOperator, lambda rng, batch, m, c: (normal(rng, (4,)), normal(rng, (*batch, 4))), "params x", own,
-               like=lambda: None, items=False, theirs=("params",)),
-        of(ddnref.check_operator, matrix, "a x",
-           lambda a, x, **o: ddnref.check_operator(ddnref.dense(a), x, **o).passed, items=False,
-           options={"rtol": "tolerance", "vjp_rtol": "tolerance", "seed": "seed"}, double=True, optional=("x",)),
-    ]  # fmt: skip
+        of(
+            ddnref.adjoint,
+            lambda *w: (np.swapaxes(matrix(*w)[0], -1, -2).copy(), matrix(*w)[1]),
+            "operator x",
+            lambda a, x, **o: everything(ddnref.adjoint(a, **o), x),
+        ),
+        target(
+            ddnref.LinearOperator,
+            lambda rng, batch, m, c: (normal(rng, (4,)), normal(rng, (*batch, 4))),
+            "params x",
+            own,
+            like=lambda: None,
+            items=False,
+            theirs=("params",),
+        ),
+        of(
+            ddnref.check_operator,
+            matrix,
+            "a x",
+            lambda a, x, **o: ddnref.check_operator(ddnref.dense(a), x, **o).passed,
+            items=False,
+            options={"rtol": "tolerance", "vjp_rtol": "tolerance", "seed": "seed"},
+            double=True,
+            optional=("x",),
+        ),
+    ]
 
 
 def scipy_targets() -> list[Target]:
@@ -215,12 +278,24 @@ def scipy_targets() -> list[Target]:
 
     sparse = scipy.sparse.csr_array(np.asarray([[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]]))
     return [
-        target(ddnref.to_scipy, lambda rng, batch, m, c: (normal(rng, (m, m + 1)),), "a", back, items=False, numpy_only=True),
         target(
-            ddnref.from_scipy, lambda rng, batch, m, c: (normal(rng, (*batch, 3)),), "x",
-            lambda x, **o: (ddnref.from_scipy(sparse, **o)(x),), numpy_only=True, double=True,
+            ddnref.to_scipy,
+            lambda rng, batch, m, c: (normal(rng, (m, m + 1)),),
+            "a",
+            back,
+            items=False,
+            numpy_only=True,
+            aliases={"a": ("parameters",)},
         ),
-    ]  # fmt: skip
+        target(
+            ddnref.from_scipy,
+            lambda rng, batch, m, c: (normal(rng, (*batch, 3)),),
+            "x",
+            lambda x, **o: (ddnref.from_scipy(sparse, **o)(x),),
+            numpy_only=True,
+            double=True,
+        ),
+    ]
 
 
 # --- solutions of problems --------------------------------------------------------------------------------------
@@ -291,9 +366,14 @@ def implicit_targets() -> list[Target]:
         kinds = dict.fromkeys(stated, "callable")
         kinds.pop("equalities", None)
         return target(
-            function, build, names, lambda *arrays, **o: function(*arrays, **{**stated, **o}), options=kinds,
-            name=name or function.__name__, **{**fields, **more},
-        )  # fmt: skip
+            function,
+            build,
+            names,
+            lambda *arrays, **o: function(*arrays, **{**stated, **o}),
+            options=kinds,
+            name=name or function.__name__,
+            **{**fields, **more},
+        )
 
     def structured(name: str, of_matrix: Callable[[Any], Any]) -> Target:
         """A root whose Jacobian has a structure, of a diagonal matrix."""
@@ -365,9 +445,11 @@ def _scale_layer(scale: Any) -> ddnref.Layer:
         return array_api_compat.array_namespace(z).sum(z, axis=0)
 
     return ddnref.Layer(
-        (scale,), forward=lambda p, x: (p[0] * x, x), vjp=lambda p, x, y_bar: ((total(y_bar * x),), p[0] * y_bar),
+        (scale,),
+        forward=lambda p, x: (p[0] * x, x),
+        vjp=lambda p, x, y_bar: ((total(y_bar * x),), p[0] * y_bar),
         jvp=lambda p, x, p_dot, x_dot: p_dot[0] * x + p[0] * x_dot,
-    )  # fmt: skip
+    )
 
 
 def _own_layer(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
@@ -421,14 +503,26 @@ def network_targets() -> list[Target]:
         of("Chain.per_sample_gradients", method("per_sample_gradients")),
         of("Chain.hvp", with_vector, vector, names + " v v v"),
         of("Chain.ggnvp", product("ggnvp")),
-        of("Chain.output", lambda w, b, v, x, t: chain(w, b, v).output(x) + 0 * t, theirs=("t",), like=lambda: None),
-        of("Dense", lambda w, b, v, x, t, throw=True: ddnref.Chain([ddnref.Dense(w, b, "relu"), ddnref.Dense(v)], "bce").gradient(x, 1 / (1 + t * t), throw=throw), theirs=("t",)),
+        of("Chain.output", lambda w, b, v, x, t: chain(w, b, v).output(x), theirs=("t",), like=lambda: None),
+        of(
+            "Dense",
+            lambda w, b, v, x, t, throw=True: ddnref.Chain(
+                [ddnref.Dense(w, b, "relu"), ddnref.Dense(v)], "bce"
+            ).gradient(x, 1 / (1 + t * t), throw=throw),
+            theirs=("t",),
+        ),
         of("Conv2d", convolved, _images, "weight bias x t"),
         of("Flatten", convolved, _images, "weight bias x t"),
         *(of(name, residual, square, theirs=("t",)) for name in ("Residual", "Activation", "Loss")),
         of("Frozen", frozen, aliases={"weight": ("constants", "params"), "bias": ("constants", "params")}),
-        of("Layer", lambda s, x, t, throw=True: ddnref.Chain([_scale_layer(s)], "mse").gradient(x, t, throw=throw), _own_layer, "params x t", theirs=("params", "x")),
-    ]  # fmt: skip
+        of(
+            "Layer",
+            lambda s, x, t, throw=True: ddnref.Chain([_scale_layer(s)], "mse").gradient(x, t, throw=throw),
+            _own_layer,
+            "params x t",
+            theirs=("params", "x"),
+        ),
+    ]
 
 
 # --- curvature --------------------------------------------------------------------------------------------------
@@ -455,9 +549,20 @@ def curvature_targets() -> list[Target]:
             return call(chain(w, b, v), x, t, **options)
 
         return target(
-            function, _network, names, called, like=function, name=name or function.__name__, items=False,
-            aliases=aliases, given=given or {}, loose=1e4, optional=("bias",), unused=("t",), **fields,
-        )  # fmt: skip
+            function,
+            _network,
+            names,
+            called,
+            like=function,
+            name=name or function.__name__,
+            items=False,
+            aliases=aliases,
+            given=given or {},
+            loose=1e4,
+            optional=("bias",),
+            unused=("t",),
+            **fields,
+        )
 
     def reduced(c: Any, x: Any, t: Any, **options: Any) -> Any:
         reducer = ddnref.ggn_reducer(c, **options)
@@ -488,17 +593,34 @@ def curvature_targets() -> list[Target]:
     seeds = {"seed": "seed"}
     return [
         of(ddnref.ggn_eigvalsh, ddnref.ggn_eigvalsh, options={**seeds, "mc_samples": "k"}),
-        of(ddnref.ggn_eigh, lambda *a, **o: _free_of_sign(ddnref.ggn_eigh(*a, **o)), {"k": 2}, options={**seeds, "k": "k"}),
+        of(
+            ddnref.ggn_eigh,
+            lambda *a, **o: _free_of_sign(ddnref.ggn_eigh(*a, **o)),
+            {"k": 2},
+            options={**seeds, "k": "k"},
+        ),
         of(ddnref.ggn_directional_derivatives, derivatives, {"k": 2}, options=seeds),
-        of(ddnref.ggn_damped_newton, ddnref.ggn_damped_newton, {"k": 2, "damping": 0.5}, options={"damping": "damping"}),
+        of(
+            ddnref.ggn_damped_newton, ddnref.ggn_damped_newton, {"k": 2, "damping": 0.5}, options={"damping": "damping"}
+        ),
         of(ddnref.ggn_reducer, reduced, options=seeds),
         of(ddnref.ggn_reducer, reduced, name="Ggn", functions=("Ggn", "GgnState")),
-        of(ddnref.hessian_factor, factored, {"damping": 5.0}, functions=("hessian_factor", "HessianFactor"), options={"damping": "damping"}),
+        of(
+            ddnref.hessian_factor,
+            factored,
+            {"damping": 5.0},
+            functions=("hessian_factor", "HessianFactor"),
+            options={"damping": "damping"},
+        ),
         of(ddnref.hessian_solve, solved, {"damping": 5.0}, options={"damping": "damping", "refine": "refine"}),
         of(ddnref.hessian_solve_vjp, reverse, options={"refine": "refine"}),
-        of(ddnref.hessian_eigval_count, lambda c, x, t, interval=(-0.5, 0.7), **o: ddnref.hessian_eigval_count(c, x, t, interval, **o)[0], options={"interval": "interval"}),
+        of(
+            ddnref.hessian_eigval_count,
+            lambda c, x, t, interval=(-0.5, 0.7), **o: ddnref.hessian_eigval_count(c, x, t, interval, **o)[0],
+            options={"interval": "interval"},
+        ),
         of(ddnref.hessian_eigvals, pairs, options={"sigma": "any number", "interval": "interval"}, doubles=True),
-    ]  # fmt: skip
+    ]
 
 
 # --- reducers, checks, bridges ----------------------------------------------------------------------------------
@@ -523,9 +645,25 @@ def reducer_targets() -> list[Target]:
         return reducer.finalise(reducer.update(reducer.update(reducer.init(), a), b))
 
     return [
-        target(ddnref.gram_reducer, _shards, "factor factor", gram, is_complex=True, options={"shards": "name"}, functions=("gram_reducer", "GramState", "Reducer")),
-        target(ddnref.sum_reducer, _shards, "function function", total, theirs=("function",), options={"weight": "callable"}, functions=("sum_reducer", "SumState")),
-    ]  # fmt: skip
+        target(
+            ddnref.gram_reducer,
+            _shards,
+            "factor factor",
+            gram,
+            is_complex=True,
+            options={"shards": "name"},
+            functions=("gram_reducer", "GramState", "Reducer"),
+        ),
+        target(
+            ddnref.sum_reducer,
+            _shards,
+            "function function",
+            total,
+            theirs=("function",),
+            options={"weight": "callable"},
+            functions=("sum_reducer", "SumState"),
+        ),
+    ]
 
 
 def testing_targets() -> list[Target]:
@@ -558,15 +696,47 @@ def testing_targets() -> list[Target]:
     }
     several = {name: kinds[name] for name in ("step", "gap", "rtol", "tangent", "seed")}
     return [
-        target(testing.numerical_jvp, lambda rng, batch, m, c: (normal(rng, (m,)), normal(rng, (m,))), "x x_dot", jvp,
-               items=False, options={"step": "positive", "gap": "gap"}, double=True, loose=1e5),
-        target(testing.check_vjp, lambda rng, batch, m, c: (normal(rng, (m,)),), "inputs", check(testing.check_vjp), items=False, options=several, double=True),
-        target(testing.assert_vjp, lambda rng, batch, m, c: (normal(rng, (m,)),), "inputs", check(testing.assert_vjp), like=testing.check_vjp, items=False, options=several, double=True),
-    ]  # fmt: skip
+        target(
+            testing.numerical_jvp,
+            lambda rng, batch, m, c: (normal(rng, (m,)), normal(rng, (m,))),
+            "x x_dot",
+            jvp,
+            items=False,
+            options={"step": "positive", "gap": "gap"},
+            double=True,
+            loose=1e5,
+        ),
+        target(
+            testing.check_vjp,
+            lambda rng, batch, m, c: (normal(rng, (m,)),),
+            "inputs",
+            check(testing.check_vjp),
+            items=False,
+            options=several,
+            double=True,
+        ),
+        target(
+            testing.assert_vjp,
+            lambda rng, batch, m, c: (normal(rng, (m,)),),
+            "inputs",
+            check(testing.assert_vjp),
+            like=testing.check_vjp,
+            items=False,
+            options=several,
+            double=True,
+        ),
+    ]
 
 
 def other_targets() -> list[Target]:
     return [
-        *eigen_targets(), *krylov_targets(), *operator_targets(), *scipy_targets(), *implicit_targets(),
-        *network_targets(), *curvature_targets(), *reducer_targets(), *testing_targets(),
-    ]  # fmt: skip
+        *eigen_targets(),
+        *krylov_targets(),
+        *operator_targets(),
+        *scipy_targets(),
+        *implicit_targets(),
+        *network_targets(),
+        *curvature_targets(),
+        *reducer_targets(),
+        *testing_targets(),
+    ]

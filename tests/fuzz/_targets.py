@@ -69,6 +69,8 @@ class Target(NamedTuple):
     """Whether results may be summed over axes that broadcast."""
     optional: tuple[str, ...] = ()
     """Arrays that may be None."""
+    kinds: tuple[str, ...] = ()
+    """The only mutations that are tried; all where there are none."""
     unused: tuple[str, ...] = ()
     """Arrays that the result need not depend on."""
 
