@@ -10,7 +10,7 @@ import numpy as np
 from ddnref._rule import Rule, as_tuple
 from ddnref._rules import RULES
 
-from ._mutations import to_torch
+from ._stored import to_torch
 from ._targets import Problem, Target, positional
 
 KINDS = ("twice", "as it is, item by item", "strides, order, alignment, read-only", "stride 0", "items reordered")
@@ -60,17 +60,13 @@ def _autograd(rule: Rule) -> Any:
 
 
 def _target(name: str, rule: Rule, call: Any) -> Target:
-    bound: dict[str, Any] = {}
-
     def make(rng: np.random.Generator, batch: tuple[int, ...], m: int, is_complex: bool) -> Problem:
         sample = rule.sample(np.asarray, rng, batch, m, False)
-        bound.clear()
-        bound.update(sample.options)
-        return Problem(sample.inputs, {}, 10 * sample.condition)
+        return Problem(sample.inputs, sample.options, 10 * sample.condition)
 
     return Target(
         f"{name}.differentiable({rule.name})",
-        lambda *arrays: call(*arrays, dict(bound)),
+        lambda *arrays, **options: call(*arrays, options),
         make,
         positional(rule.forward),
         kinds=KINDS,

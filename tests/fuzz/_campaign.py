@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import _mutations, _oracle
+from . import _judge, _mutations, _oracle, _site
 from ._targets import Target
 
 ROOT = Path(__file__).parents[2]
@@ -48,17 +48,17 @@ def run_case(seed: int, number: int, targets: Sequence[Target]) -> Case:
     m = int(rng.integers(2, 7)) if rng.integers(20) else int(rng.integers(1, 41))
     is_complex = target.is_complex and bool(rng.integers(4) == 0)
     problem = target.make(rng, batch, m, is_complex)
-    site = _mutations.Site(rng, target, problem, cores(target), batch)
+    site = _site.Site(rng, target, problem, cores(target), batch)
     kind, hostile, outcome, finding = "", None, "", ""
     while hostile is None:
         kind = site.choice(target.kinds or _mutations.MUTATIONS)
         hostile = _mutations.MUTATIONS[kind](site)
     try:
         outcome = _oracle.EXPECTATIONS[hostile.expect](site, hostile).name
-    except _oracle.Finding as error:
+    except _judge.Finding as error:
         finding = str(error)
     except Exception as error:  # noqa: BLE001 - of the oracle itself, or of a callback of this campaign
-        finding = f"the oracle failed with {type(error).__name__} at {_oracle.where(error)}: {error}"
+        finding = f"the oracle failed with {type(error).__name__} at {_judge.where(error)}: {error}"
     return Case(
         seed,
         number,
