@@ -28,8 +28,9 @@ def quiet(function: Callable[P, R]) -> Callable[P, R]:
 def public(function: Callable[P, R]) -> Callable[P, R]:
     """`function`, with a look at what is given to it that no algorithm should have to take.
 
-    Options that were not given cost nothing; the rest is 1 µs. NumPy's floating-point warnings are off inside: an item
-    that is not finite comes out as NaN or is raised, and a warning from the middle of an algorithm helps nobody.
+    Options that were not given cost nothing. NumPy's floating-point warnings are off inside: an item that is not finite
+    comes out as NaN or is raised, and a warning from the middle of an algorithm helps nobody. Measured beside other
+    work: 2 µs a call, 1.4 of them for the warnings.
     """
     parameters = inspect.signature(function).parameters
     defaults = {name: p.default for name, p in parameters.items()}
@@ -52,8 +53,8 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
         for i, name in required:
             if (args[i] if i < len(args) else kwargs.get(name, ...)) is None:
                 raise TypeError(f"{name} is None: {function.__name__} needs an array there.")
-        if any(array_api_compat.is_torch_array(a) for a in args):  # which has no warnings, and traces
-            return function(*args, **kwargs)
+        if np.ndarray not in map(type, args) and any(map(array_api_compat.is_torch_array, args)):
+            return function(*args, **kwargs)  # which has no warnings, and traces
         with np.errstate(all="ignore"):
             return function(*args, **kwargs)
 
