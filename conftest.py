@@ -9,12 +9,19 @@ for library in ("OMP", "OPENBLAS", "MKL"):
 # Before JAX: most of its time is compilation, which takes 3.3 s with this code generator where 1.1 s do without
 # (forwards and VJPs of six rules; the code is slower, but runs on a few numbers). `ddnref verify` runs with it.
 os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow, which logs what it was built for
 
 import pytest  # noqa: E402
 
 collect_ignore = [
     f"ddnref/interop/{file}.py"
-    for name, file in (("torch", "torch"), ("torch", "_torch_batch"), ("jax", "jax"), ("autograd", "autograd"))
+    for name, file in (
+        ("torch", "torch"),
+        ("torch", "_torch_batch"),
+        ("jax", "jax"),
+        ("autograd", "autograd"),
+        ("tensorflow", "tensorflow"),
+    )
     if importlib.util.find_spec(name) is None
 ]
 

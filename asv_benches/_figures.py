@@ -13,7 +13,7 @@ from benchmarks import _iteration as iteration
 from benchmarks import _krylov_cases as krylov
 from benchmarks import _linear_cases as linear
 from benchmarks import networks, nodes
-from benchmarks._common import Case, Ratio, alternating, backend, interleaved
+from benchmarks._common import Call, Case, Ratio, alternating, backend, interleaved
 
 MARGIN = 1.1  # for noise, on figures that a clock enters
 SINGLE = ("float32",)
@@ -52,17 +52,31 @@ def written(ratio: Ratio) -> str:
     return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
-def both_ways(a: Case, b: Case) -> Iterator[tuple[str, Ratio | str]]:
-    """time(a) / time(b) in one process and in two that alternate; or why it could not be measured."""
-    ways: dict[str, Callable[[], Ratio]] = {
-        "one process": lambda: interleaved(a.build(), b.build()),
-        "two processes": lambda: alternating(a, b),
-    }
-    for way, measure in ways.items():
-        try:
-            yield way, measure()
-        except NotImplementedError as missing:
-            yield way, f"skipped: {missing}"
+def value_row(figure: str, bar: float, measure: Callable[..., float], *arguments: object) -> Row:
+    """A number that may not exceed its bar."""
+    return at_most(figure, measure(*arguments), bar)
+
+
+def ratio_row(
+    figure: str, bar: float | None, judge: Callable[..., Row], measure: Callable[..., Ratio], *arguments: object
+) -> Row:
+    """A ratio of times, held to its bar if it has one."""
+    ratio = measure(*arguments)
+    if bar is None:
+        return Row(figure, written(ratio), timed=True)
+    return judge(figure, ratio.median, bar, written(ratio), MARGIN)
+
+
+def or_skipped(figure: str, row: Callable[..., Row], *arguments: object) -> Row:
+    """``row(figure, *arguments)``, or a row that names the framework which is missing."""
+    try:
+        return row(figure, *arguments)
+    except NotImplementedError as missing:
+        return Row(figure, f"skipped: {missing}")
+
+
+def in_one_process(a: Case, b: Case) -> Ratio:
+    return interleaved(a.build(), b.build())
 
 
 def against(peer: str, sizes: Sizes, judge: Callable[..., Row], inverse: bool = False, k: int = 0) -> Iterator[Row]:
@@ -72,15 +86,10 @@ def against(peer: str, sizes: Sizes, judge: Callable[..., Row], inverse: bool = 
             options = {"batch": size.batch, "m": size.m, "dtype": dtype, "k": k}
             cases = Case(peer, options), Case("ours", options)
             quotient = f"ddnref / {peer}" if inverse else f"{peer} / ddnref"
-            for way, ratio in both_ways(*(cases[::-1] if inverse else cases)):
+            for way, measure in (("one process", in_one_process), ("two processes", alternating)):
                 figure = f"backward{f' of {k} eigenpairs' if k else ''}, {quotient}, "
                 figure += f"({size.batch}, {size.m}) {dtype}, {way}"
-                if isinstance(ratio, str):
-                    yield Row(figure, ratio)
-                elif size.bar is None:
-                    yield Row(figure, written(ratio))
-                else:
-                    yield judge(figure, ratio.median, size.bar, written(ratio), MARGIN)
+                yield or_skipped(figure, ratio_row, size.bar, judge, measure, *(cases[::-1] if inverse else cases))
 
 
 # --- the figures ------------------------------------------------------------------------------------------------
@@ -127,11 +136,11 @@ def projector_rows(_: Sizes) -> Iterator[Row]:
     what = "cluster projector at a triple eigenvalue, 200 matrices"
     yield at_most(f"{what}: worst error", float(np.max(accuracy.projector_errors("ddnref"))), 1e-12)
     for peer in ("torch", "jax"):
-        try:
-            share = f"{accuracy.wrong_share(peer):.1%}"
-        except NotImplementedError as missing:
-            share = f"skipped: {missing}"
-        yield Row(f"{what}: NaN or off by more than {accuracy.WRONG:g} in {peer}", share)
+        yield or_skipped(f"{what}: NaN or off by more than {accuracy.WRONG:g} in {peer}", share_row, peer)
+
+
+def share_row(figure: str, peer: str) -> Row:
+    return Row(figure, f"{accuracy.wrong_share(peer):.1%}")
 
 
 def scales_rows(_: Sizes) -> Iterator[Row]:
@@ -165,11 +174,7 @@ def float32_rows(_: Sizes) -> Iterator[Row]:
 
 def host_read_rows(what: str, reads: Callable[[bool], int]) -> Iterator[Row]:
     for throw, bar in ((False, 0), (True, 1)):
-        figure = f"host reads of {what}, throw={throw}"
-        try:
-            yield at_most(figure, reads(throw), bar)
-        except NotImplementedError as missing:
-            yield Row(figure, f"skipped: {missing}")
+        yield or_skipped(f"host reads of {what}, throw={throw}", value_row, bar, reads, throw)
 
 
 def read_rows(_: Sizes) -> Iterator[Row]:
@@ -212,15 +217,14 @@ def network_rows(_: Sizes) -> Iterator[Row]:
             ours, loss = (networks.call(backend("numpy"), p, name, "float64") for p in (product, "loss"))
             yield Row(f"{product} / loss, {name}, float64", written(interleaved(ours, loss)), timed=True)
         for product in ("gradient", "hvp"):
-            try:
-                theirs = networks.autograd(product, name, "float32")
-            except NotImplementedError as missing:
-                yield Row(f"{product} / PyTorch's autograd, {name}", f"skipped: {missing}")
-                continue
             for library in ("numpy", "torch"):
-                ratio = interleaved(networks.call(backend(library), product, name, "float32"), theirs)
                 figure = f"{product} on {library} / PyTorch's autograd, {name}, float32"
-                yield Row(figure, written(ratio), timed=True)
+                yield or_skipped(figure, ratio_row, None, at_most, against_autograd, library, product, name)
+
+
+def against_autograd(library: str, product: str, name: str) -> Ratio:
+    theirs = networks.autograd(product, name, "float32")
+    return interleaved(networks.call(backend(library), product, name, "float32"), theirs)
 
 
 def iteration_error_rows(sizes: Sizes) -> Iterator[Row]:
@@ -251,13 +255,7 @@ def iteration_memory_rows(sizes: Sizes) -> Iterator[Row]:
 
 def iteration_step_rows(_: Sizes) -> Iterator[Row]:
     figure = "100 eager torch steps / power iteration until its rule stops it, (5, 128) float32"
-    try:
-        ratio = interleaved(iteration.torch_power(5, 128), iteration.our_power(5, 128))
-        ours, theirs = iteration.final_residuals(5, 128)
-        figure += f", residuals {theirs:.1e} and {ours:.1e}"
-        yield at_least(figure, ratio.median, 15.0, written(ratio), MARGIN)
-    except NotImplementedError as missing:
-        yield Row(figure, f"skipped: {missing}")
+    yield or_skipped(figure, torch_power_row)
     ratio = interleaved(iteration.qr_of_all_columns(1, 512), iteration.our_steps(1, 512, 4))
     ratio = Ratio(*(iteration.STEPS * value for value in ratio))
     figure = "QR of all 512 columns / a step of simultaneous iteration with n = 4, float32"
@@ -265,6 +263,13 @@ def iteration_step_rows(_: Sizes) -> Iterator[Row]:
     for steps in (100, 2000):
         figure = f"simultaneous iteration, (5, 512), n = 4, {steps} steps: items whose status is not true"
         yield at_most(figure, iteration.misreported(steps), 0)
+
+
+def torch_power_row(figure: str) -> Row:
+    ratio = interleaved(iteration.torch_power(5, 128), iteration.our_power(5, 128))
+    ours, theirs = iteration.final_residuals(5, 128)
+    figure += f", residuals {theirs:.1e} and {ours:.1e}"
+    return at_least(figure, ratio.median, 15.0, written(ratio), MARGIN)
 
 
 def iteration_read_rows(_: Sizes) -> Iterator[Row]:
@@ -279,11 +284,11 @@ def krylov_rows(sizes: Sizes) -> Iterator[Row]:
         yield at_most(f"cg / SciPy's cg, {product}, {n}×{n} float64", ratio.median, 1.05, written(ratio), MARGIN)
     for product in krylov.PRODUCTS:
         figure = f"cg / jax.scipy's cg, both compiled, {product}, {n}×{n} float64"
-        try:
-            ratio = interleaved(*krylov.jax_pair(product, n))
-            yield at_most(figure, ratio.median, 1.0, written(ratio), MARGIN)
-        except NotImplementedError as missing:
-            yield Row(figure, f"skipped: {missing}")
+        yield or_skipped(figure, ratio_row, 1.0, at_most, against_jax_cg, product, n)
+
+
+def against_jax_cg(product: str, n: int) -> Ratio:
+    return interleaved(*krylov.jax_pair(product, n))
 
 
 def krylov_many_rows(sizes: Sizes) -> Iterator[Row]:
@@ -322,14 +327,13 @@ def linear_blur_rows(_: Sizes) -> Iterator[Row]:
     yield at_most(f"{figure} / SciPy's cg by hand", ratio.median, 0.9, written(ratio), MARGIN)
     ratio = interleaved(linear.blur_backward(), forward)
     yield at_most(f"{figure}: backward / forward", ratio.median, 1.1, written(ratio), MARGIN)
-    try:
-        theirs = linear.blur_jax_scipy()
-        ratio = interleaved(forward, theirs)
-        yield at_most(f"{figure} / jitted jax.scipy cg", ratio.median, 1.3, written(ratio), MARGIN)
-        ratio = interleaved(linear.blur_jax_ours(), theirs)
-        yield at_most(f"{figure}, under jax.jit / jitted jax.scipy cg", ratio.median, 1.0, written(ratio), MARGIN)
-    except NotImplementedError as missing:
-        yield Row(f"{figure} / jax.scipy cg", f"skipped: {missing}")
+    for how, bar, ours in (("", 1.3, linear.blur_forward), (", under jax.jit", 1.0, linear.blur_jax_ours)):
+        peer = f"{figure}{how} / jitted jax.scipy cg"
+        yield or_skipped(peer, ratio_row, bar, at_most, against_jax_blur, ours)
+
+
+def against_jax_blur(ours: Callable[[], Call]) -> Ratio:
+    return interleaved(ours(), linear.blur_jax_scipy())
 
 
 _PEER_SIZES = tuple(Size(batch, m, SINGLE) for batch, m in ((5, 32), (5, 64), (5, 128), (5, 256), (1000, 32)))

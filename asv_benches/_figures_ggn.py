@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from _figures import MARGIN, Row, Size, Sizes, at_least, at_most, written
+from _figures import MARGIN, Row, Size, Sizes, at_least, at_most, or_skipped, ratio_row, value_row, written
 from benchmarks import _ggn_cases as ggn_cases
-from benchmarks._common import Case, Ratio, alternating, interleaved
+from benchmarks._common import Case, alternating, interleaved
 
 GGN_BARS = {"eigvalsh": (1.1, 1.3), "eigh": (0.55, 0.55), "derivatives": (0.15, 0.15), "newton": (0.15, 0.15)}
 
@@ -17,41 +17,23 @@ def ggn_rows(sizes: Sizes) -> Iterator[Row]:
         for task, bars in GGN_BARS.items():
             cases = Case("ggn", {"task": task, "net": net}), Case("vivit", {"task": task, "net": net})
             figure = f"GGN {task}, ddnref / vivit, {net} float32, two processes"
-            yield from ratio_rows(figure, lambda cases=cases: alternating(*cases), bars[i])
+            yield or_skipped(figure, ratio_row, bars[i], at_most, alternating, *cases)
             if task in ("derivatives", "newton"):
                 figure = f"growth of memory, GGN {task}, ddnref / vivit, {net} float32"
-                yield from growth_rows(figure, cases, 0.15)
+                yield or_skipped(figure, growth_row, 0.15, *cases)
         peer = Case("curvlinops", {"net": net}), Case("ggn", {"task": "eigh", "net": net})
         figure = f"GGN eigh, curvlinops with eigsh / ddnref, {net} float32, two processes"
-        yield from ratio_rows(figure, lambda peer=peer: alternating(*peer), 5.0, at_least)
+        yield or_skipped(figure, ratio_row, 5.0, at_least, alternating, *peer)
         ratio = interleaved(ggn_cases.assembly(net), ggn_cases.values(net))
         figure = f"GGN, Gram matrix / its eigenvalues, {net} float32"
         yield at_most(figure, ratio.median, 0.2, written(ratio), MARGIN)
         figure = f"GGN eigenvalues against vivit's, {net} float32: largest difference / largest eigenvalue"
-        try:
-            yield at_most(figure, ggn_cases.difference(net), 1e-5)
-        except NotImplementedError as missing:
-            yield Row(figure, f"skipped: {missing}")
+        yield or_skipped(figure, value_row, 1e-5, ggn_cases.difference, net)
 
 
-def ratio_rows(
-    figure: str, measure: Callable[[], Ratio], bar: float, judge: Callable[..., Row] = at_most
-) -> Iterator[Row]:
-    try:
-        ratio = measure()
-    except NotImplementedError as missing:
-        yield Row(figure, f"skipped: {missing}")
-    else:
-        yield judge(figure, ratio.median, bar, written(ratio), MARGIN)
-
-
-def growth_rows(figure: str, cases: tuple[Case, Case], bar: float) -> Iterator[Row]:
-    try:
-        a, b = map(ggn_cases.growth, cases)
-    except NotImplementedError as missing:
-        yield Row(figure, f"skipped: {missing}")
-    else:
-        yield at_most(figure, a / b, bar, f"{a / b:.2f} ({a:.1f} MiB, {b:.1f} MiB)")
+def growth_row(figure: str, bar: float, *cases: Case) -> Row:
+    a, b = map(ggn_cases.growth, cases)
+    return at_most(figure, a / b, bar, f"{a / b:.2f} ({a:.1f} MiB, {b:.1f} MiB)")
 
 
 FIGURES: dict[str, tuple[Callable[[Sizes], Iterator[Row]], Sizes]] = {

@@ -97,6 +97,36 @@ def _check_devices(present: dict[str, Array]) -> None:
         )
 
 
+_namespaces: dict[type, Namespace] = {}
+
+
+def namespace_of(x: Array) -> Namespace:
+    """The namespace of `x`, looked up once for each type: `array_namespace` takes as long as a short product."""
+    xp = _namespaces.get(type(x))
+    return _namespaces.setdefault(type(x), array_api_compat.array_namespace(x)) if xp is None else xp
+
+
+def is_complex(x: Array) -> bool:
+    """Whether the dtype is complex; ``isdtype`` takes many times as long, as long as a short product."""
+    dtype = x.dtype
+    return dtype.kind == "c" if isinstance(dtype, np.dtype) else "complex" in str(dtype)
+
+
+def conj(x: Array) -> Array:
+    """Complex conjugate; nothing to do for real arrays."""
+    return namespace_of(x).conj(x) if is_complex(x) else x
+
+
+def real(x: Array) -> Array:
+    """Real part; nothing to do for real arrays."""
+    return namespace_of(x).real(x) if is_complex(x) else x
+
+
+def as_dtype(x: Array, like: Array) -> Array:
+    """Real numbers in the dtype of `like`, which the standard wants for real times complex."""
+    return x if x.dtype == like.dtype else namespace_of(x).astype(x, like.dtype)
+
+
 def real_dtype(xp: Namespace, dtype: Any) -> Any:
     """The real dtype of the same precision."""
     return xp.float32 if dtype in (xp.float32, xp.complex64) else xp.float64
@@ -146,7 +176,7 @@ def check_shapes(**pairs: tuple[Array | None, tuple[int, ...]]) -> None:
 def check_real(**arrays: Array | None) -> None:
     """Raise ``TypeError`` for a complex array where the operation is defined for real ones; ``None`` is skipped."""
     for name, array in arrays.items():
-        if array is not None and array_api_compat.array_namespace(array).isdtype(array.dtype, "complex floating"):
+        if array is not None and is_complex(array):
             raise TypeError(f"{name} has dtype {array.dtype}; this operation is defined for real arrays only.")
 
 
@@ -158,16 +188,22 @@ def check_square(name: str, x: Array) -> None:
 
 def refuse_recording(function: str, x: Array) -> None:
     """Raise ``TypeError`` where PyTorch would record the forward with its own derivative, which ours replaces."""
+    if is_recorded(x):
+        raise TypeError(
+            f"The tensor given to {function} requires grad, so PyTorch would record its own derivative "
+            "(NaN or wrong at repeated eigenvalues) instead of ours. Call "
+            f"ddnref.interop.torch.differentiable(ddnref.{function}) to train through it, or pass x.detach() "
+            f"and call {function}_vjp yourself."
+        )
+
+
+def is_recorded(x: Array) -> bool:
+    """Whether PyTorch records what is computed from `x`."""
     if "torch" in sys.modules and array_api_compat.is_torch_array(x) and x.requires_grad:
         import torch
 
-        if torch.is_grad_enabled():
-            raise TypeError(
-                f"The tensor given to {function} requires grad, so PyTorch would record its own derivative "
-                "(NaN or wrong at repeated eigenvalues) instead of ours. Call "
-                f"ddnref.interop.torch.differentiable(ddnref.{function}) to train through it, or pass x.detach() "
-                f"and call {function}_vjp yourself."
-            )
+        return bool(torch.is_grad_enabled())
+    return False
 
 
 def is_true(flag: Array) -> bool:
@@ -185,6 +221,11 @@ def refuse_non_finite(name: str, x: Array) -> None:
         )
 
 
+def quiet() -> np.errstate:
+    """NumPy's warnings off, array-api-strict's too: an item that is not finite is reported by its status."""
+    return np.errstate(all="ignore")
+
+
 def full(shape: tuple[int, ...], value: float, like: Array) -> Array:
     """An array filled with `value`, of the dtype and on the device of `like`."""
     xp = array_api_compat.array_namespace(like)
@@ -195,6 +236,18 @@ def power_of_two_below(size: Array) -> Array:
     """The power of two below each number, 1 for zero: to divide by it is exact."""
     xp = array_api_compat.array_namespace(size)
     return full((), 2.0, size) ** xp.floor(xp.log2(xp.where(size > 0, size, xp.ones_like(size))))
+
+
+def own(x: Array) -> Array:
+    """A copy, which may be overwritten and does not change with `x`."""
+    return namespace_of(x).asarray(x, copy=True)
+
+
+def with_axes(x: Array, count: int) -> Array:
+    """Numbers ``(...)``, one for each item, with that many axes of length one behind, to go with what an item has."""
+    if count == 1:
+        return x[..., None]  # the quickest: Krylov methods ask for it in every step
+    return namespace_of(x).reshape(x, (*x.shape, *(1,) * count)) if count else x
 
 
 def nan_where(bad: Array, x: Array) -> Array:

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import array_api_compat
 
-from ddnref._array import Array
+from ddnref._array import Array, as_dtype, conj, namespace_of
 from ddnref._linalg import identity
 from ddnref._loops import WhileLoop, run
-from ddnref._rows import SelfAdjoint, as_dtype, dots, inner, namespace_of, norms, without
+from ddnref._rows import SelfAdjoint, dots, inner, norms, without
 
 
 class Shifted(NamedTuple):
@@ -120,7 +120,7 @@ def direct(s: Shifted, b: Array) -> Array:
     eye = identity(m, b)
     c = xp.max(xp.sum(xp.abs(matrix), axis=-1), axis=-1)[..., None, None, None]
     v_t = xp.matrix_transpose(s.v)
-    span = v_t @ (xp.conj(s.v) if xp.isdtype(b.dtype, "complex floating") else s.v)
+    span = v_t @ conj(s.v)
     shift = _column(s.sign, b)[..., None] * as_dtype(c, b) * span[..., None, :, :]
     x = xp.linalg.solve(_column(s.w, b)[..., None] * eye - matrix[..., None, :, :] + shift, b[..., None])
     return _column(s.sign, b) * without(x[..., 0], s.v)

@@ -7,7 +7,7 @@ from typing import NamedTuple, NoReturn
 
 import array_api_compat
 
-from ddnref._array import Array, eps, full, is_true, power_of_two_below, refuse_recording
+from ddnref._array import Array, as_dtype, eps, full, is_true, power_of_two_below, refuse_recording
 from ddnref._columns import take
 from ddnref._errors import ConvergenceError, GaugeError
 from ddnref._lanczos import Plan, lanczos, wish
@@ -15,7 +15,7 @@ from ddnref._linalg import eigh
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator
 from ddnref._public import public
-from ddnref._rows import SelfAdjoint, as_dtype, noise, norms, self_adjoint
+from ddnref._rows import SelfAdjoint, noise, norms, self_adjoint
 
 WHICH = ("LA", "SA", "LM")
 METHODS = ("auto", "iterative", "full")

@@ -16,6 +16,7 @@ import array_api_compat
 from ddnref import _numpy
 from ddnref._array import (
     Array,
+    as_dtype,
     check_dtypes,
     check_shapes,
     eps,
@@ -35,7 +36,7 @@ from ddnref._linalg import hermitian_product
 from ddnref._loops import CHECK_EVERY, WhileLoop
 from ddnref._operators import LinearOperator
 from ddnref._public import public
-from ddnref._rows import SelfAdjoint, as_dtype, inner, noise, norms, self_adjoint, without
+from ddnref._rows import SelfAdjoint, inner, noise, norms, self_adjoint, without
 
 SOLVERS = ("auto", "cg", "direct")
 DIRECT_UP_TO = 256

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import array_api_compat
 
-from ddnref._array import Array, full
+from ddnref._array import Array, full, real
 from ddnref._columns import Columns, scatter, take
 from ddnref._errors import GaugeError
 from ddnref._linalg import adjoint
@@ -35,7 +35,7 @@ def largest(x: Array, axes: int) -> Array:
     """The largest magnitude over the last one or two axes, 0 of nothing."""
     xp = array_api_compat.array_namespace(x)
     if 0 in x.shape[x.ndim - axes :]:
-        return full(x.shape[: x.ndim - axes], 0.0, xp.real(x) if xp.isdtype(x.dtype, "complex floating") else x)
+        return full(x.shape[: x.ndim - axes], 0.0, real(x))
     return xp.max(xp.abs(x), axis=-1 if axes == 1 else (-2, -1))
 
 
@@ -45,11 +45,13 @@ def exceeds(part: Array, whole: Array, rtol: float) -> Array:
 
 
 def ratio(part: Array, whole: Array) -> Array:
+    """``part / whole``, and `part` itself where `whole` is zero."""
     xp = array_api_compat.array_namespace(part)
     return part / xp.where(whole > 0, whole, xp.ones_like(whole))
 
 
 def raise_gauge(residual: Array, gauge_rtol: float) -> NoReturn:
+    """Say what a loss that is not well defined depends on, and by how much."""
     xp = array_api_compat.array_namespace(residual)
     worst = float(xp.max(xp.where(xp.isnan(residual), xp.zeros_like(residual), residual)))
     raise GaugeError(

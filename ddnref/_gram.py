@@ -22,10 +22,12 @@ import array_api_compat
 from ddnref._array import (
     Array,
     Namespace,
+    as_dtype,
     check_dtypes,
     check_shapes,
     full,
     given,
+    is_complex,
     is_true,
     namespace,
     nan_where,
@@ -132,7 +134,7 @@ def gram_eigh_fwd(
     w_all, u_all = eigh(gram_matrix(v, check_finite))
     w, u = take(w_all, columns, -1), take(u_all, columns, -1)
     scale = inverse_roots(w, w_all[..., -1:], v.n, zero_rtol, throw)
-    e = v.apply(u * _as(scale, u)[..., None, :])
+    e = v.apply(u * as_dtype(scale, u)[..., None, :])
     return (w, v.join(e)), (w_all, u_all)
 
 
@@ -215,16 +217,16 @@ def gram_eigh_vjp(
     if e_bar is not None:
         e_bar = v.split(e_bar, "e_bar")
         same, m_ = cluster_mask(near, columns), adjoint(u_all) @ v.adjoint(e_bar)
-        m_i = m_ / _as(root, m_)[..., None, :]  # e_jᴴ ē_i inside a cluster
+        m_i = m_ / as_dtype(root, m_)[..., None, :]  # e_jᴴ ē_i inside a cluster
         inside, whole = masked(m_i, same, columns)
         residuals.append((inside, xp.maximum(whole, _longest(xp, e_bar))))
     bad = gauge_check(residuals, gauge_rtol, throw)
     root = nan_where(bad[..., None], root)
-    u_bar = 0 * u if w_bar is None else u * _as(2 * w_bar * root, u)[..., None, :]
+    u_bar = 0 * u if w_bar is None else u * as_dtype(2 * w_bar * root, u)[..., None, :]
     if e_bar is None:
         return v.join_bar(v.outer(e, u_bar))
     t, f = _quotients(xp, m_, same, w_all, columns)
-    a = tuple((b + vut) / _as(root, vut)[..., None, :] for b, vut in zip(e_bar, v.apply(u_all @ t), strict=True))
+    a = tuple((b + vut) / as_dtype(root, vut)[..., None, :] for b, vut in zip(e_bar, v.apply(u_all @ t), strict=True))
     left = tuple(xp.concat([a_l, e_l], axis=-1) for a_l, e_l in zip(a, e, strict=True))
     return v.join_bar(v.outer(left, xp.concat([u, u_all @ f + u_bar], axis=-1)))
 
@@ -241,13 +243,13 @@ def _quotients(xp: Namespace, m_: Array, same: Array, w_all: Array, columns: ran
     one = full((), 1.0, w_all)
     gap = take(w_all, columns, -1)[..., None, :] - w_all[..., :, None]
     own = xp.where(w_all == 0, -one, -w_all)[..., :, None]
-    t = m_ / _as(xp.where(same, own, xp.where(gap == 0, one, gap)), m_)
+    t = m_ / as_dtype(xp.where(same, own, xp.where(gap == 0, one, gap)), m_)
     f = xp.where(same, xp.zeros_like(t), t)
-    if not _complex(xp, m_):
+    if not is_complex(m_):
         return t, f
     i = xp.arange(w_all.shape[-1], device=array_api_compat.device(m_))
     diagonal = i[:, None] == take(i, columns, -1)[None, :]
-    return t, xp.where(diagonal, (m_ - xp.conj(m_)) / _as(2 * own, m_), f)
+    return t, xp.where(diagonal, (m_ - xp.conj(m_)) / as_dtype(2 * own, m_), f)
 
 
 def inverse_roots(w: Array, top: Array, n: int, zero_rtol: float | None, throw: bool) -> Array:
@@ -278,21 +280,12 @@ def raise_singular(w: Array, zero: Array) -> None:
     )
 
 
-def _as(x: Array, like: Array) -> Array:
-    """Real numbers in the dtype of `like`, which the standard wants for real times complex."""
-    return x if x.dtype == like.dtype else array_api_compat.array_namespace(x).astype(x, like.dtype)
-
-
 def _longest(xp: Namespace, e_bar: Pieces) -> Array:
     """The largest length of a column, ``(...)``."""
     size = xp.max(xp.stack([largest(e, 2) for e in e_bar]), axis=0)  # of unit size, so that squares stay in range
     size = xp.where(size > 0, size, xp.ones_like(size))
-    square = sum(xp.sum(xp.abs(e / _as(size, e)[..., None, None]) ** 2, axis=-2) for e in e_bar)
+    square = sum(xp.sum(xp.abs(e / as_dtype(size, e)[..., None, None]) ** 2, axis=-2) for e in e_bar)
     return size * largest(xp.sqrt(square), 1)
-
-
-def _complex(xp: Namespace, x: Array) -> bool:
-    return bool(xp.isdtype(x.dtype, "complex floating"))
 
 
 def _check(
@@ -302,8 +295,8 @@ def _check(
         raise TypeError("w_bar and e_bar are both None: there is nothing to differentiate.")
     given(w=w, w_all=w_all, u_all=u_all)
     xp = namespace(w_bar=w_bar, w=w, w_all=w_all, u_all=u_all, factor=v.like)
-    real, k = real_dtype(xp, v.like.dtype), w.shape[-1] if w.ndim else 0
-    check_dtypes(w=(w, real), w_bar=(w_bar, real), w_all=(w_all, real), u_all=(u_all, v.like.dtype))
+    number, k = real_dtype(xp, v.like.dtype), w.shape[-1] if w.ndim else 0
+    check_dtypes(w=(w, number), w_bar=(w_bar, number), w_all=(w_all, number), u_all=(u_all, v.like.dtype))
     check_shapes(
         w=(w, (*v.batch, k)), w_bar=(w_bar, (*v.batch, k)), w_all=(w_all, (*v.batch, v.n)),
         u_all=(u_all, (*v.batch, v.n, v.n)),

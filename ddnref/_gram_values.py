@@ -185,6 +185,7 @@ def has_repeated(w_all: Array, rtol: float | None = None) -> Array:
 
 
 def ready(factor: Factor, function: str) -> Tall:
+    """The factor in pieces, unless PyTorch records it."""
     arrays = factor.params if isinstance(factor, LinearOperator) else factor
     v = tall(factor)
     for array in arrays if isinstance(arrays, (list, tuple)) else (arrays,):
@@ -193,6 +194,7 @@ def ready(factor: Factor, function: str) -> Tall:
 
 
 def gram_matrix(v: Tall, check_finite: bool) -> Array:
+    """``Vᴴ V``; `NonFiniteError` if asked for."""
     k = v.gram()
     if check_finite:
         refuse_non_finite("the Gram matrix of factor", k)
@@ -200,6 +202,7 @@ def gram_matrix(v: Tall, check_finite: bool) -> Array:
 
 
 def count(v: Tall) -> int:
+    """The most eigenvalues that are not zero: the smaller of D and n."""
     return min(v.rows, v.n)
 
 

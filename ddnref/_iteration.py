@@ -26,6 +26,7 @@ from ddnref._array import (
     check_square,
     eps,
     full,
+    is_complex,
     is_true,
     namespace,
     nan_where,
@@ -337,7 +338,7 @@ def _prepare(
     if x.shape[-1] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}: a matrix without entries has no eigenvalue.")
     refuse_recording(function, x)
-    if xp.isdtype(x.dtype, "complex floating"):
+    if is_complex(x):
         raise TypeError(f"{function} takes real matrices, got {x.dtype}: use ddnref.eigsh for Hermitian ones.")
     if align is not None and align not in SIGNS:
         raise ValueError(f'align is {align!r}, expected "positive", "negative" or None.')

@@ -37,6 +37,7 @@ from ddnref._array import (
     check_square,
     double,
     eps,
+    is_complex,
     is_true,
     namespace,
     nan_where,
@@ -377,8 +378,7 @@ def _check(
     v0: Array | None,
 ) -> int:
     check_dtypes(w_bar=(w_bar, x.dtype), v_bar=(v_bar, x.dtype), w=(w, x.dtype), v=(v, x.dtype))
-    xp = array_api_compat.array_namespace(x)
-    if xp.isdtype(x.dtype, "complex floating"):
+    if is_complex(x):
         raise TypeError(f"The iterations and their VJPs take real matrices, got {x.dtype}: use ddnref.eigh or eigsh.")
     if w_bar is None and v_bar is None:
         raise TypeError("w_bar and v_bar are both None: there is nothing to differentiate.")

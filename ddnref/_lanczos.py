@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import array_api_compat
 
-from ddnref._array import Array, Namespace, eps, full
+from ddnref._array import Array, Namespace, as_dtype, eps, full, real
 from ddnref._linalg import adjoint, eigh, hermitian_part
 from ddnref._loops import WhileLoop, run
-from ddnref._rows import SelfAdjoint, as_dtype, dots, inner, noise, norms, put_row, real, scaled, without
+from ddnref._rows import SelfAdjoint, dots, inner, noise, norms, put_row, scaled, without
 
 FAR = 8  # · scale: the stand-in for a Ritz value that is not there; T is at most 3 · scale
 

@@ -6,7 +6,7 @@ import array_api_compat
 from numpy.linalg import LinAlgError
 
 from ddnref import _numpy
-from ddnref._array import Array, full, is_true, nan_where
+from ddnref._array import Array, conj, full, is_true, nan_where
 
 CUPY_EIGH_BATCH = 2**19  # cuSOLVER's batched Jacobi kernel counts in 32 bits; it failed above a million matrices
 
@@ -14,8 +14,7 @@ CUPY_EIGH_BATCH = 2**19  # cuSOLVER's batched Jacobi kernel counts in 32 bits; i
 def adjoint(x: Array) -> Array:
     """Conjugate transpose of the last two axes."""
     xp = array_api_compat.array_namespace(x)
-    x_t = xp.matrix_transpose(x)
-    return xp.conj(x_t) if xp.isdtype(x.dtype, "complex floating") else x_t
+    return conj(xp.matrix_transpose(x))
 
 
 def hermitian_part(x: Array) -> Array:

@@ -19,7 +19,7 @@ from typing import Any
 import array_api_compat
 
 from ddnref import _linalg
-from ddnref._array import Array, check_dtypes, check_shapes, namespace, nan_where, refuse_recording
+from ddnref._array import Array, check_dtypes, check_shapes, namespace, nan_where, refuse_recording, with_axes
 from ddnref._dense_solver import DIRECT_UP_TO, direct
 from ddnref._errors import DdnrefError
 from ddnref._krylov._bicgstab import bicgstab
@@ -66,6 +66,7 @@ def linear_solve(
         Default: by the flags of the operator, "cg" if it is positive definite, "minres" if self-adjoint, "gmres" if
         square, "lsmr" else; for an array of up to 256 columns "direct", which factorises it. A callable is called
         as ``solver(operator, b, x0=..., ...)`` with those of the options below that are given, like ``ddnref.cg``.
+        "direct" by its name takes no `preconditioner`, `x0` or `maxiter`; chosen by default it has no use for them.
     preconditioner : LinearOperator or callable, optional
         As the solver takes it: symmetric positive definite, ``M r ≈ A⁻¹ r``.
     x0 : (..., \*domain_shape) array, optional
@@ -87,7 +88,8 @@ def linear_solve(
     ConvergenceError
         A right-hand side was not solved to `rtol`; the message says why.
     TypeError, ValueError
-        Mixed libraries, devices or dtypes; shapes that do not fit; a solver that the operator's flags exclude.
+        Mixed libraries, devices or dtypes; shapes that do not fit; a solver that the operator's flags, or the other
+        options, exclude.
 
     See Also
     --------
@@ -110,6 +112,8 @@ def linear_solve(
     a = as_operator(operator)
     for array in (*a.params, b):
         refuse_recording("linear_solve", array)
+    if solver == "direct":
+        _refuse_iteration(x0=x0, preconditioner=preconditioner, maxiter=maxiter)
     if x0 is not None and a.size > math.prod(a.range_shape):
         raise ValueError("x0 is given, but the operator is wide: the shortest solution starts from zero.")
     options = {"x0": x0, "preconditioner": preconditioner, "rtol": rtol, "maxiter": maxiter}
@@ -199,7 +203,7 @@ def linear_solve_vjp(
     call |= {"check_every": check_every, "throw": throw, "while_loop": while_loop}
     n, m, domain, target = math.prod(a.range_shape), a.size, a.domain_shape, a.range_shape
     y, info = solve_for_derivative(solve, adjoint_of(operator), x_bar, x0=y0, **call)
-    y = nan_where(spread(missing(x, domain), target), without_failed(y, info, target))
+    y = nan_where(with_axes(missing(x, domain), len(target)), without_failed(y, info, target))
     params_bar = _minus(a.params_vjp(a.params, y, x))
     if n > m:
         z, more = solve_for_derivative(solve, operator, y, **call)
@@ -227,6 +231,16 @@ def solver_of(operator: Array | LinearOperator, solver: str | Solver | None) -> 
     if not isinstance(solver, str) or solver not in SOLVERS:
         raise ValueError(f"solver is {solver!r}, expected {', '.join(map(repr, SOLVERS))}, a callable or None.")
     return SOLVERS[solver]
+
+
+def _refuse_iteration(**options: Any) -> None:
+    """``TypeError`` for what only steers an iteration, where none was asked for."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise TypeError(
+            f'solver "direct" factorises the matrix and takes no {" and no ".join(given)}. Leave that out, or pass an '
+            'iterative solver: "cg", "minres", "gmres", "bicgstab" or "lsmr".'
+        )
 
 
 def _default(operator: Array | LinearOperator) -> str:
@@ -286,15 +300,9 @@ def _check(a: LinearOperator, x_bar: Array, x: Array, b: Array | None, y0: Array
     return lead
 
 
-def spread(flags: Array, shape: tuple[int, ...]) -> Array:
-    """One flag for each right-hand side, shaped to broadcast against vectors of that shape."""
-    xp = array_api_compat.array_namespace(flags)
-    return xp.reshape(flags, (*flags.shape, *(1,) * len(shape)))
-
-
 def without_failed(x: Array, info: SolveInfo, shape: tuple[int, ...]) -> Array:
     """NaN for every right-hand side that was not solved."""
-    return nan_where(spread(~info.converged, shape), x)
+    return nan_where(with_axes(~info.converged, len(shape)), x)
 
 
 def missing(x: Array, shape: tuple[int, ...]) -> Array:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ddnref._array import Array, check_dtypes, check_precision, check_shapes, full, namespace, nan_where
+from ddnref._array import Array, check_dtypes, check_precision, check_shapes, full, namespace, nan_where, with_axes
 from ddnref._krylov._common import SolveInfo
-from ddnref._linear_solve import Solver, adjoint_of, linear_solve, missing, solve_for_derivative, spread, worse
+from ddnref._linear_solve import Solver, adjoint_of, linear_solve, missing, solve_for_derivative, worse
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator, adjoint, as_operator
 from ddnref._public import public
@@ -102,7 +102,7 @@ def linear_solve_jvp(
         right, shift, more = (_tall if n > m else _wide)(operator, a, moves, right, x, b, call)
         x_dot, info = solve_for_derivative(linear_solve, operator, right, **call)
         x_dot, info = x_dot if shift is None else shift + x_dot, worse(more, info)
-    bad = spread(~info.converged | missing(x, a.domain_shape), a.domain_shape)
+    bad = with_axes(~info.converged | missing(x, a.domain_shape), len(a.domain_shape))
     return nan_where(bad, x_dot), info
 
 

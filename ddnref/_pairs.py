@@ -10,9 +10,11 @@ from ddnref._array import (
     check_real,
     check_shapes,
     check_square,
+    conj,
     full,
     namespace,
     nan_where,
+    real,
 )
 from ddnref._public import public
 
@@ -140,4 +142,5 @@ def _length(xp: Namespace, x: Array) -> Array:
 
 
 def norm(xp: Namespace, x: Array, axis: int | tuple[int, int] = (-2, -1)) -> Array:
-    return xp.sqrt(xp.sum(xp.real(x * xp.conj(x)) if xp.isdtype(x.dtype, "complex floating") else x * x, axis=axis))
+    """Euclidean norm along `axis`, Frobenius norm over two axes."""
+    return xp.sqrt(xp.sum(real(x * conj(x)), axis=axis))

@@ -12,17 +12,13 @@ from typing import Any, ParamSpec, TypeVar
 import array_api_compat
 import numpy as np
 
+from ddnref._array import quiet
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 REQUIRED = ("Array", "Array | LinearOperator", "Factor")
 """Annotations of arguments that cannot be ``None``."""
-
-
-def quiet(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` without NumPy's floating-point warnings: an item that is not finite is seen in its result."""
-    decorated: Callable[P, R] = np.errstate(all="ignore")(function)
-    return decorated
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:
@@ -55,7 +51,7 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
                 raise TypeError(f"{name} is None: {function.__name__} needs an array there.")
         if np.ndarray not in map(type, args) and any(map(array_api_compat.is_torch_array, args)):
             return function(*args, **kwargs)  # which has no warnings, and traces
-        with np.errstate(all="ignore"):
+        with quiet():
             return function(*args, **kwargs)
 
     return checked

@@ -10,16 +10,7 @@ from __future__ import annotations
 
 import array_api_compat
 
-from ddnref._array import (
-    Array,
-    check_dtypes,
-    check_shapes,
-    eps,
-    is_true,
-    namespace,
-    nan_where,
-    refuse_recording,
-)
+from ddnref._array import Array, check_dtypes, check_shapes, conj, eps, is_true, namespace, nan_where, refuse_recording
 from ddnref._errors import SingularError
 from ddnref._linalg import adjoint, identity, solve
 from ddnref._public import public
@@ -72,7 +63,7 @@ def qr(a: Array, /) -> tuple[Array, Array]:
     size = xp.abs(diagonal)
     one = xp.ones_like(diagonal)
     sign = xp.where(size > 0, diagonal / xp.where(size > 0, xp.astype(size, a.dtype), one), one)
-    r = (xp.conj(sign) if xp.isdtype(a.dtype, "complex floating") else sign)[..., :, None] * r
+    r = conj(sign)[..., :, None] * r
     bad = xp.logical_not(finite)
     return nan_where(bad, q * sign[..., None, :]), nan_where(bad, r)
 

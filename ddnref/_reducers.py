@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import array_api_compat
 
-from ddnref._array import Array, check_dtypes, check_shapes, namespace
+from ddnref._array import Array, check_dtypes, check_shapes, namespace, quiet
 from ddnref._factor import Pieces, tall
 from ddnref._linalg import adjoint, hermitian_part
-from ddnref._public import public, quiet
+from ddnref._public import public
 
 SHARDS = ("columns", "rows")
 
@@ -173,12 +173,12 @@ def reduce_shards(
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 
-@quiet
+@quiet()
 def _add_rows(state: GramState, factor: Any) -> GramState:
     return _merge_rows(state, GramState(((tall(factor).gram(),),)))
 
 
-@quiet
+@quiet()
 def _merge_rows(a: GramState, b: GramState) -> GramState:
     if not (a.blocks and b.blocks):
         return a if a.blocks else b
@@ -190,14 +190,14 @@ def _merge_rows(a: GramState, b: GramState) -> GramState:
 # --- columns ------------------------------------------------------------------------------------------------------
 
 
-@quiet
+@quiet()
 def _add_columns(state: GramState, factor: Any) -> GramState:
     v = tall(factor)
     pieces = tuple(factor) if isinstance(factor, (list, tuple)) else (factor,)
     return merge_columns(state, GramState(((v.gram(),),), (pieces,)))
 
 
-@quiet
+@quiet()
 def merge_columns(a: GramState, b: GramState) -> GramState:
     """Blocks of both, and those between the shards of b and those of a."""
     below = tuple((*(_cross(v_i, v_j) for v_j in a.shards), *row) for v_i, row in zip(b.shards, b.blocks, strict=True))
@@ -219,7 +219,7 @@ def _cross(v: Pieces, w: Pieces) -> Array:
     return reduce(add, (adjoint(v_l) @ w_l for v_l, w_l in zip(v, w, strict=True)))
 
 
-@quiet
+@quiet()
 def _finalise(state: GramState) -> Array:
     return assemble(state.blocks)
 
@@ -241,7 +241,7 @@ def assemble(blocks: tuple[tuple[Array, ...], ...]) -> Array:
 # --- sums ---------------------------------------------------------------------------------------------------------
 
 
-@quiet
+@quiet()
 def _add(a: SumState, b: SumState) -> SumState:
     if a.total is None or b.total is None:
         return b if a.total is None else a

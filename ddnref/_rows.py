@@ -15,7 +15,19 @@ import array_api_compat
 import numpy as np
 
 from ddnref import _numpy
-from ddnref._array import Array, Namespace, check_dtypes, check_shapes, check_square, full, namespace
+from ddnref._array import (
+    Array,
+    as_dtype,
+    check_dtypes,
+    check_shapes,
+    check_square,
+    conj,
+    full,
+    is_complex,
+    namespace,
+    namespace_of,
+    real,
+)
 from ddnref._linalg import hermitian_part, identity
 from ddnref._operators import LinearOperator
 
@@ -66,7 +78,7 @@ def self_adjoint(a: Array | LinearOperator, function: str, like: Array | None = 
         check_dtypes(v0=(like, a.dtype))
         check_shapes(v0=(like, tuple(a.shape[:-1])))
     s = _numpy.symmetrised(a) if array_api_compat.is_numpy_array(a) else hermitian_part(a)
-    s_t = xp.matrix_transpose(s) if _is_complex(s.dtype) else s  # rows q ↦ q Sᵀ; BLAS is faster untransposed
+    s_t = xp.matrix_transpose(s) if is_complex(s) else s  # rows q ↦ q Sᵀ; BLAS is faster untransposed
     return SelfAdjoint(lambda q: q @ s_t, tuple(a.shape[:-2]), (a.shape[-1],), a)
 
 
@@ -96,35 +108,7 @@ def _of_operator(a: LinearOperator, function: str, like: Array | None) -> SelfAd
     return SelfAdjoint(apply, batch, a.domain_shape, y)
 
 
-# --- products of rows, called a thousand times a second: no look-up of namespace or dtype twice ------------------
-
-
-_namespaces: dict[type, Namespace] = {}
-
-
-def namespace_of(x: Array) -> Namespace:
-    """The namespace of `x`, looked up once for each type: `array_namespace` takes as long as a short product."""
-    xp = _namespaces.get(type(x))
-    return _namespaces.setdefault(type(x), array_api_compat.array_namespace(x)) if xp is None else xp
-
-
-@lru_cache(maxsize=64)
-def _complex(kind: str, dtype: Any) -> bool:  # noqa: ARG001 - dtypes of two libraries must not be compared
-    return "complex" in str(dtype)
-
-
-def _is_complex(dtype: Any) -> bool:
-    return _complex(type(dtype).__module__, dtype)
-
-
-def conj(x: Array) -> Array:
-    """Complex conjugate; nothing to do for real arrays."""
-    return namespace_of(x).conj(x) if _is_complex(x.dtype) else x
-
-
-def real(x: Array) -> Array:
-    """Real part; nothing to do for real arrays."""
-    return namespace_of(x).real(x) if _is_complex(x.dtype) else x
+# --- products of rows ------------------------------------------------------------------------------------------
 
 
 def inner(y: Array, q: Array) -> Array:
@@ -151,11 +135,6 @@ def scaled(y: Array, size: Array) -> Array:
     """Each row y divided by its size; a zero size leaves the row as it is."""
     xp = namespace_of(y)
     return y / as_dtype(size + xp.astype(size == 0, size.dtype), y)[..., None]
-
-
-def as_dtype(x: Array, like: Array) -> Array:
-    """Real numbers in the dtype of `like`, which the standard wants for real times complex."""
-    return x if x.dtype == like.dtype else namespace_of(x).astype(x, like.dtype)
 
 
 def put_row(q: Array, j: int, row: Array) -> Array:

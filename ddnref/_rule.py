@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import array_api_compat
 import numpy as np
 
-from ddnref._array import Array, nan_where
+from ddnref._array import Array, nan_where, with_axes
 from ddnref._samples import Convert, Sample
 
 
@@ -63,6 +63,11 @@ class Rule(NamedTuple):
     recursive: bool = False
     """Whether the VJP takes ``solve=``, the function by which it solves its own systems: a bridge hands it this very
     operation made differentiable, and so the VJP can be differentiated again, although it iterates."""
+
+    @property
+    def info_fields(self) -> int:
+        """How many arrays say how an iterative forward ended."""
+        return 0 if self.info is None else len(self.info._fields)
 
     @property
     def opaque(self) -> bool:
@@ -204,10 +209,9 @@ def input_counts(rule: Rule) -> range:
 
 def spread(flags: Array, like: Array) -> Array:
     """One flag per item, shaped to broadcast against an array of these items; for one without them, any flag."""
-    xp = array_api_compat.array_namespace(flags)
     if flags.ndim > like.ndim:
-        return xp.any(flags)
-    return xp.reshape(flags, (*flags.shape, *(1,) * (like.ndim - flags.ndim)))
+        return array_api_compat.array_namespace(flags).any(flags)
+    return with_axes(flags, like.ndim - flags.ndim)
 
 
 def failed(x_bar: Array) -> Array:

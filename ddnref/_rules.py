@@ -323,6 +323,7 @@ _TABLE = (
         outputs=1,
         needs=(1,),
         saved_vjp=dense.saved_solve_vjp,
+        item_axes=(2, 1),
         docs="dense linear systems, many right-hand sides",
         singular="singular matrices: `SingularError`",
         cost="2 n² flops, from the factors of the forward",

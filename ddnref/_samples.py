@@ -68,6 +68,7 @@ def eigen_loss(convert: Convert, rng: np.random.Generator, shape: tuple[int, ...
 def eigh(
     convert: Convert, rng: np.random.Generator, batch: tuple[int, ...], m: int, is_complex: bool, k: int = 0
 ) -> Sample:
+    """Eigenvalues 0.05 to 0.15 apart, on both sides of zero."""
     gaps = rng.uniform(0.05, 0.15, (*batch, m))
     w = np.cumsum(gaps, axis=-1) - 0.05 * m
     x = convert(random_spectrum(rng, batch, w, is_complex))
@@ -77,6 +78,7 @@ def eigh(
 
 
 def eigh_topk(convert: Convert, rng: np.random.Generator, batch: tuple[int, ...], m: int, is_complex: bool) -> Sample:
+    """The same for the largest third of them."""
     return eigh(convert, rng, batch, m, is_complex, k=max(1, m // 3))
 
 
@@ -90,6 +92,7 @@ def eigsh(convert: Convert, rng: np.random.Generator, batch: tuple[int, ...], m:
 
 
 def is_double(x: Array) -> bool:
+    """Whether the dtype has double precision, by its name: the library may be any."""
     return str(x.dtype).rpartition(".")[2] in ("float64", "complex128")
 
 
@@ -108,10 +111,12 @@ def spectral(
 
 
 def square(w: Array) -> Array:
+    """``f(λ) = λ²``."""
     return w * w
 
 
 def twice(w: Array) -> Array:
+    """Its derivative, ``2 λ``."""
     return 2 * w
 
 
@@ -135,6 +140,7 @@ def power_iteration(
 def simultaneous_iteration(
     convert: Convert, rng: np.random.Generator, batch: tuple[int, ...], m: int, is_complex: bool
 ) -> Sample:
+    """The same, the three largest well ahead of the others."""
     return power_iteration(convert, rng, batch, m, is_complex, n=min(m, 3))
 
 

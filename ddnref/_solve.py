@@ -271,6 +271,7 @@ def _minus_outer(y: Array, x: Array, a: Array) -> Array:
 
 
 def raise_singular(singular: Array) -> None:
+    """Say how many matrices are singular, and what helps."""
     xp = array_api_compat.array_namespace(singular)
     count, items = int(xp.sum(xp.astype(singular, xp.int32))), math.prod(singular.shape)
     raise SingularError(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import array_api_compat
 import numpy as np
 
-from ddnref._array import Array, Namespace, check_shapes, namespace
+from ddnref._array import Array, Namespace, check_shapes, conj, is_complex, namespace, real
 from ddnref._linalg import adjoint, hermitian_part
 from ddnref._public import public
 
@@ -316,7 +316,7 @@ def _differentiate(
 ) -> Direction:
     central = [(at(s * d) - at(-s * d)) / (2 * s) for s in (h, h / 2, h / 4)]
     numerical = (4 * central[1] - central[0]) / 3
-    analytic = float(xp.sum(xp.real(xp.conj(x_bar) * d) if _is_complex(xp, d) else x_bar * d))
+    analytic = float(xp.sum(real(conj(x_bar) * d)))
     size = _norm(xp, x_bar)
     first, second = abs(central[0] - central[1]), abs(central[1] - central[2])
     visible = min(first, second) > 1e-10 * max(size, abs(numerical))
@@ -338,10 +338,6 @@ def _double(name: str, x: Array) -> Namespace:
     return xp
 
 
-def _is_complex(xp: Namespace, x: Array) -> bool:
-    return bool(xp.isdtype(x.dtype, "complex floating"))
-
-
 def _norm(xp: Namespace, x: Array) -> float:
     if 0 in x.shape:
         return 0.0
@@ -353,7 +349,7 @@ def _norm(xp: Namespace, x: Array) -> float:
 def _random(rng: np.random.Generator, xp: Namespace, x: Array) -> Array:
     """Standard normal of the shape, dtype and device of `x`."""
     values = rng.standard_normal(tuple(x.shape))
-    if _is_complex(xp, x):
+    if is_complex(x):
         values = values + 1j * rng.standard_normal(tuple(x.shape))
     return xp.asarray(values, dtype=x.dtype, device=array_api_compat.device(x))
 
@@ -367,7 +363,7 @@ def _linear_loss(
         total: Any = 0.0
         for y_bar, y in zip(bars, outputs, strict=True):
             xp = array_api_compat.array_namespace(y)
-            total = total + xp.sum(xp.real(xp.conj(y_bar) * y) if _is_complex(xp, y) else y_bar * y)
+            total = total + xp.sum(real(conj(y_bar) * y))
         return total
 
     return value, lambda *outputs: bars  # noqa: ARG005

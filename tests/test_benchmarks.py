@@ -241,6 +241,24 @@ def test_timings_on_a_busy_machine_are_not_judged() -> None:
     assert figures.judged(counted, others=1.0) == counted
 
 
+def test_a_figure_that_cannot_be_measured_says_why() -> None:
+    def missing(_: int) -> float:
+        raise NotImplementedError("nolib is not installed")
+
+    assert _figures.or_skipped("f", _figures.value_row, 2, float, 1) == _figures.at_most("f", 1, 2)
+    assert _figures.or_skipped("f", _figures.value_row, 2, missing, 1) == _figures.Row(
+        "f", "skipped: nolib is not installed"
+    )
+
+
+def test_ratios_are_judged_as_timings() -> None:
+    ratio = common.Ratio(2.0, 1.9, 2.1)
+    without = _figures.ratio_row("f", None, _figures.at_most, lambda: ratio)
+    assert without == _figures.Row("f", "2.00 (1.90 to 2.10)", timed=True)
+    assert _figures.ratio_row("f", 1.5, _figures.at_least, lambda: ratio).met == "yes"
+    assert _figures.ratio_row("f", 1.5, _figures.at_most, lambda: ratio).met == "no"
+
+
 def test_figures_print_and_write_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "figures.md"
     figures.main(["--quick", "--only", "host-reads", "--only", "memory", "--write", str(path)])

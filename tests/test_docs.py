@@ -18,7 +18,7 @@ from ddnref import _rules, interop, reference, testing
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.glob("*.rst") if path.name != "sg_execution_times.rst")
-FRAMEWORKS = ("torch", "jax", "autograd", "cupy")
+FRAMEWORKS = ("torch", "jax", "autograd", "tensorflow", "cupy")
 BLOCK = re.compile(
     r"^(?P<indent> *)\.\. code-block:: (?P<language>\w+)\n(?P<options>(?:(?P=indent)   :.*\n)*)\n"
     r"(?P<body>(?:(?:(?P=indent)   .*)?\n)+)",
@@ -90,6 +90,12 @@ def test_autograd_code(page):
     run(page, "autograd")
 
 
+@pytest.mark.framework("tensorflow")
+@pytest.mark.parametrize("page", pages_with("tensorflow"), ids=lambda page: page.stem)
+def test_tensorflow_code(page):
+    run(page, "tensorflow")
+
+
 def test_cupy_code_compiles():
     """It needs a GPU to run; its calls are held to CuPy's signatures by test_cupy_namespace.py."""
     for page in pages_with("cupy"):
@@ -101,6 +107,7 @@ def test_cupy_code_compiles():
 def test_no_code_is_forgotten():
     assert {page.stem for page in pages_with("")} >= {"index", "conventions", "which-gradient", "verify", "eigen"}
     assert {page.stem for page in pages_with("autograd")} == {"frameworks"}
+    assert {page.stem for page in pages_with("tensorflow")} == {"frameworks"}
     assert {page.stem for page in pages_with("torch")} == {"frameworks", "networks"}
     assert {page.stem for page in pages_with("jax")} == {"frameworks"}
     for page in PAGES:

@@ -100,6 +100,20 @@ def test_nearest(rng):
     check_vectors(chain, x, t, w, v)
 
 
+def test_nearest_to_zero(rng):
+    """Where zero is an eigenvalue there is no inverse, and sigma is named; elsewhere it is a number like any other."""
+    chain, x, t = network(rng, 3, 4, 1)
+    with pytest.raises(ddnref.SingularError, match=r"^sigma is zero and the Hessian is singular.*Pass a sigma"):
+        ddnref.hessian_eigvals(chain, x, t, 2, sigma=0)
+    x, t = rng.standard_normal((20, 4)), rng.standard_normal((20, 2))
+    chain = ddnref.Chain([ddnref.Dense(rng.standard_normal((2, 4)) / 2, activation="tanh")], "mse")
+    w_all = np.linalg.eigvalsh(dense(chain, x, t))
+    nearest = w_all[np.argsort(np.abs(w_all))][:2]
+    assert abs(nearest[0]) > 1e-8
+    (w, _), _ = ddnref.hessian_eigvals(chain, x, t, 2, sigma=0)
+    np.testing.assert_allclose(w, nearest, atol=1e-11)
+
+
 def test_interval(rng, monkeypatch):
     """All eigenvalues between two numbers, in slices."""
     chain, x, t = network(rng, 8, 5, 2, bias=True)
@@ -155,6 +169,8 @@ def test_static_errors(rng):
         (lambda: ddnref.hessian_eigvals(chain, x, t), ValueError, "either k or interval"),
         (lambda: ddnref.hessian_eigvals(chain, x, t, 2, interval=(0.1, 1)), ValueError, "either k or interval"),
         (lambda: ddnref.hessian_eigvals(chain, x, t, interval=(0.1, 1), sigma=0.5), ValueError, "sigma"),
+        (lambda: ddnref.hessian_eigvals(chain, x, t, 2, sigma=np.nan), ValueError, "sigma is nan"),
+        (lambda: ddnref.hessian_eigvals(chain, x, t, 2, sigma=np.inf), ValueError, "sigma is inf"),
         (lambda: ddnref.hessian_eigvals(chain, x, t, 0), ValueError, "k is 0"),
         (lambda: ddnref.hessian_eigvals(chain, x, t, 2, which="SM"), ValueError, "which"),
         (lambda: ddnref.hessian_eigvals(chain, x * np.nan, t, 2), ddnref.NonFiniteError, "NaN"),

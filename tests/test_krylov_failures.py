@@ -115,6 +115,17 @@ def test_singular_operators(name, xp, rng):
         assert name == "lsmr" or xp.numpy(info.status)[1] == common.STAGNATION
 
 
+def test_cg_names_a_null_space_that_rounding_makes_positive(xp):
+    """p is nearly in the null space, pᴴAp is rounding, and iterates grow by 1/eps a step: not a defect of the input."""
+    a, b = np.diag([1.0, 0.0]), np.asarray([[0.41163054, 1.04251337], [1.0, 0.0], [np.inf, 1.0]])
+    x, info = solve(xp, "cg", xp.asarray(a), xp.asarray(b))
+    assert list(xp.numpy(info.status)) == [common.NOT_POSITIVE_DEFINITE, common.CONVERGED, common.NOT_FINITE]
+    assert np.all(np.isfinite(xp.numpy(x)[:2]))
+    fails("cg", common.NOT_POSITIVE_DEFINITE, a, b[0])
+    fails("cg", common.NOT_POSITIVE_DEFINITE, a.astype(np.float32), b[0].astype(np.float32))
+    fails("cg", common.NOT_FINITE, np.diag([1.0, np.inf]), b[0])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_zero_operator(name):
     _, info = SOLVERS[name](np.zeros((4, 4)), np.ones(4), throw=False)

@@ -365,6 +365,10 @@ def test_static_errors(rng):
         ddnref.linear_solve_vjp(b.astype(np.float32), b, a)
     with pytest.raises(ValueError, match='solver "direct" needs a square operator'):
         ddnref.linear_solve(tall, np.ones(4), solver="direct")
+    for name, value in (("x0", b), ("preconditioner", lambda r: r), ("maxiter", 3)):
+        with pytest.raises(TypeError, match=f'solver "direct" factorises the matrix and takes no {name}'):
+            ddnref.linear_solve(a, b, solver="direct", **{name: value})
+        np.testing.assert_array_equal(ddnref.linear_solve(a, b, **{name: value})[0], b)
     with pytest.raises(TypeError, match="both None: there is no direction"):
         ddnref.linear_solve_jvp(None, None, b, a)
     with pytest.raises(ValueError, match="params_dot has 2 entries, expected one for each of 1"):

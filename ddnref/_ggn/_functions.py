@@ -215,6 +215,7 @@ def count(ggn: Ggn, i: int) -> int:
 
 
 def top(ggn: Ggn, i: int, k: int | None, method: str) -> tuple[Array, Array]:
+    """The k largest eigenpairs of one group's Gram matrix, after a look at k and the method."""
     if method not in _spectrum.METHODS:
         raise ValueError(f'method is {method!r}, expected "auto", "full" or "iterative".')
     bound = count(ggn, i)

@@ -8,11 +8,11 @@ from typing import NamedTuple, NoReturn
 
 import array_api_compat
 
-from ddnref._array import Array, double, full, is_true
+from ddnref._array import Array, double, full, is_true, quiet
 from ddnref._errors import ConvergenceError, NonFiniteError, SingularError
 from ddnref._hessian import _inertia, _paths
 from ddnref._hessian._paths import Path
-from ddnref._hessian._small import quiet, space, t
+from ddnref._hessian._small import space, t
 from ddnref._hessian._system import System
 from ddnref._hessian._terms import Blocks, combine, norm
 from ddnref._network._checks import like_params

@@ -1,7 +1,8 @@
 """LU factors of one symmetric block, and solves with them: those of `ddnref._lu`, without its checks on NumPy.
 
 A block of a layer is small: there the checks and copies that a public function owes its user take longer than LAPACK
-(measured at 64×64: 60 µs against 22). What is singular shows in the residual of the solution.
+(64×64 and one right-hand side, factors and solution: 53 µs there, 23 here; `timeit`, best of 40 runs of 50 calls, one
+thread). What is singular shows in the residual of the solution.
 """
 
 from __future__ import annotations

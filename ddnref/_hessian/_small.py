@@ -9,18 +9,13 @@ from __future__ import annotations
 import numpy as np
 
 from ddnref._array import Array
+from ddnref._array import namespace_of as space
 from ddnref._linalg import identity
-from ddnref._rows import namespace_of as space
 
 
 def t(x: Array) -> Array:
     """The transpose of the last two axes."""
     return x.mT if type(x) is np.ndarray else space(x).matrix_transpose(x)
-
-
-def quiet() -> np.errstate:
-    """Without NumPy's warnings: what is not finite is found in the residual, and reported there."""
-    return np.errstate(all="ignore")
 
 
 def add_diagonal(m: Array, d: Array | float) -> Array:
@@ -49,4 +44,4 @@ def symmetric(x: Array) -> Array:
     return (x + t(x)) / 2
 
 
-__all__ = ["add_diagonal", "dot", "flat", "quiet", "space", "symmetric", "t"]
+__all__ = ["add_diagonal", "dot", "flat", "space", "symmetric", "t"]

@@ -11,7 +11,7 @@ from ddnref._errors import NonFiniteError, SingularError
 from ddnref._hessian import _paths
 from ddnref._hessian._factor import HessianFactor, HessianSolveInfo
 from ddnref._hessian._small import space
-from ddnref._hessian._system import System, own, system
+from ddnref._hessian._system import System, exact_copy, system
 from ddnref._network._chain import Chain
 from ddnref._public import public
 
@@ -107,7 +107,7 @@ def hessian_factor(
     epsilon = _damping(damping, x)
     s = prepared(chain, x, t, curvature)
     if s.terms is not None and is_true(epsilon == 0):
-        _refuse_null_space(s)
+        refuse_null_space(s, "damping", "Pass a damping, such as 1e-3 times the largest eigenvalue.")
     if s.terms is not None and method == "tridiagonal":
         _paths.check_tridiagonal(s.terms)
     return HessianFactor(s, epsilon, method, double(space(x), x), chain.params)
@@ -144,7 +144,7 @@ def _damping(damping: float | Array, x: Array) -> float | Array:
         check_shapes(damping=(damping, ()))
         if not is_true(space(x).isfinite(damping)):
             raise ValueError(f"damping is {float(damping)}, expected a finite number.")
-        return own(damping)
+        return exact_copy(damping)
     if not isinstance(damping, (int, float)):
         raise TypeError(f"damping is a {type(damping).__name__}, expected a number or an array without axes.")
     if not abs(float(damping)) < float("inf"):
@@ -152,7 +152,8 @@ def _damping(damping: float | Array, x: Array) -> float | Array:
     return float(damping)
 
 
-def _refuse_null_space(s: System) -> None:
+def refuse_null_space(s: System, name: str, instead: str) -> None:
+    """`SingularError` for a shift of zero where there are fewer samples than a layer has inputs and outputs."""
     if s.terms is None:
         return
     free = 0
@@ -161,9 +162,8 @@ def _refuse_null_space(s: System) -> None:
         free += max(0, layer.weight.shape[0] - n) * max(0, width - n)
     if free:
         raise SingularError(
-            f"damping is zero and the Hessian is singular: with {s.terms.curvature.shape[0]} samples at least {free} "
-            f"of its {s.total} eigenvalues are zero, those of weights that no sample sees. Pass a damping, such as "
-            "1e-3 times the largest eigenvalue."
+            f"{name} is zero and the Hessian is singular: with {s.terms.curvature.shape[0]} samples at least {free} "
+            f"of its {s.total} eigenvalues are zero, those of weights that no sample sees. {instead}"
         )
 
 

@@ -11,7 +11,7 @@ from ddnref._eigsh import EigshInfo, eigsh
 from ddnref._errors import ConvergenceError, SingularError
 from ddnref._hessian._factor import ZERO, HessianFactor
 from ddnref._hessian._small import space
-from ddnref._hessian._solve import CURVATURES, check_method, prepared
+from ddnref._hessian._solve import CURVATURES, check_method, prepared, refuse_null_space
 from ddnref._hessian._system import System
 from ddnref._hessian._terms import flat
 from ddnref._network._chain import Chain
@@ -174,9 +174,9 @@ def hessian_eigvals(
     ConvergenceError, GaugeError
         As `eigsh`; with `interval`, fewer were found than counted.
     SingularError
-        As `hessian_eigval_count`.
+        As `hessian_eigval_count`; `sigma` is zero and the Hessian is singular by its shape.
     TypeError, ValueError
-        As `hessian_factor`; not exactly one of `k` and `interval`; `sigma` with `interval`.
+        As `hessian_factor`; not exactly one of `k` and `interval`; `sigma` with `interval`, or not finite.
 
     Examples
     --------
@@ -192,6 +192,8 @@ def hessian_eigvals(
         raise ValueError("sigma is a number to look around; interval already says where to look.")
     if (k is None) == (interval is None):
         raise ValueError("Pass either k or interval: how many eigenvalues, or between which numbers.")
+    if sigma is not None and not abs(float(sigma)) < float("inf"):
+        raise ValueError(f"sigma is {sigma}, expected a finite number; which= asks for the extreme eigenvalues.")
     s = _prepared(chain, x, t, curvature)
     like = double(space(x), x)
     if k is None:
@@ -199,6 +201,8 @@ def hessian_eigvals(
     if sigma is None:
         (w, v), info = eigsh(_operator(s, None), k, which=which, v0=noise(2, s.total, like), rtol=rtol, throw=throw)
         return (w, _lists(s, v)), info
+    if sigma == 0 and throw:
+        refuse_null_space(s, "sigma", "Pass a sigma beside it, such as 1e-6 times the largest eigenvalue.")
     (w, v), info = _nearest(s, k, float(sigma), like, chain.params, rtol, throw)
     return (w, _lists(s, v)), info
 

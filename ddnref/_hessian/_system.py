@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import array_api_compat
 
-from ddnref._array import Array, double, full
+from ddnref._array import Array, double, full, own
 from ddnref._hessian import _terms
 from ddnref._hessian._terms import CLOSE, OPEN, Blocks, Layer, Step, Terms
 from ddnref._linalg import identity
@@ -65,7 +65,7 @@ def system(chain: Chain, x: Array, t: Array, curvature: str) -> System:
     xp = array_api_compat.array_namespace(x)
     dtype = chain.params[0].dtype
     chain = type(chain)([_own(layer) for layer in chain.layers], chain.criterion, chain.reduction)
-    x, t = own(x), own(t)
+    x, t = exact_copy(x), exact_copy(t)
     refused = next((name for name in map(_refused, chain.layers) if name), "")
     if refused:
         return _opaque(chain, x, t, curvature, dtype, refused)
@@ -87,11 +87,11 @@ def system(chain: Chain, x: Array, t: Array, curvature: str) -> System:
     return System(terms, "", terms.sizes, lambda v: _terms.product(terms, v), blocks, params)
 
 
-def own(array: Array) -> Array:
+def exact_copy(array: Array) -> Array:
     """A copy, of floating numbers in double precision."""
     xp = array_api_compat.array_namespace(array)
     exact = double(xp, array) if xp.isdtype(array.dtype, "real floating") else array
-    return xp.asarray(array, copy=True) if exact is array else exact
+    return own(array) if exact is array else exact
 
 
 def _own(layer: Any) -> Any:
@@ -100,7 +100,7 @@ def _own(layer: Any) -> Any:
         return replace(layer, layers=[_own(inner) for inner in layer.layers])
     if isinstance(layer, Frozen):
         return replace(layer, layer=_own(layer.layer))
-    return layer.with_params(tuple(own(p) for p in layer.params))
+    return layer.with_params(tuple(exact_copy(p) for p in layer.params))
 
 
 def _with_bias(weight: Array, bias: Array) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ddnref._array import Array, eps
+from ddnref._array import Array, as_dtype, eps, namespace_of, own
 from ddnref._krylov._common import (
     BREAKDOWN,
     NOT_FINITE,
@@ -19,11 +19,10 @@ from ddnref._krylov._common import (
 )
 from ddnref._krylov._rounds import Result, Round, finish, rounds
 from ddnref._krylov._system import prepare
-from ddnref._krylov._vectors import axpy, complex_dots, dots, norms, own, quotient, xpay
+from ddnref._krylov._vectors import axpy, complex_dots, dots, norms, quotient, xpay
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator
 from ddnref._public import public
-from ddnref._rows import as_dtype, namespace_of
 
 
 class _State(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ddnref._array import Array
+from ddnref._array import Array, eps, namespace_of, own
 from ddnref._krylov._common import (
     NOT_POSITIVE_DEFINITE,
     PRECONDITIONER_NOT_POSITIVE_DEFINITE,
@@ -16,10 +16,11 @@ from ddnref._krylov._common import (
     System,
     count,
     failure,
+    mark,
 )
 from ddnref._krylov._rounds import Result, Round, finish, rounds
 from ddnref._krylov._system import prepare
-from ddnref._krylov._vectors import axpy, dots, own, quotient, xpay
+from ddnref._krylov._vectors import axpy, dots, quotient, xpay
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator
 from ddnref._public import public
@@ -134,12 +135,15 @@ def _round(system: System, start: Round, iterate: Callable[..., Any]) -> Result:
     running = start.status == RUNNING
     status = failure(start.status, running, rz, PRECONDITIONER_NOT_POSITIVE_DEFINITE)
     first = _State(start.x, start.r, own(z), rz, start.size, status, start.n_iter)
+    limit = start.size / eps(namespace_of(start.r), start.r.dtype) ** 2  # at most √κ times it, if A is definite
 
     def active(state: _State) -> Array:
-        return (state.size > system.options.rtol) & (state.status == RUNNING) & (state.n_iter < system.options.maxiter)
+        on = (state.size > system.options.rtol) & (state.size < limit)
+        return on & (state.status == RUNNING) & (state.n_iter < system.options.maxiter)
 
     last = iterate(active, lambda state: _step(system, state, active(state)), first, lambda state: state.size)
-    return Result(last.x, last.status, last.n_iter)
+    grown = (last.status == RUNNING) & (last.size >= limit) & (last.size < float("inf"))
+    return Result(last.x, mark(last.status, grown, NOT_POSITIVE_DEFINITE), last.n_iter)
 
 
 def _step(system: System, state: _State, go: Array) -> _State:

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple, TypeAlias
 import array_api_compat
 import numpy as np
 
-from ddnref._array import Array, is_true
+from ddnref._array import Array, is_true, namespace_of
 from ddnref._errors import ConvergenceError
 from ddnref._krylov._vectors import NUMPY
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator
-from ddnref._rows import namespace_of
 
 RUNNING = -1
 CONVERGED = 0
@@ -106,11 +105,6 @@ def count(go: Array, n_iter: Array) -> Array:
     if isinstance(n_iter, NUMPY):
         return n_iter + go
     return n_iter + namespace_of(n_iter).astype(go, n_iter.dtype)
-
-
-def quiet() -> np.errstate:
-    """NumPy's warnings off, array-api-strict's too: an item that is not finite is reported by its status."""
-    return np.errstate(all="ignore")
 
 
 ADVICE = {

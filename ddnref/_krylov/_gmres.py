@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import array_api_compat
 
-from ddnref._array import Array, eps, full
+from ddnref._array import Array, as_dtype, conj, eps, full, namespace_of, real
 from ddnref._krylov._common import (
     BREAKDOWN,
     NOT_FINITE,
@@ -33,7 +33,7 @@ from ddnref._linalg import identity, matvec, solve
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator
 from ddnref._public import public
-from ddnref._rows import as_dtype, conj, inner, namespace_of, put_row, real, scaled
+from ddnref._rows import inner, put_row, scaled
 
 RESTART = 30
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import array_api_compat
 
-from ddnref._array import Array, full, nan_where
+from ddnref._array import Array, full, namespace_of, nan_where, quiet
 from ddnref._krylov._common import (
     CONVERGED,
     ITERATION_LIMIT,
@@ -22,7 +22,6 @@ from ddnref._krylov._common import (
     System,
     count,
     mark,
-    quiet,
     raise_if_failed,
 )
 from ddnref._krylov._rounds import FALL, first_round, iterator
@@ -31,7 +30,6 @@ from ddnref._krylov._vectors import axpy, column, norms, quotient
 from ddnref._loops import WhileLoop, run
 from ddnref._operators import LinearOperator
 from ddnref._public import public
-from ddnref._rows import namespace_of
 
 
 class LeastSquaresInfo(NamedTuple):

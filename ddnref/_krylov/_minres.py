@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ddnref._array import Array, eps
+from ddnref._array import Array, eps, namespace_of, own
 from ddnref._krylov._common import (
     PRECONDITIONER_NOT_POSITIVE_DEFINITE,
     RUNNING,
@@ -25,11 +25,10 @@ from ddnref._krylov._common import (
 )
 from ddnref._krylov._rounds import Result, Round, finish, rounds
 from ddnref._krylov._system import prepare
-from ddnref._krylov._vectors import axpy, column, dots, norms, own, quotient
+from ddnref._krylov._vectors import axpy, column, dots, norms, quotient
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator
 from ddnref._public import public
-from ddnref._rows import namespace_of
 
 
 class _State(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import array_api_compat
 
-from ddnref._array import Array, full, nan_where
+from ddnref._array import Array, full, nan_where, own, quiet, with_axes
 from ddnref._krylov._common import (
     CONVERGED,
     ITERATION_LIMIT,
@@ -27,10 +27,9 @@ from ddnref._krylov._common import (
     SolveInfo,
     System,
     mark,
-    quiet,
     raise_if_failed,
 )
-from ddnref._krylov._vectors import beside, column, norms, own
+from ddnref._krylov._vectors import column, norms
 from ddnref._loops import run
 
 FALL = 0.5  # what a round must leave of the residual to be followed by another
@@ -157,7 +156,7 @@ def finish(function: str, system: System, last: Round, throw: bool) -> tuple[Arr
     with quiet():
         bad = last.status == NOT_FINITE
         info = SolveInfo(last.status == CONVERGED, last.n_iter, nan_where(bad, last.size), last.status)
-        x = nan_where(beside(bad, last.x), column(system.scale, last.x) * last.x)
+        x = nan_where(with_axes(bad, system.axes), column(system.scale, last.x) * last.x)
     if throw:
         raise_if_failed(function, info, system.options)
     return xp.reshape(x, (*system.batch, *system.domain_shape)), info

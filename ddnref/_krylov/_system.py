@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import array_api_compat
 import numpy as np
 
-from ddnref._array import Array, check_dtypes, check_precision, check_shapes, eps, full, namespace
+from ddnref._array import (
+    Array,
+    check_dtypes,
+    check_precision,
+    check_shapes,
+    eps,
+    full,
+    is_recorded,
+    namespace,
+    namespace_of,
+    quiet,
+    with_axes,
+)
 from ddnref._krylov._common import (
     CONVERGED,
     NOT_FINITE,
@@ -20,24 +31,12 @@ from ddnref._krylov._common import (
     Preconditioner,
     System,
     mark,
-    quiet,
 )
-from ddnref._krylov._vectors import beside, column, norms, power_of_two
+from ddnref._krylov._vectors import column, norms, power_of_two
 from ddnref._loops import WhileLoop
-from ddnref._operators import LinearOperator, dense
-from ddnref._rows import namespace_of
+from ddnref._operators import LinearOperator, as_operator
 
 MOST = 20_000  # steps by default: enough for condition 1e6 at 1.5e-8, see `default_maxiter`
-
-
-def of_array(a: Array | LinearOperator, function: str) -> LinearOperator:
-    """An operator as it is; the one that multiplies by a matrix, a square one taken as self-adjoint if need be."""
-    if isinstance(a, LinearOperator):
-        return a
-    namespace(operator=a)
-    if a.ndim < 2:
-        raise ValueError(f"The operator given to {function} has shape {tuple(a.shape)}, expected (..., n, m).")
-    return dense(a, self_adjoint=a.shape[-2] == a.shape[-1])
 
 
 def prepare(
@@ -55,7 +54,10 @@ def prepare(
     shaped: bool = False,
 ) -> tuple[System, Array | None]:
     """The system, after a look at everything that does not depend on values, and ``x0`` scaled like it."""
-    a = of_array(operator, function).prepared()
+    a = as_operator(operator)
+    if a is not operator and a.domain_shape == a.range_shape:
+        a = a._replace(self_adjoint=True)  # a square matrix is taken at its word
+    a = a.prepared()
     xp = namespace(b=b, x0=x0, **{f"params[{i}]": parameter for i, parameter in enumerate(a.params)})
     check_precision(xp, b=b, **{f"params[{i}]": parameter for i, parameter in enumerate(a.params)})
     check_dtypes(x0=(x0, b.dtype))
@@ -175,10 +177,7 @@ def _options(
 
 
 def _refuse_recording(function: str, *arrays: Array) -> None:
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.is_grad_enabled():
-        return
-    if any(array_api_compat.is_torch_array(array) and array.requires_grad for array in arrays):
+    if any(map(is_recorded, arrays)):
         raise TypeError(
             f"A tensor given to {function} requires grad, so PyTorch would record every step, and the gradient of an "
             "unrolled Krylov method is wrong after some hundred steps. Differentiate ddnref.linear_solve instead, or "
@@ -211,7 +210,7 @@ def _scaled(
         return xp.reshape(a.adjoint(a.params, xp.reshape(y, (*batch, *a.range_shape))), (*batch, *spaces.domain))
 
     finite = xp.all(xp.isfinite(b), axis=tuple(range(-axes, 0)))
-    b = xp.where(beside(finite, b), b, xp.zeros_like(b))
+    b = xp.where(with_axes(finite, axes), b, xp.zeros_like(b))
     scale = power_of_two(b, axes)
     b = b / column(scale, b)
     size = norms(b, axes)
@@ -220,7 +219,7 @@ def _scaled(
     status = mark(mark(status, zero & finite, CONVERGED), ~finite, NOT_FINITE)
     norm_b = xp.where(zero, xp.ones_like(size), size)
     if x0 is not None:
-        x0 = xp.where(beside(zero, x0), xp.zeros_like(x0), x0 / column(scale, x0))
+        x0 = xp.where(with_axes(zero, axes), xp.zeros_like(x0), x0 / column(scale, x0))
     system = System(
         apply, adjoint, precondition, b, norm_b, scale, status, batch, tuple(a.domain_shape), axes, options
     )  # fmt: skip

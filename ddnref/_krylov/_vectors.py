@@ -8,23 +8,15 @@ from __future__ import annotations
 import array_api_compat
 import numpy as np
 
-from ddnref._array import Array, power_of_two_below
+from ddnref._array import Array, as_dtype, conj, namespace_of, power_of_two_below, real, with_axes
 from ddnref._krylov import _inplace
-from ddnref._rows import as_dtype, conj, namespace_of, real
 
 NUMPY = np.ndarray, np.generic  # numbers of one right-hand side are NumPy scalars
 
 
 def column(x: Array, like: Array) -> Array:
     """Numbers ``(...)`` as factors of vectors ``(..., n)`` or ``(..., *shape)``, in their dtype."""
-    return beside(as_dtype(x, like), like)
-
-
-def beside(x: Array, like: Array) -> Array:
-    """Numbers ``(...)`` with the trailing axes of vectors, of length one."""
-    if like.ndim == x.ndim + 1:
-        return x[..., None]
-    return namespace_of(x).reshape(x, (*x.shape, *(1,) * (like.ndim - x.ndim)))
+    return with_axes(as_dtype(x, like), like.ndim - x.ndim)
 
 
 def complex_dots(y: Array, z: Array, axes: int = 1) -> Array:
@@ -44,16 +36,11 @@ def norms(y: Array, axes: int = 1) -> Array:
     return dots(y, y, axes) ** 0.5
 
 
-def own(y: Array) -> Array:
-    """A copy that may be overwritten."""
-    return namespace_of(y).asarray(y, copy=True)
-
-
 def axpy(y: Array, go: Array, alpha: Array, x: Array) -> Array:
     """``y + α x`` where `go` is set and y elsewhere, bit for bit; on NumPy y itself, overwritten."""
     if type(y) is np.ndarray:
         return _inplace.axpy(y, go, alpha, x)
-    return namespace_of(y).where(beside(go, y), y + column(alpha, y) * x, y)
+    return namespace_of(y).where(with_axes(go, y.ndim - go.ndim), y + column(alpha, y) * x, y)
 
 
 def xpay(z: Array, beta: Array, p: Array) -> Array:

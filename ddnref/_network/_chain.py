@@ -171,7 +171,9 @@ class Chain:
         loss : () array
         """
         y = self.output(x)
-        bad = _checks.bad_targets(self.criterion, self.reduction, y, t, throw)
+        return self._loss(y, t, _checks.bad_targets(self.criterion, self.reduction, y, t, throw))
+
+    def _loss(self, y: Array, t: Array, bad: Array | None) -> Array:
         xp = array_api_compat.array_namespace(y)
         return self.scale(y.shape[0]) * xp.sum(_checks.marked(self.criterion.value(y, t), bad))
 
@@ -196,8 +198,7 @@ class Chain:
     def loss_and_gradient(self, x: Array, t: Array, *, throw: bool = True) -> tuple[Array, list[Array]]:
         """The loss and its gradient, as `loss` and `gradient` return them, from one pass."""
         (y, bad), gradient = self._gradient(x, t, throw)
-        xp = array_api_compat.array_namespace(y)
-        return self.scale(y.shape[0]) * xp.sum(_checks.marked(self.criterion.value(y, t), bad)), gradient
+        return self._loss(y, t, bad), gradient
 
     def _gradient(self, x: Array, t: Array, throw: bool) -> tuple[tuple[Array, Array | None], list[Array]]:
         y, saved, y_bar, bad = self._reverse(x, t, 1, throw)
@@ -219,8 +220,7 @@ class Chain:
         """
         y, saved, y_bar, _ = self._reverse(x, t, 1, throw)
         y_bar = y_bar / self.scale(y.shape[0])
-        parts = self._parts
-        return _sweeps.joined(_sweeps.vjp(self.layers, parts, saved, y_bar, wrt="params", per_sample=True)[0])
+        return _sweeps.joined(_sweeps.vjp(self.layers, self._parts, saved, y_bar, wrt="params", per_sample=True)[0])
 
     @public
     def layer_derivatives(self, x: Array, t: Array, *, throw: bool = True) -> tuple[LayerDerivatives, ...]:

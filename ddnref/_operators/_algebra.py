@@ -9,18 +9,12 @@ The gradient of ``Re ⟨ȳ, B x⟩`` follows from ``Re ⟨ȳ, Ḃ x⟩``; vjp(ȳ
 
 from __future__ import annotations
 
-from ddnref._array import Array
+from collections.abc import Callable
+from typing import Any
+
+from ddnref._array import Array, conj, is_complex
 from ddnref._operators._elementary import as_operator, coefficient
-from ddnref._operators._operator import (
-    LinearOperator,
-    Params,
-    coefficient_bar,
-    conj,
-    is_array,
-    is_complex,
-    motions_of,
-    times,
-)
+from ddnref._operators._operator import LinearOperator, Params, coefficient_bar, is_array, motions_of, times
 from ddnref._public import public
 
 
@@ -61,10 +55,7 @@ def scaled(
     a = as_operator(operator)
     c = coefficient("c", c, a.params)
     n, parameter = len(a.range_shape), is_array(c)
-    bare = bare_of(a)
-
-    def split(params: Params) -> tuple[Params, Array | float | complex]:
-        return (params[:-1], params[-1]) if parameter else (params, c)
+    bare, split = bare_of(a), _splitter(c)
 
     def apply(params: Params, x: Array) -> Array:
         p, c = split(params)
@@ -93,9 +84,8 @@ def scaled(
         p, c = split(params)
         return scaled(bare._replace(params=p).prepared(), c)._replace(self_adjoint=flag, positive_definite=positive)
 
-    real = not (is_complex(c) if parameter else isinstance(c, complex))
-    flag = a.self_adjoint and real
-    known = a.positive_definite and not parameter and isinstance(c, (int, float)) and c > 0
+    flag = a.self_adjoint and not (is_complex(c) if parameter else isinstance(c, complex))
+    known = a.positive_definite and isinstance(c, (int, float)) and c > 0
     positive = known if positive_definite is None else positive_definite
     params = (*a.params, c) if parameter else a.params
     return LinearOperator(
@@ -187,10 +177,7 @@ def normal(
     a = as_operator(operator)
     damping = None if damping is None else coefficient("damping", damping, a.params, real=True)
     n, parameter = len(a.domain_shape), is_array(damping)
-    bare = bare_of(a)
-
-    def split(params: Params) -> tuple[Params, Array | float | None]:
-        return (params[:-1], params[-1]) if parameter else (params, damping)
+    bare, split = bare_of(a), _splitter(damping)
 
     def apply(params: Params, x: Array) -> Array:
         p, rho = split(params)
@@ -234,6 +221,13 @@ def normal(
 def bare_of(a: LinearOperator) -> LinearOperator:
     """The functions alone: what is closed over must hold no arrays."""
     return a._replace(params=())
+
+
+def _splitter(c: Any) -> Callable[[Params], tuple[Params, Any]]:
+    """From all parameters to those of A and the coefficient, the last one where it is an array."""
+    if is_array(c):
+        return lambda params: (params[:-1], params[-1])
+    return lambda params: (params, c)
 
 
 def _conj(c: Array | float | complex) -> Array | float | complex:

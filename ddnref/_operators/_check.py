@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddnref._array import Array, namespace
+from ddnref._array import Array, is_complex, namespace
 from ddnref._errors import OperatorError
-from ddnref._operators._operator import LinearOperator, is_complex, zeros
+from ddnref._operators._operator import LinearOperator, zeros
 from ddnref._operators._statements import STATEMENTS, Given, OperatorCheck
 from ddnref._public import public
 

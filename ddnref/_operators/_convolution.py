@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import array_api_compat
 
-from ddnref._array import Array, namespace
+from ddnref._array import Array, conj, is_complex, namespace
 from ddnref._operators._fourier import filtered, inverse, multiplier, transform
 from ddnref._operators._operator import (
     LinearOperator,
     Params,
     as_complex,
     as_shape,
-    conj,
     cotangent,
-    is_complex,
     linear_motions,
     no_params_vjp,
     over,

@@ -13,17 +13,15 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from ddnref._array import Array, check_precision, namespace
+from ddnref._array import Array, check_precision, conj, is_complex, namespace
 from ddnref._linalg import move_axis
 from ddnref._operators._operator import (
     LinearOperator,
     Params,
     as_shape,
     broadcast_shape,
-    conj,
     cotangent,
     is_array,
-    is_complex,
     linear_motions,
     no_params_vjp,
     over,
@@ -65,15 +63,21 @@ def dense(a: Array, /, *, self_adjoint: bool = False, positive_definite: bool = 
     >>> a(np.asarray([1.0, 1.0]))
     array([3., 1.])
     """
-    namespace(a=a)
-    if a.ndim < 2:
-        raise ValueError(f"a has shape {tuple(a.shape)}, expected (..., n, m).")
-    n, m = a.shape[-2:]
+    n, m = _sizes("a", a)
     if (self_adjoint or positive_definite) and n != m:
         raise ValueError(f"a has shape {tuple(a.shape)}; only a square matrix can be self-adjoint.")
     adjoint_flag = self_adjoint or positive_definite
     flags = adjoint_flag, positive_definite
     return LinearOperator((a,), _dense, _dense_adjoint, _dense_vjp, (m,), (n,), *flags, **_DENSE_MOTIONS)
+
+
+def _sizes(name: str, a: Array) -> tuple[int, int]:
+    """N and m of a floating array ``(..., n, m)``; anything else raises."""
+    namespace(**{name: a})
+    if a.ndim < 2:
+        raise ValueError(f"{name} has shape {tuple(a.shape)}, expected (..., n, m).")
+    n, m = a.shape[-2:]
+    return n, m
 
 
 def _dense(params: Params, x: Array) -> Array:
@@ -266,9 +270,7 @@ def as_operator(a: Array | LinearOperator, name: str = "operator") -> LinearOper
             f"{name} is a {type(a).__qualname__}, expected a LinearOperator or an array (..., n, m). "
             "SciPy's and CuPy's operators and sparse matrices are wrapped by ddnref.from_scipy."
         )
-    namespace(**{name: a})
-    if a.ndim < 2:
-        raise ValueError(f"{name} has shape {tuple(a.shape)}, expected (..., n, m).")
+    _sizes(name, a)
     return dense(a)
 
 

@@ -13,17 +13,8 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from ddnref._array import Array
-from ddnref._operators._operator import (
-    LinearOperator,
-    Params,
-    as_shape,
-    conj,
-    cotangent,
-    linear_motions,
-    no_motions,
-    zeros,
-)
+from ddnref._array import Array, conj
+from ddnref._operators._operator import LinearOperator, Params, as_shape, cotangent, linear_motions, no_motions, zeros
 from ddnref._public import public
 
 

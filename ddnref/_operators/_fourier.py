@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import array_api_compat
 
-from ddnref._array import Array
+from ddnref._array import Array, is_complex
 from ddnref._operators import _numpy
-from ddnref._operators._operator import as_complex, is_complex, zeros
+from ddnref._operators._operator import as_complex, zeros
 
 
 def transform(x: Array, n: int) -> Array:

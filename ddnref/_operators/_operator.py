@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 import array_api_compat
 import numpy as np
 
-from ddnref._array import Array, check_precision, full, given, namespace
+from ddnref._array import Array, check_precision, conj, full, given, is_complex, namespace, with_axes
 from ddnref._errors import DdnrefError
 from ddnref._linalg import identity, move_axis
 
@@ -165,21 +165,11 @@ def as_shape(name: str, shape: Any) -> tuple[int, ...]:
     return sizes
 
 
-def is_complex(x: Array) -> bool:
-    """Whether the dtype is complex."""
-    return bool(array_api_compat.array_namespace(x).isdtype(x.dtype, "complex floating"))
-
-
 def as_complex(x: Array) -> Array:
     """The complex dtype of the same precision."""
     xp = array_api_compat.array_namespace(x)
     kind = xp.complex64 if x.dtype in (xp.float32, xp.complex64) else xp.complex128
     return xp.astype(x, kind, copy=False)
-
-
-def conj(x: Array) -> Array:
-    """Complex conjugate; nothing to do for real arrays."""
-    return array_api_compat.array_namespace(x).conj(x) if is_complex(x) else x
 
 
 def is_array(c: Any) -> bool:
@@ -189,9 +179,7 @@ def is_array(c: Any) -> bool:
 
 def over(c: Array, ndim: int) -> Array:
     """One number for each item of a batch, ``(...)``, shaped to multiply vectors with `ndim` axes."""
-    if isinstance(c, (int, float, complex)) or ndim == 0:
-        return c
-    return array_api_compat.array_namespace(c).reshape(c, (*c.shape, *(1,) * ndim))
+    return c if isinstance(c, (int, float, complex)) else with_axes(c, ndim)
 
 
 def times(c: Array | float | complex, y: Array, ndim: int) -> Array:

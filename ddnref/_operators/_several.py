@@ -10,7 +10,8 @@ The gradient of ``Re ⟨ȳ, B x⟩`` follows from ``Re ⟨ȳ, Ḃ x⟩``; vjp_i(
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import array_api_compat
@@ -128,30 +129,15 @@ def compose(
         return y
 
     def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
-        pairs, given = bare.of(params), [x]
-        for a, p in reversed(pairs[1:]):
-            given.append(a.apply(p, given[-1]))
-        bars: list[Array] = []
-        for i, (a, p) in enumerate(pairs):
-            bars.extend(a.params_vjp(p, y_bar, given[-1 - i]))
-            y_bar = y_bar if i + 1 == len(pairs) else a.adjoint(p, y_bar)
-        return tuple(bars)
+        return _bars(bare.of(params), y_bar, x)
 
     def params_jvp(params: Params, params_dot: Params, x: Array) -> Array:
-        moved = None
-        for a, p, d in reversed(bare.moving(params, params_dot)):
-            here = a.params_jvp(p, d, x)
-            moved = here if moved is None else here + a.apply(p, moved)
-            x = a.apply(p, x)
-        return moved
+        parts = reversed(bare.moving(params, params_dot))
+        return _moved([(partial(a.params_jvp, p, d), partial(a.apply, p)) for a, p, d in parts], x)
 
     def adjoint_jvp(params: Params, params_dot: Params, y: Array) -> Array:
-        moved = None
-        for a, p, d in bare.moving(params, params_dot):
-            here = a.adjoint_jvp(p, d, y)
-            moved = here if moved is None else here + a.adjoint(p, moved)
-            y = a.adjoint(p, y)
-        return moved
+        parts = bare.moving(params, params_dot)
+        return _moved([(partial(a.adjoint_jvp, p, d), partial(a.adjoint, p)) for a, p, d in parts], y)
 
     alone = len(parts.operators) == 1
     flag = self_adjoint or positive_definite or (alone and last.self_adjoint)
@@ -163,6 +149,28 @@ def compose(
     shapes = last.domain_shape, parts.operators[0].range_shape
     motions = motions_of(parts.operators, params_jvp, adjoint_jvp)
     return LinearOperator(parts.params, apply, adjoint, params_vjp, *shapes, flag, positive, prepare=prepare, **motions)
+
+
+def _bars(pairs: list[tuple[LinearOperator, Params]], y_bar: Array, x: Array) -> Params:
+    """Cotangents of the parameters of a product: x goes up to each factor, ȳ down."""
+    given = [x]
+    for a, p in reversed(pairs[1:]):
+        given.append(a.apply(p, given[-1]))
+    bars: list[Array] = []
+    for i, (a, p) in enumerate(pairs):
+        bars.extend(a.params_vjp(p, y_bar, given[-1 - i]))
+        y_bar = y_bar if i + 1 == len(pairs) else a.adjoint(p, y_bar)
+    return tuple(bars)
+
+
+def _moved(steps: list[tuple[Callable[[Array], Array], Callable[[Array], Array]]], x: Array) -> Array:
+    """How a product of maps moves, each given as ``x -> Ȧ x`` and ``x -> A x``, the first one applied first."""
+    moved = None
+    for motion, product in steps:
+        here = motion(x)
+        moved = here if moved is None else here + product(moved)
+        x = product(x)
+    return moved
 
 
 @public
@@ -202,32 +210,23 @@ def stack(*operators: Array | LinearOperator) -> LinearOperator:
     for i, a in enumerate(parts.operators):
         _same(f"operators[{i}]", "domain_shape", a.domain_shape, domain)
     bare, ranges = parts.bare(), [a.range_shape for a in parts.operators]
-    equal, sizes = len(set(ranges)) == 1, [math.prod(shape) for shape in ranges]
+    equal = len(set(ranges)) == 1
 
     def apply(params: Params, x: Array) -> Array:
         return _joined([a.apply(p, x) for a, p in bare.of(params)], ranges, equal)
 
-    def parted(y: Array) -> list[Array]:
-        if equal:
-            return [y[(..., i, *(slice(None),) * len(ranges[0]))] for i in range(len(ranges))]
-        xp, starts = array_api_compat.array_namespace(y), [sum(sizes[:i]) for i in range(len(sizes))]
-        return [
-            xp.reshape(y[..., start : start + size], (*y.shape[:-1], *shape))
-            for start, size, shape in zip(starts, sizes, ranges, strict=True)
-        ]
-
     def adjoint(params: Params, y: Array) -> Array:
-        return _sum(a.adjoint(p, y_i) for (a, p), y_i in zip(bare.of(params), parted(y), strict=True))
+        return _sum(a.adjoint(p, y_i) for (a, p), y_i in zip(bare.of(params), _parted(y, ranges, equal), strict=True))
 
     def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
-        bars = zip(bare.of(params), parted(y_bar), strict=True)
+        bars = zip(bare.of(params), _parted(y_bar, ranges, equal), strict=True)
         return tuple(p_bar for (a, p), y_bar_i in bars for p_bar in a.params_vjp(p, y_bar_i, x))
 
     def params_jvp(params: Params, params_dot: Params, x: Array) -> Array:
         return _joined([a.params_jvp(p, d, x) for a, p, d in bare.moving(params, params_dot)], ranges, equal)
 
     def adjoint_jvp(params: Params, params_dot: Params, y: Array) -> Array:
-        moving = zip(bare.moving(params, params_dot), parted(y), strict=True)
+        moving = zip(bare.moving(params, params_dot), _parted(y, ranges, equal), strict=True)
         return _sum(a.adjoint_jvp(p, d, y_i) for (a, p, d), y_i in moving)
 
     def gram(params: Params, shift: Array | float | None) -> LinearOperator:
@@ -239,7 +238,7 @@ def stack(*operators: Array | LinearOperator) -> LinearOperator:
     def prepare(params: Params) -> LinearOperator:
         return stack(*bare.prepared(params))
 
-    target = (len(ranges), *ranges[0]) if equal else (sum(sizes),)
+    target = (len(ranges), *ranges[0]) if equal else (sum(map(math.prod, ranges)),)
     some = any(a.gram is not None for a in parts.operators)
     return LinearOperator(
         parts.params, apply, adjoint, params_vjp, domain, target, gram=gram if some else None, prepare=prepare,
@@ -300,6 +299,18 @@ def _joined(parts: list[Array], ranges: list[tuple[int, ...]], equal: bool) -> A
     if equal:
         return xp.stack(whole, axis=len(lead))
     return xp.concat([xp.reshape(y, (*lead, math.prod(s))) for y, s in zip(whole, ranges, strict=True)], axis=-1)
+
+
+def _parted(y: Array, ranges: list[tuple[int, ...]], equal: bool) -> list[Array]:
+    """The results again."""
+    if equal:
+        return [y[(..., i, *(slice(None),) * len(ranges[0]))] for i in range(len(ranges))]
+    xp, sizes = array_api_compat.array_namespace(y), [math.prod(shape) for shape in ranges]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [
+        xp.reshape(y[..., start : start + size], (*y.shape[:-1], *shape))
+        for start, size, shape in zip(starts, sizes, ranges, strict=True)
+    ]
 
 
 def _prepared_normals(

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import array_api_compat
 import numpy as np
 
-from ddnref._array import Array, Namespace
-from ddnref._operators._operator import LinearOperator, conj, is_complex, times, zeros
+from ddnref._array import Array, Namespace, conj, is_complex
+from ddnref._operators._operator import LinearOperator, times, zeros
 from ddnref.testing import check_vjp
 
 STEPS = 20  # of the power iterations that look for a negative eigenvalue

@@ -5,7 +5,6 @@ autograd's convention for complex gradients is the conjugate of ours; the bridge
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -16,9 +15,10 @@ from autograd.extend import Box, primitive
 from autograd.tracer import getval
 
 from ddnref._array import Array
-from ddnref._layout import Layout, flatten, on_arrays
-from ddnref._rule import WARNING, Bound, Rule, bind, failed
+from ddnref._layout import Layout, flatten
+from ddnref._rule import Bound, Rule, bind
 from ddnref._rules import rule_of
+from ddnref.interop._host import FIRST_ORDER, pair
 
 
 def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -61,7 +61,7 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     rule = rule_of(operation)
     bound = bind(rule, options)
     operate = lru_cache(maxsize=16)(partial(_operation, rule, bound))
-    n, fields = rule.outputs, 0 if rule.info is None else len(rule.info._fields)
+    n, fields = rule.outputs, rule.info_fields
 
     def function(*inputs: Any) -> Any:
         layout, arrays = flatten(inputs)
@@ -76,19 +76,13 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
 
 def _operation(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., Any]:
     """Outputs, saved arrays and status in one tuple, as a primitive of arrays."""
-    own = on_arrays(bound, rule, layout)
-    needs, n, fields = layout.places(rule.needs), rule.outputs, 0 if rule.info is None else len(rule.info._fields)
+    host = pair(rule, bound, layout)
+    operate = primitive(host.forward)
+    needs, n, fields = layout.places(rule.needs), rule.outputs, rule.info_fields
 
     @primitive
-    def operate(*inputs: Array) -> tuple[Array, ...]:
-        return tuple(np.asarray(y) for group in own.forward(*inputs) for y in group)
-
-    @primitive
-    def reverse(saved: int, *arrays: Array) -> tuple[Array, ...]:
-        bars = *(np.conj(bar) if np.any(bar) else None for bar in arrays[:n]), *(None,) * saved
-        gradients = own.reverse(bars, arrays[n:]) if any(bar is not None for bar in bars) else ()
-        if any(g is not None and np.any(failed(g)) for g in gradients):
-            warnings.warn(WARNING, RuntimeWarning, stacklevel=2)
+    def reverse(*arrays: Array) -> tuple[Array, ...]:
+        gradients = host.reverse(tuple(map(np.conj, arrays[:n])), arrays[n:])
         return tuple(None if g is None else np.conj(g) for g in gradients)
 
     def pull(argnums: Sequence[int], flat: Any, inputs: tuple[Any, ...], _: Any) -> Callable[[Any], Iterator[Any]]:
@@ -96,7 +90,7 @@ def _operation(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., Any]:
 
         def cotangents(bars: Any) -> Iterator[Any]:
             arrays = *results, *(inputs[i] for i in needs if i < len(inputs))
-            found = reverse(len(results) - n, *(bars[i] for i in range(n)), *arrays)
+            found = reverse(*(bars[i] for i in range(n)), *arrays)
             for i in argnums:
                 x_bar = found[i] if i < len(found) else None
                 yield np.zeros_like(_bare(inputs[i])) if x_bar is None else x_bar
@@ -109,10 +103,7 @@ def _operation(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., Any]:
 
 
 def _refuse(*_: Any) -> Any:
-    raise NotImplementedError(
-        "A second derivative was taken through ddnref's bridge to autograd, which gives first derivatives only. The "
-        "bridges to PyTorch and JAX give second ones."
-    )
+    raise NotImplementedError(FIRST_ORDER.format("autograd"))
 
 
 def _bare(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """Textbook forms from the literature: oracles for the tests and the slow rungs of the benchmark ladder.
 
-Nothing here is fast, and nothing else in the package calls it.
+Nothing here is fast, and nothing in the package but its report calls it.
 """
 
 from ddnref.reference.declarative import ddn_vjp_jacobian, ddn_vjp_schur, ift_vjp_jacobian, ift_vjp_structured

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import array_api_compat
 
-from ddnref._array import Array, Namespace, check_dtypes, check_shapes, check_square, namespace
+from ddnref._array import Array, Namespace, check_dtypes, check_shapes, check_square, is_complex, namespace
 from ddnref._linalg import hermitian_part, identity, solve
 
 MODES = ("solve", "pinv")
@@ -200,7 +200,7 @@ def _check(v_bar: Array, x: Array, w: Array, v: Array, mode: str = "pinv") -> Na
     batch, n = tuple(x.shape[:-1]), v.shape[-1:]
     check_shapes(v_bar=(v_bar, (*batch, *n)), w=(w, (*batch[:-1], *n)), v=(v, (*batch, *n)))
     check_dtypes(v_bar=(v_bar, x.dtype), w=(w, x.dtype), v=(v, x.dtype))
-    if xp.isdtype(x.dtype, "complex floating"):
+    if is_complex(x):
         raise TypeError(f"The tutorial's forms take real matrices, got {x.dtype}: use ddnref.eigh_vjp.")
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}.")

@@ -78,19 +78,21 @@ def ggn_power_iteration(chain: Chain, x: Array, t: Array, k: int = 1, *, steps: 
             for e in found:
                 v = v - xp.sum(e * v) * e
             v = v / xp.sqrt(xp.sum(v * v))
-            image = _flat(chain.ggnvp(x, t, _like_params(chain, v)))
+            image = flat(chain.ggnvp(x, t, like_params(chain, v)))
             value, v = xp.sum(v * image), image
         values.append(value)
         found.append(v / xp.sqrt(xp.sum(v * v)))
     return xp.stack(values), xp.stack(found, axis=-1)
 
 
-def _flat(arrays: list[Array]) -> Array:
+def flat(arrays: list[Array], *lead: int) -> Array:
+    """Arrays like the chain's parameters, with these leading axes, as vectors ``(*lead, D)``."""
     xp = array_api_compat.array_namespace(*arrays)
-    return xp.concat([xp.reshape(a, (-1,)) for a in arrays])
+    return xp.concat([xp.reshape(a, (*lead, -1)) for a in arrays], axis=-1)
 
 
-def _like_params(chain: Chain, v: Array) -> list[Array]:
+def like_params(chain: Chain, v: Array) -> list[Array]:
+    """One vector ``(D,)`` as arrays like the chain's parameters."""
     xp = array_api_compat.array_namespace(v)
     parts, start = [], 0
     for p in chain.params:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 import ddnref
 from ddnref._array import Array
 from ddnref._linalg import eigh
+from ddnref.reference.ggn import flat, like_params
 from ddnref.reference.network import network_ggn
 from ddnref.report import digits
 from ddnref.report.content import Context
@@ -161,14 +162,14 @@ def _direction_errors(context: Context, data: Data, chain: ddnref.Chain) -> tupl
     xp = array_api_compat.array_namespace(x)
     bind = context.backend.bind
     w, v = bind(lambda x, t: ddnref.ggn_eigh(chain, x, t, k=LEADING, method="full", throw=False))(x, t)
-    product = _flat(bind(lambda x, t, v: chain.ggnvp(x, t, v, throw=False))(x, t, v), LEADING)
-    e = _flat(v, LEADING)
+    product = flat(bind(lambda x, t, v: chain.ggnvp(x, t, v, throw=False))(x, t, v), LEADING)
+    e = flat(v, LEADING)
     pairs = xp.max(xp.abs(product - w[:, None] * e)) / w[0]
 
     first = bind(_slopes_along(chain))(x, t)
-    theta = _flat([p[None, ...] for p in chain.params], 1)[0, :]
+    theta = flat(chain.params)
     norm = math.sqrt(sum(float(xp.sum(g * g)) for g in chain.gradient(x, t)))
-    loss = bind(lambda q: _moved(chain, q).loss(x, t, throw=False))
+    loss = bind(lambda q: chain.with_params(like_params(chain, q)).loss(x, t, throw=False))
     differences = [float(numerical_jvp(loss, theta, e[k, :]) - xp.mean(first[:, k])) for k in range(LEADING)]
     return float(pairs), float(np.max(np.abs(differences))) / norm  # NaN if any is
 
@@ -178,20 +179,3 @@ def _slopes_along(chain: ddnref.Chain) -> Callable[[Array, Array], Array]:
         return ddnref.ggn_directional_derivatives(chain, x, t, k=LEADING, method="full", throw=False).first
 
     return first
-
-
-def _flat(arrays: list[Array], k: int) -> Array:
-    """Several vectors as rows."""
-    xp = array_api_compat.array_namespace(*arrays)
-    return xp.concat([xp.reshape(a, (k, -1)) for a in arrays], axis=1)
-
-
-def _moved(chain: ddnref.Chain, theta: Array) -> ddnref.Chain:
-    """The chain with parameters from one vector."""
-    xp = array_api_compat.array_namespace(theta)
-    params, start = [], 0
-    for p in chain.params:
-        size = math.prod(p.shape)
-        params.append(xp.reshape(theta[start : start + size], p.shape))
-        start += size
-    return chain.with_params(params)
