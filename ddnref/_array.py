@@ -84,7 +84,7 @@ def _check_plain(name: str, array: Array) -> None:
                 f"{name} has dtype {array.dtype}, in foreign byte order. Convert it first, for example with "
                 f'{name}.astype({name}.dtype.newbyteorder("=")).'
             )
-    elif array_api_compat.is_torch_array(array) and "strided" not in str(array.layout):
+    elif array_api_compat.is_torch_array(array) and (array.is_sparse or array.is_sparse_csr):
         raise TypeError(f"{name} has layout {array.layout}: ddnref takes dense tensors. Pass {name}.to_dense().")
 
 
