@@ -244,7 +244,10 @@ def gauge_residual(
     if v_bar is not None:
         m_ = adjoint(v) @ v_bar
         residual = xp.maximum(residual, ratio(*masked(m_, cluster_mask(near, columns), columns)))
-    return nan_where(xp.any(xp.isnan(w), axis=-1), residual)
+    bad = xp.any(xp.isnan(w), axis=-1)
+    bad = bad if w_bar is None else bad | xp.any(xp.isnan(w_bar), axis=-1)
+    bad = bad if v_bar is None else bad | xp.any(xp.isnan(v_bar), axis=(-2, -1))
+    return nan_where(bad, residual)
 
 
 def has_repeated(w: Array, rtol: float | None = None) -> Array:

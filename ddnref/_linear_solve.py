@@ -30,6 +30,7 @@ from ddnref._krylov._lsmr import LeastSquaresInfo, lsmr
 from ddnref._krylov._minres import minres
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator, adjoint, as_operator
+from ddnref._operators._operator import check_vector
 from ddnref._public import public
 from ddnref._solve import check_source, summed_to
 
@@ -290,6 +291,8 @@ def _check(a: LinearOperator, x_bar: Array, x: Array, b: Array | None, y0: Array
     n, m = math.prod(a.range_shape), a.size
     if b is None and n > m:
         raise TypeError("b must be given: the operator is tall, and the residual b − A x enters the gradient.")
+    if y0 is not None:
+        check_vector("y0", y0, tuple(a.range_shape), ())
     if y0 is not None and n != m:
         raise ValueError("y0 is given, but the operator is not square: the result would depend on it.")
     k = len(a.domain_shape)

@@ -87,6 +87,11 @@ def _positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {value}, expected more than 0.")
 
 
+def _step(name: str, value: Any) -> None:
+    _positive(name, value)
+    _finite(name, value)
+
+
 def _integer(name: str, value: Any) -> None:
     try:
         operator.index(value)
@@ -116,7 +121,8 @@ def _array(name: str, value: Any) -> None:
 CHECKS: dict[str, Callable[[str, Any], None]] = {
     **dict.fromkeys(("rtol", "atol", "gauge_rtol", "cluster_rtol", "check_rtol", "zero_rtol", "vjp_rtol"), _tolerance),
     **dict.fromkeys(("radius", "total", "alpha", "eps", "sigma"), _finite),
-    **dict.fromkeys(("step", "gap"), _positive),
+    "step": _step,
+    "gap": _positive,
     **dict.fromkeys(("maxiter", "n_iter", "seed", "equalities"), _from(0)),
     **dict.fromkeys(("check_every", "restart", "directions", "mc_samples"), _from(1)),
     **dict.fromkeys(("k", "n", "basis"), _integer),

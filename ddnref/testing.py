@@ -23,6 +23,7 @@ __all__ = ["TANGENTS", "Direction", "Report", "Tangent", "assert_vjp", "check_vj
 
 RTOL = 1e-7
 STRUCTURE_RTOL = 1e-13
+SMALLEST_STEP = 1e-290  # quarters of it are still normal numbers
 
 
 class Tangent(NamedTuple):
@@ -325,7 +326,10 @@ def _differentiate(
 
 
 def _default_step(size: float, gap: float) -> float:
-    return min(1e-4 * (size or 1.0), 3e-3 * gap)
+    step = min(1e-4 * (size or 1.0), 3e-3 * gap)
+    if step < SMALLEST_STEP:
+        raise ValueError(f"x, or an input, has norm {size:.0e}: too small for a step. Scale it, or pass step=.")
+    return step
 
 
 def _double(name: str, x: Array) -> Namespace:

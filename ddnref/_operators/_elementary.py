@@ -13,7 +13,7 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from ddnref._array import Array, check_precision, conj, is_complex, namespace
+from ddnref._array import Array, check_precision, conj, is_complex, library, namespace
 from ddnref._linalg import move_axis
 from ddnref._operators._operator import (
     LinearOperator,
@@ -206,7 +206,7 @@ def mask(m: Array, /, shape: tuple[int, ...] | int | None = None) -> LinearOpera
     array([3., 0.])
     """
     if array_api_compat.is_array_api_obj(m):
-        xp = array_api_compat.array_namespace(m)
+        xp = library(m=m)
         if xp.isdtype(m.dtype, "bool"):
             m = xp.astype(m, xp.zeros((), device=array_api_compat.device(m)).dtype)
     namespace(m=m)

@@ -75,7 +75,7 @@ def option(site: Site) -> Hostile | None:
     value = site.choice(INVALID[kinds[name]])
     if name == "restart" and value == 10**6:
         return None
-    shown = "a function" if callable(value) else repr(value)
+    shown = "a function" if callable(value) else " ".join(repr(value).split())
     options = {**site.problem.options, name: value}
     return Hostile(site.problem.arrays, options, f"{name}={shown}", "refused", (name,))
 

@@ -203,7 +203,8 @@ def container(site: Site) -> Hostile | None:
     if i is None or (how == "NumPy number" and site.problem.arrays[i].ndim == 0):
         return None
     expect = "same_or_refused" if how in ("tuple", "NumPy number") else "refused"
-    return site.replaced(i, CONTAINERS[how](site.problem.arrays[i]), how, expect)
+    names = {"names": ()} if how == "NumPy number" else {}  # an array of the wrong shape
+    return site.replaced(i, CONTAINERS[how](site.problem.arrays[i]), how, expect, **names)
 
 
 def none(site: Site) -> Hostile | None:
