@@ -328,7 +328,7 @@ def _differentiate(
 def _default_step(size: float, gap: float) -> float:
     step = min(1e-4 * (size or 1.0), 3e-3 * gap)
     if step < SMALLEST_STEP:
-        raise ValueError(f"x, or an input, has norm {size:.0e}: too small for a step. Scale it, or pass step=.")
+        raise ValueError(f"x, or one of inputs, has norm {size:.0e}: too small for a step. Scale it, or pass step=.")
     return step
 
 

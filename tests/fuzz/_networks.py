@@ -105,7 +105,7 @@ def network_targets() -> list[Target]:
         of("Chain.gradient", method("gradient")),
         of("Chain.per_sample_gradients", method("per_sample_gradients")),
         of("Chain.hvp", with_vector, vector, names + " v v v"),
-        of("Chain.ggnvp", product("ggnvp")),
+        of("Chain.ggnvp", product("ggnvp"), unused=("t",)),
         of("Chain.output", lambda w, b, v, x, t: chain(w, b, v).output(x), theirs=("t",), like=lambda: None),
         of(
             "Dense",
