@@ -21,6 +21,8 @@ collect_ignore = [
         ("jax", "jax"),
         ("autograd", "autograd"),
         ("tensorflow", "tensorflow"),
+        ("dask", "dask"),
+        ("dask", "_dask_blocks"),
     )
     if importlib.util.find_spec(name) is None
 ]

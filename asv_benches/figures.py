@@ -24,12 +24,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from benchmarks import THREADS  # isort: skip - pins the threads before NumPy
 
 import _figures
+import _figures_bridges
 import _figures_ggn
 import _figures_hessian
+import _figures_scale
 from _figures import Row, Sizes
 from benchmarks._common import pin_threads
 
-FIGURES = {**_figures.FIGURES, **_figures_ggn.FIGURES, **_figures_hessian.FIGURES}
+GROUPS = (_figures, _figures_ggn, _figures_hessian, _figures_bridges, _figures_scale)
+FIGURES = {name: figure for group in GROUPS for name, figure in group.FIGURES.items()}
 BUSY = 0.1  # of one core, in other processes, above which a timing is not judged
 DISTURBED = "machine busy"
 ATTEMPTS = 3  # at timings that others disturb
@@ -51,7 +54,7 @@ def cpu() -> str:
 
 def versions() -> str:
     found = []
-    for name in ("numpy", "torch", "jax", "autograd"):
+    for name in ("numpy", "torch", "jax", "autograd", "dask"):
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:

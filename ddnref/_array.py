@@ -89,12 +89,23 @@ def _check_plain(name: str, array: Array) -> None:
 
 
 def _check_devices(present: dict[str, Array]) -> None:
-    devices = {name: array_api_compat.device(array) for name, array in present.items()}
+    try:
+        devices = {name: array_api_compat.device(array) for name, array in present.items()}
+    except AttributeError as error:  # autograd's boxes look like arrays otherwise
+        kinds = ", ".join(f"{name}: {_kind(array)}" for name, array in present.items())
+        raise TypeError(
+            f"Expected arrays, but got {kinds}. Inside autograd, wrap the operation with ddnref.interop.autograd"
+            ".differentiable; an operator is made of plain arrays, then operator.with_params(...) takes the boxes."
+        ) from error
     if len({str(device) for device in devices.values() if device is not None}) > 1:
         where = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise TypeError(
             f"All arrays must be on one device, but got {where}. Move them first with array_api_compat.to_device."
         )
+    if "cupy" in sys.modules and array_api_compat.is_cupy_array(next(iter(present.values()))):
+        from ddnref._cupy import check_current_device
+
+        check_current_device(present)
 
 
 _namespaces: dict[type, Namespace] = {}

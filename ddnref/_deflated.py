@@ -16,7 +16,7 @@ from typing import NamedTuple
 import array_api_compat
 
 from ddnref._array import Array, as_dtype, conj, namespace_of
-from ddnref._linalg import identity
+from ddnref._linalg import identity, solve
 from ddnref._loops import WhileLoop, run
 from ddnref._rows import SelfAdjoint, dots, inner, norms, without
 
@@ -122,5 +122,5 @@ def direct(s: Shifted, b: Array) -> Array:
     v_t = xp.matrix_transpose(s.v)
     span = v_t @ conj(s.v)
     shift = _column(s.sign, b)[..., None] * as_dtype(c, b) * span[..., None, :, :]
-    x = xp.linalg.solve(_column(s.w, b)[..., None] * eye - matrix[..., None, :, :] + shift, b[..., None])
+    x = solve(_column(s.w, b)[..., None] * eye - matrix[..., None, :, :] + shift, b[..., None])
     return _column(s.sign, b) * without(x[..., 0], s.v)

@@ -1,14 +1,12 @@
-"""What the operations need of linear algebra, specified once: NumPy's in-place forms, or the standard elsewhere."""
+"""What the operations need of linear algebra, specified once: NumPy's and CuPy's forms, or the standard."""
 
 from __future__ import annotations
 
 import array_api_compat
 from numpy.linalg import LinAlgError
 
-from ddnref import _numpy
+from ddnref import _cupy, _numpy
 from ddnref._array import Array, conj, full, is_true, nan_where
-
-CUPY_EIGH_BATCH = 2**19  # cuSOLVER's batched Jacobi kernel counts in 32 bits; it failed above a million matrices
 
 
 def adjoint(x: Array) -> Array:
@@ -61,8 +59,8 @@ def eigvalsh(s: Array) -> Array:
     s = xp.where(finite, s, xp.zeros_like(s))
     if array_api_compat.is_numpy_array(s):
         w = _numpy.eigvalsh(s)
-    elif array_api_compat.is_cupy_array(s) and s.ndim > 2:
-        w = _eigh_cupy(s)[0]
+    elif array_api_compat.is_cupy_array(s):
+        w = _cupy.eigvalsh(s)
     elif array_api_compat.is_jax_array(s):
         w = xp.linalg.eigvalsh(s, symmetrize_input=False)
     else:
@@ -84,23 +82,12 @@ def _eigh_finite(s: Array) -> tuple[Array, Array]:
     if array_api_compat.is_numpy_array(s):
         return _numpy.eigh(s)
     if array_api_compat.is_cupy_array(s):
-        return _eigh_cupy(s)
+        return _cupy.eigh(s)
     if array_api_compat.is_jax_array(s):
         w, v = xp.linalg.eigh(s, symmetrize_input=False)  # s is exactly Hermitian, and x + xᴴ could overflow
     else:
         w, v = xp.linalg.eigh(s)
     return w, v
-
-
-def _eigh_cupy(s: Array) -> tuple[Array, Array]:
-    xp = array_api_compat.array_namespace(s)
-    m = s.shape[-1]
-    if s.size == 0:
-        return full(s.shape[:-1], 0.0, xp.real(s)), xp.zeros_like(s)
-    flat = xp.reshape(s, (-1, m, m))
-    parts = [xp.linalg.eigh(flat[i : i + CUPY_EIGH_BATCH]) for i in range(0, flat.shape[0], CUPY_EIGH_BATCH)]
-    w, v = parts[0] if len(parts) == 1 else (xp.concat([p[k] for p in parts]) for k in (0, 1))
-    return xp.reshape(w, s.shape[:-1]), xp.reshape(v, s.shape)
 
 
 def matvec(a: Array, x: Array) -> Array:
@@ -150,6 +137,14 @@ def with_diagonal(a: Array, d: Array) -> Array:
     return xp.where(leading, d[..., None, :], a)
 
 
+def qr(a: Array) -> tuple[Array, Array]:
+    """Reduced factors of finite, tall ``(..., m, n)``; the signs are the library's."""
+    if array_api_compat.is_cupy_array(a):
+        return _cupy.qr(a)
+    q, r = array_api_compat.array_namespace(a).linalg.qr(a, mode="reduced")
+    return q, r
+
+
 def solve(a: Array, b: Array) -> Array:
     """``A⁻¹ B`` of ``(..., n, n)`` and ``(..., n, k)`` with equal batch axes; NaN for its bad items alone.
 
@@ -167,11 +162,13 @@ def solve(a: Array, b: Array) -> Array:
 
 
 def _solve_finite(a: Array, b: Array) -> Array:
-    """NaN or infinity in singular items: PyTorch's flag, CuPy's and JAX's division by zero, NumPy's one at a time."""
+    """NaN or infinity in singular items: PyTorch's flag, CuPy's pivots, JAX's division by zero, NumPy's one by one."""
     xp = array_api_compat.array_namespace(a, b)
     if array_api_compat.is_torch_array(a):
         x, info = xp.linalg.solve_ex(a, b)
         return nan_where((info != 0)[..., None, None], x)
+    if array_api_compat.is_cupy_array(a):
+        return _cupy.solve(a, b)
     try:
         return xp.linalg.solve(a, b)
     except LinAlgError:  # for the whole batch, without saying which item

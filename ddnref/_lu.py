@@ -1,9 +1,9 @@
 """LU factorisation with partial pivoting and triangular systems, for the array libraries that lack them in one form.
 
 ``P A = L U``, both factors packed in one array, as LAPACK has them; ``pivots[k]`` is the row, counted from 0, that step
-k exchanged with row k. SciPy's LAPACK for NumPy, cuSOLVER through cupyx for CuPy, the libraries' own for PyTorch and
-JAX, and a form in nothing but the standard for any other. An item that is not finite, or singular, comes out as NaN
-and leaves the others alone.
+k exchanged with row k. SciPy's LAPACK for NumPy, cuBLAS for CuPy, the libraries' own for PyTorch and JAX, and a form in
+nothing but the standard for any other. An item that is not finite, or singular, comes out as NaN and leaves the others
+alone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import array_api_compat
 import numpy as np
 from scipy.linalg import get_blas_funcs, get_lapack_funcs
 
+from ddnref import _cupy
 from ddnref._array import Array, Namespace, eps, full, nan_where
 from ddnref._linalg import adjoint, identity
 
@@ -55,7 +56,7 @@ def lu_solve(lu: Array, pivots: Array, b: Array, *, adjoint: bool = False) -> Ar
         pivots = jax.lax.stop_gradient(pivots.astype(lu.real.dtype)).astype(pivots.dtype)
         x = jax.scipy.linalg.lu_solve((lu, pivots), b, trans=2 if adjoint else 0)
     elif array_api_compat.is_cupy_array(lu):
-        x = _solve_cupy(lu, pivots, b, adjoint)
+        x = _cupy.lu_solve(lu, pivots, b, adjoint)
     else:
         x = _solve_standard(lu, pivots, b, adjoint)
     xp = array_api_compat.array_namespace(lu)
@@ -78,9 +79,7 @@ def solve_triangular(a: Array, b: Array, *, lower: bool, unit_diagonal: bool = F
 
         return jax.lax.linalg.triangular_solve(a, b, left_side=True, lower=lower, unit_diagonal=unit_diagonal)
     if array_api_compat.is_cupy_array(a):
-        from cupyx.scipy.linalg import solve_triangular
-
-        return solve_triangular(a, b, lower=lower, unit_diagonal=unit_diagonal)
+        return _cupy.solve_triangular(a, b, lower=lower, unit_diagonal=unit_diagonal)
     if array_api_compat.is_numpy_array(a):
         return _triangular_numpy(a, b, lower, unit_diagonal)
     return _triangular_standard(a, b, lower, unit_diagonal)
@@ -118,7 +117,7 @@ def _factor(a: Array) -> tuple[Array, Array]:
         lu, pivots = jax.scipy.linalg.lu_factor(a)
         return lu, pivots
     if array_api_compat.is_cupy_array(a):
-        return _factor_cupy(a)
+        return _cupy.lu_factor(a)
     return _factor_standard(a)
 
 
@@ -194,38 +193,6 @@ def _triangular_numpy(a: Any, b: Any, lower: bool, unit_diagonal: bool) -> Any:
         factor = a[item] if by_columns else a[item].T
         x[item] = trsm(1.0, factor, b[item], lower=lower == by_columns, trans_a=not by_columns, diag=unit_diagonal)
     return x
-
-
-# --- CuPy: cuSOLVER, item by item -------------------------------------------------------------------------------
-
-
-def _factor_cupy(a: Array) -> tuple[Array, Array]:
-    from cupyx.scipy.linalg import lu_factor
-
-    xp = array_api_compat.array_namespace(a)
-    n = a.shape[-1]
-    parts = [lu_factor(item, check_finite=False) for item in _items(a, 2)]
-    if not parts:
-        return xp.zeros_like(a), xp.zeros(a.shape[:-1], dtype=xp.int32)
-    lu, pivots = (xp.stack(part) for part in zip(*parts, strict=True))
-    return xp.reshape(lu, (*a.shape[:-2], n, n)), xp.reshape(pivots, a.shape[:-1])
-
-
-def _solve_cupy(lu: Array, pivots: Array, b: Array, adjoint: bool) -> Array:
-    from cupyx.scipy.linalg import lu_solve
-
-    xp = array_api_compat.array_namespace(lu)
-    items = zip(_items(lu, 2), _items(pivots, 1), _items(b, 2), strict=True)
-    solved = [lu_solve((f, p), y, trans=2 if adjoint else 0, check_finite=False) for f, p, y in items]
-    return xp.reshape(xp.stack(solved), b.shape)
-
-
-def _items(x: Array, own: int) -> list[Array]:
-    """The items of a batch, one after the other."""
-    xp = array_api_compat.array_namespace(x)
-    batch, shape = x.shape[: x.ndim - own], x.shape[x.ndim - own :]
-    flat = xp.reshape(x, (math.prod(batch), *shape))
-    return [flat[i, ...] for i in range(flat.shape[0])]
 
 
 # --- any other library: in nothing but the standard -------------------------------------------------------------

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import combinations_with_replacement
 from typing import Any
 
@@ -100,19 +100,21 @@ def eigh(s: Array) -> tuple[Array, Array]:
     flat = s.reshape(math.prod(s.shape[:-2]), m, m)
     w, v_t = np.empty(flat.shape[:-1], dtype=flat.real.dtype), np.empty_like(flat)
 
-    def run(part: slice) -> None:
-        try:
-            w[part], v = np.linalg.eigh(flat[part])
-            v_t[part] = v.mT
-        except np.linalg.LinAlgError:
-            if part.stop - part.start > 1:
-                for item in _blocks(part.stop, 1)[part.start :]:
-                    run(item)
-            else:
-                w[part], v_t[part] = np.nan, np.nan
-
-    for_parts(run, flat.shape[0], m)
+    for_parts(partial(_eigh_part, flat, w, v_t), flat.shape[0], m)
     return w.reshape(s.shape[:-1]), v_t.reshape(s.shape).mT
+
+
+def _eigh_part(flat: Array, w: Array, v_t: Array, part: slice) -> None:
+    """Not a closure that calls itself: such a cycle would keep the arrays until the garbage collector comes."""
+    try:
+        w[part], v = np.linalg.eigh(flat[part])
+        v_t[part] = v.mT
+    except np.linalg.LinAlgError:
+        if part.stop - part.start > 1:
+            for item in _blocks(part.stop, 1)[part.start :]:
+                _eigh_part(flat, w, v_t, item)
+        else:
+            w[part], v_t[part] = np.nan, np.nan
 
 
 def eigvalsh(s: Array) -> Array:

@@ -13,6 +13,7 @@ import array_api_compat
 from ddnref._array import Array, check_dtypes, check_shapes, conj, eps, is_true, namespace, nan_where, refuse_recording
 from ddnref._errors import SingularError
 from ddnref._linalg import adjoint, identity, solve
+from ddnref._linalg import qr as _qr
 from ddnref._public import public
 
 
@@ -58,7 +59,7 @@ def qr(a: Array, /) -> tuple[Array, Array]:
     if a.ndim < 2 or a.shape[-2] < a.shape[-1]:
         raise ValueError(f"a has shape {tuple(a.shape)}, expected (..., m, n) with m >= n: pass its adjoint.")
     finite = xp.all(xp.isfinite(a), axis=(-2, -1), keepdims=True)
-    q, r = xp.linalg.qr(xp.where(finite, a, xp.ones_like(a)), mode="reduced")
+    q, r = _qr(xp.where(finite, a, xp.ones_like(a)))
     diagonal = xp.linalg.diagonal(r)
     size = xp.abs(diagonal)
     one = xp.ones_like(diagonal)

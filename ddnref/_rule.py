@@ -33,6 +33,10 @@ class Rule(NamedTuple):
     """How many arrays the operation returns."""
     docs: str
     """One line for the capability table."""
+    signature: str
+    """Axes of one item, as of a generalised ufunc: ``inputs->outputs->saved->info->info of the VJP``, the last ones
+    where there are any. Without a letter behind them arrays have the dtype of the inputs; r: the real one, b: flags,
+    i, l: integers of 32 and 64 bits."""
     singular: str
     """Where the derivative does not exist, and what is raised there, for the capability table."""
     cost: str
@@ -43,8 +47,8 @@ class Rule(NamedTuple):
     """Positions of the inputs that the VJP takes last."""
     info: type[Any] | None = None
     """The NamedTuple of arrays by which an iterative forward says how it ended."""
-    vjp_info: bool = False
-    """Whether the VJP iterates too."""
+    vjp_info: type[Any] | None = None
+    """The same of the VJP, where it iterates too."""
     saved_vjp: Callable[..., Any] | None = None
     """Cotangents of the saved arrays to those of the inputs, called as ``saved_vjp(*saved_bars, *saved, *needed)``;
     second derivatives pass through it."""
@@ -72,7 +76,7 @@ class Rule(NamedTuple):
     @property
     def opaque(self) -> bool:
         """Whether the VJP iterates and is not differentiated again."""
-        return self.vjp_info and not self.recursive
+        return self.vjp_info is not None and not self.recursive
 
 
 def options_of(rule: Rule, options: dict[str, Any], while_loop: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -116,7 +120,7 @@ def plain_forward(rule: Rule) -> Callable[..., tuple[tuple[Array, ...], tuple[Ar
 @cache
 def plain_vjp(rule: Rule) -> Callable[..., tuple[Array, ...]]:
     """The VJP as a tuple of cotangents, without the status of an iteration; always the same function, likewise."""
-    function, iterates = rule.vjp, rule.vjp_info  # torch.compile takes closures over these, not over a rule
+    function, iterates = rule.vjp, rule.vjp_info is not None  # torch.compile takes closures over these, not over a rule
 
     @wraps(function)
     def vjp(*arrays: Array | None, **options: Any) -> tuple[Array, ...]:

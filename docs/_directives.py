@@ -69,6 +69,7 @@ def public_names() -> set[str]:
     names |= {f"ddnref.testing.{name}" for name in testing.__all__}
     names |= {f"ddnref.reference.{name}" for name in reference.__all__}
     bridges = {f"ddnref.interop.{module.name}" for module in pkgutil.iter_modules(interop.__path__)}
+    names |= {f"ddnref.interop.dask.{name}" for name in ("map_items", "map_gradients", "reduce_blocks")}
     return names | bridges | {f"{bridge}.differentiable" for bridge in bridges} | {"ddnref.interop", "ddnref.reference"}
 
 

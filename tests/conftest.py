@@ -6,22 +6,29 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
+import matrix
 import numpy as np
 import pytest
 from hypothesis import settings
 
 BACKENDS = ("numpy", "array-api-strict", "torch", "jax")
-MODULES = {"array-api-strict": "array_api_strict"}
+MODULES = {"array-api-strict": "array_api_strict", "emulated-cupy": "numpy"}
 
 settings.register_profile("ddnref", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("ddnref")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--backend", choices=[*BACKENDS, "cupy"], help="run the array tests on this library only")
+    parser.addoption(
+        "--backend",
+        choices=[*BACKENDS, "cupy", "emulated-cupy"],
+        help="run the array tests on this library only; emulated-cupy needs no GPU (tests/emulated_cupy.py)",
+    )
     parser.addoption("--all-frameworks", action="store_true", help="a missing optional framework is an error")
+    parser.addoption("--matrix-out", type=Path, help="write what the tests found of operation × framework × transform")
 
 
 def need(config: pytest.Config, name: str) -> None:
@@ -31,6 +38,43 @@ def need(config: pytest.Config, name: str) -> None:
         if config.getoption("--all-frameworks"):
             pytest.fail(message)
         pytest.skip(message)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """What is about CuPy's arrays alone is for ``--backend cupy`` and its emulation."""
+    alone = collection_path.name == "test_cupy.py" and "cupy" not in (config.getoption("--backend") or "")
+    return True if alone else None
+
+
+class MatrixWriter:
+    """Collects what tests record, in other processes too, and writes it with --matrix-out."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.record = path, matrix.Record()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.record.add(report.user_properties)
+
+    def pytest_terminal_summary(self, terminalreporter: Any, exitstatus: int) -> None:
+        terminalreporter.write_line(self.record.write(self.path, exitstatus))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (path := config.getoption("--matrix-out")) and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(MatrixWriter(path))
+
+
+@pytest.fixture
+def cell(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """``cell(section, column, operation, outcome)``: this test showed it, and the documentation says the same."""
+
+    def record(section: str, column: str, operation: str, outcome: str = matrix.HOLDS) -> None:
+        record_property("matrix", [section, column, operation, outcome])
+        if request.config.getoption("--matrix-out") is None:
+            documented = matrix.parse(matrix.FILE.read_text(encoding="utf-8"))
+            assert documented[matrix.Cell(section, column, operation)] == outcome, f"run {matrix.COMMAND}"
+
+    return record
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -109,7 +153,12 @@ def backend(name: str, device: Any = None) -> Backend:
         import array_api_compat.numpy as namespace
     elif name == "torch":
         import array_api_compat.torch as namespace
-    elif name == "cupy":
+    elif name in ("cupy", "emulated-cupy"):
+        if name == "emulated-cupy":
+            import emulated_cupy
+
+            emulated_cupy.install()
+            name = "cupy"
         import array_api_compat.cupy as namespace
     elif name == "array-api-strict":
         import array_api_strict as namespace

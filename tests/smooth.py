@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
+import ddnref
 from ddnref._rules import RULES
 
 
@@ -94,3 +97,20 @@ SMOOTH = {
 }
 
 assert set(SMOOTH) == set(RULES), "every rule needs a line here"
+
+
+def bridged(np_: Any, differentiable: Callable[..., Any], name: str) -> Callable[[Any], tuple[Any, ...]]:
+    """The bridged operation as a smooth function of any square matrix; `np_` is the framework's NumPy."""
+    inputs, outputs, options = SMOOTH[name]
+    op = differentiable(getattr(ddnref, name), **options)
+
+    def function(x: Any) -> tuple[Any, ...]:
+        steps = np_.diag(np_.asarray(np.arange(1.0, x.shape[-1] + 1)))
+        return outputs(op(*inputs(x, steps if x.dtype == steps.dtype else steps * (1 + 0j))))
+
+    return function
+
+
+def total(out: tuple[Any, ...]) -> Any:
+    """A sum of the outputs that weights every entry differently."""
+    return sum((abs(y) ** 2 * (1 + 0.1 * i) + y.real).sum() + y.sum().real ** 2 for i, y in enumerate(out))

@@ -18,6 +18,7 @@ from conftest import need
 
 BENCHES = Path(__file__).parents[1] / "asv_benches"
 MODULES = (
+    "bridges",
     "eigh",
     "eigsh",
     "ggn",

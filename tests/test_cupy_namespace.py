@@ -4,10 +4,13 @@ The calls are recorded, not listed by hand: every operation runs on array-api-st
 the name and the keywords of each call, and each is then bound to the signature in ``array_api_compat.cupy``.
 """
 
+import ast
 import importlib
 import inspect
 import pkgutil
+import sys
 from functools import partial
+from pathlib import Path
 
 import array_api_compat
 import numpy as np
@@ -17,19 +20,16 @@ from test_network import block_arrays, block_chain, targets
 
 import ddnref
 from conftest import backend, need
-from ddnref import _ggn, _network, _operators
+from ddnref import _array, _cupy
 from ddnref._network._activations import ACTIVATIONS, jet
 from ddnref._network._losses import LOSSES
 from ddnref._rule import options_of, plain_forward, plain_vjp
 from ddnref._rules import RULES
 from ddnref.testing import check_vjp
 
-NAMES = sorted(p.name for p in pkgutil.iter_modules(ddnref.__path__))
-NAMES += sorted(f"_network.{p.name}" for p in pkgutil.iter_modules(_network.__path__))
-NAMES += sorted(f"_ggn.{p.name}" for p in pkgutil.iter_modules(_ggn.__path__))
-NAMES += sorted(f"_operators.{p.name}" for p in pkgutil.iter_modules(_operators.__path__))
-MODULES = [module for name in NAMES
-           if hasattr(module := importlib.import_module(f"ddnref.{name}"), "array_api_compat")]  # fmt: skip
+ELSEWHERE = ("ddnref.interop", "ddnref.report", "ddnref.reference")  # these run on a library of their own
+NAMES = sorted(p.name for p in pkgutil.walk_packages(ddnref.__path__, "ddnref.") if not p.name.startswith(ELSEWHERE))
+MODULES = [module for name in NAMES if hasattr(module := importlib.import_module(name), "array_api_compat")]
 
 
 class Recorder:
@@ -69,6 +69,7 @@ def calls(monkeypatch, rng):
     strict = backend("array-api-strict")
     for module in MODULES:
         monkeypatch.setattr(module, "array_api_compat", Compat())
+    monkeypatch.setattr(_array, "_namespaces", {})
     for rule in RULES.values():
         for is_complex in (False, True)[: 1 + rule.is_complex]:
             sample = rule.sample(strict.asarray, rng, (2,), 4, is_complex)
@@ -102,7 +103,35 @@ def calls(monkeypatch, rng):
         ddnref.ggn_damped_newton(ggn, damping=lambda derivatives: derivatives.w)
     for activation in ACTIVATIONS.values():
         jet(activation, strict.asarray(np.eye(2)), 2)
+    deep = small_chain(rng, strict)
+    for method in ("tridiagonal", "riccati", "qr", "dense"):
+        factor = ddnref.hessian_factor(*deep, damping=0.1, method=method)
+        factor.solve(deep[0].params)
+        factor.slogdet()
+        factor.inertia()
+    ddnref.hessian_eigvals(*deep, interval=(0.5, 5.0))
+    a, b = (strict.asarray(z) for z in (np.eye(4) * [1.0, 2, 3, 4], np.ones((2, 4))))
+    for solve in (ddnref.cg, ddnref.minres, ddnref.bicgstab, ddnref.gmres, ddnref.lsmr):
+        solve(ddnref.dense(a, positive_definite=True), b)
+    ddnref.eigsh(ddnref.dense(a, self_adjoint=True), 1, v0=b[0, ...])
+    on_cupy_only(strict, rng)
     return seen
+
+
+def small_chain(rng, xp):
+    layers = [ddnref.Dense(xp.asarray(rng.standard_normal((3, 3))), None, a) for a in ("tanh", "tanh", "identity")]
+    return ddnref.Chain(layers, "mse"), *(xp.asarray(rng.standard_normal((2, 3))) for _ in range(2))
+
+
+def on_cupy_only(xp, rng):
+    """The forms for CuPy that are made of the standard's functions; what they call of CuPy itself is checked below."""
+    s = rng.standard_normal((3, 4, 4))
+    s = xp.asarray(s + np.swapaxes(s, -1, -2))
+    _cupy.eigh(s)
+    _cupy.eigh(s[0, ...])
+    _cupy.eigvalsh(s[0, ...])
+    _cupy.qr(s[:2, :, :2])
+    _cupy.householder(s[..., :2])
 
 
 def test_every_call_exists_in_cupy_with_its_arguments(calls, request):
@@ -129,6 +158,84 @@ def test_every_call_exists_in_cupy_with_its_arguments(calls, request):
         except TypeError as error:
             unfit.append(f"{name} with {count} arguments and {keywords}: {error}")
     assert unfit == []
+
+
+FRAMEWORKS = {("linalg.solve_ex", ()), *((f"linalg.{name}", ("symmetrize_input",)) for name in ("eigh", "eigvalsh"))}
+"""PyTorch's and JAX's, behind a question whose array it is."""
+
+
+def called_on_xp():
+    """Every call of a function of `xp` in the source: what no test may have come through."""
+    for name in NAMES:
+        source = Path(sys.modules[name].__file__ if name in sys.modules else importlib.import_module(name).__file__)
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            function, part = [], node.func
+            while isinstance(part, ast.Attribute):
+                function, part = [part.attr, *function], part.value
+            if function and (is_call_of_space(part) or (isinstance(part, ast.Name) and part.id == "xp")):
+                names = [k.arg for k in node.keywords]
+                starred = None in names or any(isinstance(a, ast.Starred) for a in node.args)
+                keywords = tuple(sorted(filter(None, names)))
+                yield f"{source.name}:{node.lineno}", ".".join(function), None if starred else len(node.args), keywords
+
+
+def is_call_of_space(part):
+    """``space(x).sum(…)``, ``namespace_of(x).sum(…)`` and ``array_api_compat.array_namespace(x).sum(…)``."""
+    if not isinstance(part, ast.Call):
+        return False
+    name = part.func.attr if isinstance(part.func, ast.Attribute) else getattr(part.func, "id", "")
+    return name in ("space", "namespace_of", "array_namespace")
+
+
+def test_every_call_in_the_source_exists_in_cupy_with_its_arguments(request):
+    need(request.config, "cupy")
+    import array_api_compat.cupy as cupy
+
+    unfit, found = [], 0
+    for place, name, count, keywords in called_on_xp():
+        if not name or (name, keywords) in FRAMEWORKS:
+            continue
+        found += 1
+        function = cupy
+        try:
+            for part in name.split("."):
+                function = getattr(function, part)
+            if count is not None:
+                inspect.signature(function).bind(*range(count), **dict.fromkeys(keywords))
+        except AttributeError:
+            unfit.append(f"{place}: {name} does not exist")
+        except TypeError as error:
+            unfit.append(f"{place}: {name} with {count} arguments and {keywords}: {error}")
+        except ValueError:  # a compiled ufunc: elementwise, its keywords are NumPy's
+            assert not keywords, f"{name} is a ufunc called with {keywords}"
+    assert unfit == []
+    assert found > 500
+
+
+def test_what_the_forms_for_cupy_call_of_cupy_itself_exists(request):
+    """Beyond the standard, and one of it private. cuBLAS and cuSOLVER cannot be loaded without CUDA's libraries."""
+    need(request.config, "cupy")
+    import cupy
+    from cupy.linalg._decomposition import _lu_factor
+    from cupyx.profiler import benchmark
+
+    assert list(inspect.signature(_lu_factor).parameters) == ["a_t", "dtype"]
+    assert {"cublas", "cusolver"} <= set(vars(sys.modules["cupy.cuda"])["__getattr__"].__code__.co_consts)
+    assert callable(cupy.cuda.device.get_cublas_handle)
+    assert callable(cupy.cuda.device.get_cusolver_handle)
+    assert callable(cupy.cuda.Stream.from_external)
+    assert callable(cupy.from_dlpack)
+    inspect.signature(benchmark).bind(print, n_repeat=1, n_warmup=1, max_duration=1.0)
+    assert {"malloc_postprocess", "free_postprocess"} <= set(dir(cupy.cuda.MemoryHook))
+    folder = Path(cupy.__file__).parents[1] / "cupyx" / "scipy"
+    tree = ast.parse((folder / "linalg" / "_solve_triangular.py").read_text(encoding="utf-8"))
+    (solve,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "solve_triangular")
+    assert {"a", "b", "lower", "unit_diagonal"} <= {argument.arg for argument in solve.args.args}
+    batched = (Path(cupy.__file__).parent / "cublas.py").read_text(encoding="utf-8")
+    call = "getrs(handle, cublas.CUBLAS_OP_N, n, nrhs, a_array.data.ptr, lda,"
+    assert call in batched, "CuPy's own call of getrsBatched, whose order of arguments ours follows, has changed"
 
 
 def test_the_recorder_sees_keywords():

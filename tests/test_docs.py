@@ -18,7 +18,7 @@ from ddnref import _rules, interop, reference, testing
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.glob("*.rst") if path.name != "sg_execution_times.rst")
-FRAMEWORKS = ("torch", "jax", "autograd", "tensorflow", "cupy")
+FRAMEWORKS = ("torch", "jax", "autograd", "tensorflow", "dask", "cupy")
 BLOCK = re.compile(
     r"^(?P<indent> *)\.\. code-block:: (?P<language>\w+)\n(?P<options>(?:(?P=indent)   :.*\n)*)\n"
     r"(?P<body>(?:(?:(?P=indent)   .*)?\n)+)",
@@ -96,6 +96,12 @@ def test_tensorflow_code(page):
     run(page, "tensorflow")
 
 
+@pytest.mark.framework("dask")
+@pytest.mark.parametrize("page", pages_with("dask"), ids=lambda page: page.stem)
+def test_dask_code(page):
+    run(page, "dask")
+
+
 def test_cupy_code_compiles():
     """It needs a GPU to run; its calls are held to CuPy's signatures by test_cupy_namespace.py."""
     for page in pages_with("cupy"):
@@ -108,6 +114,7 @@ def test_no_code_is_forgotten():
     assert {page.stem for page in pages_with("")} >= {"index", "conventions", "which-gradient", "verify", "eigen"}
     assert {page.stem for page in pages_with("autograd")} == {"frameworks"}
     assert {page.stem for page in pages_with("tensorflow")} == {"frameworks"}
+    assert {page.stem for page in pages_with("dask")} == {"scale-out"}
     assert {page.stem for page in pages_with("torch")} == {"frameworks", "networks"}
     assert {page.stem for page in pages_with("jax")} == {"frameworks"}
     for page in PAGES:
@@ -150,7 +157,8 @@ def public() -> set[str]:
     names |= {f"ddnref.reference.{name}" for name in reference.__all__}
     modules = [module.name for module in pkgutil.iter_modules(interop.__path__)]
     bridges = {f"ddnref.interop.{name}" for name in modules if not name.startswith("_")}
-    return names | bridges | {f"{bridge}.differentiable" for bridge in bridges}
+    maps = {f"ddnref.interop.dask.{name}" for name in ("map_items", "map_gradients", "reduce_blocks")}
+    return names | bridges | {f"{bridge}.differentiable" for bridge in bridges - {"ddnref.interop.dask"}} | maps
 
 
 def test_every_public_name_is_in_the_reference():

@@ -129,6 +129,13 @@ def test_a_record_names_no_machine_user_or_folder() -> None:
     assert "[0.5]" in text, "the quartile of a timing stays"
 
 
+def test_ratios_are_judged_and_differences_of_times_are_not() -> None:
+    judged = {
+        unit: _records.is_tracked(_records.Change("worse", "a.A.track_x", 1, 2, unit)) for unit in ("ratio", "µs")
+    }
+    assert judged == {"ratio": True, "µs": False}
+
+
 def test_the_committed_records_name_no_machine_user_or_folder() -> None:
     machine, *paths = sorted(
         (BENCHES / "history" / history.MACHINE).glob("*.json"), key=lambda p: p.name != "machine.json"

@@ -1,4 +1,4 @@
-"""The bridge to HIPS autograd: every rule, the complex convention, operators, refusals."""
+"""The bridge to HIPS autograd, where test_matrix.py does not go: the complex convention, operators, refusals."""
 
 import subprocess
 import sys
@@ -6,11 +6,8 @@ import sys
 import numpy as np
 import pytest
 from problems import projector_gradient, relative, rotation, symmetric, with_spectrum
-from smooth import SMOOTH
 
 import ddnref
-from ddnref._rules import RULES
-from ddnref.testing import numerical_jvp
 
 pytestmark = pytest.mark.framework("autograd")
 
@@ -28,31 +25,6 @@ def differentiable(autograd):
     from ddnref.interop.autograd import differentiable
 
     return differentiable
-
-
-@pytest.mark.parametrize(
-    ("name", "is_complex"), [(name, is_complex) for name, rule in RULES.items() for is_complex in (False, True)
-                             if rule.is_complex or not is_complex],
-)  # fmt: skip
-def test_agrees_with_finite_differences(name, is_complex, autograd, differentiable, rng, monkeypatch):
-    from autograd.numpy.numpy_boxes import ArrayBox
-
-    monkeypatch.setattr(ArrayBox, "conj", autograd.numpy.conj, raising=False)  # the one method that boxes lack
-    inputs, outputs, options = SMOOTH[name]
-    op = differentiable(getattr(ddnref, name), **options)
-    np_ = autograd.numpy
-
-    def loss(x):
-        steps = np_.diag(np_.arange(1.0, x.shape[-1] + 1)).astype(x.dtype)
-        ys = outputs(op(*inputs(x, steps)))
-        weights = np.random.default_rng(0)
-        return sum(np_.sum(np_.real((1 + 1j) * y) * weights.standard_normal(y.shape)) for y in ys)
-
-    x = rng.standard_normal((2, 3, 3)) + (1j * rng.standard_normal((2, 3, 3)) if is_complex else 0)
-    x_bar = np.conj(autograd.grad(loss)(x))  # autograd's convention is the conjugate of ours
-    x_dot = x_bar / max(np.linalg.norm(x_bar), 1e-300) + rng.standard_normal(x.shape) / x.size
-    f_dot = numerical_jvp(lambda x: np.asarray(loss(x)), x, x_dot)
-    assert abs(f_dot - np.sum(np.real(np.conj(x_bar) * x_dot))) <= 1e-7 * np.linalg.norm(x_bar)
 
 
 def test_complex_gradients_follow_autograd(autograd, differentiable, rng):
@@ -113,6 +85,12 @@ def test_unknown_options_and_operations(differentiable):
         differentiable(ddnref.eigsh, k=2, rtl=1e-3)
     with pytest.raises(TypeError, match="has no rule"):
         differentiable(np.sin)
+
+
+def test_boxes_outside_the_bridge_are_refused_by_name(autograd):
+    for call in (ddnref.eigh, ddnref.dense, lambda x: ddnref.diagonal(x[0])):
+        with pytest.raises(TypeError, match=r"autograd\.ArrayBox.*interop\.autograd.*differentiable.*with_params"):
+            autograd.grad(call)(np.eye(2))
 
 
 def test_imports_autograd_only_when_used():

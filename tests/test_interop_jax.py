@@ -1,4 +1,4 @@
-"""The JAX bridge: jit, vmap, second derivatives, the complex convention, refusals."""
+"""The JAX bridge, where test_matrix.py does not go: the complex convention, repeated eigenvalues, refusals."""
 
 import subprocess
 import sys
@@ -6,10 +6,8 @@ import sys
 import numpy as np
 import pytest
 from problems import projector_gradient, relative, rotation, symmetric, with_spectrum
-from smooth import SMOOTH
 
 import ddnref
-from ddnref._rules import RULES
 
 pytestmark = pytest.mark.framework("jax")
 
@@ -32,48 +30,6 @@ def differentiable(jax):
     from ddnref.interop.jax import differentiable
 
     return differentiable
-
-
-def operation(jax, differentiable, name):
-    """The bridged operation as a smooth function of any square matrix."""
-    inputs, outputs, options = SMOOTH[name]
-    op = differentiable(getattr(ddnref, name), **options)
-
-    def function(x):
-        steps = jax.numpy.diag(jax.numpy.arange(1.0, x.shape[-1] + 1)).astype(x.dtype)
-        return outputs(op(*inputs(x, steps)))
-
-    return function
-
-
-@pytest.mark.parametrize(
-    ("name", "is_complex"), [(name, is_complex) for name, rule in RULES.items() for is_complex in (False, True)
-                             if rule.is_complex or not is_complex],
-)  # fmt: skip
-def test_check_grads_to_second_order_under_jit(name, is_complex, jax, differentiable, rng):
-    from jax.test_util import check_grads
-
-    x = rng.standard_normal((2, 3, 3)) + (1j * rng.standard_normal((2, 3, 3)) if is_complex else 0)
-    op = operation(jax, differentiable, name)
-    order = 1 if RULES[name].opaque else 2  # an iterative VJP is not differentiated again
-    check_grads(jax.jit(op), (jax.numpy.asarray(x),), order=order, modes=["rev"])
-
-
-@pytest.mark.filterwarnings("ignore:A gradient is NaN")
-def test_a_second_derivative_through_an_iterative_vjp_is_nan(jax, differentiable):
-    op = operation(jax, differentiable, "eigsh")
-    x = jax.numpy.diag(jax.numpy.arange(1.0, 5))
-    assert np.all(np.isnan(jax.jacrev(jax.grad(lambda x: op(x)[1].sum()))(x)))
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_vmap(name, jax, differentiable, rng):
-    op = operation(jax, differentiable, name)
-    x = jax.numpy.asarray(rng.standard_normal((3, 4, 4)))
-    loss = lambda x: sum(jax.numpy.sum(jax.numpy.sin(y)) for y in op(x))
-    gradient = jax.jit(jax.grad(loss))
-    each = jax.numpy.stack([gradient(item) for item in x])
-    np.testing.assert_allclose(jax.jit(jax.vmap(gradient))(x), each, atol=1e-12)
 
 
 def test_complex_gradients_follow_jax(jax, differentiable, rng):
@@ -117,6 +73,35 @@ def test_a_gradient_that_does_not_exist_is_nan_and_warns(jax, differentiable, rn
         g = jax.block_until_ready((gradient(x), jax.effects_barrier())[0])
     assert np.all(np.isnan(g[0]))
     assert np.all(np.isfinite(g[1]))
+
+
+def test_a_gradient_that_does_not_exist_warns_without_jit(jax, differentiable, rng):
+    x = jax.numpy.asarray(with_spectrum(rotation(rng, 6), TRIPLE))
+    with pytest.warns(RuntimeWarning, match="A gradient is NaN"):
+        g = jax.grad(lambda x: differentiable(ddnref.eigh)(x)[1][:, 2].sum())(x)
+    assert np.all(np.isnan(g))
+
+
+def test_what_reads_values_runs_without_jit(jax, differentiable):
+    """The bridge compiles where nothing asks for a value; where something does, it runs as it is."""
+    gradient = jax.grad(lambda x: differentiable(ddnref.eigh, check_finite=True)(x)[0][-1])
+    x = np.diag([1.0, 2.0])
+    np.testing.assert_array_equal(gradient(jax.numpy.asarray(x)), np.diag([0.0, 1.0]))
+    with pytest.raises(ddnref.NonFiniteError):
+        gradient(jax.numpy.asarray(x * np.nan))
+
+
+def test_functions_that_change_are_not_compiled(jax, differentiable):
+    """Or the first value would stay for ever, in silence."""
+    power = [2.0]
+    op = differentiable(
+        ddnref.spectral_function, f=lambda w: w ** power[0], df=lambda w: power[0] * w ** (power[0] - 1)
+    )
+    x = jax.numpy.diag(jax.numpy.asarray([1.0, 3.0]))
+    for power[0] in (2.0, 3.0):
+        np.testing.assert_allclose(op(x), np.diag([1.0, 3.0 ** power[0]]), atol=1e-13)
+        expected = power[0] * np.asarray([1.0, 3.0]) ** (power[0] - 1)
+        np.testing.assert_allclose(np.diag(jax.grad(lambda x: op(x).trace())(x)), expected)
 
 
 @pytest.mark.filterwarnings("ignore:A gradient is NaN")

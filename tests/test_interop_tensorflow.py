@@ -58,7 +58,7 @@ def mode(request, tf):
     ("name", "is_complex"), [(name, is_complex) for name, rule in RULES.items() for is_complex in (False, True)
                              if rule.is_complex or not is_complex],
 )  # fmt: skip
-def test_agrees_with_finite_differences(name, is_complex, tf, differentiable, grad, rng, monkeypatch):
+def test_agrees_with_finite_differences(name, is_complex, tf, differentiable, grad, rng, monkeypatch, cell):
     """Eagerly, and in a graph that is told the number of items only when it runs."""
     monkeypatch.setattr(tf.Tensor, "swapaxes", lambda x, *axes: tf.experimental.numpy.swapaxes(x, *axes), raising=False)
     monkeypatch.setattr(tf.Tensor, "conj", tf.math.conj, raising=False)
@@ -78,8 +78,9 @@ def test_agrees_with_finite_differences(name, is_complex, tf, differentiable, gr
     x_dot = x_bar / max(np.linalg.norm(x_bar), 1e-300) + rng.standard_normal(x.shape) / x.size
     f_dot = numerical_jvp(lambda x: loss(tf.constant(x)).numpy(), x, x_dot)
     compiled = tf.function(grad(loss), input_signature=[tf.TensorSpec([None, 3, 3], x.dtype)])
-    for gradient in (x_bar, compiled(x).numpy()):
+    for column, gradient in (("batched", x_bar), ("graph", compiled(x).numpy())):
         assert abs(f_dot - np.sum(np.real(np.conj(gradient) * x_dot))) <= 1e-7 * np.linalg.norm(x_bar)
+        cell("TensorFlow", column, name)
 
 
 def test_complex_gradients_follow_tensorflow(tf, differentiable, grad, mode, rng):

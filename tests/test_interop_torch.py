@@ -1,11 +1,11 @@
-"""The PyTorch bridge: first and second derivatives, functorch, compile, refusals."""
+"""The PyTorch bridge, where test_matrix.py does not go: repeated eigenvalues, warnings, refusals, options."""
 
 import warnings
 
 import numpy as np
 import pytest
 from problems import projector_gradient, relative, rotation, symmetric, with_spectrum
-from smooth import SMOOTH
+from smooth import SMOOTH, bridged, cube, total
 
 import ddnref
 from ddnref._rule import options_of, plain_forward
@@ -37,84 +37,11 @@ def differentiable(torch):
     return differentiable
 
 
-def operation(torch, differentiable, name):
-    """The bridged operation as a smooth function of any square matrix."""
-    inputs, outputs, options = SMOOTH[name]
-    op = differentiable(getattr(ddnref, name), **options)
-
-    def function(x):
-        steps = torch.diag(torch.arange(1.0, x.shape[-1] + 1, dtype=x.real.dtype)).to(x.dtype)
-        return outputs(op(*inputs(x, steps)))
-
-    return function
-
-
-def total(out):
-    """A sum of the outputs that weights every entry differently."""
-    return sum((abs(y) ** 2 * (1 + 0.1 * i) + y.real).sum() + y.sum().real.sin() for i, y in enumerate(out))
-
-
-def real_or_complex(names):
-    return [(name, dtype) for name in names for dtype in ("float64", "complex128")
-            if RULES[name].is_complex or dtype == "float64"]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "dtype"), real_or_complex(RULES))
-def test_gradcheck_and_gradgradcheck(name, dtype, torch, differentiable):
-    torch.manual_seed(0)
-    x = torch.randn(2, 3, 3, dtype=getattr(torch, dtype), requires_grad=True)
-    op = operation(torch, differentiable, name)
-    assert torch.autograd.gradcheck(op, x)
-    if RULES[name].opaque:
-        with pytest.raises(NotImplementedError, match="second derivative through"):
-            torch.autograd.gradgradcheck(op, x)
-    else:
-        assert torch.autograd.gradgradcheck(op, x)
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_functorch(name, torch, differentiable):
-    torch.manual_seed(1)
-    x = torch.randn(3, 4, 4, dtype=torch.float64)
-    op = operation(torch, differentiable, name)
-
-    def loss(x):
-        return total(op(x))
-
-    each = torch.stack([torch.func.grad(loss)(item) for item in x])
-    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(x), each)
-    if RULES[name].opaque:
-        return  # a second derivative is refused, see above
-    hessian = torch.func.jacrev(torch.func.jacrev(loss))(x[0])
-    torch.testing.assert_close(hessian, torch.autograd.functional.hessian(loss, x[0]))
-
-
-CLOSED = [name for name, rule in RULES.items() if rule.info is None and not rule.vjp_info]
-ITERATIVE = [name for name, rule in RULES.items() if rule.info is not None]
-
-
-@pytest.mark.parametrize("name", CLOSED)
-@pytest.mark.filterwarnings(*TRACED)
-def test_compiles_without_a_graph_break(name, torch, differentiable):
-    torch.manual_seed(2)
-    torch._dynamo.reset()
-    x = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)
-    op = operation(torch, differentiable, name)
-
-    def loss(x):
-        return total(op(x))
-
-    (eager,) = torch.autograd.grad(loss(x), x)
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    (traced,) = torch.autograd.grad(compiled(x), x)
-    torch.testing.assert_close(traced, eager)
-
-
 @pytest.mark.filterwarnings(*TRACED)
 @pytest.mark.parametrize("name", ["eigh", "least_squares_on_sphere", "weighted_least_squares"])
 def test_compiles_where_nothing_requires_grad(name, torch, differentiable):
     torch._dynamo.reset()
-    op = operation(torch, differentiable, name)
+    op = bridged(torch, differentiable, name)
     x = torch.randn(2, 4, 4, dtype=torch.float64)
     compiled = torch.compile(lambda x: total(op(x)), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), total(op(x)))
@@ -201,6 +128,54 @@ def test_a_gradient_that_does_not_exist_is_nan_and_warns(torch, differentiable, 
         loss.backward()
     assert torch.all(torch.isnan(x.grad[0]))
     assert torch.all(torch.isfinite(x.grad[1]))
+
+
+def test_the_warning_passes_vmap(torch, differentiable):
+    """Where no value can be read, an operator of PyTorch warns as it runs."""
+    x = torch.stack([torch.eye(3), torch.diag(torch.arange(3.0))])
+    each = torch.func.vmap(torch.func.grad(lambda x: differentiable(ddnref.eigh)(x)[1][0].sum()))
+    with pytest.warns(RuntimeWarning, match="A gradient is NaN"):
+        x_bar = each(x)
+    assert torch.all(torch.isnan(x_bar[0]))
+    assert torch.all(torch.isfinite(x_bar[1]))
+
+
+@pytest.mark.parametrize("name", ["solve", "weighted_least_squares"])
+def test_values_are_read_once_a_backward_pass(name, torch, differentiable, monkeypatch):
+    """However many inputs there are: on a GPU each read would wait for it."""
+    x = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    loss = total(bridged(torch, differentiable, name)(x))
+    reads = []
+    read = torch.Tensor.__bool__
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda flag: reads.append(flag) or read(flag))
+    loss.backward()
+    assert len(reads) == 1
+
+
+def test_the_same_options_give_the_same_function(differentiable):
+    """So that a framework finds again what it compiled; equal numbers of other types are other options."""
+    assert differentiable(ddnref.eigh_topk, k=2) is differentiable(ddnref.eigh_topk, k=2)
+    assert differentiable(ddnref.eigh_topk, k=2) is not differentiable(ddnref.eigh_topk, k=3)
+    assert differentiable(ddnref.eigh_topk, k=True) is not differentiable(ddnref.eigh_topk, k=1)
+    assert differentiable(ddnref.eigh_topk, k=1.0) is not differentiable(ddnref.eigh_topk, k=1)
+
+
+def test_what_can_change_is_not_kept():
+    from ddnref.interop._kept import constant
+
+    power = 2.0
+
+    def default(w, power=power):
+        return w**power
+
+    def with_list(w, powers=[2.0]):  # noqa: B006
+        return w ** powers[0]
+
+    for value in (None, 2, (1.0, ("a", True)), cube, np.float64(2.0), lambda w: np.exp(w), default):
+        assert constant(value), value
+    for value in ([2], np.ones(2), (1, [2]), lambda w: w**power, lambda w: w * TRIPLE[0], with_list, warnings.warn,
+                  lambda w: [v + w for v in w], lambda w: relative(w, w)):  # fmt: skip
+        assert not constant(value), value
 
 
 @pytest.mark.filterwarnings(*TRACED)

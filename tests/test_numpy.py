@@ -1,8 +1,10 @@
 """NumPy's in-place forms against their standard-only twins, and the threads over a batch."""
 
+import gc
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import array_api_strict
 import numpy as np
@@ -11,6 +13,8 @@ from problems import relative, rotation, symmetric, with_spectrum
 
 import ddnref
 from ddnref import _linalg, _numpy
+from ddnref._rule import as_tuple, options_of
+from ddnref._rules import RULES
 
 
 def twin(w_bar, v_bar, w, v):
@@ -190,3 +194,30 @@ def test_bordered_systems(shape, dtype, rng):
     a = _linalg.bordered(x, y)
     standard = _linalg.with_diagonal(array_api_strict.asarray(a.copy()), array_api_strict.asarray(d))
     assert np.array_equal(_linalg.with_diagonal(a, d), np.asarray(standard))  # only the leading entries
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_no_array_waits_for_the_garbage_collector(name, rng):
+    """A cycle (a closure that calls itself) keeps the arrays of a call, and a loop over blocks runs out of memory."""
+    rule = RULES[name]
+    sample = rule.sample(np.asarray, rng, (300,), 8, False)
+    forward, vjp = options_of(rule, sample.options)
+
+    def both_ways():
+        result = rule.forward(*sample.inputs, **forward)
+        outputs, saved = result[0] if rule.info is not None else result
+        outputs = as_tuple(outputs)
+        bars = outputs if sample.loss is None else as_tuple(sample.loss[1](*outputs))[: rule.outputs]
+        rule.vjp(*bars, *outputs, *saved, *(sample.inputs[i] for i in rule.needs), **vjp)
+
+    both_ways()  # what is cached stays
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        both_ways()
+        kept = max(trace.size for trace in tracemalloc.take_snapshot().traces)
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert kept < 300 * 8, "an array with a number for each item is still there"

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import matrix
 import numpy as np
 import pytest
 from hypothesis import given
@@ -95,7 +96,7 @@ def checked(rule: Rule, sample, backend: Backend, check=assert_vjp, vjp=None, **
 
 @domains
 @pytest.mark.parametrize(("batch", "m"), [((), 1), ((), 5), ((3,), 5), ((2, 2), 3)])
-def test_vjp_agrees_with_finite_differences(rule, is_complex, batch, m, xp, rng):
+def test_vjp_agrees_with_finite_differences(rule, is_complex, batch, m, xp, rng, cell):
     """In many directions on NumPy; elsewhere in few, and the gradient is NumPy's to rounding, which is stricter."""
     sample = rule.sample(np.asarray, rng, batch, m, is_complex)
     report = checked(rule, sample, xp, directions=8 if xp.name == "numpy" else 1)
@@ -103,6 +104,8 @@ def test_vjp_agrees_with_finite_differences(rule, is_complex, batch, m, xp, rng)
     _, kept, bars, vjp = solve(rule, sample, NUMPY)
     _, theirs = lifted(rule, sample, xp)
     assert relative(flat(theirs(*bars, *kept)), flat(vjp(*bars, *kept))) <= rounding(rule, sample)
+    if xp.name in matrix.LIBRARIES:
+        cell(matrix.PAIR, f"{matrix.LIBRARIES[xp.name]}{', batched' if batch else ''}", rule.name)
 
 
 @domains

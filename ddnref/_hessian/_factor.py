@@ -15,6 +15,7 @@ from ddnref._hessian._paths import Path
 from ddnref._hessian._small import space, t
 from ddnref._hessian._system import System
 from ddnref._hessian._terms import Blocks, combine, norm
+from ddnref._linalg import eigvalsh
 from ddnref._network._checks import like_params
 from ddnref._public import public
 from ddnref._rows import noise
@@ -323,8 +324,7 @@ class HessianFactor:
             return _paths.count_negative(name, self._system, damping)
 
     def _spectrum(self) -> Array:
-        if self._w is None:
-            self._w = space(self._like).linalg.eigvalsh(self._path("dense").saved)
+        self._w = eigvalsh(self._path("dense").saved) if self._w is None else self._w
         return self._w
 
     def _trusted(self, rtol: float) -> str:

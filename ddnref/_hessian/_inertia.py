@@ -10,25 +10,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ddnref._array import Array, full
+from ddnref._array import Array, full, is_true
+from ddnref._errors import ConvergenceError
 from ddnref._hessian import _riccati, _tridiagonal
 from ddnref._hessian._joint import joint
 from ddnref._hessian._riccati import Basis, Pivot
 from ddnref._hessian._small import space, t
 from ddnref._hessian._terms import Terms
-from ddnref._linalg import eigh, identity
+from ddnref._linalg import eigh, eigvalsh, identity
 
 THETA = 1e-3
 
 
 def negative(pivots: Iterable[Array]) -> int:
     """Negative eigenvalues of all pivots together."""
-    return sum(below(space(d).linalg.eigvalsh(d), 0.0) for d in pivots)
+    return sum(below(eigvalsh(d), 0.0) for d in pivots)
 
 
 def below(w: Array, bound: float) -> int:
-    """How many of the eigenvalues are below a bound."""
+    """How many of the eigenvalues are below a bound; NaN, which would count as none, is refused."""
     xp = space(w)
+    if is_true(xp.any(xp.isnan(w))):
+        raise ConvergenceError(
+            "Eigenvalues cannot be counted: an eigendecomposition has not converged, or met NaN. Likely the weights or "
+            "the data are huge, or the damping makes a block exactly singular: pass another damping="
+        )
     return int(xp.sum(xp.astype(w < bound, xp.int64)))
 
 

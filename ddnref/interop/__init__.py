@@ -1,1 +1,1 @@
-"""Bridges: one short module per framework, importing it only when used. Each has ``differentiable(op)``."""
+"""Bridges: one short module per framework, importing it only when used; ``differentiable(op)``, and for Dask maps."""

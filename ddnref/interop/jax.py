@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from ddnref._array import Array
 from ddnref._layout import Layout, flatten, on_arrays
 from ddnref._rule import WARNING, Bound, Rule, bind, failed, spread
 from ddnref._rules import rule_of
+from ddnref.interop._kept import constant, kept
 
 
 def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -56,60 +57,99 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     >>> jax.grad(lambda x: eigh(x)[0][1])(jnp.diag(jnp.asarray([1.0, 2.0]))).tolist()
     [[0.0, 0.0], [0.0, 1.0]]
     """
-    rule = rule_of(operation)
-    bound = bind(rule, options, jax.lax.while_loop, _again(operation) if rule.recursive else None)
-    operate = lru_cache(maxsize=16)(partial(_operation, rule, bound))
+    return _bridge(rule_of(operation), options)
+
+
+@kept
+def _bridge(rule: Rule, options: dict[str, Any]) -> Callable[..., Any]:
+    bound = bind(rule, options, jax.lax.while_loop, _again(rule) if rule.recursive else None)
+    operate = lru_cache(maxsize=16)(partial(_operation, rule, bound, all(map(constant, options.values()))))
 
     def function(*inputs: Array) -> Any:
         layout, arrays = flatten(inputs)
-        outputs, _, info = operate(layout)(*map(jnp.asarray, arrays))  # JAX hands some constants on as NumPy's
+        # JAX hands some constants on as NumPy's
+        arrays = tuple(x if isinstance(x, jax.Array) else jnp.asarray(x) for x in arrays)
+        outputs, _, info = operate(layout)(*arrays)
         return bound.result(outputs, info)
 
     function.__name__ = function.__qualname__ = rule.name
-    function.__doc__ = operation.__doc__
+    function.__doc__ = rule.function.__doc__
     return function
 
 
-def _again(operation: Callable[..., Any]) -> Callable[..., Any]:
+def _again(rule: Rule) -> Callable[..., Any]:
     """The operation made differentiable, for a VJP that solves its own systems with it."""
 
     def solve(*inputs: Any, **options: Any) -> Any:
-        return differentiable(operation, **options)(*inputs)
+        return _bridge(rule, options)(*inputs)
 
     return solve
 
 
-def _operation(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., tuple[tuple[Array, ...], ...]]:
-    """Outputs, saved arrays and status as a function of arrays, with our VJP."""
-    forward, reverse, undefined, _ = on_arrays(bound, rule, layout)
-    first_order = _first_order(undefined)
+def _operation(
+    rule: Rule, bound: Bound, is_constant: bool, layout: Layout
+) -> Callable[..., tuple[tuple[Array, ...], ...]]:
+    """Outputs, saved arrays and status as a function of arrays, with our VJP; compiled where no option can change."""
+    own = on_arrays(bound, rule, layout)
+    compiled = _compiled if is_constant and layout.plain else lambda function: function
+    forward, reverse = compiled(own.forward), compiled(_conjugate(own.reverse, sum(layout.counts)))
+    first_order = _first_order(own.undefined)
     needs = layout.places(rule.needs)
 
     @jax.custom_vjp
     def operate(*inputs: Array) -> tuple[tuple[Array, ...], ...]:
-        return forward(*inputs)
+        return forward(*inputs)  # type: ignore[no-any-return]
 
     def operate_fwd(*inputs: Any) -> tuple[tuple[tuple[Array, ...], ...], tuple[tuple[Array, ...], tuple[Array, ...]]]:
         values = tuple(primal.value for primal in inputs)
-        outputs, saved, info = operate(*values)
+        outputs, saved, info = (operate if _traced(values) else forward)(*values)
         return (outputs, saved, info), ((*outputs, *saved), values)
 
     def operate_bwd(
-        kept: tuple[tuple[Array, ...], tuple[Array, ...]], bars: tuple[tuple[Any, ...], ...]
+        residuals: tuple[tuple[Array, ...], tuple[Array, ...]], bars: tuple[tuple[Any, ...], ...]
     ) -> tuple[Array | None, ...]:
-        results, inputs = kept
+        results, inputs = residuals
         arrays = *results, *(inputs[i] for i in needs)
-        used = tuple(None if isinstance(bar, SymbolicZero) else jnp.conj(bar) for bar in (*bars[0], *bars[1]))
-        gradients = reverse(used, arrays)[: len(inputs)]
+        used = tuple(None if isinstance(bar, SymbolicZero) else bar for bar in (*bars[0], *bars[1]))
+        gradients, flag = reverse(used, arrays)
         if not gradients:
             return tuple(None for _ in inputs)
-        for gradient in gradients:
-            if gradient is not None:
-                _warn(failed(gradient))
-        return tuple(None if g is None else jnp.conj(first_order(g, *arrays)) for g in gradients)
+        _warn(flag)
+        if not _traced((*gradients, *arrays)):
+            return gradients  # type: ignore[no-any-return]
+        return tuple(None if g is None else first_order(g, *arrays) for g in gradients)
 
     operate.defvjp(operate_fwd, operate_bwd, symbolic_zeros=True)
     return operate  # type: ignore[no-any-return]
+
+
+def _conjugate(reverse: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """The VJP in JAX's convention, of so many arrays; and whether any gradient is NaN."""
+
+    def conjugate(bars: tuple[Array | None, ...], arrays: tuple[Array, ...]) -> tuple[tuple[Array | None, ...], Any]:
+        bars = tuple(None if bar is None else jnp.conj(bar) for bar in bars)
+        gradients = tuple(None if g is None else jnp.conj(g) for g in reverse(bars, arrays)[:count])
+        flags = [jnp.any(failed(g)) for g in gradients if g is not None]
+        return gradients, reduce(jnp.logical_or, flags) if flags else None
+
+    return conjugate
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``jax.jit``, unless the function looks at values, as ``check_finite=True`` does."""
+    jitted = jax.jit(function, inline=True)
+
+    def call(*arrays: Any) -> Any:
+        try:
+            return jitted(*arrays)
+        except jax.errors.JAXTypeError:
+            return function(*arrays)
+
+    return call
+
+
+def _traced(arrays: tuple[Array | None, ...]) -> bool:
+    return any(isinstance(array, jax.core.Tracer) for array in arrays)
 
 
 def _first_order(undefined: Callable[..., Array] | None) -> Callable[..., Array]:
@@ -130,11 +170,23 @@ def _first_order(undefined: Callable[..., Array] | None) -> Callable[..., Array]
     return first_order  # type: ignore[no-any-return]
 
 
-def _warn(flags: Array) -> None:
-    """Warn from the device's own stream, only where a flag is set."""
+def _warn(flag: Array) -> None:
+    """Warn where the flag is set: now where it lies on a CPU, else from the device's own stream."""
+    if isinstance(flag, jax.core.Tracer):
+        _warn_in_stream(flag)
+    elif flag.is_fully_addressable and all(device.platform == "cpu" for device in flag.devices()):
+        _say(flag)
+    else:
+        _warn_from_device(flag)
 
-    def say(flags: Array) -> None:
-        if flags.any():
-            warnings.warn(WARNING, RuntimeWarning, stacklevel=2)
 
-    jax.lax.cond(jnp.any(flags), lambda f: jax.debug.callback(say, f), lambda f: None, flags)  # noqa: ARG005
+def _say(flag: Array) -> None:
+    if flag.any():
+        warnings.warn(WARNING, RuntimeWarning, stacklevel=2)
+
+
+def _warn_in_stream(flag: Array) -> None:
+    jax.lax.cond(flag, lambda f: jax.debug.callback(_say, f), lambda f: None, flag)  # noqa: ARG005
+
+
+_warn_from_device = jax.jit(_warn_in_stream)

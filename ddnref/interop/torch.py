@@ -10,15 +10,19 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
+from operator import or_
 from typing import Any, TypeAlias
 
 import torch
 
 from ddnref._errors import GaugeError
 from ddnref._layout import Layout, flatten, on_arrays
+from ddnref._operators import LinearOperator
 from ddnref._rule import WARNING, Bound, Rule, bind, failed, input_counts, spread
 from ddnref._rules import rule_of
+from ddnref.interop._dlpack import elsewhere
+from ddnref.interop._kept import kept
 from ddnref.interop._torch_batch import aligned, batched
 
 Tensor: TypeAlias = Any  # torch is optional, so that types must not depend on it
@@ -42,13 +46,17 @@ def _(info: Any, in_dims: tuple[int | None], flags: Tensor) -> tuple[Tensor, int
     return torch.ops.ddnref.warn(flags), in_dims[0]
 
 
-def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def differentiable(operation: Callable[..., Any], *, compute: str | None = None, **options: Any) -> Callable[..., Any]:
     """Turn one of ddnref's operations into a function that PyTorch differentiates with our VJP.
 
     Parameters
     ----------
     operation : callable
         A public operation with a rule, such as ``ddnref.eigh``.
+    compute : {None, "cupy", "numpy"}
+        Whose kernels compute: PyTorch's own, or those of another library, which gets the tensors through DLPack,
+        without a copy: ``"cupy"`` CUDA tensors, on PyTorch's current stream, ``"numpy"`` tensors of the CPU. A graph
+        break for ``torch.compile``, and without second derivatives.
     **options
         Options of the operation and of its VJP, bound once: ``differentiable(ddnref.eigh_topk, k=4)``.
 
@@ -61,6 +69,8 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     ------
     TypeError
         The operation has no rule, an option is unknown, or a required one is missing.
+    NotImplementedError
+        When differentiating twice through an operation with ``compute=``, or whose VJP iterates.
 
     Notes
     -----
@@ -80,20 +90,55 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
             [0., 1.]], dtype=torch.float64)
     """
     rule = rule_of(operation)
-    bound = bind(rule, options, solve=_again(operation) if rule.recursive else None)
+    if compute is None:
+        return _bridge(rule, options)
+    function = _function(*elsewhere(rule, bind(rule, options), compute))
+    return function if rule.info is not None else torch.compiler.disable(function)  # tracers cannot follow it
+
+
+@kept
+def _bridge(rule: Rule, options: dict[str, Any]) -> Callable[..., Any]:
+    return _function(rule, bind(rule, options, solve=_again(rule) if rule.recursive else None))
+
+
+def _function(rule: Rule, bound: Bound) -> Callable[..., Any]:
+    """What the user calls."""
     operations = {count: _operation(rule, bound, _arrays(count)) for count in input_counts(rule)}
     with_operators = lru_cache(maxsize=16)(partial(_operation, rule, bound))
     n, fields = rule.outputs, 0 if rule.info is None else len(rule.info._fields)
 
-    def function(*inputs: Tensor) -> Any:
-        layout, arrays = flatten(inputs)
-        apply = (operations[len(inputs)] if layout.plain else with_operators(layout)).apply
-        flat = apply(*arrays)
+    def function(*inputs: Any) -> Any:
+        operation, arrays = operations.get(len(inputs)), inputs
+        if operation is None or any(isinstance(x, LinearOperator) for x in inputs):
+            layout, arrays = flatten(inputs)
+            operation = with_operators(layout)
+        if _is_eager():
+            operation = operation.eager
+        flat = operation.apply(*arrays)
         return bound.result(flat[:n], flat[len(flat) - fields :])
 
+    function = function if rule.info is None else _outside_graphs(rule.name, function)
     function.__name__ = function.__qualname__ = rule.name
-    function.__doc__ = operation.__doc__
+    function.__doc__ = rule.function.__doc__
     return function
+
+
+def _outside_graphs(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, left out of compiled graphs, and refused where ``fullgraph=True`` asks for a single one."""
+    reason = (
+        f"{name} iterates until a flag that it reads on the host is clear, which no graph can hold: leave out "
+        f"fullgraph=True, and {name} runs between two compiled parts"
+    )
+    return torch.compiler.disable(function, reason=reason)  # type: ignore[no-any-return]
+
+
+def _is_eager() -> bool:
+    """Whether neither a compiler nor a transform of ``torch.func`` is at work."""
+    return not (torch.compiler.is_compiling() or _transforms_are_active())
+
+
+# PyTorch's own test of what `autograd.Function.apply` has to do; should it ever go, so does the shorter way.
+_transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 def _arrays(count: int) -> Layout:
@@ -101,11 +146,11 @@ def _arrays(count: int) -> Layout:
     return Layout((None,) * count, (1,) * count)
 
 
-def _again(operation: Callable[..., Any]) -> Callable[..., Any]:
+def _again(rule: Rule) -> Callable[..., Any]:
     """The operation made differentiable, for a VJP that solves its own systems with it."""
 
     def solve(*inputs: Any, **options: Any) -> Any:
-        return differentiable(operation, **options)(*inputs)
+        return _bridge(rule, options)(*inputs)
 
     return solve
 
@@ -122,13 +167,14 @@ def _operation(rule: Rule, bound: Bound, layout: Layout) -> Any:
     class Operation(torch.autograd.Function):
         """Outputs, saved arrays and status; saved ones are outputs too, so that second derivatives pass through."""
 
-        generate_vmap_rule = rule.info is None
+        generate_vmap_rule = rule.info is None and not rule.opaque
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
             ctx.set_materialize_grads(False)
             results = output[: len(output) - fields]
-            ctx.mark_non_differentiable(*output[len(results) :])
+            if fields:
+                ctx.mark_non_differentiable(*output[len(results) :])
             ctx.save_for_backward(*results, *(inputs[i] for i in needs))
 
         @staticmethod
@@ -137,22 +183,42 @@ def _operation(rule: Rule, bound: Bound, layout: Layout) -> Any:
             gradients = reverse(bars[: len(bars) - fields], arrays)
             if not gradients:
                 return (None,) * len(ctx.needs_input_grad)
-            warned = tuple(None if g is None else _warn_where_nan(g, recursive) for g in gradients[:count])
+            warned = _warned(gradients[:count], recursive)
             if first_order is None or not torch.is_grad_enabled():
                 return warned
             return tuple(first_order.apply(gradient, *arrays) for gradient in warned)
 
     Operation.forward = staticmethod(_forward(bound, count))
-    if rule.info is not None:  # a loop that reads flags cannot be traced by vmap, and need not: batch axes lead
-
-        @staticmethod  # type: ignore[misc]
-        def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[tuple[Tensor, ...], int]:
-            mapped, arrays = aligned(layout, rule.item_axes, batched(info.batch_size, in_dims, inputs))
-            operation = Operation if mapped is layout else _operation(rule, whole, mapped)
-            return operation.apply(*arrays), 0
-
-        Operation.vmap = vmap
+    Operation.eager = _eager(Operation)
+    if rule.info is not None or rule.opaque:  # loops and other libraries cannot be traced by vmap: batch axes lead
+        Operation.vmap = staticmethod(_vmap(rule, whole, layout, Operation))
     return Operation
+
+
+def _eager(operation: Any) -> Any:
+    """The same where ``torch.func`` is not at work, which costs less: PyTorch does not bind a signature each time."""
+    forward, setup_context = operation.forward, operation.setup_context
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+            output = forward(*inputs)
+            setup_context(ctx, inputs, output)
+            return output  # type: ignore[no-any-return]
+
+    Eager.backward = operation.backward
+    return Eager
+
+
+def _vmap(rule: Rule, bound: Bound, layout: Layout, operation: Any) -> Callable[..., Any]:
+    """The operation on the whole batch, in one loop."""
+
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[tuple[Tensor, ...], int]:
+        mapped, arrays = aligned(layout, rule.item_axes, batched(info.batch_size, in_dims, inputs))
+        whole = operation if mapped is layout else _operation(rule, bound, mapped)
+        return whole.apply(*arrays), 0
+
+    return vmap
 
 
 def _forward(bound: Bound, count: int) -> Callable[..., Any]:
@@ -206,7 +272,21 @@ def _opaque(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., Any]:
     return opaque
 
 
-def _warn_where_nan(x_bar: Tensor, shared: bool) -> Tensor:
+def _warned(gradients: tuple[Tensor | None, ...], shared: bool) -> tuple[Tensor | None, ...]:
+    """The gradients, after a warning where one of them is NaN: now if that can be seen, else when the graph runs."""
+    if not torch.compiler.is_compiling():
+        try:
+            found = bool(reduce(or_, (failed(x_bar).any() for x_bar in gradients if x_bar is not None)))
+        except RuntimeError:  # under vmap, or while a graph is recorded, no value can be read
+            pass
+        else:
+            if found:
+                warnings.warn(WARNING, RuntimeWarning, stacklevel=2)
+            return gradients
+    return tuple(None if x_bar is None else _warn_in_graph(x_bar, shared) for x_bar in gradients)
+
+
+def _warn_in_graph(x_bar: Tensor, shared: bool) -> Tensor:
     """The gradient, passed through the warning in one of its columns, or a compiler would drop that as unused.
 
     Not in place where the gradient is shared with what computed it, and differentiated again.

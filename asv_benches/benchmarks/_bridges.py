@@ -1,0 +1,149 @@
+"""What a bridge costs: forward and backward through it, the same pair called by hand, and in the barest wrapper.
+
+The last is the framework's own part: an ``autograd.Function`` or ``custom_vjp`` around the same two calls, with no
+status, no warning, no second derivative and no transform.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ddnref._rule import Rule, as_tuple, options_of
+from ddnref._rules import RULES
+
+from ._common import Call, burst, load, load_jax, seconds
+
+M = 8
+OPERATIONS = ("eigh", "eigh_topk", "spectral_function", "solve", "sinkhorn")
+FRAMEWORKS = ("torch", "jax")
+
+
+class Calls(NamedTuple):
+    bridge: Call
+    by_hand: Call
+    bare: Call
+
+
+class Overhead(NamedTuple):
+    """The median over rounds of time(a) − time(b) in µs, with the quartiles of the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+
+def overhead(a: Call, b: Call) -> Overhead:
+    """Of a over b, interleaved: a b, b a, … in bursts of 20 ms, after a warm-up of both."""
+    duration = min(0.02, seconds() / 10)
+    for call in (a, b):
+        burst(call, 5 * duration)
+    differences: list[float] = []
+    end = time.perf_counter() + seconds()
+    while len(differences) < 6 or time.perf_counter() < end:
+        times = {i: burst((a, b)[i], duration) for i in ((1, 0) if len(differences) % 2 else (0, 1))}
+        differences.append(1e6 * (times[0] - times[1]))
+    low, middle, high = np.quantile(differences, [0.25, 0.5, 0.75])
+    return Overhead(float(middle), float(low), float(high))
+
+
+class Problem(NamedTuple):
+    inputs: tuple[Any, ...]
+    bars: tuple[Any, ...]
+    options: dict[str, Any]
+    forward: Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]]
+    """From inputs to outputs and saved arrays."""
+    vjp: Callable[..., tuple[Any, ...]]
+    """From cotangents, outputs, saved arrays and the inputs that it needs to cotangents."""
+
+    def needed(self, rule: Rule) -> tuple[Any, ...]:
+        return tuple(self.inputs[i] for i in rule.needs)
+
+    def by_hand(self, rule: Rule) -> tuple[Any, ...]:
+        outputs, saved = self.forward(*self.inputs)
+        return self.vjp(*self.bars, *outputs, *saved, *self.needed(rule))
+
+
+def problem(name: str, convert: Callable[[Any], Any]) -> Problem:
+    """An operation's own sample at m = 8, with the cotangents of its loss, or random ones."""
+    rule, rng = RULES[name], np.random.default_rng(0)
+    sample = rule.sample(convert, rng, (), M, False)
+    forward_options, vjp_options = options_of(rule, sample.options)
+
+    def forward(*inputs: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        result = rule.forward(*inputs, **forward_options)
+        outputs, saved = result if rule.info is None else result[0]
+        return as_tuple(outputs), saved
+
+    def vjp(*arrays: Any) -> tuple[Any, ...]:
+        gradients = rule.vjp(*arrays, **vjp_options)
+        return as_tuple(gradients[0] if rule.vjp_info else gradients)
+
+    outputs, _ = forward(*sample.inputs)
+    bars = sample.loss[1](*outputs) if sample.loss else [convert(rng.standard_normal(tuple(y.shape))) for y in outputs]
+    return Problem(sample.inputs, tuple(bars), sample.options, forward, vjp)
+
+
+def calls(framework: str, name: str) -> Calls:
+    """The three of one operation."""
+    return {"torch": _torch, "jax": _jax}[framework](name)
+
+
+def _torch(name: str) -> Calls:
+    torch = load("torch")
+    from ddnref.interop.torch import differentiable
+
+    p, rule = problem(name, torch.from_numpy), RULES[name]
+    operation = differentiable(rule.function, **p.options)
+    inputs = tuple(x.clone().requires_grad_() for x in p.inputs)
+    n = len(p.bars)
+
+    class Bare(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
+            outputs, saved = p.forward(*inputs)
+            ctx.save_for_backward(*outputs, *saved, *(inputs[i] for i in rule.needs))
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *bars: Any) -> tuple[Any, ...]:
+            return p.vjp(*bars, *ctx.saved_tensors)
+
+    def bridge() -> Any:
+        outputs = operation(*inputs)
+        return torch.autograd.grad(as_tuple(outputs if rule.info is None else outputs[0]), inputs, p.bars)
+
+    def bare() -> Any:
+        return torch.autograd.grad(Bare.apply(*inputs)[:n], inputs, p.bars)
+
+    return Calls(bridge, lambda: p.by_hand(rule), bare)
+
+
+def _jax(name: str) -> Calls:
+    jax = load_jax()
+    from ddnref.interop.jax import differentiable
+
+    p, rule = problem(name, jax.numpy.asarray), RULES[name]
+    operation = differentiable(rule.function, **p.options)
+
+    @jax.custom_vjp
+    def wrapped(*inputs: Any) -> tuple[Any, ...]:
+        return p.forward(*inputs)[0]
+
+    def fwd(*inputs: Any) -> Any:
+        outputs, saved = p.forward(*inputs)
+        return outputs, (*outputs, *saved, *(inputs[i] for i in rule.needs))
+
+    wrapped.defvjp(fwd, lambda kept, bars: p.vjp(*bars, *kept))
+
+    def outputs(*inputs: Any) -> tuple[Any, ...]:
+        result = operation(*inputs)
+        return as_tuple(result if rule.info is None else result[0])
+
+    def through(function: Callable[..., Any]) -> Call:
+        return lambda: jax.block_until_ready(jax.vjp(function, *p.inputs)[1](p.bars))
+
+    return Calls(through(outputs), lambda: jax.block_until_ready(p.by_hand(rule)), through(wrapped))
