@@ -29,7 +29,7 @@ def namespace(**arrays: Array | None) -> Namespace:
     present = {name: array for name, array in arrays.items() if array is not None}
     if not present:
         raise TypeError(f"{' and '.join(arrays)} must be given: there is nothing to compute from None.")
-    if all(type(array) is np.ndarray and array.dtype.char in "fdFD" for array in present.values()):
+    if all(type(a) is np.ndarray and a.dtype.char in "fdFD" and a.dtype.isnative for a in present.values()):
         return _numpy_namespace()  # the common case, checked in a microsecond
     xp = library(**present)
     for name, array in present.items():
@@ -52,6 +52,8 @@ def _numpy_namespace() -> Namespace:
 def library(**arrays: Array) -> Namespace:
     """Return the namespace that all named arrays share, of any dtype; ``TypeError`` for several, or several devices."""
     xp = _shared_namespace(arrays)
+    for name, array in arrays.items():
+        _check_plain(name, array)
     _check_devices(arrays)
     return xp
 
@@ -62,7 +64,7 @@ def _kind(array: Array) -> str:
 
 def _shared_namespace(present: dict[str, Array]) -> Namespace:
     for name, array in present.items():
-        if not array_api_compat.is_array_api_obj(array):
+        if isinstance(array, type) or not array_api_compat.is_array_api_obj(array):
             raise TypeError(
                 f"{name} is a {_kind(array)}, not an array. "
                 "Pass a NumPy, CuPy, PyTorch, JAX or other array-API array; lists and scalars are not converted."
@@ -75,6 +77,23 @@ def _shared_namespace(present: dict[str, Array]) -> Namespace:
             f"All arrays must come from one library, but got {kinds}. "
             "Nothing is converted silently; move them to one library first, for example with xp.from_dlpack."
         ) from error
+
+
+def _check_plain(name: str, array: Array) -> None:
+    """Raise ``TypeError`` for arrays of which only a part would be seen, or whose products mean something else."""
+    if isinstance(array, np.ndarray):
+        if isinstance(array, np.matrix | np.ma.MaskedArray):
+            raise TypeError(
+                f"{name} is a {_kind(array)}: its mask, or its way to multiply, would be ignored. Pass a plain array, "
+                f"for example np.asarray({name})."
+            )
+        if not array.dtype.isnative:
+            raise TypeError(
+                f"{name} has dtype {array.dtype}, in foreign byte order. Convert it first, for example with "
+                f'{name}.astype({name}.dtype.newbyteorder("=")).'
+            )
+    elif array_api_compat.is_torch_array(array) and (array.is_sparse or array.is_sparse_csr):
+        raise TypeError(f"{name} has layout {array.layout}: ddnref takes dense tensors. Pass {name}.to_dense().")
 
 
 def _check_devices(present: dict[str, Array]) -> None:
@@ -152,6 +171,20 @@ def check_dtypes(**pairs: tuple[Array | None, Any]) -> None:
             raise TypeError(f"{name} has dtype {array.dtype}, expected {wanted}: nothing is converted silently.")
 
 
+def check_precision(xp: Namespace, **arrays: Array) -> None:
+    """Raise ``TypeError`` unless all are single or all double precision; real and complex go together."""
+    if len({str(real_dtype(xp, array.dtype)) for array in arrays.values()}) > 1:
+        kinds = ", ".join(f"{name}: {array.dtype}" for name, array in arrays.items())
+        raise TypeError(f"All arrays must have one precision, but got {kinds}: nothing is converted silently.")
+
+
+def given(**arrays: Array | None) -> None:
+    """Raise ``TypeError`` for an array that is ``None``."""
+    for name, array in arrays.items():
+        if array is None:
+            raise TypeError(f"{name} is None: an array must be given.")
+
+
 def check_shapes(**pairs: tuple[Array | None, tuple[int, ...]]) -> None:
     """Raise ``ValueError`` unless each named ``(array, shape)`` agrees; ``None`` arrays are skipped."""
     for name, (array, shape) in pairs.items():
@@ -216,6 +249,12 @@ def full(shape: tuple[int, ...], value: float, like: Array) -> Array:
     """An array filled with `value`, of the dtype and on the device of `like`."""
     xp = array_api_compat.array_namespace(like)
     return xp.full(shape, value, dtype=like.dtype, device=array_api_compat.device(like))
+
+
+def power_of_two_below(size: Array) -> Array:
+    """The power of two below each number, 1 for zero: to divide by it is exact."""
+    xp = array_api_compat.array_namespace(size)
+    return full((), 2.0, size) ** xp.floor(xp.log2(xp.where(size > 0, size, xp.ones_like(size))))
 
 
 def own(x: Array) -> Array:

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 import array_api_compat
 
 from ddnref import _linalg
-from ddnref._array import Array, check_dtypes, check_shapes, eps, full, nan_where
+from ddnref._array import Array, check_dtypes, check_shapes, eps, full, nan_where, power_of_two_below
 from ddnref._loops import CHECK_EVERY, WhileLoop, run
 
 SINGULAR = 16  # a condition above 1 / (16 n eps) leaves no digit of the solution worth having
@@ -71,7 +71,8 @@ class BlockDiagonal(NamedTuple):
     def row_size(self) -> Array:
         """``Σ_j |H_ij|``, (..., n)."""
         xp = array_api_compat.array_namespace(self.blocks)
-        return xp.reshape(_sum_abs(self.blocks), (*self.blocks.shape[:-3], -1))
+        *batch, count, size, _ = self.blocks.shape
+        return xp.reshape(_sum_abs(self.blocks), (*batch, count * size))
 
     def solve(self, b: Array) -> Array:
         """``H⁻¹ B`` for b of shape (..., n, k); NaN in the rows of singular blocks."""
@@ -258,6 +259,8 @@ def _projected_cg(h: Products, c_: Array, gram: Array, a: Array, c: Array) -> So
     def dot(u: Array, v: Array) -> Array:
         return xp.sum(u * v, axis=-2, keepdims=True)
 
+    size = power_of_two_below(xp.max(xp.abs(xp.concat([a, c], axis=-2)), axis=-2, keepdims=True))  # for their squares
+    a, c = a / size, c / size
     w_0 = c_t @ _linalg.solve(gram, c) if p else xp.zeros_like(a)
     b = project(a - apply(w_0) if p else a)
     goal = rtol * rtol * dot(b, b)
@@ -284,7 +287,8 @@ def _projected_cg(h: Products, c_: Array, gram: Array, a: Array, c: Array) -> So
     singular = xp.any(~end.curved, axis=(-2, -1))
     converged = xp.all(~end.active, axis=(-2, -1))
     bad = (singular | ~converged)[..., None, None]
-    return Solution(nan_where(bad, w), nan_where(bad, eta), singular | xp.any(xp.isnan(eta), axis=(-2, -1)), converged)
+    w, eta = nan_where(bad, w) * size, nan_where(bad, eta) * size
+    return Solution(w, eta, singular | xp.any(xp.isnan(eta), axis=(-2, -1)), converged)
 
 
 def _sum_abs(x: Array) -> Array:

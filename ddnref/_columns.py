@@ -17,7 +17,10 @@ def columns_of(index: Sequence[int] | None, m: int) -> Columns:
     """The chosen columns as non-negative integers; a range where they are consecutive, so that views suffice."""
     if index is None:
         return range(m)
-    given = [operator.index(i) for i in index]
+    try:
+        given = [operator.index(i) for i in index]
+    except TypeError:
+        raise TypeError(f"index is {index!r}, expected a sequence of integers.") from None
     if any(not -m <= i < m for i in given):
         raise ValueError(f"index {tuple(given)} is out of range for a matrix with {m} columns.")
     columns = tuple(i % m for i in given)

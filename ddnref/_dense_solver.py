@@ -7,7 +7,7 @@ from typing import Any
 
 import array_api_compat
 
-from ddnref._array import Array, eps, is_true
+from ddnref._array import Array, eps, is_true, namespace
 from ddnref._krylov._common import (
     BREAKDOWN,
     CONVERGED,
@@ -20,6 +20,7 @@ from ddnref._krylov._common import (
 )
 from ddnref._krylov._vectors import norms
 from ddnref._operators import LinearOperator, as_operator
+from ddnref._operators._operator import check_vector
 from ddnref._solve import raise_singular, solve
 
 DIRECT_UP_TO = 256  # columns, as in `eigsh_vjp`
@@ -30,6 +31,7 @@ def direct(
     b: Array,
     /,
     *,
+    x0: Array | None = None,
     rtol: float | None = None,
     throw: bool = True,
     **_: Any,
@@ -41,9 +43,14 @@ def direct(
         raise ValueError(
             f'solver "direct" needs a square operator, got {a.domain_shape} to {a.range_shape}: use "lsmr".'
         )
-    xp = array_api_compat.array_namespace(b)
+    xp = namespace(b=b, **{f"params[{i}]": parameter for i, parameter in enumerate(a.params)})
+    axes = len(a.range_shape)
+    if b.ndim < axes or tuple(b.shape[b.ndim - axes :]) != tuple(a.range_shape):
+        raise ValueError(f"b has shape {tuple(b.shape)}, expected (..., *{tuple(a.range_shape)}).")
+    if x0 is not None:
+        check_vector("x0", x0, tuple(a.domain_shape), a.params)
     matrix = a.matrix(b) if isinstance(operator, LinearOperator) else operator
-    rows = xp.reshape(b, (*b.shape[: b.ndim - len(a.range_shape)], n))
+    rows = xp.reshape(b, (*b.shape[: b.ndim - axes], n))
     x = solve(matrix, rows, throw=False)
     finite = xp.all(xp.isfinite(matrix), axis=(-2, -1)) & xp.all(xp.isfinite(rows), axis=-1)
     lead = tuple(x.shape[:-1])

@@ -35,8 +35,10 @@ from ddnref._columns import Columns, columns_of, take
 from ddnref._gauge import RTOL, exceeds, jump, masked, raise_gauge, ratio
 from ddnref._linalg import adjoint, hermitian_part, hermitian_product
 from ddnref._linalg import eigh as _eigh
+from ddnref._public import public
 
 
+@public
 def eigh(x: Array, /, *, check_finite: bool = False) -> tuple[Array, Array]:
     """Eigenvalues and eigenvectors of a real symmetric or complex Hermitian matrix.
 
@@ -89,6 +91,7 @@ def eigh(x: Array, /, *, check_finite: bool = False) -> tuple[Array, Array]:
     return _eigh(hermitian_part(x))
 
 
+@public
 def eigh_vjp(
     w_bar: Array | None,
     v_bar: Array | None,
@@ -187,6 +190,7 @@ def eigh_vjp(
     return x_bar
 
 
+@public
 def gauge_residual(
     w_bar: Array | None,
     v_bar: Array | None,
@@ -240,7 +244,10 @@ def gauge_residual(
     if v_bar is not None:
         m_ = adjoint(v) @ v_bar
         residual = xp.maximum(residual, ratio(*masked(m_, cluster_mask(near, columns), columns)))
-    return residual
+    bad = xp.any(xp.isnan(w), axis=-1)
+    bad = bad if w_bar is None else bad | xp.any(xp.isnan(w_bar), axis=-1)
+    bad = bad if v_bar is None else bad | xp.any(xp.isnan(v_bar), axis=(-2, -1))
+    return nan_where(bad, residual)
 
 
 def has_repeated(w: Array, rtol: float | None = None) -> Array:

@@ -7,14 +7,15 @@ from typing import NamedTuple, NoReturn
 
 import array_api_compat
 
-from ddnref._array import Array, as_dtype, eps, full, is_true, refuse_recording
+from ddnref._array import Array, as_dtype, eps, full, is_true, power_of_two_below, refuse_recording
 from ddnref._columns import take
 from ddnref._errors import ConvergenceError, GaugeError
 from ddnref._lanczos import Plan, lanczos, wish
 from ddnref._linalg import eigh
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator
-from ddnref._rows import SelfAdjoint, norms, self_adjoint
+from ddnref._public import public
+from ddnref._rows import SelfAdjoint, noise, norms, self_adjoint
 
 WHICH = ("LA", "SA", "LM")
 METHODS = ("auto", "iterative", "full")
@@ -38,6 +39,7 @@ class EigshInfo(NamedTuple):
     """Products of A with one vector, ``(...)``."""
 
 
+@public
 def eigsh(
     x: Array | LinearOperator,
     /,
@@ -142,6 +144,7 @@ def eigsh(
     return outputs, info
 
 
+@public
 def eigsh_fwd(
     x: Array | LinearOperator,
     /,
@@ -194,10 +197,12 @@ def eigsh_fwd(
     else:
         plan = Plan(k, which, p, (p + k) // 2, tol)
         limit = MAXITER if maxiter is None else maxiter
-        found = lanczos(a, plan, v0, maxiter=limit, check_every=check_every, while_loop=while_loop)
-        w, v, w_rest, v_rest = found.w, a.columns(found.rows), found.w_rest, a.columns(found.rest)
-        residual, scale, converged, n_iter = found.residual, found.scale, found.done, found.n_iter
-        n_products = n_iter * (p - plan.l) + k + 1
+        unit, size = _of_unit_size(a)
+        found = lanczos(unit, plan, v0, maxiter=limit, check_every=check_every, while_loop=while_loop)
+        w, w_rest = found.w * size[..., None], found.w_rest * size[..., None]
+        v, v_rest, scale = a.columns(found.rows), a.columns(found.rest), found.scale * size
+        residual, converged, n_iter = found.residual, found.done, found.n_iter
+        n_products = n_iter * (p - plan.l) + k + 2
     cut = is_cut(w, w_rest, scale, which, cluster_rtol)
     info = EigshInfo(converged, n_iter, residual, cut, n_products)
     if throw:
@@ -225,6 +230,14 @@ def is_cut(w: Array, w_rest: Array, scale: Array, which: str, cluster_rtol: floa
         return w[..., -1] != w[..., -1]
     rtol = CLUSTER_RTOL * eps(xp, w.dtype) if cluster_rtol is None else cluster_rtol
     return wish(w, which)[..., -1] - wish(w_rest, which)[..., 0] <= rtol * scale
+
+
+def _of_unit_size(a: SelfAdjoint) -> tuple[SelfAdjoint, Array]:
+    """A over a power of two for each item, and that: the squares of ‖A v‖ could leave the range of exponents."""
+    xp = array_api_compat.array_namespace(a.like)
+    image = a.apply(xp.broadcast_to(noise(0, a.m, a.like), (*a.batch, 1, a.m)))
+    size = power_of_two_below(xp.max(xp.abs(image), axis=(-2, -1)))
+    return a._replace(apply=lambda q: a.apply(q) / as_dtype(size, q)[..., None, None]), size
 
 
 def _full(a: SelfAdjoint, k: int, which: str) -> tuple[tuple[Array, Array], tuple[Array, Array], Array, Array]:

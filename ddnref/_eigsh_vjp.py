@@ -21,9 +21,11 @@ from ddnref._array import (
     check_shapes,
     eps,
     full,
+    given,
     is_true,
     namespace,
     nan_where,
+    power_of_two_below,
     real_dtype,
 )
 from ddnref._deflated import Shifted, cg, direct, shifted
@@ -33,6 +35,7 @@ from ddnref._gauge import exceeds, largest, masked
 from ddnref._linalg import hermitian_product
 from ddnref._loops import CHECK_EVERY, WhileLoop
 from ddnref._operators import LinearOperator
+from ddnref._public import public
 from ddnref._rows import SelfAdjoint, inner, noise, norms, self_adjoint, without
 
 SOLVERS = ("auto", "cg", "direct")
@@ -74,6 +77,7 @@ class Tolerances(NamedTuple):
     check: float
 
 
+@public
 def eigsh_vjp(
     w_bar: Array | None,
     v_bar: Array | None,
@@ -180,14 +184,24 @@ def eigsh_vjp(
     if solver == "auto":
         solver = "direct" if given.a.m <= DIRECT_UP_TO and not is_operator else "cg"
     loop = {"maxiter": max(1000, given.a.m) if maxiter is None else maxiter, "check_every": check_every}
-    half, info, bad = _eigsh_vjp(given, tol, solver, {**loop, "while_loop": while_loop})
+    unit_given, size = _of_unit_size(given)
+    half, info, bad = _eigsh_vjp(unit_given, tol, solver, {**loop, "while_loop": while_loop})
     if throw:
         _raise(info, bad, tol)
-    half = nan_where((bad | info.cut | ~info.converged)[..., None, None], half)
+    half = nan_where((bad | info.cut | ~info.converged)[..., None, None], half * as_dtype(size, half)[..., None, None])
     return (_of_params(given, half, saved_and_x[-1]) if is_operator else _of_matrix(given, half)), info
 
 
 # --- below: the algorithm, without validation ----------------------------------------------------------------
+
+
+def _of_unit_size(g: Given) -> tuple[Given, Array]:
+    """Cotangents over a power of two for each item, and that: their squares could leave the range of exponents."""
+    xp = array_api_compat.array_namespace(g.w)
+    size = largest(g.w_bar, 1) if g.v_bar is None else xp.maximum(largest(g.w_bar, 1), largest(g.v_bar, 2))
+    size = power_of_two_below(size)
+    v_bar = None if g.v_bar is None else g.v_bar / as_dtype(size, g.v_bar)[..., None, None]
+    return g._replace(w_bar=g.w_bar / size[..., None], v_bar=v_bar), size
 
 
 def _eigsh_vjp(g: Given, tol: Tolerances, solver: str, loop: dict[str, object]) -> tuple[Array, EigshVjpInfo, Array]:
@@ -353,7 +367,15 @@ def _given(
         raise TypeError("w_bar and v_bar are both None: there is nothing to differentiate.")
     if isinstance(w_rest, LinearOperator) or isinstance(v_rest, LinearOperator):
         raise TypeError("x, the operator, comes last, after w_rest and v_rest.")
-    xp = namespace(w_bar=w_bar, v_bar=v_bar, w=w, v=v, w_rest=w_rest, v_rest=v_rest)
+    of_x = {f"params[{i}]": p for i, p in enumerate(x.params)} if isinstance(x, LinearOperator) else {"x": x}
+    given(w=w, v=v, **of_x)
+    if len(saved_and_x) == 3:
+        given(w_rest=w_rest, v_rest=v_rest)
+    xp = namespace(w_bar=w_bar, v_bar=v_bar, w=w, v=v, w_rest=w_rest, v_rest=v_rest, **of_x)
+    if w_rest is not None and w_rest.ndim < 1:
+        raise ValueError(f"w_rest has shape {tuple(w_rest.shape)}, expected (..., r).")
+    if v.ndim < 2 or v.shape[-1] < 1:
+        raise ValueError(f"v has shape {tuple(v.shape)}, expected (..., m, k) with k at least 1.")
     number = real_dtype(xp, v.dtype)
     check_dtypes(
         w=(w, number), w_bar=(w_bar, number), v_bar=(v_bar, v.dtype), w_rest=(w_rest, number), v_rest=(v_rest, v.dtype)

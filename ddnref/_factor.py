@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from ddnref._array import Array, Namespace, check_dtypes, check_shapes, full, namespace
+from ddnref._array import Array, Namespace, check_dtypes, check_shapes, full, library, namespace
 from ddnref._linalg import adjoint, hermitian_part, hermitian_product, identity
 from ddnref._operators import LinearOperator
 
@@ -78,6 +78,7 @@ def _of_pieces(pieces: Pieces, names: list[str], join: Callable[[Pieces], Any]) 
         given = (vectors,) if join is _only else tuple(vectors)
         if len(given) != len(pieces):
             raise ValueError(f"{name} has {len(given)} pieces, the factor {len(pieces)}.")
+        library(**{f"{name}[{i}]" if len(given) > 1 else name: e for i, e in enumerate(given)}, factor=pieces[0])
         for e, v in zip(given, pieces, strict=True):
             check_dtypes(**{name: (e, v.dtype)})
             check_shapes(**{name: (e, (*v.shape[:-1], e.shape[-1] if e.ndim else 0))})

@@ -25,12 +25,12 @@ from ddnref._array import (
     as_dtype,
     check_dtypes,
     check_shapes,
-    conj,
     full,
+    given,
     is_complex,
     is_true,
+    namespace,
     nan_where,
-    real,
     real_dtype,
 )
 from ddnref._columns import take
@@ -40,8 +40,10 @@ from ddnref._factor import Factor, Pieces, Tall, tall
 from ddnref._gauge import jump, largest, masked
 from ddnref._gram_values import columns_of, count, gauge_check, gram_matrix, ready, zero_tolerance
 from ddnref._linalg import adjoint, eigh
+from ddnref._public import public
 
 
+@public
 def gram_eigh(
     factor: Factor,
     /,
@@ -98,6 +100,7 @@ def gram_eigh(
     return gram_eigh_fwd(factor, k, zero_rtol=zero_rtol, check_finite=check_finite, throw=throw)[0]
 
 
+@public
 def gram_eigh_fwd(
     factor: Factor,
     /,
@@ -135,6 +138,7 @@ def gram_eigh_fwd(
     return (w, v.join(e)), (w_all, u_all)
 
 
+@public
 def gram_eigh_vjp(
     w_bar: Array | None,
     e_bar: Any,
@@ -278,8 +282,10 @@ def raise_singular(w: Array, zero: Array) -> None:
 
 def _longest(xp: Namespace, e_bar: Pieces) -> Array:
     """The largest length of a column, ``(...)``."""
-    square = sum(xp.sum(real(e * conj(e)), axis=-2) for e in e_bar)
-    return largest(xp.sqrt(square), 1)
+    size = xp.max(xp.stack([largest(e, 2) for e in e_bar]), axis=0)  # of unit size, so that squares stay in range
+    size = xp.where(size > 0, size, xp.ones_like(size))
+    square = sum(xp.sum(xp.abs(e / as_dtype(size, e)[..., None, None]) ** 2, axis=-2) for e in e_bar)
+    return size * largest(xp.sqrt(square), 1)
 
 
 def _check(
@@ -287,9 +293,10 @@ def _check(
 ) -> tuple[Namespace, Pieces]:
     if w_bar is None and e_bar is None:
         raise TypeError("w_bar and e_bar are both None: there is nothing to differentiate.")
-    xp = array_api_compat.array_namespace(u_all)
-    real, k = real_dtype(xp, v.like.dtype), w.shape[-1]
-    check_dtypes(w=(w, real), w_bar=(w_bar, real), w_all=(w_all, real), u_all=(u_all, v.like.dtype))
+    given(w=w, w_all=w_all, u_all=u_all)
+    xp = namespace(w_bar=w_bar, w=w, w_all=w_all, u_all=u_all, factor=v.like)
+    number, k = real_dtype(xp, v.like.dtype), w.shape[-1] if w.ndim else 0
+    check_dtypes(w=(w, number), w_bar=(w_bar, number), w_all=(w_all, number), u_all=(u_all, v.like.dtype))
     check_shapes(
         w=(w, (*v.batch, k)), w_bar=(w_bar, (*v.batch, k)), w_all=(w_all, (*v.batch, v.n)),
         u_all=(u_all, (*v.batch, v.n, v.n)),

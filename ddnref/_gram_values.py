@@ -9,10 +9,14 @@ import array_api_compat
 from ddnref._array import (
     Array,
     Namespace,
+    check_dtypes,
     check_shapes,
     eps,
+    given,
     is_true,
+    namespace,
     nan_where,
+    real_dtype,
     refuse_non_finite,
     refuse_recording,
 )
@@ -22,8 +26,10 @@ from ddnref._factor import Factor, Tall, tall
 from ddnref._gauge import exceeds, jump, raise_gauge, ratio
 from ddnref._linalg import eigh, eigvalsh
 from ddnref._operators import LinearOperator
+from ddnref._public import public
 
 
+@public
 def gram_eigvalsh(factor: Factor, /, *, check_finite: bool = False) -> Array:
     r"""The eigenvalues of ``V Vᴴ`` for a tall factor V, largest first, from its n×n Gram matrix.
 
@@ -72,6 +78,7 @@ def gram_eigvalsh(factor: Factor, /, *, check_finite: bool = False) -> Array:
     return _largest(eigvalsh(gram_matrix(v, check_finite)), v)
 
 
+@public
 def gram_eigvalsh_fwd(factor: Factor, /, *, check_finite: bool = False) -> tuple[Array, tuple[Array, Array]]:
     """`gram_eigvalsh` and what its reverse pass needs.
 
@@ -97,6 +104,7 @@ def gram_eigvalsh_fwd(factor: Factor, /, *, check_finite: bool = False) -> tuple
     return _largest(w_all, v), (w_all, u_all)
 
 
+@public
 def gram_eigvalsh_vjp(
     w_bar: Array,
     w: Array,
@@ -150,10 +158,13 @@ def gram_eigvalsh_vjp(
            [0., 0.]])
     """
     v = tall(factor)
-    check_shapes(w=(w, (*v.batch, count(v))), u_all=(u_all, (*v.batch, v.n, v.n)))
+    given(w_bar=w_bar, w=w)
+    xp = namespace(w_bar=w_bar, w=w, w_all=w_all, u_all=u_all, factor=v.like)
+    real = real_dtype(xp, v.like.dtype)
+    check_dtypes(w_bar=(w_bar, real), w=(w, real), w_all=(w_all, real), u_all=(u_all, v.like.dtype))
+    check_shapes(w=(w, (*v.batch, count(v))), w_all=(w_all, (*v.batch, v.n)), u_all=(u_all, (*v.batch, v.n, v.n)))
     index = columns_of(count(v), v)
     k_bar = 2 * eigh_vjp(w_bar, None, w_all, u_all, index=index, gauge_rtol=float("inf"), throw=False)
-    xp = array_api_compat.array_namespace(w_bar)
     zero = w <= zero_tolerance(xp, w, v.n, None) * w[..., :1]  # equal, but with a gradient: V u = 0
     check = jump(xp.where(zero, xp.zeros_like(w_bar), w_bar), neighbours(xp, w_all, rtol), index)
     bad = gauge_check([check], gauge_rtol, throw)

@@ -14,12 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ddnref._array import Array, check_shapes
+from ddnref._array import Array, check_dtypes, check_real, check_shapes, namespace
 from ddnref._bordered import Products, Structure, as_structure, solve
 from ddnref._kkt import Bars, Functions, Point, as_tuple, constrained, negative, of_shape, unconstrained
 from ddnref._linalg import matvec
+from ddnref._public import public
 
 
+@public
 def root_vjp(
     y_bar: Array,
     y: Array,
@@ -98,6 +100,7 @@ def root_vjp(
     return negative(residual_vjp(w, y, *inputs))
 
 
+@public
 def argmin_vjp(
     y_bar: Array,
     y: Array,
@@ -156,6 +159,7 @@ def argmin_vjp(
     return unconstrained(point, h, y_bar, f_y, gradient_vjp, inputs, throw)
 
 
+@public
 def eq_argmin_vjp(
     y_bar: Array,
     y: Array,
@@ -231,6 +235,7 @@ def eq_argmin_vjp(
     return constrained(point, y_bar, nu, inputs, functions, None, throw)
 
 
+@public
 def lineq_argmin_vjp(
     y_bar: Array,
     y: Array,
@@ -288,6 +293,11 @@ def lineq_argmin_vjp(
     array([0.5])
     """
     point = Point("lineq_argmin_vjp", y, y_bar, nu, rtol, atol)
+    namespace(y=y, a=a, b=b)
+    check_real(a=a, b=b)
+    check_dtypes(a=(a, y.dtype), b=(b, y.dtype))
+    if b.ndim < 1:
+        raise ValueError(f"b has shape {tuple(b.shape)}, expected (..., p): one number for each row of a.")
     check_shapes(a=(a, (*b.shape, y.shape[-1])), b=(b, (*y.shape[:-1], *b.shape[-1:])))
     if inputs and gradient_vjp is None:
         raise TypeError("gradient_vjp must be given: the objective depends on inputs.")
@@ -306,6 +316,7 @@ def lineq_argmin_vjp(
     return constrained(point, y_bar, nu, (a, b, *inputs), functions, None, throw)
 
 
+@public
 def ineq_argmin_vjp(
     y_bar: Array,
     y: Array,

@@ -36,6 +36,7 @@ from ddnref._errors import ConvergenceError, NonFiniteError
 from ddnref._linalg import eigh, hermitian_part, matvec, symmetrised
 from ddnref._loops import CHECK_EVERY, IterationInfo, WhileLoop, run
 from ddnref._pairs import SIGNS, align_signs, norm
+from ddnref._public import public
 from ddnref._qr import qr
 
 RTOL = 16  # in units of eps, with √m more: the rounding of products with m terms reached 18 at m = 512
@@ -56,6 +57,7 @@ class _Power(NamedTuple):
     active: Array
 
 
+@public
 def power_iteration(
     x: Array,
     /,
@@ -186,6 +188,7 @@ class _Simultaneous(NamedTuple):
     active: Array
 
 
+@public
 def simultaneous_iteration(
     x: Array,
     /,
@@ -357,10 +360,16 @@ def _start(xp: Namespace, v0: Array | None, x: Array, columns: tuple[int, ...]) 
     if v0 is None:
         v0 = xp.asarray(_draw(shape[x.ndim - 2 :]).copy(), dtype=x.dtype, device=array_api_compat.device(x))
     else:
-        namespace(x=x, v0=v0)
-        check_dtypes(v0=(v0, x.dtype))
-        check_shapes(v0=(v0, shape if v0.ndim == len(shape) else shape[x.ndim - 2 :]))
+        check_start(v0, x, columns)
     return xp.broadcast_to(v0, shape)
+
+
+def check_start(v0: Array, x: Array, columns: tuple[int, ...]) -> None:
+    """Raise unless `v0` is a start for every item of the batch, or one for all."""
+    shape = (*x.shape[:-1], *columns)
+    namespace(x=x, v0=v0)
+    check_dtypes(v0=(v0, x.dtype))
+    check_shapes(v0=(v0, shape if v0.ndim == len(shape) else shape[x.ndim - 2 :]))
 
 
 @lru_cache(maxsize=4)

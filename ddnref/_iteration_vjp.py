@@ -44,13 +44,16 @@ from ddnref._array import (
 )
 from ddnref._errors import GaugeError
 from ddnref._gauge import RTOL, exceeds, largest
+from ddnref._iteration import check_start
 from ddnref._linalg import bordered, hermitian_sum, identity, solve, symmetrised, with_diagonal
+from ddnref._public import public
 from ddnref._unrolled import power_unrolled_vjp, simultaneous_unrolled_vjp
 
 METHODS = ("bordered", "fixed_point", "unrolled")
 CHUNK = 2**16  # entries of the systems that NumPy holds at once: 4 items at m = 128, one from 256 on
 
 
+@public
 def power_iteration_vjp(
     w_bar: Array | None,
     v_bar: Array | None,
@@ -122,7 +125,7 @@ def power_iteration_vjp(
     check_square("x", x)
     shape = tuple(x.shape[:-1])
     check_shapes(w_bar=(w_bar, shape[:-1]), v_bar=(v_bar, shape), w=(w, shape[:-1]), v=(v, shape))
-    steps = _check(w_bar, v_bar, w, v, x, method, n_iter)
+    steps = _check(w_bar, v_bar, w, v, x, method, n_iter, v0)
     if method == "unrolled":
         return power_unrolled_vjp(w_bar, v_bar, v, x, symmetric, v0, steps)
     w_bar = xp.zeros_like(w) if w_bar is None else w_bar
@@ -130,6 +133,7 @@ def power_iteration_vjp(
     return _vjp(xp, w_bar[..., None], v_bar[..., None], w[..., None], v[..., None], x, method, symmetric, throw)
 
 
+@public
 def simultaneous_iteration_vjp(
     w_bar: Array | None,
     v_bar: Array | None,
@@ -190,7 +194,7 @@ def simultaneous_iteration_vjp(
     check_shapes(
         w_bar=(w_bar, (*shape[:-1], *n)), v_bar=(v_bar, (*shape, *n)), w=(w, (*shape[:-1], *n)), v=(v, (*shape, *n))
     )
-    steps = _check(w_bar, v_bar, w, v, x, method, n_iter)
+    steps = _check(w_bar, v_bar, w, v, x, method, n_iter, v0)
     if method == "unrolled":
         if not symmetric and n[0] > 1:
             raise ValueError('method "unrolled" with n > 1 columns needs symmetric=True; "bordered" does not.')
@@ -364,7 +368,14 @@ def _grows(largest: Array, size: Array, n: int, unit: float) -> Array:
 
 
 def _check(
-    w_bar: Array | None, v_bar: Array | None, w: Array, v: Array, x: Array, method: str, n_iter: int | None
+    w_bar: Array | None,
+    v_bar: Array | None,
+    w: Array,
+    v: Array,
+    x: Array,
+    method: str,
+    n_iter: int | None,
+    v0: Array | None,
 ) -> int:
     check_dtypes(w_bar=(w_bar, x.dtype), v_bar=(v_bar, x.dtype), w=(w, x.dtype), v=(v, x.dtype))
     if is_complex(x):
@@ -375,4 +386,6 @@ def _check(
         raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}.")
     if method == "unrolled" and n_iter is None:
         raise ValueError('method "unrolled" needs n_iter, the number of steps to repeat and reverse.')
+    if v0 is not None:
+        check_start(v0, x, tuple(v.shape[x.ndim - 1 :]))
     return n_iter or 0

@@ -30,6 +30,8 @@ from ddnref._krylov._lsmr import LeastSquaresInfo, lsmr
 from ddnref._krylov._minres import minres
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator, adjoint, as_operator
+from ddnref._operators._operator import check_vector
+from ddnref._public import public
 from ddnref._solve import check_source, summed_to
 
 Solver = Callable[..., tuple[Array, Any]]
@@ -38,6 +40,7 @@ SOLVERS: dict[str, Solver] = {
 }  # fmt: skip
 
 
+@public
 def linear_solve(
     operator: Array | LinearOperator,
     b: Array,
@@ -121,6 +124,7 @@ def linear_solve(
     return x, _judged(info)
 
 
+@public
 def linear_solve_vjp(
     x_bar: Array,
     x: Array,
@@ -225,7 +229,7 @@ def solver_of(operator: Array | LinearOperator, solver: str | Solver | None) -> 
         return SOLVERS[_default(operator)]
     if callable(solver):
         return solver
-    if solver not in SOLVERS:
+    if not isinstance(solver, str) or solver not in SOLVERS:
         raise ValueError(f"solver is {solver!r}, expected {', '.join(map(repr, SOLVERS))}, a callable or None.")
     return SOLVERS[solver]
 
@@ -287,6 +291,8 @@ def _check(a: LinearOperator, x_bar: Array, x: Array, b: Array | None, y0: Array
     n, m = math.prod(a.range_shape), a.size
     if b is None and n > m:
         raise TypeError("b must be given: the operator is tall, and the residual b − A x enters the gradient.")
+    if y0 is not None:
+        check_vector("y0", y0, tuple(a.range_shape), ())
     if y0 is not None and n != m:
         raise ValueError("y0 is given, but the operator is not square: the result would depend on it.")
     k = len(a.domain_shape)

@@ -13,13 +13,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ddnref._array import Array, check_dtypes, check_shapes, full, namespace, nan_where, with_axes
+from ddnref._array import Array, check_dtypes, check_precision, check_shapes, full, namespace, nan_where, with_axes
 from ddnref._krylov._common import SolveInfo
 from ddnref._linear_solve import Solver, adjoint_of, linear_solve, missing, solve_for_derivative, worse
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator, adjoint, as_operator
+from ddnref._public import public
+from ddnref._solve import check_source
 
 
+@public
 def linear_solve_jvp(
     params_dot: Array | tuple[Array, ...] | None,
     b_dot: Array | None,
@@ -154,7 +157,9 @@ def _check(
     if moves is None and b_dot is None:
         raise TypeError("params_dot and b_dot are both None: there is no direction.")
     given = {f"params_dot[{i}]": p for i, p in enumerate(moves or ())}
-    namespace(b_dot=b_dot, x=x, b=b, x0=x0, **given)
+    parameters = {f"params[{i}]": p for i, p in enumerate(a.params)}
+    xp = namespace(b_dot=b_dot, x=x, b=b, x0=x0, **given, **parameters)
+    check_precision(xp, x=x, **given, **parameters)
     check_dtypes(b_dot=(b_dot, x.dtype), b=(b, x.dtype), x0=(x0, x.dtype))
     if moves is not None:
         if len(moves) != len(a.params):
@@ -165,5 +170,11 @@ def _check(
     n, m = math.prod(a.range_shape), a.size
     if b is None and n > m and moves is not None:
         raise TypeError("b must be given: the operator is tall, and the residual b − A x enters the derivative.")
+    k = len(a.domain_shape)
+    lead = tuple(x.shape[: max(0, x.ndim - k)])
+    check_shapes(x=(x, (*lead, *a.domain_shape)))
+    for name, right in (("b_dot", b_dot), ("b", b)):
+        if right is not None:
+            check_source(name, right, lead, tuple(a.range_shape))
     if x0 is not None and n != m:
         raise ValueError("x0 is given, but the operator is not square: the result would depend on it.")

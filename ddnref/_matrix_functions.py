@@ -9,9 +9,11 @@ from __future__ import annotations
 import array_api_compat
 
 from ddnref._array import Array, eps
+from ddnref._public import public
 from ddnref._spectral import Saved, forward, reverse
 
 
+@public
 def sqrtm(x: Array, /, *, throw: bool = True) -> Array:
     """Principal square root of a symmetric / Hermitian positive semidefinite matrix.
 
@@ -48,11 +50,13 @@ def sqrtm(x: Array, /, *, throw: bool = True) -> Array:
     return sqrtm_fwd(x, throw=throw)[0]
 
 
+@public
 def sqrtm_fwd(x: Array, /, *, throw: bool = True) -> tuple[Array, Saved]:
     """`sqrtm` and what its reverse pass needs: ``y, (w, v)``, the latter as from `eigh`; errors as `sqrtm`."""
     return forward("sqrtm", x, _sqrt, throw)
 
 
+@public
 def sqrtm_vjp(y_bar: Array, y: Array, w: Array, v: Array, /, *, throw: bool = True) -> Array:
     """Gradient through `sqrtm`.
 
@@ -61,6 +65,7 @@ def sqrtm_vjp(y_bar: Array, y: Array, w: Array, v: Array, /, *, throw: bool = Tr
     return reverse("sqrtm", y_bar, y, w, v, _sqrt_difference, throw)
 
 
+@public
 def invsqrtm(x: Array, /, *, throw: bool = True) -> Array:
     """Inverse principal square root of a symmetric / Hermitian positive definite matrix: whitening.
 
@@ -96,11 +101,13 @@ def invsqrtm(x: Array, /, *, throw: bool = True) -> Array:
     return invsqrtm_fwd(x, throw=throw)[0]
 
 
+@public
 def invsqrtm_fwd(x: Array, /, *, throw: bool = True) -> tuple[Array, Saved]:
     """`invsqrtm` and what its reverse pass needs: ``y, (w, v)``, the latter as from `eigh`; errors as `invsqrtm`."""
     return forward("invsqrtm", x, _invsqrt, throw)
 
 
+@public
 def invsqrtm_vjp(y_bar: Array, y: Array, w: Array, v: Array, /, *, throw: bool = True) -> Array:
     """Gradient through `invsqrtm`.
 
@@ -109,6 +116,7 @@ def invsqrtm_vjp(y_bar: Array, y: Array, w: Array, v: Array, /, *, throw: bool =
     return reverse("invsqrtm", y_bar, y, w, v, _invsqrt_difference, throw)
 
 
+@public
 def logm(x: Array, /, *, throw: bool = True) -> Array:
     """Principal logarithm of a symmetric / Hermitian positive definite matrix.
 
@@ -145,11 +153,13 @@ def logm(x: Array, /, *, throw: bool = True) -> Array:
     return logm_fwd(x, throw=throw)[0]
 
 
+@public
 def logm_fwd(x: Array, /, *, throw: bool = True) -> tuple[Array, Saved]:
     """`logm` and what its reverse pass needs: ``y, (w, v)``, the latter as from `eigh`; errors as `logm`."""
     return forward("logm", x, _log, throw)
 
 
+@public
 def logm_vjp(y_bar: Array, y: Array, w: Array, v: Array, /, *, throw: bool = True) -> Array:
     """Gradient through `logm`.
 
@@ -159,6 +169,7 @@ def logm_vjp(y_bar: Array, y: Array, w: Array, v: Array, /, *, throw: bool = Tru
     return reverse("logm", y_bar, y, w, v, _log_difference, throw)
 
 
+@public
 def expm(x: Array, /, *, throw: bool = True) -> Array:
     """Exponential of a symmetric / Hermitian matrix.
 
@@ -194,11 +205,13 @@ def expm(x: Array, /, *, throw: bool = True) -> Array:
     return expm_fwd(x, throw=throw)[0]
 
 
+@public
 def expm_fwd(x: Array, /, *, throw: bool = True) -> tuple[Array, Saved]:
     """`expm` and what its reverse pass needs: ``y, (w, v)``, the latter as from `eigh`; errors as `expm`."""
     return forward("expm", x, _exp, throw)
 
 
+@public
 def expm_vjp(y_bar: Array, y: Array, w: Array, v: Array, /, *, throw: bool = True) -> Array:
     """Gradient through `expm`.
 

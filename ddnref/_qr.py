@@ -14,8 +14,10 @@ from ddnref._array import Array, check_dtypes, check_shapes, conj, eps, is_true,
 from ddnref._errors import SingularError
 from ddnref._linalg import adjoint, identity, solve
 from ddnref._linalg import qr as _qr
+from ddnref._public import public
 
 
+@public
 def qr(a: Array, /) -> tuple[Array, Array]:
     """Orthonormal columns and a triangular factor of a tall matrix, unique: the diagonal of R is not negative.
 
@@ -67,6 +69,7 @@ def qr(a: Array, /) -> tuple[Array, Array]:
     return nan_where(bad, q * sign[..., None, :]), nan_where(bad, r)
 
 
+@public
 def qr_vjp(q_bar: Array | None, r_bar: Array | None, q: Array, r: Array, /, *, throw: bool = True) -> Array:
     r"""Gradient of a loss with respect to the matrix, from its gradients with respect to the factors.
 
@@ -117,6 +120,8 @@ def qr_vjp(q_bar: Array | None, r_bar: Array | None, q: Array, r: Array, /, *, t
     if q_bar is None and r_bar is None:
         raise TypeError("q_bar and r_bar are both None: there is nothing to differentiate.")
     check_dtypes(q_bar=(q_bar, q.dtype), r_bar=(r_bar, q.dtype), r=(r, q.dtype))
+    if q.ndim < 2:
+        raise ValueError(f"q has shape {tuple(q.shape)}, expected (..., m, n).")
     n = q.shape[-1]
     check_shapes(q_bar=(q_bar, q.shape), r_bar=(r_bar, r.shape), r=(r, (*q.shape[:-2], n, n)))
     q_bar = xp.zeros_like(q) if q_bar is None else q_bar

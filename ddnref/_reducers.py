@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 import array_api_compat
 
-from ddnref._array import Array, check_shapes
+from ddnref._array import Array, check_dtypes, check_shapes, namespace, quiet
 from ddnref._factor import Pieces, tall
 from ddnref._linalg import adjoint, hermitian_part
+from ddnref._public import public
 
 SHARDS = ("columns", "rows")
 
@@ -53,6 +54,7 @@ class SumState(NamedTuple):
     weight: float = 0.0
 
 
+@public
 def gram_reducer(shards: str = "columns") -> Reducer:
     r"""The Gram matrix ``VᴴV`` of a factor that arrives in shards.
 
@@ -106,6 +108,7 @@ def gram_reducer(shards: str = "columns") -> Reducer:
     return Reducer(GramState, _add_columns, merge_columns, _finalise)
 
 
+@public
 def sum_reducer(function: Callable[..., Any], *, weight: Callable[..., float] | None = None) -> Reducer:
     """The sum of a function over shards, or with `weight` its mean.
 
@@ -170,10 +173,12 @@ def reduce_shards(
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 
+@quiet()
 def _add_rows(state: GramState, factor: Any) -> GramState:
     return _merge_rows(state, GramState(((tall(factor).gram(),),)))
 
 
+@quiet()
 def _merge_rows(a: GramState, b: GramState) -> GramState:
     if not (a.blocks and b.blocks):
         return a if a.blocks else b
@@ -185,12 +190,14 @@ def _merge_rows(a: GramState, b: GramState) -> GramState:
 # --- columns ------------------------------------------------------------------------------------------------------
 
 
+@quiet()
 def _add_columns(state: GramState, factor: Any) -> GramState:
     v = tall(factor)
     pieces = tuple(factor) if isinstance(factor, (list, tuple)) else (factor,)
     return merge_columns(state, GramState(((v.gram(),),), (pieces,)))
 
 
+@quiet()
 def merge_columns(a: GramState, b: GramState) -> GramState:
     """Blocks of both, and those between the shards of b and those of a."""
     below = tuple((*(_cross(v_i, v_j) for v_j in a.shards), *row) for v_i, row in zip(b.shards, b.blocks, strict=True))
@@ -200,13 +207,19 @@ def merge_columns(a: GramState, b: GramState) -> GramState:
 def _cross(v: Pieces, w: Pieces) -> Array:
     """``VᴴW``, the sum over the pieces."""
     if len(v) != len(w):
-        raise ValueError(f"A shard has {len(v)} pieces, another {len(w)}: every shard needs the same rows.")
+        raise ValueError(f"The factor of a shard has {len(v)} pieces, another {len(w)}: all need the same rows.")
     for v_l, w_l in zip(v, w, strict=True):
-        if v_l.shape[-2] != w_l.shape[-2]:
-            raise ValueError(f"A shard has {v_l.shape[-2]} rows, another {w_l.shape[-2]}: only columns may differ.")
+        namespace(**{"factor of a shard": v_l, "factor of another": w_l})
+        if tuple(v_l.shape[:-1]) != tuple(w_l.shape[:-1]):
+            raise ValueError(
+                f"The factor of a shard has shape {tuple(v_l.shape)}, of another {tuple(w_l.shape)}: only the last "
+                "axis may differ, the number of columns."
+            )
+        check_dtypes(**{"factor of a shard": (v_l, w_l.dtype)})
     return reduce(add, (adjoint(v_l) @ w_l for v_l, w_l in zip(v, w, strict=True)))
 
 
+@quiet()
 def _finalise(state: GramState) -> Array:
     return assemble(state.blocks)
 
@@ -228,6 +241,7 @@ def assemble(blocks: tuple[tuple[Array, ...], ...]) -> Array:
 # --- sums ---------------------------------------------------------------------------------------------------------
 
 
+@quiet()
 def _add(a: SumState, b: SumState) -> SumState:
     if a.total is None or b.total is None:
         return b if a.total is None else a

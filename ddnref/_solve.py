@@ -14,9 +14,11 @@ import array_api_compat
 from ddnref._array import (
     Array,
     check_dtypes,
+    check_shapes,
     check_square,
     full,
     is_true,
+    library,
     namespace,
     nan_where,
     refuse_recording,
@@ -24,8 +26,10 @@ from ddnref._array import (
 from ddnref._errors import SingularError
 from ddnref._linalg import adjoint, move_axis
 from ddnref._lu import lu_factor, lu_factor_vjp, lu_solve
+from ddnref._public import public
 
 
+@public
 def solve(a: Array, b: Array, /, *, throw: bool = True) -> Array:
     """Solution of ``A x = b`` for a dense matrix, one right-hand side or many.
 
@@ -74,6 +78,7 @@ def solve(a: Array, b: Array, /, *, throw: bool = True) -> Array:
     return solve_fwd(a, b, throw=throw)[0]
 
 
+@public
 def solve_fwd(a: Array, b: Array, /, *, throw: bool = True) -> tuple[Array, tuple[Array, Array]]:
     """`solve` and the factorisation that its reverse pass uses.
 
@@ -106,6 +111,7 @@ def solve_fwd(a: Array, b: Array, /, *, throw: bool = True) -> tuple[Array, tupl
     return x, (lu, pivots)
 
 
+@public
 def solve_vjp(
     x_bar: Array, x: Array, lu: Array, pivots: Array, b: Array | None = None, /, *, throw: bool = True
 ) -> tuple[Array, Array]:
@@ -155,9 +161,13 @@ def solve_vjp(
     (array([[-1., -1.],
            [ 1.,  1.]]), array([ 1., -1.]))
     """
-    xp = namespace(x_bar=x_bar, x=x, lu=lu)
+    xp = namespace(x_bar=x_bar, x=x, lu=lu, b=b)
     check_square("lu", lu)
-    check_dtypes(x_bar=(x_bar, lu.dtype), x=(x, lu.dtype))
+    check_dtypes(x_bar=(x_bar, lu.dtype), x=(x, lu.dtype), b=(b, lu.dtype))
+    library(lu=lu, pivots=pivots)
+    if not xp.isdtype(pivots.dtype, "integral"):
+        raise TypeError(f"pivots has dtype {pivots.dtype}, expected the integers that solve_fwd saved.")
+    check_shapes(pivots=(pivots, tuple(lu.shape[:-1])))
     if tuple(x_bar.shape) != tuple(x.shape):
         raise ValueError(f"x_bar has shape {tuple(x_bar.shape)}, expected that of x, {tuple(x.shape)}.")
     _batch("x", lu, x)

@@ -20,18 +20,21 @@ from ddnref._array import (
     check_square,
     eps,
     is_true,
+    library,
     namespace,
     real_dtype,
     refuse_recording,
 )
 from ddnref._errors import SingularError
 from ddnref._linalg import adjoint, eigh, hermitian_part, hermitian_product
+from ddnref._public import public
 
 Scalar = Callable[[Array], Array]
 DividedDifference = Callable[[Array, Array], Array]
 Saved = tuple[Array, Array]
 
 
+@public
 def spectral_function(x: Array, /, *, f: Scalar, throw: bool = True) -> Array:
     """Apply a real function to the eigenvalues of a symmetric / Hermitian matrix: ``V f(Λ) Vᴴ``.
 
@@ -76,11 +79,13 @@ def spectral_function(x: Array, /, *, f: Scalar, throw: bool = True) -> Array:
     return spectral_function_fwd(x, f=f, throw=throw)[0]
 
 
+@public
 def spectral_function_fwd(x: Array, /, *, f: Scalar, throw: bool = True) -> tuple[Array, Saved]:
     """`spectral_function` and what its reverse pass needs: ``y, (w, v)``, the latter as from `eigh`."""
     return forward("spectral_function", x, f, throw)
 
 
+@public
 def spectral_function_vjp(
     y_bar: Array, y: Array, w: Array, v: Array, /, *, f: Scalar, df: Scalar, throw: bool = True
 ) -> Array:
@@ -145,9 +150,7 @@ def forward(name: str, x: Array, f: Scalar, throw: bool) -> tuple[Array, Saved]:
     check_square("x", x)
     refuse_recording(name, x)
     w, v = eigh(hermitian_part(x))
-    f_w = f(w)
-    check_shapes(**{"f(w)": (f_w, tuple(w.shape))})
-    check_dtypes(**{"f(w)": (f_w, w.dtype)})
+    f_w = _values("f", f, w)
     if throw:
         _raise_singular(f"{name} is", f_w, xp.isfinite(w))
     return hermitian_product(v * f_w[..., None, :], v), (w, v)
@@ -176,11 +179,20 @@ def _raise_singular(what: str, values: Array, expected: Array) -> None:
         )
 
 
+def _values(name: str, f: Scalar, w: Array) -> Array:
+    """``f(w)``, if that is what it should be."""
+    f_w = f(w)
+    library(**{f"{name}(w)": f_w, "w": w})
+    check_shapes(**{f"{name}(w)": (f_w, tuple(w.shape))})
+    check_dtypes(**{f"{name}(w)": (f_w, w.dtype)})
+    return f_w
+
+
 def _quotient_of(f: Scalar, df: Scalar) -> DividedDifference:
     def quotient(a: Array, b: Array) -> Array:
         xp = array_api_compat.array_namespace(a)
-        f_a, f_b, gap = f(a), f(b), a - b
-        mean = (df(a) + df(b)) / 2
+        f_a, f_b, gap = _values("f", f, a), _values("f", f, b), a - b
+        mean = (_values("df", df, a) + _values("df", df, b)) / 2
         gap_or_1 = xp.where(gap == 0, xp.ones_like(gap), gap)
         q = (f_a - f_b) / gap_or_1
         rounding = 2 * eps(xp, q.dtype) * (xp.abs(f_a) + xp.abs(f_b)) / xp.abs(gap_or_1)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import operator
 
-from ddnref._array import Array, check_shapes, namespace
+from ddnref._array import Array, check_dtypes, check_shapes, namespace
 from ddnref._columns import take
 from ddnref._eigh import eigh, eigh_vjp
+from ddnref._public import public
 
 
+@public
 def eigh_topk(x: Array, /, k: int, *, which: str = "LA", check_finite: bool = False) -> tuple[Array, Array]:
     """The k largest or smallest eigenpairs, most wanted first, from a full decomposition.
 
@@ -47,6 +49,7 @@ def eigh_topk(x: Array, /, k: int, *, which: str = "LA", check_finite: bool = Fa
     return eigh_topk_fwd(x, k, which=which, check_finite=check_finite)[0]
 
 
+@public
 def eigh_topk_fwd(
     x: Array, /, k: int, *, which: str = "LA", check_finite: bool = False
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
@@ -74,6 +77,7 @@ def eigh_topk_fwd(
     return (take(w, columns, -1), take(v, columns, -1)), (w, v)
 
 
+@public
 def eigh_topk_vjp(
     w_bar: Array | None,
     v_bar: Array | None,
@@ -121,7 +125,12 @@ def eigh_topk_vjp(
            [0., 0., 0.]])
     """
     namespace(w_bar=w_bar, v_bar=v_bar, w=w, v=v, w_all=w_all, v_all=v_all)
+    if w.ndim < 1 or w_all.ndim < 1:
+        raise ValueError(
+            f"w has shape {tuple(w.shape)} and w_all {tuple(w_all.shape)}, expected (..., k) and (..., m)."
+        )
     k, m = w.shape[-1], w_all.shape[-1]
+    check_dtypes(w=(w, w_all.dtype), v=(v, v_all.dtype))
     check_shapes(w=(w, (*w_all.shape[:-1], k)), v=(v, (*w_all.shape, k)))
     return eigh_vjp(w_bar, v_bar, w_all, v_all, index=_top(k, which, m), rtol=rtol, gauge_rtol=gauge_rtol, throw=throw)
 

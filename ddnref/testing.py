@@ -15,13 +15,15 @@ from typing import Any, NamedTuple
 import array_api_compat
 import numpy as np
 
-from ddnref._array import Array, Namespace, conj, is_complex, real
+from ddnref._array import Array, Namespace, check_shapes, conj, is_complex, namespace, real
 from ddnref._linalg import adjoint, hermitian_part
+from ddnref._public import public
 
 __all__ = ["TANGENTS", "Direction", "Report", "Tangent", "assert_vjp", "check_vjp", "numerical_jvp"]
 
 RTOL = 1e-7
 STRUCTURE_RTOL = 1e-13
+SMALLEST_STEP = 1e-290  # quarters of it are still normal numbers
 
 
 class Tangent(NamedTuple):
@@ -108,6 +110,7 @@ class Report(NamedTuple):
         return "\n".join(rows)
 
 
+@public
 def numerical_jvp(
     f: Callable[[Array], Any], x: Array, x_dot: Array, /, *, step: float | None = None, gap: float = math.inf
 ) -> Any:
@@ -140,7 +143,10 @@ def numerical_jvp(
     >>> np.round(ddnref.testing.numerical_jvp(np.exp, x, np.asarray([1.0, 0.0])) - np.exp(x) * [1, 0], 9)
     array([0., 0.])
     """
-    xp = _double(x)
+    xp = _double("x", x)
+    _double("x_dot", x_dot)
+    namespace(x=x, x_dot=x_dot)
+    check_shapes(x_dot=(x_dot, tuple(x.shape)))
     length = _norm(xp, x_dot)
     if length == 0:
         raise ValueError("x_dot is zero: there is no direction to differentiate along.")
@@ -154,6 +160,7 @@ def numerical_jvp(
     return out[0] if single else out
 
 
+@public
 def check_vjp(
     f: Callable[..., Any],
     f_vjp: Callable[..., Any],
@@ -220,8 +227,8 @@ def check_vjp(
     """
     rng = np.random.default_rng(seed)
     spaces = _spaces(tangent, len(inputs))
-    for x in inputs:
-        _double(x)
+    for i, x in enumerate(inputs):
+        _double(f"inputs[{i}]", x)
 
     def forward(*arrays: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         result, saved = f(*arrays) if saves else (f(*arrays), ())
@@ -242,7 +249,7 @@ def check_vjp(
     rows: list[Direction] = []
     structure, worst_step = 0.0, math.nan
     for i, (x, x_bar, space) in enumerate(zip(inputs, bars, spaces, strict=True)):
-        xp = _double(x)
+        xp = _double(f"inputs[{i}]", x)
         h = _default_step(_norm(xp, x), gap) if step is None else step
         worst_step = h if math.isnan(worst_step) else min(worst_step, h)
         if space is TANGENTS["symmetric"]:
@@ -260,6 +267,7 @@ def check_vjp(
     return Report(passed, worst.error, worst.name, worst_step, worst.order, structure, rtol, tuple(rows))
 
 
+@public
 def assert_vjp(f: Callable[..., Any], f_vjp: Callable[..., Any], *inputs: Array, **options: Any) -> Report:
     """`check_vjp`, raising ``AssertionError`` with the whole table where it fails; returns the report.
 
@@ -281,6 +289,9 @@ def _spaces(tangent: Any, count: int) -> list[Tangent]:
     given = tangent if type(tangent) is tuple else (tangent,) * count
     if len(given) != count:
         raise ValueError(f"tangent has {len(given)} entries for {count} inputs.")
+    for space in given:
+        if not isinstance(space, Tangent) and not (isinstance(space, str) and space in TANGENTS):
+            raise ValueError(f"tangent is {space!r}, expected one of {', '.join(map(repr, TANGENTS))} or a Tangent.")
     return [TANGENTS[space] if isinstance(space, str) else space for space in given]
 
 
@@ -315,14 +326,17 @@ def _differentiate(
 
 
 def _default_step(size: float, gap: float) -> float:
-    return min(1e-4 * (size or 1.0), 3e-3 * gap)
+    step = min(1e-4 * (size or 1.0), 3e-3 * gap)
+    if step < SMALLEST_STEP:
+        raise ValueError(f"x, or one of inputs, has norm {size:.0e}: too small for a step. Scale it, or pass step=.")
+    return step
 
 
-def _double(x: Array) -> Namespace:
-    xp = array_api_compat.array_namespace(x)
+def _double(name: str, x: Array) -> Namespace:
+    xp = namespace(**{name: x})
     if x.dtype not in (xp.float64, xp.complex128):
         raise TypeError(
-            f"Finite differences need float64 or complex128, got {x.dtype}; compare a float32 VJP with "
+            f"{name} has dtype {x.dtype}: finite differences need float64 or complex128. Compare a float32 VJP with "
             "its float64 self on the same inputs instead."
         )
     return xp

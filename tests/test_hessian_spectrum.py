@@ -169,7 +169,7 @@ def test_static_errors(rng):
         (lambda: ddnref.hessian_eigvals(chain, x, t), ValueError, "either k or interval"),
         (lambda: ddnref.hessian_eigvals(chain, x, t, 2, interval=(0.1, 1)), ValueError, "either k or interval"),
         (lambda: ddnref.hessian_eigvals(chain, x, t, interval=(0.1, 1), sigma=0.5), ValueError, "sigma"),
-        (lambda: ddnref.hessian_eigvals(chain, x, t, 2, sigma=np.nan), ValueError, "sigma is nan"),
+        (lambda: ddnref.hessian_eigvals(chain, x, t, 2, sigma=np.nan), ValueError, "sigma is NaN"),
         (lambda: ddnref.hessian_eigvals(chain, x, t, 2, sigma=np.inf), ValueError, "sigma is inf"),
         (lambda: ddnref.hessian_eigvals(chain, x, t, 0), ValueError, "k is 0"),
         (lambda: ddnref.hessian_eigvals(chain, x, t, 2, which="SM"), ValueError, "which"),

@@ -353,7 +353,7 @@ def test_static_errors(rng):
         (lambda: ddnref.power_iteration(x, align="up"), ValueError, "align is 'up'"),
         (lambda: ddnref.power_iteration(x, v0=v[:3]), ValueError, r"v0 has shape \(3,\), expected \(7,\)"),
         (lambda: ddnref.power_iteration(x, v0=v.astype(np.float32)), TypeError, "v0 has dtype float32"),
-        (lambda: ddnref.power_iteration(x, check_every=0), ValueError, "check_every 0"),
+        (lambda: ddnref.power_iteration(x, check_every=0), ValueError, "check_every is 0"),
         (lambda: ddnref.simultaneous_iteration(x, 0), ValueError, "n is 0, expected 1 <= n <= 7"),
         (lambda: ddnref.simultaneous_iteration(x, 8), ValueError, "n is 8"),
         (lambda: ddnref.align_signs(v, sign="up"), ValueError, "sign is 'up'"),

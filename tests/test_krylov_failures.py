@@ -180,7 +180,7 @@ def test_static_errors(name, rng):
         ((a, np.float64(1) + np.zeros(())), ValueError, r"b has shape \(\)"),
         ((np.ones(3), b), ValueError, r"has shape \(3,\), expected \(..., n, m\)"),
         ((np.stack([a] * 2), np.ones((3, 3))), ValueError, "Batch axes do not broadcast"),
-        ((a, b.astype(np.float32)), TypeError, "must have one precision, but got x: float32"),
+        ((a, b.astype(np.float32)), TypeError, "must have one precision, but got b: float32"),
         ((a.astype(int), b), TypeError, "dtype int64"),
         ((a, [1.0, 1.0, 1.0]), TypeError, "b is a builtins.list"),
         ((a * 1j, b), TypeError, "dtype complex128, expected float64"),
@@ -195,7 +195,7 @@ def test_static_errors(name, rng):
         ({"rtol": -1.0}, ValueError, "rtol is -1.0"),
         ({"rtol": 1.0}, ValueError, "relative to ‖b‖"),
         ({"maxiter": -1}, ValueError, "maxiter is -1"),
-        ({"check_every": 0}, ValueError, "check_every 0"),
+        ({"check_every": 0}, ValueError, "check_every is 0"),
     ):
         with pytest.raises(kind, match=text):
             solver(plain, b, **options)

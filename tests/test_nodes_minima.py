@@ -397,7 +397,7 @@ def test_options_of_sinkhorn(rng):
     each, each_info = ddnref.sinkhorn(cost, p, q, eps=0.05, check_every=1)
     assert np.array_equal(each, fine)
     assert each_info.n_iter == fine_info.n_iter
-    with pytest.raises(ValueError, match="check_every 0"):
+    with pytest.raises(ValueError, match="check_every is 0"):
         ddnref.sinkhorn(cost, p, q, eps=0.05, check_every=0)
     calls = []
 
@@ -546,7 +546,7 @@ def test_options_of_pooling(rng):
 
     assert ddnref.robust_pool(x, alpha=0.3, while_loop=loop)[0] == y
     assert len(calls) >= int(info.n_iter) > 0
-    with pytest.raises(ValueError, match="check_every 0"):
+    with pytest.raises(ValueError, match="check_every is 0"):
         ddnref.robust_pool(x, check_every=0)
     with pytest.raises(ValueError, match="kind is 'median', expected one of quadratic, pseudo-huber"):
         ddnref.robust_pool(x, kind="median")

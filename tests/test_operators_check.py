@@ -141,5 +141,5 @@ def test_x_tells_library_dtype_and_batch(xp):
 
 
 def test_single_precision_is_refused():
-    with pytest.raises(TypeError, match="needs float64 or complex128, got float32"):
+    with pytest.raises(TypeError, match="params and x of dtype float64 or complex128, got float32"):
         ddnref.check_operator(ddnref.dense(np.ones((2, 2), dtype=np.float32)))

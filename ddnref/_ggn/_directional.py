@@ -21,6 +21,7 @@ from ddnref._ggn._functions import Batches, Progress, each, resolve, top
 from ddnref._ggn._state import Ggn, adjoint, apply, choices, cross
 from ddnref._gram import inverse_roots
 from ddnref._gram_values import zero_tolerance
+from ddnref._public import public
 
 
 class DirectionalDerivatives(NamedTuple):
@@ -34,6 +35,7 @@ class DirectionalDerivatives(NamedTuple):
     """(N, k): λ, the second derivative of each sample's own loss; its mean or sum is the eigenvalue."""
 
 
+@public
 def ggn_directional_derivatives(
     chain: Any,
     x: Array | None = None,
@@ -95,6 +97,7 @@ def ggn_directional_derivatives(
     return each(ggn, lambda i: _derivatives(ggn, i, *top(ggn, i, k, method), zero_rtol, throw))
 
 
+@public
 def ggn_damped_newton(
     chain: Any,
     x: Array | None = None,

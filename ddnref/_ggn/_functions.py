@@ -12,11 +12,13 @@ from ddnref._ggn import _spectrum
 from ddnref._ggn._options import options
 from ddnref._ggn._state import Ggn, accumulated, apply
 from ddnref._gram import inverse_roots
+from ddnref._public import public
 
 Batches = Iterable[tuple[Array, Array]]
 Progress = Callable[[int, int | None], object]
 
 
+@public
 def ggn_eigvalsh(
     chain: Any,
     x: Array | None = None,
@@ -109,6 +111,7 @@ def ggn_eigvalsh(
     return each(ggn, lambda i: _spectrum.values(ggn.grams[i], count(ggn, i)) * ggn.scale)
 
 
+@public
 def ggn_eigh(
     chain: Any,
     x: Array | None = None,

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import array_api_compat
 
-from ddnref._array import Array, is_true, own
+from ddnref._array import Array, is_true, library, own, quiet
 from ddnref._errors import NonFiniteError
 from ddnref._ggn import _numpy
 from ddnref._ggn._columns import Columns, collect
 from ddnref._ggn._options import Options, check_seen, chosen_here, options, rows, signs
 from ddnref._network import _checks
 from ddnref._network._sweeps import Params
+from ddnref._public import public
 from ddnref._reducers import Reducer, assemble, reduce_shards
 
 Blocks = tuple[tuple[Array, ...], ...]
@@ -56,6 +57,7 @@ class Ggn(NamedTuple):
     scale_gradient: float
 
 
+@public
 def ggn_reducer(
     chain: Any,
     *,
@@ -126,7 +128,7 @@ def reducer_of(given: Options, *, copied: bool = True) -> Reducer:
 
     return Reducer(
         init,
-        lambda state, x, t: _update(given, state, *((_kept(x), _kept(t)) if copied else (x, t))),
+        lambda state, x, t: _update(given, state, *_looked_at(x, t, copied)),
         lambda a, b: _merge(given, a, b),
         lambda state: _finalise(given, state),
     )
@@ -148,6 +150,13 @@ def accumulated(
     return whole
 
 
+def _looked_at(x: Array, t: Array, copied: bool) -> tuple[Array, Array]:
+    library(x=x, t=t)
+    if x.ndim < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (N, features): one row for each sample.")
+    return (_kept(x), _kept(t)) if copied else (x, t)
+
+
 def _kept(array: Array) -> Array:
     """A copy, because the caller may fill its buffer again; not of what is mapped from a file for reading."""
     if array_api_compat.is_torch_array(array):
@@ -157,12 +166,14 @@ def _kept(array: Array) -> Array:
     return own(array)
 
 
+@quiet()
 def _update(given: Options, state: GgnState, x: Array, t: Array) -> GgnState:
     shard = _shard(given, x, t, state.end)
     blocks = tuple(((_gram(shard, shard, group),),) if shard.n else () for group in given.groups)
     return _merge(given, state, GgnState(blocks, (shard,), state.end, state.end + x.shape[0]))
 
 
+@quiet()
 def _merge(given: Options, a: GgnState, b: GgnState) -> GgnState:
     if not a.shards or not b.shards:
         return b if not a.shards else a
@@ -180,6 +191,7 @@ def _merge(given: Options, a: GgnState, b: GgnState) -> GgnState:
     return GgnState(tuple(blocks), a.shards + b.shards, a.first, b.end)
 
 
+@quiet()
 def _finalise(given: Options, state: GgnState) -> Ggn:
     if not state.shards:
         raise ValueError("There was no batch: the GGN of no data. Is batches= an iterator that was used up before?")

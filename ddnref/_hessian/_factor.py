@@ -17,6 +17,7 @@ from ddnref._hessian._system import System
 from ddnref._hessian._terms import Blocks, combine, norm
 from ddnref._linalg import eigvalsh
 from ddnref._network._checks import like_params
+from ddnref._public import public
 from ddnref._rows import noise
 
 REFINEMENTS = 8
@@ -127,6 +128,7 @@ class HessianFactor:
 
     # --- solve ------------------------------------------------------------------------------------------------------
 
+    @public
     def solve(
         self, b: Sequence[Array], *, refine: str | int = "auto", throw: bool = True
     ) -> tuple[list[Array], HessianSolveInfo]:
@@ -280,6 +282,7 @@ class HessianFactor:
 
     # --- determinant and inertia ------------------------------------------------------------------------------------
 
+    @public
     def slogdet(self) -> tuple[Array, Array]:
         """Sign and ``log|det(H + εI)|``.
 
@@ -291,6 +294,7 @@ class HessianFactor:
         """
         return self._path(self._trusted(SLOGDET)).slogdet()
 
+    @public
     def inertia(self) -> Inertia:
         """Counts of negative, zero and positive eigenvalues of H + εI.
 

@@ -6,17 +6,19 @@ from collections.abc import Sequence
 
 import array_api_compat
 
-from ddnref._array import Array, check_real, check_shapes, double, is_true, namespace
+from ddnref._array import Array, check_real, check_shapes, double, is_true, library, namespace
 from ddnref._errors import NonFiniteError, SingularError
 from ddnref._hessian import _paths
 from ddnref._hessian._factor import HessianFactor, HessianSolveInfo
 from ddnref._hessian._small import space
 from ddnref._hessian._system import System, exact_copy, system
 from ddnref._network._chain import Chain
+from ddnref._public import public
 
 CURVATURES = ("hessian", "ggn")
 
 
+@public
 def hessian_factor(
     chain: Chain,
     x: Array,
@@ -101,8 +103,7 @@ def hessian_factor(
     """
     if curvature not in CURVATURES:
         raise ValueError(f'curvature is {curvature!r}, expected "hessian" or "ggn".')
-    if method not in _paths.METHODS:
-        raise ValueError(f"method is {method!r}, expected one of {', '.join(map(repr, _paths.METHODS))}.")
+    check_method(method)
     epsilon = _damping(damping, x)
     s = prepared(chain, x, t, curvature)
     if s.terms is not None and is_true(epsilon == 0):
@@ -112,8 +113,15 @@ def hessian_factor(
     return HessianFactor(s, epsilon, method, double(space(x), x), chain.params)
 
 
+def check_method(method: str) -> None:
+    """``ValueError`` for a path that does not exist."""
+    if method not in _paths.METHODS:
+        raise ValueError(f"method is {method!r}, expected one of {', '.join(map(repr, _paths.METHODS))}.")
+
+
 def prepared(chain: Chain, x: Array, t: Array, curvature: str) -> System:
     """The terms of the expansion, after all checks of chain and data."""
+    library(x=x, t=t)
     if x.ndim and x.shape[0] == 0:
         raise ValueError("x holds no samples: there is no Hessian to factor.")
     chain.loss(x, t)  # static facts and targets
@@ -159,6 +167,7 @@ def refuse_null_space(s: System, name: str, instead: str) -> None:
         )
 
 
+@public
 def hessian_solve(
     chain: Chain,
     x: Array,
@@ -216,6 +225,7 @@ def hessian_solve(
     return factor.solve(b, refine=refine, throw=throw)
 
 
+@public
 def hessian_solve_vjp(
     x_bar: Sequence[Array],
     x: Sequence[Array],

@@ -11,11 +11,12 @@ from ddnref._eigsh import EigshInfo, eigsh
 from ddnref._errors import ConvergenceError, SingularError
 from ddnref._hessian._factor import ZERO, HessianFactor
 from ddnref._hessian._small import space
-from ddnref._hessian._solve import CURVATURES, prepared, refuse_null_space
+from ddnref._hessian._solve import CURVATURES, check_method, prepared, refuse_null_space
 from ddnref._hessian._system import System
 from ddnref._hessian._terms import flat
 from ddnref._network._chain import Chain
 from ddnref._operators import LinearOperator
+from ddnref._public import public
 from ddnref._rows import noise
 
 AT_ONCE = 24
@@ -31,6 +32,7 @@ class EigvalCountInfo(NamedTuple):
     """The factorisation that counted at each edge."""
 
 
+@public
 def hessian_eigval_count(
     chain: Chain,
     x: Array,
@@ -80,12 +82,16 @@ def hessian_eigval_count(
     (True, True)
     """
     edges = _edges(interval)
+    check_method(method)
     s = _prepared(chain, x, t, curvature)
     return _counts(s, edges, method, double(space(x), x), chain.params, throw)
 
 
 def _edges(interval: Sequence[float]) -> list[float]:
-    edges = [float(edge) for edge in interval]
+    try:
+        edges = [float(edge) for edge in interval]
+    except (TypeError, ValueError):
+        raise TypeError(f"interval is {interval!r}, expected two or more ascending numbers.") from None
     if len(edges) < 2 or not all(a < b for a, b in pairwise(edges)):
         raise ValueError(f"interval is {interval!r}, expected two or more ascending numbers.")
     return edges
@@ -122,6 +128,7 @@ def _counts(
     return counts, EigvalCountInfo(tuple(uncertain), tuple(paths))
 
 
+@public
 def hessian_eigvals(
     chain: Chain,
     x: Array,

@@ -22,6 +22,7 @@ from ddnref._krylov._system import prepare
 from ddnref._krylov._vectors import axpy, complex_dots, dots, norms, quotient, xpay
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator
+from ddnref._public import public
 
 
 class _State(NamedTuple):
@@ -41,6 +42,7 @@ class _State(NamedTuple):
     n_iter: Array
 
 
+@public
 def bicgstab(
     operator: Array | LinearOperator,
     b: Array,

@@ -23,6 +23,7 @@ from ddnref._krylov._system import prepare
 from ddnref._krylov._vectors import axpy, dots, quotient, xpay
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator
+from ddnref._public import public
 
 
 class _State(NamedTuple):
@@ -37,6 +38,7 @@ class _State(NamedTuple):
     n_iter: Array
 
 
+@public
 def cg(
     operator: Array | LinearOperator,
     b: Array,

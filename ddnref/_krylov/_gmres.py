@@ -32,6 +32,7 @@ from ddnref._krylov._vectors import axpy, norms
 from ddnref._linalg import identity, matvec, solve
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator
+from ddnref._public import public
 from ddnref._rows import inner, put_row, scaled
 
 RESTART = 30
@@ -53,6 +54,7 @@ class _State(NamedTuple):
     n_iter: Array
 
 
+@public
 def gmres(
     operator: Array | LinearOperator,
     b: Array,

@@ -29,6 +29,7 @@ from ddnref._krylov._system import prepare
 from ddnref._krylov._vectors import axpy, column, norms, quotient
 from ddnref._loops import WhileLoop, run
 from ddnref._operators import LinearOperator
+from ddnref._public import public
 
 
 class LeastSquaresInfo(NamedTuple):
@@ -85,6 +86,7 @@ class _State(NamedTuple):
     n_iter: Array
 
 
+@public
 def lsmr(
     operator: Array | LinearOperator,
     b: Array,

@@ -28,6 +28,7 @@ from ddnref._krylov._system import prepare
 from ddnref._krylov._vectors import axpy, column, dots, norms, quotient
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator
+from ddnref._public import public
 
 
 class _State(NamedTuple):
@@ -57,6 +58,7 @@ class _State(NamedTuple):
     n_iter: Array
 
 
+@public
 def minres(
     operator: Array | LinearOperator,
     b: Array,

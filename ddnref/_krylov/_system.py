@@ -12,6 +12,7 @@ import numpy as np
 from ddnref._array import (
     Array,
     check_dtypes,
+    check_precision,
     check_shapes,
     eps,
     full,
@@ -58,6 +59,7 @@ def prepare(
         a = a._replace(self_adjoint=True)  # a square matrix is taken at its word
     a = a.prepared()
     xp = namespace(b=b, x0=x0, **{f"params[{i}]": parameter for i, parameter in enumerate(a.params)})
+    check_precision(xp, b=b, **{f"params[{i}]": parameter for i, parameter in enumerate(a.params)})
     check_dtypes(x0=(x0, b.dtype))
     _refuse_recording(function, b, *a.params)
     _check_operator(function, a, self_adjoint, rectangular)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import array_api_compat
 import numpy as np
 
-from ddnref._array import Array, as_dtype, conj, namespace_of, real, with_axes
+from ddnref._array import Array, as_dtype, conj, namespace_of, power_of_two_below, real, with_axes
 from ddnref._krylov import _inplace
 
 NUMPY = np.ndarray, np.generic  # numbers of one right-hand side are NumPy scalars
@@ -61,6 +61,4 @@ def quotient(a: Array, b: Array, ok: Array) -> Array:
 def power_of_two(x: Array, axes: int = 1) -> Array:
     """The power of two below the largest entry of each vector, 1 for zero."""
     xp = array_api_compat.array_namespace(x)
-    largest = xp.max(xp.abs(x), axis=tuple(range(-axes, 0)))
-    two = xp.full((), 2.0, dtype=largest.dtype, device=array_api_compat.device(largest))
-    return two ** xp.floor(xp.log2(xp.where(largest > 0, largest, xp.ones_like(largest))))
+    return power_of_two_below(xp.max(xp.abs(x), axis=tuple(range(-axes, 0))))

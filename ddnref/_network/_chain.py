@@ -19,6 +19,7 @@ from ddnref._network import _checks, _construct, _from_torch, _losses, _sweeps
 from ddnref._network._activations import Activation
 from ddnref._network._losses import Loss
 from ddnref._network._sweeps import AnyLayer, LayerDerivatives, Params
+from ddnref._public import public
 
 
 class Chain:
@@ -138,6 +139,7 @@ class Chain:
         _checks.inputs(self.layers, x, next(part[0] for part in self._parts if part))
         return _sweeps.forward(self.layers, self._parts, x, order)
 
+    @public
     def output(self, x: Array) -> Array:
         """Outputs of the last layer.
 
@@ -152,6 +154,7 @@ class Chain:
         """
         return self.forward(x, 0)[0]
 
+    @public
     def loss(self, x: Array, t: Array, *, throw: bool = True) -> Array:
         """The loss.
 
@@ -176,6 +179,7 @@ class Chain:
 
     # --- first order ----------------------------------------------------------------------------------------------
 
+    @public
     def gradient(self, x: Array, t: Array, *, throw: bool = True) -> list[Array]:
         """The gradient of the loss.
 
@@ -190,6 +194,7 @@ class Chain:
         """
         return self._gradient(x, t, throw)[1]
 
+    @public
     def loss_and_gradient(self, x: Array, t: Array, *, throw: bool = True) -> tuple[Array, list[Array]]:
         """The loss and its gradient, as `loss` and `gradient` return them, from one pass."""
         (y, bad), gradient = self._gradient(x, t, throw)
@@ -200,6 +205,7 @@ class Chain:
         bars, _ = _sweeps.vjp(self.layers, self._parts, saved, y_bar, wrt="params")
         return (y, bad), _sweeps.joined(bars)
 
+    @public
     def per_sample_gradients(self, x: Array, t: Array, *, throw: bool = True) -> list[Array]:
         """The gradient of every sample's own loss; `gradient` is their mean or sum.
 
@@ -216,6 +222,7 @@ class Chain:
         y_bar = y_bar / self.scale(y.shape[0])
         return _sweeps.joined(_sweeps.vjp(self.layers, self._parts, saved, y_bar, wrt="params", per_sample=True)[0])
 
+    @public
     def layer_derivatives(self, x: Array, t: Array, *, throw: bool = True) -> tuple[LayerDerivatives, ...]:
         """What every layer sees of the derivatives of the loss.
 
@@ -235,6 +242,7 @@ class Chain:
 
     # --- second order ---------------------------------------------------------------------------------------------
 
+    @public
     def hvp(self, x: Array, t: Array, v: Sequence[Array], *, throw: bool = True) -> list[Array]:
         """Product of the Hessian of the loss with one or several vectors.
 
@@ -258,6 +266,7 @@ class Chain:
         dots = _sweeps.vjp_dot(self.layers, parts, saved, y_bar, v_parts, saved_dot, y_bar_dot, wrt="params")
         return _sweeps.joined(dots[0])
 
+    @public
     def ggnvp(self, x: Array, t: Array, v: Sequence[Array], *, throw: bool = True) -> list[Array]:
         """Product of the generalised Gauss–Newton matrix with one or several vectors.
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import array_api_compat
 
-from ddnref._array import Array, check_dtypes, check_shapes, is_true, library, namespace, nan_where
+from ddnref._array import Array, check_dtypes, check_shapes, given, is_true, library, namespace, nan_where
 from ddnref._network import _sweeps
 from ddnref._network._losses import Loss
 from ddnref._network._sweeps import Layers
@@ -14,6 +14,7 @@ from ddnref._network._sweeps import Layers
 
 def inputs(layers: Layers, x: Array, like: Array) -> None:
     """Raise unless the first layer takes `x` and every other one what comes before it."""
+    given(x=x)
     namespace(x=x, params=like)
     check_dtypes(x=(x, like.dtype))
     refuse_recorded({"x": x})
@@ -33,6 +34,8 @@ def bad_targets(loss: Loss, reduction: str, y: Array, t: Array, throw: bool) -> 
     library(x=y, t=t)
     if loss.check is not None:
         loss.check(y, t)
+    if t.ndim < 1 or t.shape[0] != y.shape[0]:
+        raise ValueError(f"t has shape {tuple(t.shape)}, expected one target for each of {y.shape[0]} samples.")
     if loss.valid is None:
         return None
     bad = ~loss.valid(y, t)
@@ -64,14 +67,15 @@ def marked(x: Array, bad: Array | None) -> Array:
     return nan_where(bad if x.ndim == 1 else bad[:, None], x)
 
 
-def like_params(name: str, given: Sequence[Array], like: Sequence[Array], leading: bool = False) -> None:
+def like_params(name: str, vectors: Sequence[Array], like: Sequence[Array], leading: bool = False) -> None:
     """Static facts of a list of arrays like the parameters, with or without one leading axis on every entry."""
-    if len(given) != len(like):
-        raise ValueError(f"{name} has {len(given)} arrays, expected {len(like)}, one for each of the chain's params.")
+    if len(vectors) != len(like):
+        raise ValueError(f"{name} has {len(vectors)} arrays, expected {len(like)}, one for each of the chain's params.")
     lead: tuple[int, ...] = ()
-    if leading and given and getattr(given[0], "ndim", 0) == like[0].ndim + 1:
-        lead = (given[0].shape[0],)
-    arrays = {f"{name}[{i}]": array for i, array in enumerate(given)}
+    if leading and vectors and getattr(vectors[0], "ndim", 0) == like[0].ndim + 1:
+        lead = (vectors[0].shape[0],)
+    arrays = {f"{name}[{i}]": array for i, array in enumerate(vectors)}
+    given(**arrays)
     namespace(params=like[0], **arrays)
     check_dtypes(**{label: (array, like[0].dtype) for label, array in arrays.items()})
     check_shapes(**{label: (array, (*lead, *p.shape)) for (label, array), p in zip(arrays.items(), like, strict=True)})

@@ -16,7 +16,7 @@ from typing import NamedTuple, Self
 
 import array_api_compat
 
-from ddnref._array import Array, check_dtypes, check_real, check_shapes, namespace
+from ddnref._array import Array, check_dtypes, check_real, check_shapes, given, namespace
 from ddnref._network._activations import Activation, jet, resolve
 from ddnref._network._sweeps import LayerDerivatives, Params, Shape, add
 
@@ -63,6 +63,7 @@ class Affine:
     def check(self, ndim: int, layout: str) -> None:
         """Static facts of weight and bias."""
         name = type(self).__name__
+        given(weight=self.weight)
         namespace(weight=self.weight, bias=self.bias)
         check_real(weight=self.weight, bias=self.bias)
         check_dtypes(bias=(self.bias, self.weight.dtype))

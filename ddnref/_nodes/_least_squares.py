@@ -22,11 +22,13 @@ from ddnref._bordered import Dense, probed
 from ddnref._errors import SingularError
 from ddnref._implicit import eq_argmin_vjp
 from ddnref._kkt import norm
+from ddnref._public import public
 
 NEWTON_STEPS = 25  # quadratic and monotone; 12 suffice where c_1 is 1e-12 of the others
 HARD = 64  # a component of the solution below this many eps of the radius is rounding
 
 
+@public
 def least_squares_on_sphere(a: Array, b: Array, /, *, radius: float = 1.0, throw: bool = True) -> Array:
     r"""Global solution of ``min ½ ‖A u − b‖²`` subject to ``‖u‖₂ = radius``.
 
@@ -98,6 +100,7 @@ def least_squares_on_sphere(a: Array, b: Array, /, *, radius: float = 1.0, throw
     return nan_where(hard[..., None], y)
 
 
+@public
 def least_squares_on_sphere_vjp(
     y_bar: Array,
     y: Array,
@@ -154,6 +157,7 @@ def least_squares_on_sphere_vjp(
     >>> ddnref.least_squares_on_sphere_vjp(np.ones(2), np.asarray([0.0, 1.0]), a, b)[1] + 0.0
     array([0.5, 0. ])
     """
+    namespace(y_bar=y_bar, y=y, a=a, b=b)
     xp = _check(radius, a, b)
     n = a.shape[-1]
     check_dtypes(y=(y, a.dtype))
@@ -183,6 +187,7 @@ def least_squares_on_sphere_vjp(
     return a_bar, b_bar
 
 
+@public
 def weighted_least_squares(
     a: Array, b: Array, weights: Array, ridge: Array | None = None, /, *, bias: bool = True, throw: bool = True
 ) -> Array:
@@ -246,6 +251,7 @@ def weighted_least_squares(
     return nan_where(singular[..., None], y[..., 0])
 
 
+@public
 def weighted_least_squares_vjp(
     y_bar: Array,
     y: Array,

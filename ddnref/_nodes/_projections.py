@@ -29,10 +29,12 @@ from ddnref._array import (
 )
 from ddnref._errors import SingularError
 from ddnref._kkt import norm as l2_norm
+from ddnref._public import public
 
 NORMS = (1, 2, math.inf)
 
 
+@public
 def project_sphere(x: Array, /, *, norm: float = 2, radius: float = 1.0, throw: bool = True) -> Array:
     """Nearest point of the sphere ``‖u‖ = radius``, which is not convex: from inside as well as from outside.
 
@@ -83,6 +85,7 @@ def project_sphere(x: Array, /, *, norm: float = 2, radius: float = 1.0, throw: 
     return nan_where(bad, _PROJECT[norm](x, radius, False))
 
 
+@public
 def project_sphere_vjp(
     y_bar: Array, y: Array, x: Array, /, *, norm: float = 2, radius: float = 1.0, throw: bool = True
 ) -> Array:
@@ -124,6 +127,7 @@ def project_sphere_vjp(
     return nan_where(bad | _not_finite(x), _REVERSE[norm](y_bar, y, x, radius))
 
 
+@public
 def project_ball(x: Array, /, *, norm: float = 2, radius: float = 1.0) -> Array:
     """Nearest point of the ball ``‖u‖ ≤ radius``.
 
@@ -163,6 +167,7 @@ def project_ball(x: Array, /, *, norm: float = 2, radius: float = 1.0) -> Array:
     return _PROJECT[norm](_finite_or_nan(x), radius, True)
 
 
+@public
 def project_ball_vjp(y_bar: Array, y: Array, x: Array, /, *, norm: float = 2, radius: float = 1.0) -> Array:
     """Gradient of a loss of `project_ball`.
 
@@ -203,6 +208,7 @@ def project_ball_vjp(y_bar: Array, y: Array, x: Array, /, *, norm: float = 2, ra
     return nan_where(_not_finite(x), x_bar)
 
 
+@public
 def project_simplex(x: Array, /, *, total: float = 1.0) -> Array:
     """Nearest point of the simplex ``u ≥ 0, Σ u = total``.
 
@@ -241,6 +247,7 @@ def project_simplex(x: Array, /, *, total: float = 1.0) -> Array:
     return _simplex(_finite_or_nan(x), total)
 
 
+@public
 def project_simplex_vjp(y_bar: Array, y: Array, /) -> Array:
     r"""Gradient of a loss of `project_simplex`.
 

@@ -31,6 +31,7 @@ from ddnref._array import (
 )
 from ddnref._errors import ConvergenceError, SingularError
 from ddnref._loops import CHECK_EVERY, WhileLoop, run
+from ddnref._public import public
 
 
 class Penalty(NamedTuple):
@@ -85,6 +86,7 @@ class RobustPoolInfo(NamedTuple):
     """(...): ``|Σ ψ_i| / Σ |ψ_i|`` at the returned point."""
 
 
+@public
 def robust_pool(
     x: Array,
     /,
@@ -171,6 +173,7 @@ def robust_pool(
     return nan_where(~info.converged, center[..., 0] + alpha * u), info
 
 
+@public
 def robust_pool_vjp(
     y_bar: Array, y: Array, x: Array, /, *, kind: str = "pseudo-huber", alpha: float = 1.0, throw: bool = True
 ) -> Array:
@@ -292,7 +295,7 @@ def _check(kind: str, alpha: float, **arrays: Array) -> Namespace:
     check_dtypes(**{name: (a, x.dtype) for name, a in arrays.items()})
     if x.ndim < 1 or x.shape[-1] < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., m) with m at least 1.")
-    if kind not in PENALTIES:
+    if not isinstance(kind, str) or kind not in PENALTIES:
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(PENALTIES)}.")
     if not alpha > 0:
         raise ValueError(f"alpha is {alpha!r}, expected a positive number.")

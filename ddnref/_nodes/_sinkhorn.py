@@ -33,6 +33,7 @@ from ddnref._array import eps as machine_eps
 from ddnref._bordered import Dense, probed
 from ddnref._errors import ConvergenceError, SingularError
 from ddnref._loops import CHECK_EVERY, WhileLoop, run
+from ddnref._public import public
 
 
 class SinkhornInfo(NamedTuple):
@@ -48,6 +49,7 @@ class SinkhornInfo(NamedTuple):
     """(...) flags: marginals finite, not negative, each with sum one."""
 
 
+@public
 def sinkhorn(
     cost: Array,
     p: Array,
@@ -140,6 +142,7 @@ def sinkhorn(
     return nan_where(~info.converged[..., None, None], plan), info
 
 
+@public
 def sinkhorn_vjp(plan_bar: Array, plan: Array, /, *, eps: float, throw: bool = True) -> tuple[Array, Array, Array]:
     r"""Gradient of a loss of `sinkhorn`: one direct solve, without any of its iterates.
 

@@ -15,8 +15,10 @@ from typing import Any
 from ddnref._array import Array, conj, is_complex
 from ddnref._operators._elementary import as_operator, coefficient
 from ddnref._operators._operator import LinearOperator, Params, coefficient_bar, is_array, motions_of, times
+from ddnref._public import public
 
 
+@public
 def scaled(
     operator: Array | LinearOperator, c: Array | float | complex, /, *, positive_definite: bool | None = None
 ) -> LinearOperator:
@@ -92,6 +94,7 @@ def scaled(
     )  # fmt: skip
 
 
+@public
 def adjoint(operator: Array | LinearOperator, /) -> LinearOperator:
     """The adjoint ``Aᴴ`` as an operator, with the parameters of A.
 
@@ -129,6 +132,7 @@ def adjoint(operator: Array | LinearOperator, /) -> LinearOperator:
     )  # fmt: skip
 
 
+@public
 def normal(
     operator: Array | LinearOperator,
     damping: Array | float | None = None,

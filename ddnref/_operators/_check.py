@@ -10,6 +10,7 @@ from ddnref._array import Array, is_complex, namespace
 from ddnref._errors import OperatorError
 from ddnref._operators._operator import LinearOperator, zeros
 from ddnref._operators._statements import STATEMENTS, Given, OperatorCheck
+from ddnref._public import public
 
 RTOL = 1e-11
 VJP_RTOL = 1e-7
@@ -30,6 +31,7 @@ class OperatorReport(NamedTuple):
         )
 
 
+@public
 def check_operator(
     operator: LinearOperator,
     x: Array | None = None,
@@ -110,8 +112,9 @@ def _given(a: LinearOperator, x: Array | None, rng: np.random.Generator, rtol: f
     arrays = [*a.params, *([] if x is None else [x])]
     if any(p.dtype not in (xp.float64, xp.complex128) for p in arrays):
         raise TypeError(
-            f"check_operator needs float64 or complex128, got {', '.join(str(p.dtype) for p in arrays)}: finite "
-            "differences in single precision show nothing. Check the same operator in double precision."
+            "check_operator needs params and x of dtype float64 or complex128, got "
+            f"{', '.join(str(p.dtype) for p in arrays)}: finite differences in single precision show nothing. Check "
+            "the same operator in double precision."
         )
     if x is None:
         x = zeros(tuple(a.domain_shape), a.params[0])

@@ -24,8 +24,10 @@ from ddnref._operators._operator import (
     over,
     zeros,
 )
+from ddnref._public import public
 
 
+@public
 def convolution(
     kernel: Array, shape: tuple[int, ...] | int, /, *, self_adjoint: bool = False, positive_definite: bool = False
 ) -> LinearOperator:

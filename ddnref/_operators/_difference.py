@@ -16,10 +16,12 @@ import array_api_compat
 from ddnref._array import Array
 from ddnref._operators import _numpy
 from ddnref._operators._operator import LinearOperator, Params, as_shape, is_array, no_motions, no_params_vjp, over
+from ddnref._public import public
 
 BOUNDARIES = ("periodic", "replicate", "zero")
 
 
+@public
 def difference(
     shape: tuple[int, ...] | int, /, axis: int | tuple[int, ...] | None = None, *, boundary: str = "periodic"
 ) -> LinearOperator:

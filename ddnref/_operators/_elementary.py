@@ -13,22 +13,23 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from ddnref._array import Array, conj, is_complex, namespace
+from ddnref._array import Array, check_precision, conj, is_complex, library, namespace
 from ddnref._linalg import move_axis
 from ddnref._operators._operator import (
     LinearOperator,
     Params,
     as_shape,
     broadcast_shape,
-    check_precision,
     cotangent,
     is_array,
     linear_motions,
     no_params_vjp,
     over,
 )
+from ddnref._public import public
 
 
+@public
 def dense(a: Array, /, *, self_adjoint: bool = False, positive_definite: bool = False) -> LinearOperator:
     """A matrix as an operator.
 
@@ -130,6 +131,7 @@ def _alike(a: Array, b: Array) -> tuple[Array, Array]:
     return (a, xp.astype(b, a.dtype)) if is_complex(a) else (xp.astype(a, b.dtype), b)
 
 
+@public
 def diagonal(
     d: Array, /, shape: tuple[int, ...] | int | None = None, *, positive_definite: bool = False
 ) -> LinearOperator:
@@ -173,6 +175,7 @@ def diagonal(
     return _diagonal(d, sizes, not is_complex(d), positive_definite)
 
 
+@public
 def mask(m: Array, /, shape: tuple[int, ...] | int | None = None) -> LinearOperator:
     r"""Keeps some entries and sets the others to zero: a projection, its own adjoint.
 
@@ -203,7 +206,7 @@ def mask(m: Array, /, shape: tuple[int, ...] | int | None = None) -> LinearOpera
     array([3., 0.])
     """
     if array_api_compat.is_array_api_obj(m):
-        xp = array_api_compat.array_namespace(m)
+        xp = library(m=m)
         if xp.isdtype(m.dtype, "bool"):
             m = xp.astype(m, xp.zeros((), device=array_api_compat.device(m)).dtype)
     namespace(m=m)
@@ -276,6 +279,8 @@ def coefficient(name: str, c: Any, params: Params, real: bool = False) -> Any:
 
     NumPy's scalars, which its functions return for arrays without axes, are arrays here: they have a gradient.
     """
+    if c is None:
+        raise TypeError(f"{name} is None, expected a number or an array.")
     if not is_array(c):
         if real and isinstance(c, complex):
             raise TypeError(f"{name} is {c!r}, expected a real number or a real array.")

@@ -15,8 +15,10 @@ import numpy as np
 
 from ddnref._array import Array, conj
 from ddnref._operators._operator import LinearOperator, Params, as_shape, cotangent, linear_motions, no_motions, zeros
+from ddnref._public import public
 
 
+@public
 def from_scipy(
     operator: Any,
     /,
@@ -185,6 +187,7 @@ def _products(
     return LinearOperator((), apply, adjoint, params_vjp, domain, target, *flags, **no_motions(apply, adjoint))
 
 
+@public
 def to_scipy(operator: LinearOperator, /, *, dtype: Any = None) -> Any:
     """One of our operators for ``scipy.sparse.linalg``, or for CuPy's if its parameters are CuPy's.
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, NoReturn
 import array_api_compat
 import numpy as np
 
-from ddnref._array import Array, conj, full, is_complex, namespace, real_dtype, with_axes
+from ddnref._array import Array, check_precision, conj, full, given, is_complex, namespace, with_axes
+from ddnref._errors import DdnrefError
 from ddnref._linalg import identity, move_axis
 
 Params = tuple[Array, ...]
@@ -57,7 +58,17 @@ class LinearOperator(NamedTuple):
     def __call__(self, x: Array) -> Array:
         """``A x``, with a look at the shape and the dtype of `x` first."""
         check_vector("x", x, self.domain_shape, self.params)
-        return self.apply(self.params, x)
+        try:
+            with np.errstate(all="ignore"):  # NaN in one item is for its user to see in the result
+                return self.apply(self.params, x)
+        except (ValueError, RuntimeError) as error:
+            if isinstance(error, DdnrefError):
+                raise
+            shapes = ", ".join(str(tuple(p.shape)) for p in self.params)
+            raise ValueError(
+                f"The operator failed for x of shape {tuple(x.shape)} with params of shapes ({shapes}): {error} Likely "
+                "batch axes of x that do not broadcast against those of the parameters."
+            ) from error
 
     def with_params(self, *params: Array) -> LinearOperator:
         """The same map with other parameters."""
@@ -133,17 +144,11 @@ def check_vector(name: str, x: Array, shape: tuple[int, ...], params: Params) ->
         wanted = ", ".join(["...", *map(str, shape)])
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({wanted}): batch axes lead.")
     for i, parameter in enumerate(params):
-        if type(parameter) is type(x) and parameter.dtype == x.dtype:
+        if type(parameter) is type(x) is np.ndarray and parameter.dtype == x.dtype:
             continue
+        given(**{f"params[{i}]": parameter})
         namespace(**{name: x, f"params[{i}]": parameter})
         check_precision(xp, **{name: x, f"params[{i}]": parameter})
-
-
-def check_precision(xp: Any, **arrays: Array) -> None:
-    """Raise ``TypeError`` unless all are single or all double precision; real and complex go together."""
-    if len({str(real_dtype(xp, array.dtype)) for array in arrays.values()}) > 1:
-        kinds = ", ".join(f"{name}: {array.dtype}" for name, array in arrays.items())
-        raise TypeError(f"All arrays must have one precision, but got {kinds}: nothing is converted silently.")
 
 
 def check_params(**params: Array) -> None:

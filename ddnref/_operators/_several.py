@@ -20,8 +20,10 @@ from ddnref._array import Array
 from ddnref._operators._algebra import bare_of, normal
 from ddnref._operators._elementary import as_operator
 from ddnref._operators._operator import LinearOperator, Params, broadcast_shape, check_params, motions_of
+from ddnref._public import public
 
 
+@public
 def add(*operators: Array | LinearOperator, positive_definite: bool | None = None) -> LinearOperator:
     """The sum of operators.
 
@@ -82,6 +84,7 @@ def add(*operators: Array | LinearOperator, positive_definite: bool | None = Non
     return LinearOperator(parts.params, apply, adjoint, params_vjp, *shapes, flag, positive, prepare=prepare, **motions)
 
 
+@public
 def compose(
     *operators: Array | LinearOperator, self_adjoint: bool = False, positive_definite: bool = False
 ) -> LinearOperator:
@@ -170,6 +173,7 @@ def _moved(steps: list[tuple[Callable[[Array], Array], Callable[[Array], Array]]
     return moved
 
 
+@public
 def stack(*operators: Array | LinearOperator) -> LinearOperator:
     r"""Several operators of one vector, their results side by side.
 

@@ -1,0 +1,230 @@
+"""Eigenpairs, systems and operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+
+import ddnref
+
+from ._drivers import definite, normal, target
+from ._targets import Target, _solve, random_like
+
+# --- eigenpairs -------------------------------------------------------------------------------------------------
+
+
+def _pairs(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
+    """Far from eigenpairs: of residuals that are nothing but rounding no digit could be compared."""
+    return (
+        definite(rng, batch, m, is_complex),
+        rng.uniform(1.0, 2.0, (*batch, m)),
+        normal(rng, (*batch, m, m), is_complex),
+    )
+
+
+def _gauge(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
+    w, v = np.linalg.eigh(definite(rng, batch, m, False))
+    return random_like(rng, w), random_like(rng, v), w, v
+
+
+def eigen_targets() -> list[Target]:
+    return [
+        target(ddnref.eigen_residual, _pairs, "x w v", powers={"v": (1,)}),
+        target(ddnref.fixed_point_residual, _pairs, "x w v", powers={"x": (0,), "w": (0,)}),
+        target(ddnref.gauge_residual, _gauge, "w_bar v_bar w v", optional=("w_bar", "v_bar")),
+        target(
+            ddnref.align_signs,
+            lambda rng, batch, m, c: (normal(rng, (*batch, m, 3)), normal(rng, (*batch, m))),
+            "v reference",
+            given={"axis": -2},
+            call=_align,
+            optional=("reference",),
+            powers={"v": (1,), "reference": (0,)},
+        ),
+    ]
+
+
+def _align(v: Any, reference: Any, **options: Any) -> Any:
+    along = reference[..., :, None] if getattr(reference, "ndim", 0) > 1 else reference
+    return ddnref.align_signs(v, along, **options)
+
+
+# --- systems ----------------------------------------------------------------------------------------------------
+
+
+def _system(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
+    return definite(rng, batch, m, is_complex), normal(rng, (*batch, m), is_complex)
+
+
+def krylov_targets() -> list[Target]:
+    def of(solver: Callable[..., Any]) -> Target:
+        def call(a: Any, b: Any, **options: Any) -> Any:
+            return solver(ddnref.dense(a, self_adjoint=True, positive_definite=True), b, **options)
+
+        return target(
+            solver,
+            _system,
+            "a b",
+            call,
+            given={"rtol": 1e-12},
+            check=_solve,
+            loose=1e3,
+            is_complex=True,
+            powers={"b": (1,), "a": (-1,)},
+            aliases={"a": ("operator", "params")},
+        )
+
+    solvers = (ddnref.cg, ddnref.minres, ddnref.bicgstab, ddnref.gmres, ddnref.lsmr)
+
+    def moved(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
+        a, b = _system(rng, batch, m, is_complex)
+        x = np.linalg.solve(a, b[..., None])[..., 0]
+        return random_like(rng, a), random_like(rng, b), x, a, b
+
+    return [
+        *map(of, solvers),
+        target(
+            ddnref.linear_solve_jvp,
+            moved,
+            "params_dot b_dot x operator b",
+            bars=2,
+            aliases=PARAMS,
+            loose=10.0,
+            is_complex=True,
+        ),
+    ]
+
+
+# --- operators --------------------------------------------------------------------------------------------------
+
+
+def everything(operator: ddnref.LinearOperator, x: Any) -> Any:
+    """All that an operator does, once."""
+    y = operator(x)
+    with np.errstate(all="ignore"):  # the bare formulas, which solvers call, look at nothing
+        return y, operator.adjoint(operator.params, y), *operator.params_vjp(operator.params, y, x)
+
+
+PARAMS = dict.fromkeys(("a", "d", "m", "kernel", "operator", "c", "damping", "operators"), ("params",))
+
+
+def operator_targets() -> list[Target]:
+    n = 6
+
+    def of(function: Any, build: Any, names: str, call: Any, **fields: Any) -> Target:
+        return target(function, build, names, call, **{"is_complex": True, "sums": True, "aliases": PARAMS, **fields})
+
+    def matrix(rng: Any, batch: Any, m: int, c: bool) -> tuple[Any, ...]:
+        return normal(rng, (*batch, m, m + 1), c), normal(rng, (*batch, m + 1), c)
+
+    def square(rng: Any, batch: Any, m: int, c: bool) -> tuple[Any, ...]:
+        return normal(rng, (*batch, m, m), c), normal(rng, (*batch, m, m), c), normal(rng, (*batch, m), c)
+
+    def points(rng: Any, batch: Any, m: int, c: bool) -> tuple[Any, ...]:
+        return normal(rng, (*batch, m), c), normal(rng, (*batch, m), c)
+
+    def kernel(rng: Any, batch: Any, m: int, c: bool) -> tuple[Any, ...]:
+        return normal(rng, (*batch, 3), c), normal(rng, (*batch, n), c)
+
+    def grid(rng: Any, batch: Any, m: int, c: bool) -> tuple[Any, ...]:
+        return (normal(rng, (*batch, 4, 5), c),)
+
+    def coefficient(rng: Any, batch: Any, m: int, c: bool) -> tuple[Any, ...]:
+        return normal(rng, (*batch, m, m), c), np.asarray(rng.uniform(0.5, 2.0, batch)), normal(rng, (*batch, m), c)
+
+    def own(d: Any, x: Any) -> Any:
+        def product(params: Any, x: Any) -> Any:
+            return params[0] * x
+
+        def bar(params: Any, y_bar: Any, x: Any) -> Any:
+            return (y_bar * x,)
+
+        return everything(ddnref.LinearOperator((d,), product, product, bar, (4,), (4,)), x)
+
+    return [
+        of(ddnref.dense, matrix, "a x", lambda a, x, **o: everything(ddnref.dense(a, **o), x)),
+        of(ddnref.as_operator, matrix, "a x", lambda a, x, **o: everything(ddnref.as_operator(a, "a", **o), x)),
+        of(ddnref.diagonal, points, "d x", lambda d, x, **o: everything(ddnref.diagonal(d, **o), x), items=False),
+        of(
+            ddnref.mask,
+            lambda rng, batch, m, c: (rng.uniform(0, 1, m), normal(rng, (*batch, m), c)),
+            "m x",
+            lambda m, x, **o: everything(ddnref.mask(m, **o), x),
+            items=False,
+        ),
+        of(ddnref.convolution, kernel, "kernel x", lambda k, x, **o: everything(ddnref.convolution(k, n, **o), x)),
+        of(ddnref.difference, grid, "x", lambda x, **o: everything(ddnref.difference((4, 5), **o), x)),
+        of(ddnref.scaled, coefficient, "operator c x", lambda a, s, x, **o: everything(ddnref.scaled(a, s, **o), x)),
+        of(
+            ddnref.normal,
+            coefficient,
+            "operator damping x",
+            lambda a, s, x, **o: everything(ddnref.normal(a, s, **o), x),
+            optional=("damping",),
+        ),
+        of(ddnref.add, square, "operators operators x", lambda a, b, x, **o: everything(ddnref.add(a, b, **o), x)),
+        of(
+            ddnref.compose,
+            square,
+            "operators operators x",
+            lambda a, b, x, **o: everything(ddnref.compose(a, b, **o), x),
+        ),
+        of(ddnref.stack, square, "operators operators x", lambda a, b, x, **o: everything(ddnref.stack(a, b, **o), x)),
+        of(
+            ddnref.adjoint,
+            lambda *w: (np.swapaxes(matrix(*w)[0], -1, -2).copy(), matrix(*w)[1]),
+            "operator x",
+            lambda a, x, **o: everything(ddnref.adjoint(a, **o), x),
+        ),
+        target(
+            ddnref.LinearOperator,
+            lambda rng, batch, m, c: (normal(rng, (4,)), normal(rng, (*batch, 4))),
+            "params x",
+            own,
+            like=lambda: None,
+            items=False,
+            theirs=("params",),
+        ),
+        of(
+            ddnref.check_operator,
+            matrix,
+            "a x",
+            lambda a, x, **o: ddnref.check_operator(ddnref.dense(a), x, **o).passed,
+            items=False,
+            options={"rtol": "tolerance", "vjp_rtol": "tolerance", "seed": "seed"},
+            double=True,
+            optional=("x",),
+        ),
+    ]
+
+
+def scipy_targets() -> list[Target]:
+    """Of what goes to SciPy and comes from there: NumPy alone."""
+
+    def back(a: Any, **options: Any) -> Any:
+        operator = ddnref.to_scipy(ddnref.dense(a), **options)
+        return operator @ np.ones(operator.shape[1], operator.dtype)
+
+    sparse = scipy.sparse.csr_array(np.asarray([[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]]))
+    return [
+        target(
+            ddnref.to_scipy,
+            lambda rng, batch, m, c: (normal(rng, (m, m + 1)),),
+            "a",
+            back,
+            items=False,
+            numpy_only=True,
+            aliases={"a": ("parameters",)},
+        ),
+        target(
+            ddnref.from_scipy,
+            lambda rng, batch, m, c: (normal(rng, (*batch, 3)),),
+            "x",
+            lambda x, **o: (ddnref.from_scipy(sparse, **o)(x),),
+            numpy_only=True,
+            double=True,
+        ),
+    ]

@@ -1,0 +1,226 @@
+"""Networks and their curvature."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat
+
+import ddnref
+
+from ._drivers import normal, target
+from ._targets import Target
+
+# --- networks ---------------------------------------------------------------------------------------------------
+
+
+def _network(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
+    weights = normal(rng, (m, 3)) / 2, normal(rng, (m,)) / 9, normal(rng, (2, m)) / 2
+    return *weights, normal(rng, (5, 3)), normal(rng, (5, 2))
+
+
+def _images(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
+    return normal(rng, (2, 1, 2, 2)), normal(rng, (2,)), normal(rng, (3, 1, 4, 4)), normal(rng, (3, 18))
+
+
+def chain(weight: Any, bias: Any, last: Any) -> ddnref.Chain:
+    return ddnref.Chain([ddnref.Dense(weight, bias, "tanh"), ddnref.Dense(last)], "mse")
+
+
+SQUARE = ddnref.Activation(lambda s: s * s, lambda s: 2 * s, lambda s: 2 + 0 * s)
+
+
+def _half_square(y: Any, t: Any) -> Any:
+    return array_api_compat.array_namespace(y).sum((y - t) ** 2, axis=-1) / 2
+
+
+def _identities(y: Any, t: Any) -> Any:
+    xp = array_api_compat.array_namespace(y)
+    i = xp.arange(y.shape[-1], device=array_api_compat.device(y))
+    return xp.astype(i[:, None] == i, y.dtype) + 0 * y[..., None]
+
+
+LOSS = ddnref.Loss(_half_square, lambda y, t: y - t, _identities, _identities)
+
+
+def _scale_layer(scale: Any) -> ddnref.Layer:
+    def total(z: Any) -> Any:
+        return array_api_compat.array_namespace(z).sum(z, axis=0)
+
+    return ddnref.Layer(
+        (scale,),
+        forward=lambda p, x: (p[0] * x, x),
+        vjp=lambda p, x, y_bar: ((total(y_bar * x),), p[0] * y_bar),
+        jvp=lambda p, x, p_dot, x_dot: p_dot[0] * x + p[0] * x_dot,
+    )
+
+
+def _own_layer(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
+    return normal(rng, (3,)), normal(rng, (4, 3)), normal(rng, (4, 3))
+
+
+def network_targets() -> list[Target]:
+    names = "weight bias weight x t"
+
+    def of(name: str, call: Any, build: Any = _network, names: str = names, **fields: Any) -> Target:
+        aliases = fields.pop("aliases", {"weight": ("params", "layers"), "bias": ("params",)})
+        fields = {"optional": ("bias",), **fields}
+        like = fields.pop("like", lambda *, throw=True: None)
+        return target(call, build, names, call, like=like, name=name, items=False, aliases=aliases, **fields)
+
+    def convolved(w: Any, b: Any, x: Any, t: Any, throw: bool = True) -> Any:
+        layers = [ddnref.Conv2d(w, b, activation="softplus"), ddnref.Flatten()]
+        return ddnref.Chain(layers, "mse").loss_and_gradient(x, t, throw=throw)
+
+    def residual(w: Any, b: Any, v: Any, x: Any, t: Any, throw: bool = True) -> Any:
+        inner = ddnref.Residual([ddnref.Dense(w, b, SQUARE), ddnref.Dense(v)])
+        return ddnref.Chain([inner], LOSS).loss_and_gradient(x, t, throw=throw)
+
+    def square(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
+        return *(normal(rng, s) / 2 for s in ((m, 3), (m,), (3, m))), normal(rng, (5, 3)), normal(rng, (5, 3))
+
+    def frozen(w: Any, b: Any, v: Any, x: Any, t: Any, throw: bool = True) -> Any:
+        layers = [ddnref.Frozen(ddnref.Dense(w, b, "gelu")), ddnref.Dense(v)]
+        return ddnref.Chain(layers, "mse").gradient(x, t, throw=throw)
+
+    def product(name: str) -> Any:
+        def call(w: Any, b: Any, v: Any, x: Any, t: Any, throw: bool = True) -> Any:
+            c = chain(w, b, v)
+            return getattr(c, name)(x, t, [p + 0 for p in c.params], throw=throw)
+
+        return call
+
+    def method(name: str) -> Any:
+        return lambda w, b, v, x, t, throw=True: getattr(chain(w, b, v), name)(x, t, throw=throw)
+
+    def vector(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
+        return *_network(rng, batch, m, is_complex), normal(rng, (m, 3)), normal(rng, (m,)), normal(rng, (2, m))
+
+    def with_vector(w: Any, b: Any, v: Any, x: Any, t: Any, *vs: Any, throw: bool = True) -> Any:
+        return chain(w, b, v).hvp(x, t, list(vs), throw=throw)
+
+    return [
+        of("Chain", lambda w, b, v, x, t, throw=True: chain(w, b, v).loss_and_gradient(x, t, throw=throw)),
+        of("Chain.loss", method("loss")),
+        of("Chain.gradient", method("gradient")),
+        of("Chain.per_sample_gradients", method("per_sample_gradients")),
+        of("Chain.hvp", with_vector, vector, names + " v v v"),
+        of("Chain.ggnvp", product("ggnvp"), unused=("t",)),
+        of("Chain.output", lambda w, b, v, x, t: chain(w, b, v).output(x), theirs=("t",), like=lambda: None),
+        of(
+            "Dense",
+            lambda w, b, v, x, t, throw=True: ddnref.Chain(
+                [ddnref.Dense(w, b, "relu"), ddnref.Dense(v)], "bce"
+            ).gradient(x, 0 * t, throw=throw),
+            theirs=("t",),
+        ),
+        of("Conv2d", convolved, _images, "weight bias x t"),
+        of("Flatten", convolved, _images, "weight bias x t"),
+        *(of(name, residual, square, theirs=("t",)) for name in ("Residual", "Activation", "Loss")),
+        of("Frozen", frozen, aliases={"weight": ("constants", "params"), "bias": ("constants", "params")}),
+        of(
+            "Layer",
+            lambda s, x, t, throw=True: ddnref.Chain([_scale_layer(s)], "mse").gradient(x, t, throw=throw),
+            _own_layer,
+            "params x t",
+            theirs=("params", "x"),
+        ),
+    ]
+
+
+# --- curvature --------------------------------------------------------------------------------------------------
+
+
+def _free_of_sign(result: Any) -> Any:
+    w, v = result
+    return w, [array_api_compat.array_namespace(z).abs(z) for z in v]
+
+
+def rows(x: Any, part: slice) -> Any:
+    """Some samples; what has none is handed on as it is."""
+    if not hasattr(x, "ndim") or isinstance(x, type) or x.ndim == 0 or "sparse" in str(getattr(x, "layout", "")):
+        return x
+    return x[part, ...]
+
+
+def curvature_targets() -> list[Target]:
+    names = "weight bias weight x t"
+    aliases = {"weight": ("params",), "bias": ("params",)}
+
+    def of(function: Any, call: Any, given: Any = None, name: str = "", **fields: Any) -> Target:
+        def called(w: Any, b: Any, v: Any, x: Any, t: Any, **options: Any) -> Any:
+            return call(chain(w, b, v), x, t, **options)
+
+        return target(
+            function,
+            _network,
+            names,
+            called,
+            like=function,
+            name=name or function.__name__,
+            items=False,
+            aliases=aliases,
+            given=given or {},
+            loose=1e4,
+            optional=("bias",),
+            unused=("t",),
+            **fields,
+        )
+
+    def reduced(c: Any, x: Any, t: Any, **options: Any) -> Any:
+        reducer = ddnref.ggn_reducer(c, **options)
+        first = reducer.update(reducer.init(), rows(x, slice(2)), rows(t, slice(2)))
+        second = reducer.update(reducer.init(2), rows(x, slice(2, None)), rows(t, slice(2, None)))
+        return reducer.finalise(reducer.merge(first, second)).grams
+
+    def solved(c: Any, x: Any, t: Any, **options: Any) -> Any:
+        return ddnref.hessian_solve(c, x, t, [p + 0 for p in c.params], **options)
+
+    def factored(c: Any, x: Any, t: Any, **options: Any) -> Any:
+        factor = ddnref.hessian_factor(c, x, t, **options)
+        return factor.solve([p + 0 for p in c.params]), factor.slogdet(), factor.inertia()
+
+    def reverse(c: Any, x: Any, t: Any, **options: Any) -> Any:
+        factor = ddnref.hessian_factor(c, x, t, damping=5.0)
+        b = [p + 0 for p in c.params]
+        return ddnref.hessian_solve_vjp(b, factor.solve(b)[0], factor, **options)
+
+    def pairs(c: Any, x: Any, t: Any, **options: Any) -> Any:
+        return _free_of_sign(ddnref.hessian_eigvals(c, x, t, **{"k": 2, **options})[0])
+
+    def derivatives(c: Any, x: Any, t: Any, **options: Any) -> Any:
+        found = ddnref.ggn_directional_derivatives(c, x, t, **options)
+        xp = array_api_compat.array_namespace(found.w)
+        return found.w, xp.abs(found.first), found.second
+
+    seeds = {"seed": "seed"}
+    return [
+        of(ddnref.ggn_eigvalsh, ddnref.ggn_eigvalsh, options={**seeds, "mc_samples": "check_every"}),
+        of(
+            ddnref.ggn_eigh,
+            lambda *a, **o: _free_of_sign(ddnref.ggn_eigh(*a, **o)),
+            {"k": 2},
+            options={**seeds, "k": "k"},
+        ),
+        of(ddnref.ggn_directional_derivatives, derivatives, {"k": 2}, options=seeds),
+        of(
+            ddnref.ggn_damped_newton, ddnref.ggn_damped_newton, {"k": 2, "damping": 0.5}, options={"damping": "damping"}
+        ),
+        of(ddnref.ggn_reducer, reduced, options=seeds),
+        of(ddnref.ggn_reducer, reduced, name="Ggn", functions=("Ggn", "GgnState")),
+        of(
+            ddnref.hessian_factor,
+            factored,
+            {"damping": 5.0},
+            functions=("hessian_factor", "HessianFactor"),
+            options={"damping": "damping"},
+        ),
+        of(ddnref.hessian_solve, solved, {"damping": 5.0}, options={"damping": "damping", "refine": "refine"}),
+        of(ddnref.hessian_solve_vjp, reverse, options={"refine": "refine"}),
+        of(
+            ddnref.hessian_eigval_count,
+            lambda c, x, t, interval=(-0.5, 0.7), **o: ddnref.hessian_eigval_count(c, x, t, interval, **o)[0],
+            options={"interval": "interval"},
+        ),
+        of(ddnref.hessian_eigvals, pairs, options={"sigma": "any number", "interval": "interval"}, doubles=True),
+    ]

@@ -1,0 +1,123 @@
+"""Gradients through solutions of problems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+import ddnref
+
+from ._drivers import definite, normal, target
+from ._targets import Target
+
+# --- solutions of problems --------------------------------------------------------------------------------------
+
+
+def _dot(a: Any, x: Any) -> Any:
+    return (a @ x[..., None])[..., 0]
+
+
+def _outer(u: Any, v: Any) -> Any:
+    return u[..., :, None] * v[..., None, :]
+
+
+def _root(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
+    a, b = definite(rng, batch, m, False), normal(rng, (*batch, m))
+    return normal(rng, (*batch, m)), np.linalg.solve(a, b[..., None])[..., 0], a, b
+
+
+def _constrained(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
+    """``½ ‖y − x‖²`` with the sum of y fixed: y is x less its mean deviation."""
+    x = normal(rng, (*batch, m))
+    t = normal(rng, (*batch, 1))
+    nu = (t - np.sum(x, axis=-1, keepdims=True)) / m
+    return normal(rng, (*batch, m)), x + nu, nu, x, t
+
+
+def _equations(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
+    y_bar, y, nu, x, t = _constrained(rng, batch, m, False)
+    return y_bar, y, nu, np.ones((*batch, 1, m)), t, x
+
+
+def _ones_row(y: Any) -> Any:
+    return array_api_compat.array_namespace(y).ones_like(y)[..., None, :]
+
+
+def _total(y: Any) -> Any:
+    return array_api_compat.array_namespace(y).sum(y, axis=-1, keepdims=True)
+
+
+ROOT: dict[str, Any] = {
+    "residual": lambda y, a, b: _dot(a, y) - b,
+    "jacobian": lambda y, a, b: a,
+    "residual_vjp": lambda w, y, a, b: (_outer(w, y), -w),
+}
+MINIMUM: dict[str, Any] = {
+    "gradient": ROOT["residual"],
+    "hessian": ROOT["jacobian"],
+    "gradient_vjp": ROOT["residual_vjp"],
+}
+CONSTRAINED: dict[str, Any] = {
+    "gradient": lambda y, x, t: y - x,
+    "hessian": lambda y, nu, x, t: ddnref.Diagonal(1 + 0 * y),
+    "constraint": lambda y, x, t: _total(y) - t,
+    "constraint_jacobian": lambda y, x, t: _ones_row(y),
+    "residual_vjp": lambda w, eta, y, nu, x, t: (-w, -eta),
+}
+LINEAR: dict[str, Any] = {
+    "gradient": lambda y, x: y - x,
+    "hessian": lambda y, x: ddnref.Diagonal(1 + 0 * y),
+    "gradient_vjp": lambda w, y, x: -w,
+}
+
+
+def implicit_targets() -> list[Target]:
+    fields: dict[str, Any] = {"bars": 1, "theirs": ("inputs",), "loose": 10.0}
+
+    def of(function: Any, build: Any, names: str, stated: dict[str, Any], name: str = "", **more: Any) -> Target:
+        kinds = dict.fromkeys(stated, "callable")
+        kinds.pop("equalities", None)
+        return target(
+            function,
+            build,
+            names,
+            lambda *arrays, **o: function(*arrays, **{**stated, **o}),
+            options=kinds,
+            name=name or function.__name__,
+            **{**fields, **more},
+        )
+
+    def structured(name: str, of_matrix: Callable[[Any], Any]) -> Target:
+        """A root whose Jacobian has a structure, of a diagonal matrix."""
+
+        def build(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
+            d, b = rng.uniform(1.0, 2.0, (*batch, m)), normal(rng, (*batch, m))
+            return normal(rng, (*batch, m)), b / d, d, b
+
+        stated = {
+            "residual": lambda y, d, b: d * y - b,
+            "jacobian": lambda y, d, b: of_matrix(d),
+            "residual_vjp": lambda w, y, d, b: (w * y, -w),
+        }
+        return of(ddnref.root_vjp, build, "y_bar y inputs inputs", stated, name=name)
+
+    return [
+        of(ddnref.root_vjp, _root, "y_bar y inputs inputs", ROOT),
+        of(ddnref.argmin_vjp, _root, "y_bar y inputs inputs", MINIMUM),
+        of(ddnref.eq_argmin_vjp, _constrained, "y_bar y nu inputs inputs", CONSTRAINED, optional=("nu",)),
+        of(
+            ddnref.ineq_argmin_vjp,
+            _constrained,
+            "y_bar y nu inputs inputs",
+            {**CONSTRAINED, "equalities": 1},
+            optional=("nu",),
+        ),
+        of(ddnref.lineq_argmin_vjp, _equations, "y_bar y nu a b inputs", LINEAR, optional=("nu",)),
+        structured("Diagonal", ddnref.Diagonal),
+        structured("BlockDiagonal", lambda d: ddnref.BlockDiagonal(d[..., :, None, None])),
+        structured("DiagonalPlusLowRank", lambda d: ddnref.DiagonalPlusLowRank(d, 0 * d[..., None])),
+        structured("Products", lambda d: ddnref.Products(lambda v: d * v)),
+    ]

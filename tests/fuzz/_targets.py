@@ -1,0 +1,289 @@
+"""What is fuzzed: one target for each function of the rule table, its forward and its VJP, and for the others."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import ddnref
+from ddnref._rule import Rule, as_tuple, options_of, plain_forward
+from ddnref._rules import RULES
+
+
+class Problem(NamedTuple):
+    """An input that a function takes: NumPy arrays in order, and options."""
+
+    arrays: tuple[Any, ...]
+    options: dict[str, Any] = {}
+    condition: float = 100.0
+    """What rounding is amplified by."""
+
+
+Make = Callable[[np.random.Generator, tuple[int, ...], int, bool], Problem]
+
+
+class Target(NamedTuple):
+    """One public function and how to call it."""
+
+    name: str
+    call: Callable[..., Any]
+    """``call(*arrays, **options)``; what is not an array is bound."""
+    make: Make
+    names: tuple[str, ...]
+    """Of the arrays, as a message must spell them."""
+    items: bool = True
+    """Whether leading axes are those of a batch of independent problems."""
+    bars: int = 0
+    """How many of the first arrays the result is linear in."""
+    powers: dict[str, tuple[float, ...]] = {}
+    """Of which power of an argument's scale each output is, for a scale that is a power of two."""
+    phases: tuple[int, ...] = ()
+    """Outputs that hold unit vectors up to a sign or phase, in columns."""
+    check: Callable[..., float] | None = None
+    """``check(arrays, outputs, **options)``: error of one accepted item, independent of the library."""
+    options: dict[str, str] = {}
+    """Options that the call takes beyond those of its signature, and what is wrong for them (a key of `INVALID`)."""
+    rule: Rule | None = None
+    functions: tuple[str, ...] = ()
+    """The public names that this target exercises; its own name by default."""
+    loose: float = 1.0
+    """Factor of the tolerance, for iterations that stop early."""
+    integers: tuple[str, ...] = ()
+    """Arrays that are integers."""
+    is_complex: bool = False
+    theirs: tuple[str, ...] = ()
+    """Arrays that only functions of the user see: what is wrong with them is for these to say."""
+    aliases: dict[str, tuple[str, ...]] = {}
+    """How a message may call an array besides."""
+    numpy_only: bool = False
+    double: bool = False
+    """Whether float32 is refused."""
+    doubles: bool = False
+    """Whether it computes and returns float64 whatever comes in, as its documentation says."""
+    compared: int | None = None
+    """How many of the results are compared: what is saved may be any basis of an eigenspace."""
+    sums: bool = False
+    """Whether results may be summed over axes that broadcast."""
+    optional: tuple[str, ...] = ()
+    """Arrays that may be None."""
+    kinds: tuple[str, ...] = ()
+    """The only mutations that are tried; all where there are none."""
+    unused: tuple[str, ...] = ()
+    """Arrays that the result need not depend on."""
+
+
+def positional(function: Callable[..., Any]) -> tuple[str, ...]:
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_ONLY)
+
+
+def random_like(rng: np.random.Generator, y: Any) -> Any:
+    z = rng.standard_normal(y.shape)
+    return z + 1j * rng.standard_normal(y.shape) if np.iscomplexobj(y) else z
+
+
+def accepted(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options that the function has."""
+    known = inspect.signature(function).parameters
+    return {key: value for key, value in options.items() if key in known}
+
+
+# --- the rule table ---------------------------------------------------------------------------------------------
+
+POWERS: dict[str, dict[str, tuple[float, ...]]] = {
+    "eigh": {"x": (1, 0)},
+    "eigh_topk": {"x": (1, 0)},
+    "eigsh": {"x": (1, 0)},
+    "gram_eigvalsh": {"factor": (2,)},
+    "gram_eigh": {"factor": (2, 0)},
+    "spectral_function": {"x": (2,)},
+    "sqrtm": {"x": (0.5,)},
+    "invsqrtm": {"x": (-0.5,)},
+    "power_iteration": {"x": (1, 0)},
+    "simultaneous_iteration": {"x": (1, 0)},
+    "qr": {"a": (0, 1)},
+    "weighted_least_squares": {"b": (1,)},
+    "solve": {"a": (-1,), "b": (1,)},
+    "linear_solve": {"operator": (-1,), "b": (1,)},
+}
+"""Where scaling an input scales the outputs by a power of it. Rules that are not here are checked without it."""
+PHASES = {"eigh": (1,), "eigh_topk": (1,), "eigsh": (1,), "gram_eigh": (1,)}
+
+
+def off(error: Any, scale: Any) -> float:
+    """Largest error, relative to a size."""
+    return float(np.max(np.abs(error), initial=0.0)) / (float(np.max(np.abs(scale), initial=0.0)) or 1.0)
+
+
+def sym(x: Any) -> Any:
+    x = x / 2
+    return x + np.conj(np.swapaxes(x, -1, -2))
+
+
+def _t(x: Any) -> Any:
+    return np.conj(np.swapaxes(x, -1, -2))
+
+
+def _pairs_error(x: Any, w: Any, v: Any) -> float:
+    return max(off(x @ v - v * w[..., None, :], x), off(_t(v) @ v - np.eye(v.shape[-1]), 1.0))
+
+
+def _eigh(arrays: Any, outputs: Any, **options: Any) -> float:
+    x, (w, v) = sym(arrays[0]), outputs
+    k = w.shape[-1]
+    every = np.linalg.eigvalsh(x)
+    order = {"LA": every[..., ::-1], "SA": every, "LM": every[..., np.argsort(-np.abs(every), -1)]}
+    wanted = every if "k" not in options else order[options.get("which", "LA")][..., :k]
+    return max(_pairs_error(x, w, v), off(w - wanted, x))
+
+
+def _gram(arrays: Any, outputs: Any, **options: Any) -> float:
+    f, w = arrays[0], outputs[0]
+    wanted = np.linalg.svd(f, compute_uv=False)[: w.shape[-1]] ** 2
+    errors = [off(w[: len(wanted)] - wanted, wanted[:1]), off(w[len(wanted) :], wanted[:1])]
+    if len(outputs) > 1:
+        errors.append(_pairs_error(f @ _t(f), *outputs))
+    return max(errors)
+
+
+def _function_of_matrix(f: Callable[[Any], Any]) -> Callable[..., float]:
+    def check(arrays: Any, outputs: Any, **options: Any) -> float:
+        w, v = np.linalg.eigh(sym(arrays[0]))
+        wanted = (v * f(w)[..., None, :]) @ _t(v)
+        return off(outputs[0] - wanted, wanted)
+
+    return check
+
+
+def _power(arrays: Any, outputs: Any, **options: Any) -> float:
+    (x,), (w, v) = arrays, outputs
+    w, v = (w[..., None], v[..., None]) if v.ndim == x.ndim - 1 else (w, v)
+    return max(off(x @ v - v * w[..., None, :], x), off(np.sum(v * v, axis=-2) - 1, 1.0))
+
+
+def _qr(arrays: Any, outputs: Any, **options: Any) -> float:
+    (a,), (q, r) = arrays, outputs
+    return max(off(q @ r - a, a), off(_t(q) @ q - np.eye(q.shape[-1]), 1.0), off(np.tril(r, -1), a))
+
+
+def _sphere(arrays: Any, outputs: Any, **options: Any) -> float:
+    y, radius = outputs[0], options.get("radius", 1.0)
+    return off(np.linalg.norm(y, options.get("norm", 2)) - radius, radius)
+
+
+def _ball(arrays: Any, outputs: Any, **options: Any) -> float:
+    (x,), (y,), radius, norm = arrays, outputs, options.get("radius", 1.0), options.get("norm", 2)
+    inside = np.linalg.norm(x, norm) <= radius
+    return off(y - x, x) if inside else off(np.linalg.norm(y, norm) - radius, radius)
+
+
+def _simplex(arrays: Any, outputs: Any, **options: Any) -> float:
+    (x,), (y,), total = arrays, outputs, options.get("total", 1.0)
+    theta = np.max((x - y)[y > 0], initial=-np.inf)
+    stationary = max(off((x - y)[y > 0] - theta, 1.0 + np.abs(x)), float(np.max(x[y == 0] - theta, initial=0.0)))
+    return max(off(np.sum(y) - total, total), off(np.minimum(y, 0), total), stationary)
+
+
+def _least_squares_on_sphere(arrays: Any, outputs: Any, **options: Any) -> float:
+    (a, b), (y,), radius = arrays, outputs, options.get("radius", 1.0)
+    gradient = a.T @ (a @ y - b)
+    tangent = gradient - y * (y @ gradient) / radius**2
+    return max(off(np.linalg.norm(y) - radius, radius), off(tangent, a.T @ b))
+
+
+def _weighted_least_squares(arrays: Any, outputs: Any, *, bias: bool = True, **options: Any) -> float:
+    a, b, weights, *ridge = arrays
+    a = np.concatenate([a, np.ones((len(a), 1))], axis=-1) if bias else a
+    damping = (ridge[0] if ridge else 0) * np.eye(a.shape[-1])
+    if bias:
+        damping = damping * np.diag([1.0] * (a.shape[-1] - 1) + [0.0])
+    y = outputs[0]
+    return off(a.T @ (weights * (a @ y - b)) + damping @ y, a.T @ (weights * b))
+
+
+def _sinkhorn(arrays: Any, outputs: Any, **options: Any) -> float:
+    (cost, p, q), (plan,) = arrays, outputs
+    scaling = np.log(plan) + cost / options["eps"]  # log u_i + log v_j
+    rank_one = scaling - scaling[:, :1] - scaling[:1] + scaling[0, 0]
+    return max(off(plan.sum(1) - p, p), off(plan.sum(0) - q, q), off(rank_one, np.abs(scaling) + 1))
+
+
+def _robust(arrays: Any, outputs: Any, **options: Any) -> float:
+    if options.get("kind", "pseudo-huber") != "pseudo-huber":
+        return 0.0
+    (x,), (y,), alpha = arrays, outputs, options.get("alpha", 1.0)
+    u = (y - x) / alpha
+    return abs(float(np.sum(u / np.sqrt(1 + u * u)))) / x.size
+
+
+def _solve(arrays: Any, outputs: Any, **options: Any) -> float:
+    (a, b), (x,) = arrays, outputs
+    return off(a @ x - b, np.max(np.abs(a)) * np.max(np.abs(x), initial=0) + np.max(np.abs(b), initial=0))
+
+
+CHECKS: dict[str, Callable[..., float]] = {
+    "eigh": _eigh, "eigh_topk": _eigh, "eigsh": _eigh, "gram_eigvalsh": _gram, "gram_eigh": _gram,
+    "spectral_function": _function_of_matrix(lambda w: w * w), "sqrtm": _function_of_matrix(np.sqrt),
+    "invsqrtm": _function_of_matrix(lambda w: w**-0.5), "logm": _function_of_matrix(np.log),
+    "expm": _function_of_matrix(np.exp), "power_iteration": _power, "simultaneous_iteration": _power, "qr": _qr,
+    "project_sphere": _sphere, "project_ball": _ball, "project_simplex": _simplex,
+    "least_squares_on_sphere": _least_squares_on_sphere, "weighted_least_squares": _weighted_least_squares,
+    "sinkhorn": _sinkhorn, "robust_pool": _robust, "solve": _solve, "linear_solve": _solve,
+}  # fmt: skip
+"""What an accepted forward must satisfy, in plain NumPy."""
+PARAMS = {"operator": ("params",), "w": ("k",)}
+SAVED = {"eigsh_vjp": ("w_rest", "v_rest", "x")}
+"""Names of arrays that a signature collects in one."""
+
+
+def _looseness(rule: Rule) -> float:
+    return 1.0 if rule.info is None and not rule.vjp_info else 100.0
+
+
+def forward_target(rule: Rule, suffix: str = "") -> Target:
+    """The operation itself, or its `_fwd`."""
+    function = getattr(ddnref, rule.name + suffix)
+
+    def make(rng: np.random.Generator, batch: tuple[int, ...], m: int, is_complex: bool) -> Problem:
+        sample = rule.sample(np.asarray, rng, batch, m, is_complex)
+        return Problem(sample.inputs, accepted(function, sample.options), sample.condition)
+
+    return Target(
+        rule.name + suffix, function, make, positional(function), powers={} if suffix else POWERS.get(rule.name, {}),
+        phases=PHASES.get(rule.name, ()), check=None if suffix else CHECKS.get(rule.name), rule=rule,
+        loose=_looseness(rule), aliases=PARAMS, compared=rule.outputs if suffix else None, is_complex=rule.is_complex,
+    )  # fmt: skip
+
+
+def vjp_target(rule: Rule) -> Target:
+    """Its VJP at what its forward returns, for the loss of the sample: free of gauge."""
+
+    def make(rng: np.random.Generator, batch: tuple[int, ...], m: int, is_complex: bool) -> Problem:
+        sample = rule.sample(np.asarray, rng, batch, m, is_complex)
+        forward, vjp = options_of(rule, sample.options)
+        outputs, saved = plain_forward(rule)(*sample.inputs, **forward)
+        bars = as_tuple(sample.loss[1](*outputs)) if sample.loss else tuple(random_like(rng, y) for y in outputs)
+        arrays = (*bars, *outputs, *saved, *(sample.inputs[i] for i in rule.needs))
+        given = {k: v for k, v in vjp.items() if v is not None and k != "throw"}
+        return Problem(arrays, given, sample.condition)
+
+    name = f"{rule.name}_vjp"
+    names = (*positional(rule.vjp), *SAVED.get(name, ()))
+    pivots = tuple(n for n in names if n == "pivots")
+    return Target(
+        name, rule.vjp, make, names, bars=rule.outputs, rule=rule, loose=_looseness(rule), integers=pivots,
+        aliases=PARAMS, is_complex=rule.is_complex,
+    )  # fmt: skip
+
+
+def rule_targets() -> list[Target]:
+    """Of all rules: a new one is picked up by itself."""
+    found = []
+    for rule in RULES.values():
+        found += [forward_target(rule), vjp_target(rule)]
+        if hasattr(ddnref, f"{rule.name}_fwd"):
+            found.append(forward_target(rule, "_fwd"))
+    return found
