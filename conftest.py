@@ -18,6 +18,7 @@ collect_ignore = [
     for name, file in (
         ("torch", "torch"),
         ("torch", "_torch_batch"),
+        ("torch", "_dlpack"),
         ("jax", "jax"),
         ("autograd", "autograd"),
         ("tensorflow", "tensorflow"),

@@ -20,6 +20,9 @@ SEED = 0
 CASES = 2000
 
 
+@pytest.mark.framework("torch")
+@pytest.mark.framework("jax")
+@pytest.mark.framework("autograd")
 def test_the_first_cases_find_nothing():
     """The scheduled run is ``python -m tests.fuzz --cases 20000 --seed 0``."""
     targets = _all.targets()
@@ -46,6 +49,9 @@ def test_a_new_rule_is_picked_up_by_itself(monkeypatch):
     assert names.count("solve") == 2
 
 
+@pytest.mark.framework("torch")
+@pytest.mark.framework("jax")
+@pytest.mark.framework("autograd")
 def test_a_case_is_its_number():
     targets = _all.targets()
     for number in (3, 77, 400):
@@ -54,6 +60,9 @@ def test_a_case_is_its_number():
         assert f"--seed {SEED} --case {number}" in first.line()
 
 
+@pytest.mark.framework("torch")
+@pytest.mark.framework("jax")
+@pytest.mark.framework("autograd")
 @pytest.mark.parametrize("name", [n for n in _planted.PLANTED if n not in ("crash of the interpreter", "hang")])
 def test_a_planted_defect_is_found(name):
     function, _, says = _planted.PLANTED[name]
