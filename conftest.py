@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from pathlib import Path
 from typing import Any
 
 for library in ("OMP", "OPENBLAS", "MKL"):
@@ -27,6 +28,14 @@ collect_ignore = [
     )
     if importlib.util.find_spec(name) is None
 ]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """What is about CuPy's arrays alone is for ``--backend cupy`` and its emulation; Dask imports CuPy itself."""
+    backend, name = config.getoption("--backend", None) or "", collection_path.name
+    if name in ("test_interop_dask.py", "dask.py", "_dask_blocks.py") and backend == "emulated-cupy":
+        return True
+    return True if name == "test_cupy.py" and "cupy" not in backend else None
 
 
 @pytest.fixture(autouse=True)

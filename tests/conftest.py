@@ -40,12 +40,6 @@ def need(config: pytest.Config, name: str) -> None:
         pytest.skip(message)
 
 
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """What is about CuPy's arrays alone is for ``--backend cupy`` and its emulation."""
-    alone = collection_path.name == "test_cupy.py" and "cupy" not in (config.getoption("--backend") or "")
-    return True if alone else None
-
-
 class MatrixWriter:
     """Collects what tests record, in other processes too, and writes it with --matrix-out."""
 
