@@ -14,6 +14,7 @@ from ddnref._rules import RULES
 
 BENCHES = Path(__file__).parents[1] / "asv_benches"
 before = dict(os.environ)
+os.environ["DDNREF_BENCH_THREADS"] = "1"  # as in test_benchmarks.py: the first to import the suite decides
 sys.path.insert(0, str(BENCHES))
 try:
     from benchmarks import _common as common
