@@ -118,7 +118,7 @@ def eigsh(
     with Chebyshev filters, took longer.
 
     Measured with its derivative against NumPy's full decomposition and the closed form, by
-    ``python asv_benches/figures.py --only eigsh`` (float64, k = 4, an idle machine): 1.01 of its time for a Gaussian
+    ``python asv_benches/figures.py --only eigsh`` (float64, k = 4, an idle machine): 1.09 of its time for a Gaussian
     matrix with m = 1024, whose largest eigenvalues lie close together, 0.11 for the spectrum 1/i with m = 2048.
 
     Cost: (2 m² + 8 m basis) flops a product, ``basis * m`` numbers of memory. An eigenvalue that is hard to tell from
