@@ -105,7 +105,7 @@ def _function(rule: Rule, bound: Bound) -> Callable[..., Any]:
     """What the user calls."""
     operations = {count: _operation(rule, bound, _arrays(count)) for count in input_counts(rule)}
     with_operators = lru_cache(maxsize=16)(partial(_operation, rule, bound))
-    n, fields = rule.outputs, 0 if rule.info is None else len(rule.info._fields)
+    n, fields = rule.outputs, rule.info_fields
 
     def function(*inputs: Any) -> Any:
         operation, arrays = operations.get(len(inputs)), inputs
@@ -161,7 +161,7 @@ def _operation(rule: Rule, bound: Bound, layout: Layout) -> Any:
     first_order = _first_order(bound.undefined, rule.refusal) if guarded else None
     reverse = _opaque(rule, whole, layout) if rule.opaque else bound.reverse
     needs, count = layout.places(rule.needs), sum(layout.counts)
-    fields = 0 if rule.info is None else len(rule.info._fields)
+    fields = rule.info_fields
     recursive = rule.recursive  # torch.compile takes closures over this, not over a rule
 
     class Operation(torch.autograd.Function):
