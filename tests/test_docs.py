@@ -72,34 +72,17 @@ def test_code(page):
     run(page, "")
 
 
-@pytest.mark.framework("torch")
-@pytest.mark.parametrize("page", pages_with("torch"), ids=lambda page: page.stem)
-def test_torch_code(page):
-    run(page, "torch")
-
-
-@pytest.mark.framework("jax")
-@pytest.mark.parametrize("page", pages_with("jax"), ids=lambda page: page.stem)
-def test_jax_code(page):
-    run(page, "jax")
-
-
-@pytest.mark.framework("autograd")
-@pytest.mark.parametrize("page", pages_with("autograd"), ids=lambda page: page.stem)
-def test_autograd_code(page):
-    run(page, "autograd")
-
-
-@pytest.mark.framework("tensorflow")
-@pytest.mark.parametrize("page", pages_with("tensorflow"), ids=lambda page: page.stem)
-def test_tensorflow_code(page):
-    run(page, "tensorflow")
-
-
-@pytest.mark.framework("dask")
-@pytest.mark.parametrize("page", pages_with("dask"), ids=lambda page: page.stem)
-def test_dask_code(page):
-    run(page, "dask")
+@pytest.mark.parametrize(
+    ("page", "framework"),
+    [
+        pytest.param(page, framework, marks=pytest.mark.framework(framework), id=f"{page.stem}-{framework}")
+        for framework in FRAMEWORKS
+        if framework != "cupy"
+        for page in pages_with(framework)
+    ],
+)
+def test_framework_code(page, framework):
+    run(page, framework)
 
 
 def test_cupy_code_compiles():
