@@ -53,13 +53,16 @@ def eigh(s: Array) -> tuple[Array, Array]:
 
 
 def eigvalsh(s: Array) -> Array:
-    """Eigenvalues alone of exactly Hermitian `s`, ascending; NaN for its non-finite items alone."""
+    """Eigenvalues alone of exactly Hermitian `s`, ascending; NaN for its non-finite items alone.
+
+    NumPy computes those of float32 in float64. SciPy, which does not, takes half the time by itself, but has a pool of
+    threads of its own, which waits for that of the products before: all eigenvalues of a network from its Gram matrix
+    (n = 576 and 1152, two threads) took 2.6 and 1.6 times as long with it.
+    """
     xp = array_api_compat.array_namespace(s)
     finite = xp.all(xp.isfinite(s), axis=(-2, -1), keepdims=True)
     s = xp.where(finite, s, xp.zeros_like(s))
-    if array_api_compat.is_numpy_array(s):
-        w = _numpy.eigvalsh(s)
-    elif array_api_compat.is_cupy_array(s):
+    if array_api_compat.is_cupy_array(s):
         w = _cupy.eigvalsh(s)
     elif array_api_compat.is_jax_array(s):
         w = xp.linalg.eigvalsh(s, symmetrize_input=False)

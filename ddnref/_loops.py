@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import array_api_compat
+import numpy as np
 
 from ddnref._array import Array, is_true
 
@@ -60,6 +61,8 @@ def _traced(
 
 
 def _any(flags: Array) -> Array:
+    if isinstance(flags, (np.ndarray, np.generic)):
+        return flags.any()  # a look-up less: 3 µs of a step
     return array_api_compat.array_namespace(flags).any(flags)
 
 

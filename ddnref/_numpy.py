@@ -116,16 +116,6 @@ def _eigh_part(flat: Array, w: Array, v_t: Array, part: slice) -> None:
             w[part], v_t[part] = np.nan, np.nan
 
 
-def eigvalsh(s: Array) -> Array:
-    """Eigenvalues alone, ascending; one float32 matrix by SciPy, because NumPy computes it in float64.
-
-    Measured at m = 1152, one thread: 0.48 of the time.
-    """
-    if s.ndim == 2 and s.dtype in (np.float32, np.complex64) and s.size:
-        return scipy.linalg.eigvalsh(s, check_finite=False)
-    return np.linalg.eigvalsh(s)
-
-
 def eigh_largest(s: Array, k: int) -> tuple[Array, Array]:
     """The k largest eigenpairs of one matrix, descending, from LAPACK's reduction without the other eigenvectors.
 

@@ -94,7 +94,7 @@ def mark(status: Array, bad: Array, code: int) -> Array:
 def failure(status: Array, go: Array, value: Array, code: int) -> Array:
     """Mark what should have been positive and finite: `code` where it is ≤ 0, NOT_FINITE for NaN and infinity."""
     on_host = isinstance(value, NUMPY)
-    if on_host and np.all(((value > 0) & (value < float("inf"))) | ~go):
+    if on_host and (((value > 0) & (value < float("inf"))) | ~go).all():
         return status  # the rule, and nothing is lost by looking: ten calls fewer
     low = go & (value <= 0)
     return mark(mark(status, low, code), go & ~low & ~(value < float("inf")), NOT_FINITE)
