@@ -39,6 +39,9 @@ from ddnref._public import public
 from ddnref._rows import SelfAdjoint, inner, noise, norms, self_adjoint, without
 
 SOLVERS = ("auto", "cg", "direct")
+ALONE = 16
+"""Times `CLUSTER_RTOL`: what a gap is compared with where the size of a solution alone tells of it, of whose right-hand
+side only a part lies in the cluster. In 300 random cut clusters the two differed by up to 10."""
 DIRECT_UP_TO = 256
 
 
@@ -282,7 +285,8 @@ def _solve(g: Given, tol: Tolerances, solver: str, loop: dict[str, object], scal
     rounding = 2 * tol.cluster * scale[..., None] * norms(y)
     converged = positive & (residual <= 2 * tol.solve * size + rounding)
     # ‖y‖ ≤ ‖b‖ / gap: a solution this large says that the next eigenvalue is the k-th.
-    cut = xp.any((size > 0) & (size <= tol.cluster * scale[..., None] * norms(y)), axis=-1)
+    least = tol.cluster if g.w_rest is not None else ALONE * tol.cluster
+    cut = xp.any((size > 0) & (size <= least * scale[..., None] * norms(y)), axis=-1)
     relative = residual / xp.where(size > 0, size, xp.ones_like(size))
     return as_dtype(sign, y)[..., None] * y, EigshVjpInfo(xp.all(converged, axis=-1), n_iter, relative, cut)
 

@@ -150,6 +150,7 @@ def _extended(a: SelfAdjoint, plan: Plan, state: State) -> tuple[Array, Array, A
     scale, rows, beta = state.scale, [], state.scale
     unit = eps(xp, a.like.dtype)
     blur = unit * noise(1, a.m, a.like)
+    blur = xp.concat([blur, blur])  # part of it is `blur` rolled: another direction at each step
     zeros = full((*a.batch, 1, p - l), 0.0, a.like)
     for j in range(l, p):
         basis = q[..., : j + 1, :]
@@ -158,9 +159,7 @@ def _extended(a: SelfAdjoint, plan: Plan, state: State) -> tuple[Array, Array, A
         # At rounding level, so that an invariant subspace is left in a random direction and never divides by zero.
         size = scale + xp.astype(scale == 0, scale.dtype)
         y = y - h @ basis
-        # An operator may map its null space to exact zeros, with no rounding: then in another one at each step.
-        exact = norms(y)[..., None] <= 1e-3 * unit * size[..., None, None]
-        y = y + as_dtype(size, y)[..., None, None] * xp.where(exact, xp.roll(blur, j), blur)
+        y = y + as_dtype(size, y)[..., None, None] * blur[j % a.m : j % a.m + a.m]
         g = inner(y, basis)
         y = y - g @ basis
         h = h + g
@@ -200,7 +199,7 @@ def _decided(plan: Plan, state: State, kept: Array, onward: Array, theta: Array,
     key = wish(theta, plan.which)
     distance = key[..., k - 1] - key[..., k]
     converged = xp.max(residual[..., :k], axis=-1) <= tol
-    placed = residual[..., k] <= xp.maximum(tol, distance / 2)
+    placed = residual[..., k] <= xp.maximum(tol, _next_within(plan, state, key[..., k], distance, tol))
     same = xp.all(xp.abs(theta[..., :k] - state.found) <= 4 * tol[..., None], axis=-1)  # NaN: not yet
     done = converged & placed & same
     check = converged & ~same & (placed | (state.checks == 0))
@@ -220,6 +219,21 @@ def _decided(plan: Plan, state: State, kept: Array, onward: Array, theta: Array,
         checks=state.checks + xp.astype(check, state.checks.dtype),
         done=done,
     )
+
+
+def _next_within(plan: Plan, state: State, key: Array, distance: Array, tol: Array) -> Array:
+    """The residual with which the next eigenvalue is known to be no copy of the k-th.
+
+    An eighth of the distance would do if the Ritz value were that of one eigenvector. It may be that of a mixture: ``λ + e``
+    above what the search found before the check, with a residual of about ``√(e distance)``, and then only far below
+    that; or less than what was found, and then not at all. Without this a cut cluster went unnoticed in 8 of 1950
+    random matrices, with a basis of 12 in 87 of 1500.
+    """
+    xp = array_api_compat.array_namespace(key)
+    e = key - wish(state.w_rest[..., 0], plan.which)  # NaN before the first check
+    above, zero = e > tol, xp.zeros_like(e)
+    product = xp.where(above, e, zero) * xp.where(above, distance, zero)
+    return xp.where(above, 1e-3 * product**0.5, xp.where(e < -1e-2 * distance, zero, distance / 8))
 
 
 def _fresh(xp: Namespace, checks: Array, kept: Array) -> Array:

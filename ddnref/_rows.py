@@ -123,6 +123,8 @@ def without(y: Array, q: Array) -> Array:
 
 def dots(y: Array, z: Array) -> Array:
     """``Re ⟨y_j, z_j⟩`` of matching rows, ``(..., j)``."""
+    if type(y) is np.ndarray:
+        return real(_numpy.dots(y, z))
     return namespace_of(y).sum(real(conj(y) * z), axis=-1)
 
 

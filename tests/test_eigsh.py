@@ -252,6 +252,27 @@ def test_the_phase_of_a_complex_eigenvector_is_a_gauge(rng):
         ddnref.eigsh_vjp(None, 1j * v, w, v, x)
 
 
+@pytest.mark.parametrize("seed", [161, 445, 492, *range(30)])
+def test_a_cut_cluster_is_heard_of_whatever_the_matrix(seed):
+    """Also by the VJP without the saved arrays, from the size of a solution; the first seeds were once missed."""
+    rng = np.random.default_rng(seed)
+    x = with_spectrum(rotation(rng, 40, (2,)), np.stack([np.linspace(2.0, -1.0, 40), REPEATED]))
+    (w, v), info = ddnref.eigsh(x, 2, method="iterative", basis=16, throw=False)
+    assert info.cut.tolist() == [False, True]
+    x_bar, _ = ddnref.eigsh_vjp(None, 2 * symmetric(rng, 40) @ v, w, v, x, throw=False)
+    assert np.isnan(x_bar).all(axis=(1, 2)).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("seed", [2, 9, 16, 36, 58, 413, 1151, 1363])
+def test_a_next_eigenvalue_that_the_check_has_not_found_is_not_trusted(seed):
+    """Four equal ones of which three are asked for, and a basis so small that the check once ended too early."""
+    rng = np.random.default_rng(seed)
+    spectrum = np.sort(rng.standard_normal(60))[::-1]
+    spectrum[:4], spectrum[4:6] = spectrum[0] + 0.2, spectrum[4]
+    x = with_spectrum(rotation(rng, 60, ()), spectrum)
+    assert ddnref.eigsh(x, 3, method="iterative", basis=12, throw=False)[1].cut
+
+
 @pytest.mark.parametrize("method", ["iterative", "full"])
 def test_a_cut_cluster_is_heard_of(method, xp, rng):
     spectra = np.stack([np.linspace(2.0, -1.0, 40), REPEATED])

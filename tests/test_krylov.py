@@ -299,17 +299,6 @@ def test_in_place_forms_are_their_twins(rng):
                 assert np.array_equal(xpay(x, alpha, y), y), "p itself"
 
 
-def test_inner_products_in_pieces_are_whole_ones(rng):
-    for dtype in (np.float32, np.float64, np.complex64, np.complex128):
-        for n in (1, _inplace.UNTHREADED, _inplace.UNTHREADED + 1, 2 * _inplace.UNTHREADED, 3 * _inplace.UNTHREADED - 1):
-            for batch in ((), (3,), (2, 2), (0,)):
-                y, z = (vectors(rng, (*batch, n), np.dtype(dtype).kind == "c").astype(dtype) for _ in range(2))
-                found, scale = _inplace.dots(y, z), np.sum(np.abs(y) * np.abs(z), axis=-1)
-                assert found.dtype == dtype
-                assert found.shape == batch
-                assert np.all(np.abs(found - np.sum(y.conj() * z, axis=-1)) <= 4 * np.finfo(dtype).eps * scale)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_an_operator_may_reuse_its_buffer_or_return_its_input(name, rng):
     d, b = np.linspace(1.0, 2.0, 3000), rng.standard_normal(3000)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ddnref import _numpy
 from ddnref._array import Array
 from ddnref._array import namespace_of as space
 from ddnref._linalg import identity
@@ -30,7 +31,7 @@ def add_diagonal(m: Array, d: Array | float) -> Array:
 def dot(u: Array, v: Array) -> Array:
     """``Σ u v`` over the last two axes."""
     if type(u) is np.ndarray:
-        return np.vecdot(u.reshape(u.shape[0], -1), v.reshape(v.shape[0], -1))
+        return _numpy.dots(u.reshape(u.shape[0], -1), v.reshape(v.shape[0], -1))
     return space(u).sum(u * v, axis=(-2, -1))
 
 

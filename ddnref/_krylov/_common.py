@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import array_api_compat
-import numpy as np
 
 from ddnref._array import Array, is_true, namespace_of
 from ddnref._errors import ConvergenceError

@@ -1,11 +1,9 @@
-"""What a step does with NumPy vectors, in pieces: in-place updates and inner products, each the twin of a form in
-``_vectors.py``.
+"""In-place updates of NumPy vectors, each the twin of a form in ``_vectors.py`` that writes a fresh array.
 
-Two updates and two inner products are all that a step of conjugate gradients does beside the product. In pieces that
-stay in the cache ``y + α x`` writes the long vector once, not three times. And nothing here starts a thread. A pool of
-BLAS that has been used once spins for some 30 ms, which takes a core from whatever comes next: SciPy's BLAS for the
-updates made whole solves 8 to 16 times slower with two threads, NumPy's threaded inner product alone is twice as fast
-as the one in pieces, and the solve 1.03 to 1.22 times slower. ``tests/test_krylov.py`` holds every form to its twin.
+Two such updates and two inner products are all that a step of conjugate gradients does beside the product. In pieces
+that stay in the cache ``y + α x`` writes the long vector once, not three times. SciPy's BLAS would do the same in one
+call, but has a pool of threads of its own: with two threads, beside NumPy's pool, it made whole solves 8 to 16 times
+slower on an idle machine. ``tests/test_krylov.py`` holds every form to its twin.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 LONG = 2**11  # numbers in a vector from which a step of its own for each pays
-UNTHREADED = 2**13  # OpenBLAS takes threads for an inner product of more than 10,000 numbers
 PIECE = 2**15  # at 2**13 the number of calls shows: `figures.py --only krylov`, Laplacian, 1.37 there and 1.08 here
 
 
@@ -51,13 +48,3 @@ def xpay(z: Array, beta: Array, p: Array) -> Array:
     np.multiply(p, beta[..., None], out=p)
     np.add(p, z, out=p)
     return p
-
-
-def dots(y: Array, z: Array) -> Array:
-    """``yᴴ z``, summed over pieces, each by BLAS without the array of products."""
-    n, k = y.shape[-1], y.shape[-1] // UNTHREADED
-    if n <= UNTHREADED:
-        return np.vecdot(y, z)  # type: ignore[no-any-return]
-    cut = k * UNTHREADED
-    whole = (v[..., :cut].reshape(*v.shape[:-1], k, UNTHREADED) for v in (y, z))
-    return np.vecdot(*whole).sum(axis=-1) + np.vecdot(y[..., cut:], z[..., cut:])  # type: ignore[no-any-return]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import array_api_compat
 import numpy as np
 
+from ddnref import _numpy
 from ddnref._array import Array, as_dtype, conj, namespace_of, power_of_two_below, real, with_axes
 from ddnref._krylov import _inplace
 
@@ -22,7 +23,7 @@ def column(x: Array, like: Array) -> Array:
 def complex_dots(y: Array, z: Array, axes: int = 1) -> Array:
     """``yᴴ z`` over that many trailing axes."""
     if type(y) is np.ndarray:
-        return _inplace.dots(y, z)
+        return _numpy.dots(y, z)
     return namespace_of(y).sum(conj(y) * z, axis=tuple(range(-axes, 0)))
 
 
