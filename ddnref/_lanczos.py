@@ -224,10 +224,10 @@ def _decided(plan: Plan, state: State, kept: Array, onward: Array, theta: Array,
 def _next_within(plan: Plan, state: State, key: Array, distance: Array, tol: Array) -> Array:
     """The residual with which the next eigenvalue is known to be no copy of the k-th.
 
-    An eighth of the distance would do if the Ritz value were that of one eigenvector. It may be that of a mixture: ``λ + e``
-    above what the search found before the check, with a residual of about ``√(e distance)``, and then only far below
-    that; or less than what was found, and then not at all. Without this a cut cluster went unnoticed in 8 of 1950
-    random matrices, with a basis of 12 in 87 of 1500.
+    An eighth of the distance would do if the Ritz value were that of one eigenvector. It may be that of a mixture:
+    ``λ + e`` above what the search found before the check, with a residual of about ``√(e distance)``, and then only
+    far below that; or less than what was found, and then not at all. Without this a cut cluster went unnoticed in 8 of
+    1950 random matrices, with a basis of 12 in 87 of 1500.
     """
     xp = array_api_compat.array_namespace(key)
     e = key - wish(state.w_rest[..., 0], plan.which)  # NaN before the first check
