@@ -206,8 +206,8 @@ def test_the_matrix_is_the_derivative_of_the_gradient(rng):
 def test_inertia_and_determinant_of_the_tridiagonal_matrix(n, rng):
     """The identities of the fast form, its matrix assembled."""
     chain, x, t = network(rng, 4, 5, n)
-    h, terms = dense(chain, x, t), _system.system(chain, x, t, "hessian").terms
-    bases = _tridiagonal.bases_of(terms)
+    h, system = dense(chain, x, t), _system.system(chain, x, t, "hessian")
+    terms, bases = system.terms, system.bases()
     inputs = [_tridiagonal.inputs(b) for b in bases]
     for damping in (0.1, -0.05, -0.3, 1e-3):
         offsets = np.cumsum([0] + [layer.c.size for layer in terms.layers])

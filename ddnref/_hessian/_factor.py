@@ -173,7 +173,7 @@ class HessianFactor:
         g = self._system.blocks([entry[None, ...] for entry in b] if single else b)
         xp = space(g[0])
         result = self._best(g, refine)
-        info = self._info(result, g)
+        info = self._info(result)
         if throw and not is_true(xp.all(info.converged)):
             _raise(info, self.rtol)
         x = self._system.params(result.x)
@@ -202,30 +202,32 @@ class HessianFactor:
 
     def _refined_quietly(self, path: Path, g: Blocks, refine: str | int) -> _Result:
         xp = space(g[0])
-        state = self._measured(path.solve(g), g, path.name)
+        size_g = norm(g)
+        state = self._measured(path.solve(g), g, size_g, path.name)
         limit = REFINEMENTS if refine == "auto" else int(refine)
         for _ in range(limit):
             if refine == "auto" and is_true(xp.all(state.error <= goal(self._like))):
                 break
             change = path.solve(state.r)
-            new = self._measured(combine(state.x, 1.0, change), g, path.name)
+            new = self._measured(combine(state.x, 1.0, change), g, size_g, path.name)
             fallen = new.error < state.error
             new = new._replace(steps=state.steps + 1)
             halved = xp.any(new.error < state.error / 2)
-            state = _chosen(fallen, new, state)
+            state = new if is_true(xp.all(fallen)) else _chosen(fallen, new, state)
             if refine == "auto" and not is_true(halved):
                 break
         return state
 
-    def _measured(self, x: Blocks, g: Blocks, name: str) -> _Result:
+    def _measured(self, x: Blocks, g: Blocks, size_g: Array, name: str) -> _Result:
         xp = space(g[0])
         hx = combine(self._system.product(x), self._epsilon, x)
         r = [a - b for a, b in zip(g, hx, strict=True)]
-        size = self.norm * norm(x) + norm(g)
-        error = norm(r) / xp.where(size > 0, size, xp.ones_like(size))
+        size_x, size_r = norm(x), norm(r)
+        size = self.norm * size_x + size_g
+        error = size_r / xp.where(size > 0, size, xp.ones_like(size))
         error = xp.where(xp.isfinite(error), error, full((), float("inf"), error))
         steps = xp.zeros(error.shape, dtype=xp.int32, device=array_api_compat.device(error))
-        return _Result(x, r, error, steps, name)
+        return _Result(x, r, (size_x, size_r, size_g), error, steps, name)
 
     @property
     def _epsilon(self) -> Array | float:
@@ -238,11 +240,11 @@ class HessianFactor:
         if self._norm is None:
             xp = space(self._like)
             v = self._start()
+            size = norm(v)
             for _ in range(NORM_PRODUCTS):
-                w = self._system.product(v)
-                size, before = norm(w), norm(v)
+                v, before = self._system.product(v), size
+                size = norm(v)
                 self._norm = (size / xp.where(before > 0, before, xp.ones_like(before)))[0]
-                v = w
         return self._norm
 
     def _start(self) -> Blocks:
@@ -254,14 +256,14 @@ class HessianFactor:
         size = norm(gradient)
         return combine(v, 1 / space(size).where(size > 0, size, space(size).ones_like(size)), gradient)
 
-    def _info(self, result: _Result, g: Blocks) -> HessianSolveInfo:
-        xp = space(g[0])
-        size = norm(g)
-        safe = xp.where(size > 0, size, xp.ones_like(size))
-        amplification = (self.norm + abs(self.damping)) * norm(result.x) / safe
+    def _info(self, result: _Result) -> HessianSolveInfo:
+        xp = space(result.error)
+        size_x, size_r, size_g = result.sizes
+        safe = xp.where(size_g > 0, size_g, xp.ones_like(size_g))
+        amplification = (self.norm + abs(self.damping)) * size_x / safe
         amplification = xp.where(xp.isfinite(amplification), amplification, full((), float("inf"), safe))
         good = (result.error <= self.rtol) & (amplification < SINGULAR / precision(self._like))
-        return HessianSolveInfo(good, result.steps, norm(result.r) / safe, result.error, amplification, result.name)
+        return HessianSolveInfo(good, result.steps, size_r / safe, result.error, amplification, result.name)
 
     def inverse(self, g: Blocks) -> Blocks:
         """``(H + εI)⁻¹`` of blocks, refined as `solve` does, whatever came of it."""
@@ -337,9 +339,10 @@ class HessianFactor:
             path = self._path(name)
             with quiet():
                 x = path.solve(g)
-                r = self._measured(x, g, name).r
-                size = BACKWARD * (self.norm + abs(self.damping)) * norm(x)
-                small = (norm(r) <= size) & (norm(path.solve(r)) <= rtol * norm(x))
+                found = self._measured(x, g, norm(g), name)
+                size_x, size_r, _ = found.sizes
+                size = BACKWARD * (self.norm + abs(self.damping)) * size_x
+                small = (size_r <= size) & (norm(path.solve(found.r)) <= rtol * size_x)
             if is_true(xp.all(small)):
                 return name
         return "qr"
@@ -356,6 +359,8 @@ COUNT = 1e-3
 class _Result(NamedTuple):
     x: Blocks
     r: Blocks
+    sizes: tuple[Array, Array, Array]
+    """``‖x‖``, ``‖r‖``, ``‖b‖``."""
     error: Array
     steps: Array
     name: str
@@ -366,7 +371,9 @@ def _chosen(first: Array, a: _Result, b: _Result) -> _Result:
     xp = space(first)
     flags = first[:, None, None]
     x, r = ([xp.where(flags, p, q) for p, q in zip(u, v, strict=True)] for u, v in ((a.x, b.x), (a.r, b.r)))
-    return _Result(x, r, xp.where(first, a.error, b.error), xp.where(first, a.steps, b.steps), a.name)
+    size_x, size_r, size_g = (xp.where(first, p, q) for p, q in zip(a.sizes, b.sizes, strict=True))
+    error, steps = xp.where(first, a.error, b.error), xp.where(first, a.steps, b.steps)
+    return _Result(x, r, (size_x, size_r, size_g), error, steps, a.name)
 
 
 def _better(old: _Result, new: _Result) -> _Result:

@@ -41,7 +41,7 @@ def build(name: str, s: System, damping: Array | float, like: Array) -> Path:
             "with ddnref.minres and chain.hvp."
         )
     if name == "tridiagonal":
-        f = _tridiagonal.factor(_tridiagonal.bases_of(terms), terms, damping)
+        f = _tridiagonal.factor(s.bases(), terms, damping)
         return Path(name, lambda g: _tridiagonal.solve(f, g), lambda: _tridiagonal.slogdet(f), f)
     if name == "riccati":
         r = _riccati.factor(terms, damping)
@@ -127,7 +127,7 @@ def order(s: System, method: str, damping: Array | float) -> list[str]:
         )
     if s.terms is None or is_true(damping == 0):
         return stable
-    fast = "tridiagonal" if _independent(s.terms) else "riccati"
+    fast = "tridiagonal" if _independent(s, s.terms) else "riccati"
     if stable[0] == "dense" and seconds("dense", s) < seconds(fast, s):
         return ["dense", *stable[1:]]
     return [fast, *stable]
@@ -137,10 +137,10 @@ def _allowed(name: str, s: System) -> bool:
     return s.total <= DENSE_LIMIT if name == "dense" else s.terms is not None
 
 
-def _independent(terms: Terms) -> bool:
+def _independent(s: System, terms: Terms) -> bool:
     if not _tridiagonal.supported(terms):
         return False
-    return is_true(_tridiagonal.independent(_tridiagonal.bases_of(terms), INDEPENDENT))
+    return is_true(_tridiagonal.independent(s.bases(), INDEPENDENT))
 
 
 def check_tridiagonal(terms: Terms) -> None:
@@ -157,7 +157,7 @@ def count_negative(name: str, s: System, damping: float) -> int:
     if s.terms is None:
         raise TypeError("Only the dense form counts here.")
     if name == "tridiagonal":
-        return _inertia.by_tridiagonal(_tridiagonal.bases_of(s.terms), s.terms, damping)
+        return _inertia.by_tridiagonal(s.bases(), s.terms, damping)
     if name == "riccati":
         return _inertia.by_riccati(s.terms, damping)
     return _inertia.delayed(s.terms, damping)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import array_api_compat
 
 from ddnref._array import Array, double, full, own
 from ddnref._hessian import _terms
+from ddnref._hessian._riccati import Basis, basis
 from ddnref._hessian._terms import CLOSE, OPEN, Blocks, Layer, Step, Terms
 from ddnref._linalg import identity
 from ddnref._network._activations import jet
@@ -35,6 +37,8 @@ class System(NamedTuple):
     """From lists like the chain's parameters, with a leading axis on every entry, in double precision."""
     params: Callable[[Blocks], list[Array]]
     """Back."""
+    bases: Callable[[], list[Basis]]
+    """Orthonormal bases of the inputs of all layers, computed once."""
 
     @property
     def total(self) -> int:
@@ -84,7 +88,15 @@ def system(chain: Chain, x: Array, t: Array, curvature: str) -> System:
             found += [block[..., :-1], block[..., -1]] if has else [block]
         return [xp.astype(entry, dtype, copy=False) for entry in found]
 
-    return System(terms, "", terms.sizes, lambda v: _terms.product(terms, v), blocks, params)
+    return System(terms, "", terms.sizes, lambda v: _terms.product(terms, v), blocks, params, _bases(terms))
+
+
+def _bases(terms: Terms) -> Callable[[], list[Basis]]:
+    @lru_cache(maxsize=1)
+    def bases() -> list[Basis]:
+        return [basis(layer) for layer in terms.layers]
+
+    return bases
 
 
 def exact_copy(array: Array) -> Array:
@@ -162,4 +174,4 @@ def _opaque(chain: Chain, x: Array, t: Array, curvature: str, dtype: Any, refuse
         return [xp.astype(entry, dtype, copy=False) for entry in split(v)]
 
     total = sum(map(math.prod, shapes))
-    return System(None, refused, [total], lambda v: blocks(times(x, t, split(v))), blocks, params)
+    return System(None, refused, [total], lambda v: blocks(times(x, t, split(v))), blocks, params, list)

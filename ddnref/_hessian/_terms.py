@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple, TypeAlias
 
 from ddnref._array import Array
-from ddnref._hessian._small import dot, space, t
+from ddnref._hessian._small import dot, repeated, space, t
 from ddnref._linalg import identity
 
 
@@ -119,9 +119,9 @@ def _back(layer: Layer, v: Array, ds: Array, dz: Array | None, q: Array) -> tupl
     back = sigma @ layer.weight + layer.beta @ v[..., : layer.weight.shape[1]]
     if dz is None:
         return back, t(sigma) @ layer.z
-    xp, shape = space(v), (v.shape[0], *layer.z.shape)  # both products as one: what is written is most of the time
-    left = xp.concat([sigma, xp.broadcast_to(layer.beta, sigma.shape)], axis=1)
-    right = xp.concat([xp.broadcast_to(layer.z, shape), extended(dz, shape[-1])], axis=1)
+    xp, k = space(v), v.shape[0]  # both products as one: what is written is most of the time
+    left = xp.concat([sigma, repeated(layer.beta, k)], axis=1)
+    right = xp.concat([repeated(layer.z, k), extended(dz, layer.z.shape[-1])], axis=1)
     return back, t(left) @ right
 
 
@@ -165,7 +165,10 @@ def combine(u: Blocks, factor: Array | float, v: Blocks) -> Blocks:
     """``u + factor · v``, with one factor per vector or one for all."""
     if not isinstance(factor, float):
         factor = factor[:, None, None]
-    return [a + factor * b for a, b in zip(u, v, strict=True)]
+    found = [factor * b for b in v]
+    for i, a in enumerate(u):
+        found[i] += a  # in place where the library can: passes over memory are most of the time
+    return found
 
 
 def samples(r: Array, m: Array) -> Array:

@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 from ddnref._array import Array
 from ddnref._hessian._lu import Lu, lu, lu_slogdet, lu_solve
-from ddnref._hessian._riccati import Basis, basis, slogdet_sum
-from ddnref._hessian._small import add_diagonal, flat, space, symmetric, t
+from ddnref._hessian._riccati import Basis, slogdet_sum
+from ddnref._hessian._small import add_diagonal, flat, repeated, space, symmetric, t
 from ddnref._hessian._terms import Blocks, Terms, block_diagonal, extended
 from ddnref._linalg import identity
 from ddnref._linalg import solve as solve_dense
@@ -46,12 +46,9 @@ def inputs(b: Basis) -> Inputs:
 def independent(bases: list[Basis], least: float) -> Array:
     """Whether the samples' inputs are independent in every layer: one flag, from the diagonals of the R."""
     xp = space(bases[0].r)
-    flags = []
-    for b in bases:
-        n = b.r.shape[0]
-        size = xp.abs(xp.sum(b.r * identity(n, b.r), axis=0))
-        flags.append((xp.min(size) > least * xp.max(size)) & (xp.max(size) > 0))
-    return xp.all(xp.stack(flags))
+    size = xp.abs(xp.stack([xp.linalg.diagonal(b.r) for b in bases]))
+    largest = xp.max(size, axis=-1)
+    return xp.all((xp.min(size, axis=-1) > least * largest) & (largest > 0))
 
 
 def supported(terms: Terms) -> bool:
@@ -99,7 +96,9 @@ def _next(after: Inputs, damping: Array | float) -> tuple[Array, Array]:
     if n == 1:  # two symmetric updates of rank one, as one product
         left = xp.concat([gram * t(q), -(beta @ w), -pseudo])
         right = xp.concat([t(q), pseudo, beta @ w])
-        return add_diagonal(k * ww + t(left) @ right, -gram[0, 0]), beta_t * pseudo - k * w
+        inside = t(left) @ right
+        inside += k * ww
+        return add_diagonal(inside, -gram[0, 0]), beta_t * pseudo - k * w
     free = identity(a_in, q) - q @ t(q)
     c = t(beta @ w)[None, :, :, None] * pseudo[:, None, None, :]
     c = xp.reshape(c, (n * a_in, n * a_in))
@@ -185,16 +184,18 @@ def _weights(i: Inputs, ds: Array, dz: Array | None, g: Array, damping: Array | 
     """``dW = (ds − dz Wᵀ)ᵀ z⁺ + (G − βᵀ dz̃)(I − QQᵀ)/ε``, as G/ε and one product: two passes over memory."""
     xp = space(g)
     layer, q = i.basis.layer, i.basis.q
-    gq, lead = t(g @ q), (g.shape[0],)
+    gq, k = t(g @ q), g.shape[0]
     left, right = [], []
     if dz is not None:
         wide = extended(dz, q.shape[0])
         ds = ds - dz @ t(layer.weight)
         gq = gq - t(wide @ q) @ layer.beta
-        left, right = [xp.broadcast_to(layer.beta / -damping, (*lead, *layer.beta.shape))], [wide]
+        left, right = [repeated(layer.beta / -damping, k)], [wide]
     left += [ds, gq / -damping]
-    right += [xp.broadcast_to(m, (*lead, *m.shape)) for m in (i.pseudo, t(q))]
-    return g / damping + t(xp.concat(left, axis=1)) @ xp.concat(right, axis=1)
+    right += [repeated(i.pseudo, k), repeated(t(q), k)]
+    found = t(xp.concat(left, axis=1)) @ xp.concat(right, axis=1)
+    found += g / damping  # in place where the library can
+    return found
 
 
 def slogdet(f: Tridiagonal) -> tuple[Array, Array]:
@@ -203,11 +204,5 @@ def slogdet(f: Tridiagonal) -> tuple[Array, Array]:
     sign, log = slogdet_sum([lu_slogdet(b.lu) for b in f.blocks], sum(b.inputs.basis.rest for b in f.blocks), f.damping)
     for b in f.blocks:
         r = b.inputs.basis.r
-        diagonal = xp.abs(xp.sum(r * identity(r.shape[0], r), axis=0))
-        log = log + 2 * b.inputs.basis.layer.weight.shape[0] * xp.sum(xp.log(diagonal))
+        log = log + 2 * b.inputs.basis.layer.weight.shape[0] * xp.sum(xp.log(xp.abs(xp.linalg.diagonal(r))))
     return sign, log
-
-
-def bases_of(terms: Terms) -> list[Basis]:
-    """Orthonormal bases of the inputs of all layers."""
-    return [basis(layer) for layer in terms.layers]
