@@ -19,7 +19,8 @@ from ddnref._ggn._functions import ggn_eigh, ggn_eigvalsh
 from ddnref._ggn._state import Ggn, GgnState, ggn_reducer
 from ddnref._gram import gram_eigh, gram_eigh_fwd, gram_eigh_vjp
 from ddnref._gram_values import gram_eigvalsh, gram_eigvalsh_fwd, gram_eigvalsh_vjp
-from ddnref._hessian._factor import HessianFactor, HessianSolveInfo, Inertia
+from ddnref._hessian._factor import HessianFactor, Inertia
+from ddnref._hessian._result import HessianSolveInfo
 from ddnref._hessian._solve import hessian_factor, hessian_solve, hessian_solve_vjp
 from ddnref._hessian._spectrum import EigvalCountInfo, hessian_eigval_count, hessian_eigvals
 from ddnref._implicit import argmin_vjp, eq_argmin_vjp, ineq_argmin_vjp, lineq_argmin_vjp, root_vjp

@@ -59,6 +59,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture
+def torch(request: pytest.FixtureRequest) -> Any:
+    """PyTorch."""
+    need(request.config, "torch")
+    return importlib.import_module("torch")
+
+
+@pytest.fixture
 def cell(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Callable[..., None]:
     """``cell(section, column, operation, outcome)``: this test showed it, and the documentation says the same."""
 

@@ -16,13 +16,6 @@ pytestmark = pytest.mark.framework("torch")
 
 
 @pytest.fixture
-def torch():
-    import torch
-
-    return torch
-
-
-@pytest.fixture
 def differentiable(torch):
     from ddnref.interop.torch import differentiable
 

@@ -40,11 +40,6 @@ def test_a_layout_takes_inputs_apart_and_joins_them(rng):
 # --- PyTorch ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def torch():
-    return pytest.importorskip("torch")
-
-
 def tensors(torch, *arrays, grad=True):
     return tuple(torch.tensor(a, dtype=torch.float64, requires_grad=grad) for a in arrays)
 

@@ -24,13 +24,6 @@ TRACED = [  # what PyTorch's own tracer says about code that it traces correctly
 
 
 @pytest.fixture
-def torch():
-    import torch
-
-    return torch
-
-
-@pytest.fixture
 def differentiable(torch):
     from ddnref.interop.torch import differentiable
 

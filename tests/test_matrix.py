@@ -35,13 +35,6 @@ def random(rng, is_complex, *shape):
 
 
 @pytest.fixture
-def torch():
-    import torch
-
-    return torch
-
-
-@pytest.fixture
 def in_torch(torch):
     from ddnref.interop.torch import differentiable
 

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import array_api_compat
 
 from ddnref._array import Array, double, full, is_true, quiet
-from ddnref._errors import ConvergenceError, NonFiniteError, SingularError
+from ddnref._errors import NonFiniteError
 from ddnref._hessian import _inertia, _paths
 from ddnref._hessian._paths import Path
+from ddnref._hessian._result import (
+    HessianSolveInfo,
+    Result,
+    better_of,
+    chosen,
+    described,
+    goal,
+    precision,
+    raise_failed,
+)
 from ddnref._hessian._small import space, t
 from ddnref._hessian._system import System
 from ddnref._hessian._terms import Blocks, combine, norm
@@ -22,29 +32,10 @@ from ddnref._rows import noise
 
 REFINEMENTS = 8
 NORM_PRODUCTS = 2
-SINGULAR = 2**-5
-"""Times 1/eps: the amplification from which a system counts as singular to working precision."""
 ZERO = 3e-10
 """Eigenvalues of H + εI below this, relative to ‖H‖, count as zero."""
 BACKWARD = 1e-11
 """Largest backward error, relative to ‖H‖, at which an elimination's pivots are trusted: well below `ZERO`."""
-
-
-class HessianSolveInfo(NamedTuple):
-    """How a solve ended; arrays have one entry for each right-hand side."""
-
-    converged: Array
-    """(...) bool: the backward error is within `HessianFactor.rtol`, the system not singular to working precision."""
-    n_iter: Array
-    """(...) int32: refinement steps taken."""
-    residual_norm: Array
-    """(...): ``‖b − (H + εI) x‖ / ‖b‖``, from an exact product."""
-    backward_error: Array
-    """(...): ``‖b − (H + εI) x‖ / (‖H‖ ‖x‖ + ‖b‖)``, with a lower estimate of ‖H‖ from a few products."""
-    amplification: Array
-    """(...): ``(‖H‖ + |ε|) ‖x‖ / ‖b‖``, a lower bound of the condition number."""
-    path: str
-    """The factorisation that gave the solution."""
 
 
 class Inertia(NamedTuple):
@@ -173,9 +164,9 @@ class HessianFactor:
         g = self._system.blocks([entry[None, ...] for entry in b] if single else b)
         xp = space(g[0])
         result = self._best(g, refine)
-        info = self._info(result)
+        info = described(result, self.norm + abs(self.damping), self.rtol)
         if throw and not is_true(xp.all(info.converged)):
-            _raise(info, self.rtol)
+            raise_failed(info, self.rtol)
         x = self._system.params(result.x)
         if single:
             x = [entry[0, ...] for entry in x]
@@ -185,22 +176,22 @@ class HessianFactor:
             )  # fmt: skip
         return x, info
 
-    def _best(self, g: Blocks, refine: str | int) -> _Result:
+    def _best(self, g: Blocks, refine: str | int) -> Result:
         """By the first path, then by the stable ones while the backward error is too large."""
         xp = space(g[0])
         result = self._refined(self.path, g, refine)
         for name in self._order[1:] if refine == "auto" else ():
             if is_true(xp.all(result.error <= self.rtol)):
                 break
-            result = _better(result, self._refined(name, g, refine))
+            result = better_of(result, self._refined(name, g, refine))
         return result
 
-    def _refined(self, name: str, g: Blocks, refine: str | int) -> _Result:
+    def _refined(self, name: str, g: Blocks, refine: str | int) -> Result:
         """``x ← x + (H + εI)⁻¹ r`` with exact residuals r, while the backward error falls."""
         with quiet():
             return self._refined_quietly(self._path(name), g, refine)
 
-    def _refined_quietly(self, path: Path, g: Blocks, refine: str | int) -> _Result:
+    def _refined_quietly(self, path: Path, g: Blocks, refine: str | int) -> Result:
         xp = space(g[0])
         size_g = norm(g)
         state = self._measured(path.solve(g), g, size_g, path.name)
@@ -213,12 +204,12 @@ class HessianFactor:
             fallen = new.error < state.error
             new = new._replace(steps=state.steps + 1)
             halved = xp.any(new.error < state.error / 2)
-            state = new if is_true(xp.all(fallen)) else _chosen(fallen, new, state)
+            state = new if is_true(xp.all(fallen)) else chosen(fallen, new, state)
             if refine == "auto" and not is_true(halved):
                 break
         return state
 
-    def _measured(self, x: Blocks, g: Blocks, size_g: Array, name: str) -> _Result:
+    def _measured(self, x: Blocks, g: Blocks, size_g: Array, name: str) -> Result:
         xp = space(g[0])
         hx = combine(self._system.product(x), self._epsilon, x)
         r = [a - b for a, b in zip(g, hx, strict=True)]
@@ -227,7 +218,7 @@ class HessianFactor:
         error = size_r / xp.where(size > 0, size, xp.ones_like(size))
         error = xp.where(xp.isfinite(error), error, full((), float("inf"), error))
         steps = xp.zeros(error.shape, dtype=xp.int32, device=array_api_compat.device(error))
-        return _Result(x, r, (size_x, size_r, size_g), error, steps, name)
+        return Result(x, r, (size_x, size_r, size_g), error, steps, name)
 
     @property
     def _epsilon(self) -> Array | float:
@@ -255,15 +246,6 @@ class HessianFactor:
         gradient = [(t(layer.beta) @ layer.z)[None, :, :] for layer in self._system.terms.layers]
         size = norm(gradient)
         return combine(v, 1 / space(size).where(size > 0, size, space(size).ones_like(size)), gradient)
-
-    def _info(self, result: _Result) -> HessianSolveInfo:
-        xp = space(result.error)
-        size_x, size_r, size_g = result.sizes
-        safe = xp.where(size_g > 0, size_g, xp.ones_like(size_g))
-        amplification = (self.norm + abs(self.damping)) * size_x / safe
-        amplification = xp.where(xp.isfinite(amplification), amplification, full((), float("inf"), safe))
-        good = (result.error <= self.rtol) & (amplification < SINGULAR / precision(self._like))
-        return HessianSolveInfo(good, result.steps, size_r / safe, result.error, amplification, result.name)
 
     def inverse(self, g: Blocks) -> Blocks:
         """``(H + εI)⁻¹`` of blocks, refined as `solve` does, whatever came of it."""
@@ -354,57 +336,3 @@ LEAST = 1e-5
 what they leave of the Hessian must stay well below `ZERO`."""
 SLOGDET = 1e-11
 COUNT = 1e-3
-
-
-class _Result(NamedTuple):
-    x: Blocks
-    r: Blocks
-    sizes: tuple[Array, Array, Array]
-    """``‖x‖``, ``‖r‖``, ``‖b‖``."""
-    error: Array
-    steps: Array
-    name: str
-
-
-def _chosen(first: Array, a: _Result, b: _Result) -> _Result:
-    """`a` for the right-hand sides in `first`, `b` for the others."""
-    xp = space(first)
-    flags = first[:, None, None]
-    x, r = ([xp.where(flags, p, q) for p, q in zip(u, v, strict=True)] for u, v in ((a.x, b.x), (a.r, b.r)))
-    size_x, size_r, size_g = (xp.where(first, p, q) for p, q in zip(a.sizes, b.sizes, strict=True))
-    error, steps = xp.where(first, a.error, b.error), xp.where(first, a.steps, b.steps)
-    return _Result(x, r, (size_x, size_r, size_g), error, steps, a.name)
-
-
-def _better(old: _Result, new: _Result) -> _Result:
-    xp = space(old.error)
-    better = new.error < old.error
-    chosen = _chosen(better, new, old)
-    return chosen._replace(name=new.name if is_true(xp.any(better)) else old.name)
-
-
-def precision(like: Array) -> float:
-    """Machine epsilon of what was computed in."""
-    return 2.0**-23 if like.dtype == space(like).float32 else 2.0**-52
-
-
-def goal(like: Array) -> float:
-    """Backward error at which refinement stops."""
-    return 4 * precision(like)
-
-
-def _raise(info: HessianSolveInfo, rtol: float) -> NoReturn:
-    xp = space(info.converged)
-    if is_true(xp.any(info.amplification >= SINGULAR / precision(info.amplification))):
-        raise SingularError(
-            "H + damping·I is singular to working precision: its inverse amplifies this right-hand side by "
-            f"{float(xp.max(info.amplification)):.1e}. Likely damping is minus an eigenvalue of the Hessian, or zero "
-            'where weights do not matter, or a method other than "auto" and "qr" met a singular pivot. Pass another '
-            'damping or method="auto", or throw=False to get the solution with its info.amplification.'
-        )
-    raise ConvergenceError(
-        f"The solution by {info.path} has backward error {float(xp.max(info.backward_error)):.1e}, above "
-        f"{rtol:.1e}, after {int(xp.max(info.n_iter))} refinement steps. Likely NaN in weights "
-        'or data, activations that explode with depth, or a method that cannot take this damping. Pass method="auto" '
-        'or "qr", a larger damping, or throw=False to get the solution with its info.backward_error.'
-    )

@@ -9,7 +9,8 @@ import array_api_compat
 from ddnref._array import Array, check_real, check_shapes, double, is_true, library, namespace
 from ddnref._errors import NonFiniteError, SingularError
 from ddnref._hessian import _paths
-from ddnref._hessian._factor import HessianFactor, HessianSolveInfo
+from ddnref._hessian._factor import HessianFactor
+from ddnref._hessian._result import HessianSolveInfo
 from ddnref._hessian._small import space
 from ddnref._hessian._system import System, exact_copy, system
 from ddnref._network._chain import Chain
