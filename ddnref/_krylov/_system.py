@@ -36,6 +36,8 @@ from ddnref._krylov._vectors import column, norms, power_of_two
 from ddnref._loops import WhileLoop
 from ddnref._operators import LinearOperator, as_operator
 
+LONG = 2**13  # numbers in a vector from which a matrix would take half a gigabyte
+PART = 2**15  # numbers in a part of many long vectors
 MOST = 20_000  # steps by default: enough for condition 1e6 at 1.5e-8, see `default_maxiter`
 
 
@@ -73,7 +75,7 @@ def prepare(
         )
     if x0 is not None and (x0.ndim < k or tuple(x0.shape[x0.ndim - k :]) != tuple(a.domain_shape)):
         raise ValueError(f"x0 has shape {tuple(x0.shape)}, expected (..., *{tuple(a.domain_shape)}).")
-    batch = _batch(a, b, x0)
+    batch, is_batched = _batch(a, b, x0)
     shaped = shaped and n > 1 and not array_api_compat.is_numpy_array(b)
     spaces = _Spaces(a.domain_shape, a.range_shape) if shaped else _Spaces(*_lengths(a))
     b = xp.reshape(xp.broadcast_to(b, (*batch, *a.range_shape)), (*batch, *spaces.range))
@@ -81,7 +83,7 @@ def prepare(
         x0 = xp.reshape(xp.broadcast_to(x0, (*batch, *a.domain_shape)), (*batch, *spaces.domain))
     options = _options(xp, b, a, **limits)._replace(callback=callback, while_loop=while_loop)
     m = _precondition(a, preconditioner, batch, spaces.range)
-    return _scaled(a, b, x0, m, batch, spaces, options)
+    return _scaled(a if is_batched else in_parts(a), b, x0, m, batch, spaces, options)
 
 
 def _check_operator(function: str, a: LinearOperator, self_adjoint: bool, rectangular: bool) -> None:
@@ -99,8 +101,8 @@ def _check_operator(function: str, a: LinearOperator, self_adjoint: bool, rectan
         raise ValueError(f"The operator given to {function} has no unknowns or no equations: {tuple(a.domain_shape)}.")
 
 
-def _batch(a: LinearOperator, b: Array, x0: Array | None) -> tuple[int, ...]:
-    """Leading axes of the solution: those of b, x0 and of the image of one vector, which is a product's only use."""
+def _batch(a: LinearOperator, b: Array, x0: Array | None) -> tuple[tuple[int, ...], bool]:
+    """Leading axes of the solution: those of b, x0 and of the image of one vector; whether the last has any."""
     with quiet():
         y = a(full(tuple(a.domain_shape), 0.0, b))
     n, k = len(a.range_shape), len(a.domain_shape)
@@ -109,10 +111,34 @@ def _batch(a: LinearOperator, b: Array, x0: Array | None) -> tuple[int, ...]:
     check_shapes(**{"operator.apply(params, x)": (y, (*lead, *a.range_shape))})
     others = [tuple(b.shape[: b.ndim - n])] + ([] if x0 is None else [tuple(x0.shape[: x0.ndim - k])])
     try:
-        return np.broadcast_shapes(lead, *others)
+        return np.broadcast_shapes(lead, *others), lead != ()
     except ValueError as error:
         names = " and ".join(map(str, others))
         raise ValueError(f"Batch axes do not broadcast: the operator has {lead}, b (and x0) {names}.") from error
+
+
+def in_parts(a: LinearOperator) -> LinearOperator:
+    """The operator, applied to a few of many long NumPy vectors at a time.
+
+    What a product makes on its way then stays in the second-level cache. Short vectors go through at once: a matrix is
+    read once for all of them. Measured for 64 images of 128×128 and a product by Fourier transforms: 0.63 of the time.
+    """
+    if min(math.prod(a.domain_shape), math.prod(a.range_shape)) < LONG:
+        return a
+
+    def parts(product: Callable[[Any, Array], Array], shape: tuple[int, ...]) -> Callable[[Any, Array], Array]:
+        def apply(params: Any, x: Array) -> Array:
+            batch, n = x.shape[: x.ndim - len(shape)], math.prod(shape)
+            count, width = math.prod(batch), max(1, PART // n)
+            if type(x) is not np.ndarray or count <= width:
+                return product(params, x)
+            x = x.reshape(count, *shape)
+            images = [product(params, x[i : i + width]) for i in range(0, count, width)]
+            return np.concatenate(images).reshape(*batch, *images[0].shape[1:])
+
+        return apply
+
+    return a._replace(apply=parts(a.apply, a.domain_shape), adjoint=parts(a.adjoint, a.range_shape))
 
 
 class _Spaces(NamedTuple):
