@@ -40,7 +40,7 @@ def below(w: Array, bound: float) -> int:
 
 def by_tridiagonal(bases: list[Basis], terms: Terms, damping: float) -> int:
     """Negative eigenvalues of H + εI from the pivots of T."""
-    pivots = (found[1] for found in _tridiagonal.sweep(bases, terms, damping))
+    pivots = (pivot for _, pivot in _tridiagonal.sweep(bases, terms, damping))
     return negative(pivots) + (damping < 0) * sum(b.rest for b in bases)
 
 

@@ -46,6 +46,17 @@ def lu_solve(f: Lu, b: Array) -> Array:
     return _lu.lu_solve(f.factors, f.swaps, b)
 
 
+def lu_and_solution(d: Array, b: Array) -> tuple[Lu, Array]:
+    """Factors of D and ``D⁻¹ B``: on NumPy by one call of LAPACK, which takes no threads for a small block."""
+    if type(d) is np.ndarray and d.size:
+        lapack = scipy.linalg.lapack
+        gesv = lapack.dgesv if d.dtype == np.float64 else lapack.sgesv
+        factors, swaps, x, singular = gesv(d if d.flags.f_contiguous else d.T, b)
+        return Lu(factors, swaps), np.full_like(x, np.nan) if singular else x
+    f = lu(d)
+    return f, lu_solve(f, b)
+
+
 def lu_slogdet(f: Lu) -> tuple[Array, Array]:
     """Sign and ``log|det D|``; minus infinity where D is exactly singular."""
     xp = space(f.factors)

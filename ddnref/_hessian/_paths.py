@@ -127,10 +127,11 @@ def order(s: System, method: str, damping: Array | float) -> list[str]:
         )
     if s.terms is None or is_true(damping == 0):
         return stable
-    fast = "tridiagonal" if _independent(s, s.terms) else "riccati"
-    if stable[0] == "dense" and seconds("dense", s) < seconds(fast, s):
-        return ["dense", *stable[1:]]
-    return [fast, *stable]
+    limit = seconds("dense", s) if stable[0] == "dense" else float("inf")
+    fast = [name for name in ("tridiagonal", "riccati") if seconds(name, s) <= limit]
+    if "tridiagonal" in fast and _independent(s, s.terms):
+        return ["tridiagonal", *stable]
+    return ["riccati", *stable] if "riccati" in fast else stable
 
 
 def _allowed(name: str, s: System) -> bool:

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import array_api_compat
 
 from ddnref._array import Array, full
-from ddnref._hessian._lu import Lu, lu, lu_slogdet, lu_solve
-from ddnref._hessian._small import add_diagonal, flat, space, symmetric, t
+from ddnref._hessian._lu import Lu, lu, lu_and_solution, lu_slogdet, lu_solve
+from ddnref._hessian._small import add_diagonal, flat, matmul, space, symmetric, t
 from ddnref._hessian._terms import (
     CLOSE,
     OPEN,
@@ -186,13 +186,12 @@ def sweep(terms: Terms, damping: Array | float) -> Iterator[tuple[Pivot | str, L
             yield step, None, None
             continue
         found = pivot(basis(step), behind(step, value), damping, step is first)
-        factors = lu(found.q_uu)
         if found.q_ux is None or found.q_xx is None:
-            yield found, factors, None
+            yield found, lu(found.q_uu), None
             continue
-        gain = lu_solve(factors, found.q_ux)
+        factors, gain = lu_and_solution(found.q_uu, found.q_ux)
         yield found, factors, gain
-        p = symmetric(found.q_xx - t(found.q_ux) @ gain)
+        p = symmetric(found.q_xx - matmul(t(found.q_ux), gain))
         value = Value(p, step.weight.shape[1] * step.c.shape[0])
 
 

@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ddnref._array import Array
-from ddnref._hessian._lu import Lu, lu, lu_slogdet, lu_solve
+from ddnref._hessian._lu import Lu, lu, lu_and_solution, lu_slogdet, lu_solve
 from ddnref._hessian._riccati import Basis, slogdet_sum
-from ddnref._hessian._small import add_diagonal, flat, repeated, space, symmetric, t
+from ddnref._hessian._small import add_diagonal, flat, matmul, repeated, space, symmetric, t
 from ddnref._hessian._terms import Blocks, Terms, block_diagonal, extended
 from ddnref._linalg import identity
 from ddnref._linalg import solve as solve_dense
@@ -92,7 +92,7 @@ def _next(after: Inputs, damping: Array | float) -> tuple[Array, Array]:
     w_t, beta_t = t(w), t(beta)
     k = damping * after.k
     gram = beta @ beta_t / damping
-    ww = w_t @ w
+    ww = matmul(w_t, w)
     if n == 1:  # two symmetric updates of rank one, as one product
         left = xp.concat([gram * t(q), -(beta @ w), -pseudo])
         right = xp.concat([t(q), pseudo, beta @ w])
@@ -124,25 +124,23 @@ class Tridiagonal(NamedTuple):
     damping: Array | float
 
 
-def sweep(bases: list[Basis], terms: Terms, damping: Array | float) -> Iterator[tuple[Inputs, Array, Lu, Row, Array]]:
-    """Eliminate from the last layer to the first; yields inputs, pivot, its factors, row, and gain of the next."""
-    after: Inputs | None = None
-    factors: Lu | None = None
-    for b in reversed(bases):
-        here = inputs(b)
-        found = row(here, after, terms.curvature, damping)
-        pivot, gain = found.diagonal, None
-        if found.below is not None and factors is not None:
-            gain = lu_solve(factors, found.below)
-            pivot = symmetric(pivot - t(found.below) @ gain)
-        factors = lu(pivot)
-        yield here, pivot, factors, found, gain
-        after = here
+def sweep(bases: list[Basis], terms: Terms, damping: Array | float) -> Iterator[tuple[Kept, Array]]:
+    """Eliminate from the last layer to the first; yields what is kept of each, and its pivot."""
+    here = inputs(bases[-1])
+    pivot, gain = row(here, None, terms.curvature, damping).diagonal, None
+    for b in reversed(bases[:-1]):
+        before = inputs(b)
+        found = row(before, here, terms.curvature, damping)
+        factors, coupled = lu_and_solution(pivot, found.below)
+        yield Kept(here, factors, gain), pivot
+        here, gain = before, coupled
+        pivot = symmetric(found.diagonal - matmul(t(found.below), gain))
+    yield Kept(here, lu(pivot), gain), pivot
 
 
 def factor(bases: list[Basis], terms: Terms, damping: Array | float) -> Tridiagonal:
     """All pivots factored; 4.7 (N a)³ flops for each layer, and 2 a³ for WᵀW."""
-    kept = [Kept(here, factors, gain) for here, _, factors, _, gain in sweep(bases, terms, damping)]
+    kept = [kept for kept, _ in sweep(bases, terms, damping)]
     return Tridiagonal(tuple(kept[::-1]), damping)
 
 
