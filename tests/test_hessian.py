@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ddnref
-from ddnref._hessian import _joint, _paths, _riccati, _small, _system, _terms, _tridiagonal
+from ddnref._hessian import _joint, _lu, _paths, _riccati, _small, _system, _terms, _tridiagonal
 from ddnref._network import _layers
 
 ACTIVATIONS = ("tanh", "softplus", "gelu", "relu", "identity")
@@ -226,6 +226,41 @@ def test_inertia_and_determinant_of_the_tridiagonal_matrix(n, rng):
         gram = sum(z.weight.shape[0] * np.linalg.slogdet(z.z @ z.z.T)[1] for z in terms.layers)
         log = np.sum(np.log(np.abs(w_t))) + rest * np.log(abs(damping)) + gram
         np.testing.assert_allclose(np.sum(np.log(np.abs(w))), log, rtol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("m", "k", "n"), [(5, 6, 7), (70, 80, 90), (1, 600, 600)])
+def test_products_by_either_pool(m, k, n, dtype, rng):
+    """The large ones are SciPy's, whatever the order of the factors in memory."""
+    a, b = rng.standard_normal((m, k)).astype(dtype), rng.standard_normal((k, n)).astype(dtype)
+    for left in (a, np.asfortranarray(a), a[::-1], np.repeat(a, 2, axis=1)[:, ::2]):
+        for right in (b, np.asfortranarray(b), b[:, ::-1]):
+            c = _small.matmul(left, right)
+            assert c.dtype == dtype
+            np.testing.assert_allclose(c, left @ right, rtol=0, atol=20 * k * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("method", ["tridiagonal", "riccati"])
+def test_blocks_wide_enough_for_threads(method, rng):
+    chain, x, t = network(rng, 3, 96, 1)
+    b = [rng.standard_normal(p.shape) for p in chain.params]
+    _, info = ddnref.hessian_solve(chain, x, t, b, damping=0.1, method=method)
+    assert info.backward_error <= 1e-15
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_factors_and_solution_in_one_call(dtype, rng):
+    d, b = rng.standard_normal((6, 6)), rng.standard_normal((6, 3)).astype(dtype)
+    d = (d + d.T).astype(dtype)
+    for order in ("C", "F"):
+        factors, x = _lu.lu_and_solution(np.array(d, order=order), b)
+        assert x.dtype == dtype
+        np.testing.assert_allclose(d @ x, b, rtol=0, atol=1e3 * np.finfo(dtype).eps)
+        np.testing.assert_array_equal(_lu.lu_solve(factors, b), x)
+    d[:, 2] = d[2, :] = 0
+    factors, x = _lu.lu_and_solution(d, b)
+    assert np.isnan(x).all()
+    assert _lu.lu_slogdet(factors)[1] == -np.inf
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
