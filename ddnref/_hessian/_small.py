@@ -14,9 +14,6 @@ from ddnref._array import Array
 from ddnref._array import namespace_of as space
 from ddnref._linalg import identity
 
-UNTHREADED = 2**18
-"""Multiplications of a product up to which OpenBLAS takes no threads."""
-
 
 def t(x: Array) -> Array:
     """The transpose of the last two axes."""
@@ -44,7 +41,7 @@ def matmul(a: Array, b: Array) -> Array:
 
     Two pools wait for each other: 200 layers of width 128 took six times as long.
     """
-    if type(a) is not np.ndarray or a.shape[0] * a.shape[1] * b.shape[1] <= UNTHREADED:
+    if type(a) is not np.ndarray or a.shape[0] * a.shape[1] * b.shape[1] <= _numpy.BLAS_THREADS:
         return a @ b
     gemm = scipy.linalg.blas.dgemm if a.dtype == np.float64 else scipy.linalg.blas.sgemm
     (left, trans_a), (right, trans_b) = ((x, 0) if x.flags.f_contiguous else (x.T, 1) for x in (a, b))
