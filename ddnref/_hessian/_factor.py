@@ -204,7 +204,8 @@ class HessianFactor:
             fallen = new.error < state.error
             new = new._replace(steps=state.steps + 1)
             halved = xp.any(new.error < state.error / 2)
-            state = new if is_true(xp.all(fallen)) else chosen(fallen, new, state)
+            all_fallen = refine == "auto" and is_true(xp.all(fallen))  # the rule, and no pass over memory to choose
+            state = new if all_fallen else chosen(fallen, new, state)
             if refine == "auto" and not is_true(halved):
                 break
         return state
