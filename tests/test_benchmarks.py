@@ -89,8 +89,11 @@ def run(cls: type, method: str, parameters: tuple[Any, ...]) -> Any:
 
 
 @pytest.mark.parametrize(("cls", "method"), methods())
-def test_benchmark_runs(cls: type, method: str, request: pytest.FixtureRequest) -> None:
+def test_benchmark_runs(
+    cls: type, method: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parameters = smallest(cls)
+    monkeypatch.setattr(benchmarks["linear"].cases, "GRID", (32, 32))
     networks = benchmarks["networks"]
     torch_only = {benchmarks["eigh"].EighTorchApart, benchmarks["iteration"].IterationForward}
     if cls in torch_only | {networks.NetworksOverTorch, networks.NetworksErrors} or "torch" in parameters:
