@@ -232,8 +232,8 @@ def _next_within(plan: Plan, state: State, key: Array, distance: Array, tol: Arr
     xp = array_api_compat.array_namespace(key)
     e = key - wish(state.w_rest[..., 0], plan.which)  # NaN before the first check
     above, zero = e > tol, xp.zeros_like(e)
-    product = xp.where(above, e, zero) * xp.where(above, distance, zero)
-    return xp.where(above, 1e-3 * product**0.5, xp.where(e < -1e-2 * distance, zero, distance / 8))
+    mixed = 1e-3 * xp.where(above, e * distance, zero) ** 0.5
+    return xp.where(above, mixed, xp.where(e < -1e-2 * distance, zero, distance / 8))
 
 
 def _fresh(xp: Namespace, checks: Array, kept: Array) -> Array:
