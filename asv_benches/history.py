@@ -1,7 +1,7 @@
 """Record the benchmarks of a commit in the repository, show their history as a site, compare two commits.
 
     python asv_benches/history.py record     # run asv on HEAD: all benchmarks, more than ten minutes
-    python asv_benches/history.py site       # the recorded history as pages in .asv/html
+    python asv_benches/history.py site       # the recorded history as pages in .asv/html; --offline: without a network
     python asv_benches/history.py compare    # the two newest records; exit 1 where a track_ figure got worse
 
 Records name no machine, user or folder, so that they can be committed: asv_benches/history/. Exit code 2: the command
@@ -26,6 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from _offline import Missing, make_offline
 from _records import changes, differing, is_tracked, table
 
 HERE = Path(__file__).resolve().parent
@@ -241,8 +242,12 @@ def site(options: argparse.Namespace) -> int:
         code = asv(work, work / "results", options.out.resolve(), branch, "publish", "--no-pull")
     if code:
         raise Refused(f"asv publish ended with code {code}")
-    print(f"\nrecords shown: {len(kept)}; pages in {options.out}. They load their data, and jQuery, flot and Bootstrap")
-    print("from the network, so serve them, for http://localhost:8000:")
+    print(f"\nrecords shown: {len(kept)}; pages in {options.out}")
+    if options.offline:
+        make_offline(options.out)
+    else:
+        print("They load jQuery, flot and Bootstrap from the network; with --offline they bring them along.")
+    print("They load their data too, so serve them, for http://localhost:8000:")
     print(f"python -m http.server --directory {options.out} 8000")
     return 0
 
@@ -326,6 +331,9 @@ def parser() -> argparse.ArgumentParser:
     one.set_defaults(command=record)
     one = commands.add_parser("site", parents=[shared], help="build the pages from the records")
     one.add_argument("--out", type=Path, default=ROOT / ".asv" / "html", metavar="DIR", help="where to")
+    one.add_argument(
+        "--offline", action="store_true", help="with the libraries that the pages load, from npm's registry"
+    )
     one.set_defaults(command=site)
     one = commands.add_parser("compare", parents=[shared], help="compare two recorded commits")
     one.add_argument("old", nargs="?", metavar="OLD", help="default: the newest recorded but one")
@@ -340,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         return int(options.command(options))
-    except Refused as reason:
+    except (Refused, Missing) as reason:
         print(f"history.py: {reason}", file=sys.stderr)
         return 2
 

@@ -5,6 +5,7 @@ all of it rendered by KaTeX. Some of them at a phone's width too, which nothing 
 sheet: nothing is fetched from a network. Exit code 0: fine, 1: a page is not, 2: no Chromium or no pages.
 
 - ``--html DIR``: the built pages, default ``docs/_build/html``;
+- ``--history DIR``: in their place the grid, the list and a graph of ``asv_benches/history.py site --offline``;
 - ``--out DIR``: where screenshots go, default ``docs/_build/look``;
 - ``--chromium PATH``: the browser, default the first of chromium, chromium-browser, google-chrome on the path.
 """
@@ -17,7 +18,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +81,11 @@ PAGES = {  # page: whether it has mathematics
     "auto_gallery/plot_sinkhorn": True,
     "auto_gallery/plot_whitening": True,
 }
+HISTORY = {  # name: the view, and what is in it once it is drawn
+    "grid": ("", 'class="flot-base"'),
+    "list": ("#summarylist", r"[\d.]+(?:e-\d+)? relative error"),
+    "graph": ("#eigh.EighErrors.track_projector_of_triple_eigenvalue", 'class="flot-base"'),
+}
 ON_A_PHONE = ("index", "systems", "which-gradient", "eigen", "migration", "figures", "auto_gallery/plot_ladder")
 ERRORS = re.compile(
     r'CONSOLE[:(\d)]*\].*?"((?:Uncaught|Error|Failed|Access|Refused|Mixed|ParseError|KaTeX).*?)", source'
@@ -96,6 +103,7 @@ def main() -> int:
     """Look at every page and say what is wrong with it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--html", type=Path, default=HERE / "_build/html")
+    parser.add_argument("--history", type=Path, metavar="DIR", help="look at the site of the benchmarks' history")
     parser.add_argument("--out", type=Path, default=HERE / "_build/look")
     parser.add_argument("--chromium", default=next(filter(None, map(shutil.which, BROWSERS)), None))
     parser.add_argument("pages", nargs="*", metavar="PAGE", help="only these, such as eigen; default: all main pages")
@@ -103,14 +111,21 @@ def main() -> int:
     if arguments.chromium is None:
         print("look.py: Chromium is not installed; on Debian: apt-get install chromium", file=sys.stderr)
         return 2
-    if not (arguments.html / "index.html").exists():
-        print(f"look.py: no pages in {arguments.html}; build them first, see docs/conf.py", file=sys.stderr)
+    folder, how = arguments.html, "see docs/conf.py"
+    if arguments.history is not None:
+        folder, how = arguments.history, "python asv_benches/history.py site --offline"
+    if not (folder / "index.html").exists():
+        print(f"look.py: no pages in {folder}; build them first, {how}", file=sys.stderr)
         return 2
     arguments.out.mkdir(parents=True, exist_ok=True)
-    wrong = list(fetched(arguments.html))
-    pages = arguments.pages or list(PAGES)
-    for page in pages:
-        found = list(look(arguments, page, PAGES.get(page, False)))
+    wrong = list(fetched(folder))
+    pages: dict[str, Callable[[], Iterator[str]]]
+    if arguments.history is not None:
+        pages = {f"history-{name}": partial(history, arguments, name, *view) for name, view in HISTORY.items()}
+    else:
+        pages = {page: partial(look, arguments, page, PAGES.get(page, False)) for page in arguments.pages or PAGES}
+    for page, looks in pages.items():
+        found = list(looks())
         print(f"{'WRONG' if found else 'fine ':<5} {page}")
         wrong += [f"{page}: {what}" for what in found]
     for what in wrong:
@@ -135,7 +150,8 @@ def look(arguments: argparse.Namespace, page: str, mathematics: bool) -> Iterato
     if not path.exists():
         yield "was not built"
         return
-    dom, console = chromium(arguments.chromium, path, "--dump-dom", "--window-size=1280,2000")
+    url = path.resolve().as_uri()
+    dom, console = chromium(arguments.chromium, url, "--dump-dom", "--window-size=1280,2000")
     yield from (f"console: {error}" for error in ERRORS.findall(console))
     formulas = path.read_text(encoding="utf-8").count('class="math')
     rendered = dom.count('class="katex"')
@@ -146,42 +162,52 @@ def look(arguments: argparse.Namespace, page: str, mathematics: bool) -> Iterato
     if "katex-error" in dom:
         yield "KaTeX could not read a formula"
     width, height = DESKTOP
-    yield from screenshot(arguments, page, path, "desktop", f"--window-size={width},{height}")
+    yield from screenshot(arguments, page, url, "desktop", f"--window-size={width},{height}")
     if page in ON_A_PHONE:
-        yield from on_a_phone(arguments, page, path)
+        yield from on_a_phone(arguments, page, url)
 
 
-def on_a_phone(arguments: argparse.Namespace, page: str, path: Path) -> Iterator[str]:
+def history(arguments: argparse.Namespace, name: str, view: str, wanted: str) -> Iterator[str]:
+    """What is wrong with one view of the history: it is drawn by scripts, into one page."""
+    url = f"{(arguments.history / 'index.html').resolve().as_uri()}{view}"
+    dom, console = chromium(arguments.chromium, url, "--dump-dom", "--window-size=1280,1400")
+    yield from (f"console: {error}" for error in ERRORS.findall(console))
+    if not re.search(wanted, dom):
+        yield f"nothing was drawn: no {wanted} in it"
+    yield from screenshot(arguments, f"history-{name}", url, "desktop", "--window-size=1280,1400")
+
+
+def on_a_phone(arguments: argparse.Namespace, page: str, url: str) -> Iterator[str]:
     """In a frame, because headless Chromium makes no window that narrow; nothing may stick out to the right."""
     width, height = PHONE
     with tempfile.TemporaryDirectory(prefix="ddnref-look-") as folder:
         frame = Path(folder) / "frame.html"
-        frame.write_text(FRAME.format(page=path.resolve().as_uri(), width=width, height=height), encoding="utf-8")
-        dom = chromium(arguments.chromium, frame, "--dump-dom", f"--window-size={max(width, 500)},{height}")[0]
+        frame.write_text(FRAME.format(page=url, width=width, height=height), encoding="utf-8")
+        dom = chromium(arguments.chromium, frame.as_uri(), "--dump-dom", f"--window-size={max(width, 500)},{height}")[0]
         found = re.search(r'data-width="(\d+)" data-cut="([^"]*)"', dom)
         if found is None:
             yield "cannot be measured in a frame of a phone's width"
         elif int(found[1]) > width or found[2]:
             yield f"is {found[1]} pixels wide on a phone of {width}; cut off: {found[2] or 'nothing'}"
-        yield from screenshot(arguments, page, frame, "phone", f"--window-size={max(width, 500)},{height}")
+        yield from screenshot(arguments, page, frame.as_uri(), "phone", f"--window-size={max(width, 500)},{height}")
 
 
-def screenshot(arguments: argparse.Namespace, page: str, path: Path, name: str, size: str) -> Iterator[str]:
+def screenshot(arguments: argparse.Namespace, page: str, url: str, name: str, size: str) -> Iterator[str]:
     """Take it, and say so if there is nothing on it."""
     target = arguments.out / f"{page.replace('/', '-')}-{name}.png"
     target.unlink(missing_ok=True)
-    chromium(arguments.chromium, path, f"--screenshot={target}", size)
+    chromium(arguments.chromium, url, f"--screenshot={target}", size)
     if not target.exists():
         yield f"no screenshot ({name})"
     elif (share := flat(target)) > ONE_GREY:
         yield f"the screenshot is blank ({name}): {share:.1%} of it is one colour"
 
 
-def chromium(browser: str, path: Path, *options: str) -> tuple[str, str]:
+def chromium(browser: str, url: str, *options: str) -> tuple[str, str]:
     """Standard output and error of one run, each with a profile of its own."""
     with tempfile.TemporaryDirectory(prefix="ddnref-look-") as profile:
         done = subprocess.run(
-            [browser, *FLAGS, f"--user-data-dir={profile}", *options, path.resolve().as_uri()],
+            [browser, *FLAGS, f"--user-data-dir={profile}", *options, url],
             capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
     return done.stdout, done.stderr

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import io
 import json
 import math
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ BENCHES = Path(__file__).parents[1] / "asv_benches"
 
 sys.path.insert(0, str(BENCHES))
 try:
+    import _offline
     import _records
     import history
 finally:
@@ -239,6 +244,60 @@ def test_site_without_a_usable_record_says_so(
         clone.record(commit, {READS: 1})
     assert run(clone, "site", "--out", str(tmp_path / "site")) == 2
     assert ("git fetch --unshallow" if commit else "nothing is recorded") in capsys.readouterr().err
+
+
+PAGE = """<script src="https://cdn/lib-1.min.js" integrity="sha256-x" onerror="js_load_failure()"></script>
+<script src="own.js"></script><a href="https://example.org/page">a link</a>
+<link rel="stylesheet" href="https://cdn/lib.css" integrity="sha256-y">"""
+OFFLINE = """<script src="vendor/lib/dist/lib.js" onerror="js_load_failure()"></script>
+<script src="own.js"></script><a href="https://example.org/page">a link</a>
+<link rel="stylesheet" href="vendor/lib/dist/lib.css">"""
+
+
+def packed(files: dict[str, bytes]) -> bytes:
+    """An archive as npm's registry has it."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+ARCHIVE = packed({"dist/lib.js": b"js", "dist/lib.css": b"css", "fonts/a.woff": b"woff", "README.md": b"not needed"})
+LIBRARY = _offline.Library(
+    "lib", "1", base64.b64encode(hashlib.sha512(ARCHIVE).digest()).decode(),
+    {"lib-1.min.js": "dist/lib.js", "lib.css": "dist/lib.css"}, ("fonts",),
+)  # fmt: skip
+
+
+def test_offline_pages_load_nothing_from_the_network(tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text(PAGE, encoding="utf-8")
+    asked: list[str] = []
+    _offline.make_offline(tmp_path, (LIBRARY,), lambda url: asked.append(url) or ARCHIVE)  # type: ignore[func-returns-value]
+    assert asked == ["https://registry.npmjs.org/lib/-/lib-1.tgz"]
+    assert (tmp_path / "index.html").read_text(encoding="utf-8") == OFFLINE
+    vendor = tmp_path / "vendor" / "lib"
+    found = {str(path.relative_to(vendor)): path.read_bytes() for path in vendor.rglob("*.*")}
+    assert found == {"dist/lib.js": b"js", "dist/lib.css": b"css", "fonts/a.woff": b"woff"}
+
+
+@pytest.mark.parametrize(
+    ("library", "said"),
+    [(LIBRARY._replace(sha512="another"), "is not the archive"), (LIBRARY._replace(files={}), "does not know")],
+)
+def test_offline_pages_take_only_what_was_stated(tmp_path: Path, library: _offline.Library, said: str) -> None:
+    (tmp_path / "index.html").write_text(PAGE, encoding="utf-8")
+    with pytest.raises(_offline.Missing, match=said):
+        _offline.make_offline(tmp_path, (library,), lambda _: ARCHIVE)
+    assert (tmp_path / "index.html").read_text(encoding="utf-8") == PAGE
+
+
+def test_offline_pages_say_what_could_not_be_had(tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text(PAGE, encoding="utf-8")
+    with pytest.raises(_offline.Missing, match=r"nowhere.invalid"):
+        _offline.make_offline(tmp_path, (LIBRARY,), lambda _: _offline.fetched("https://nowhere.invalid/lib.tgz"))
 
 
 # --- compare ------------------------------------------------------------------------------------------------------
