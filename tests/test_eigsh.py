@@ -8,10 +8,10 @@ from problems import adjoint, projector_gradient, relative, rotation, symmetric,
 
 import ddnref
 from conftest import backend
-from ddnref import ConvergenceError, GaugeError
+from ddnref import ConvergenceError, GaugeError, _lanczos
 from ddnref._linalg import hermitian_part
 from ddnref._operators import LinearOperator
-from ddnref._rows import self_adjoint
+from ddnref._rows import inner, norms, scaled, self_adjoint, without
 from ddnref._samples import eigen_loss, random_spectrum
 from ddnref.testing import assert_vjp
 
@@ -209,7 +209,6 @@ def test_repeats_at_the_other_end(which, rng):
 
 def test_without_the_check_repeats_are_missed(rng, monkeypatch):
     """The control: a search that stops when k pairs have converged takes 1.5 for the third."""
-    from ddnref import _lanczos
 
     def decided(plan, state, kept, onward, theta, residual):
         wanted = np.max(residual[..., : plan.k], axis=-1) <= plan.rtol * state.scale
@@ -271,6 +270,41 @@ def test_a_next_eigenvalue_that_the_check_has_not_found_is_not_trusted(seed):
     spectrum[:4], spectrum[4:6] = spectrum[0] + 0.2, spectrum[4]
     x = with_spectrum(rotation(rng, 60, ()), spectrum)
     assert ddnref.eigsh(x, 3, method="iterative", basis=12, throw=False)[1].cut
+
+
+def missed_when_unlucky(rng, monkeypatch, part, which, is_complex):
+    """In how many of 60 matrices a cut cluster goes unnoticed, where each check starts with such a part in the copy.
+
+    A part of 1 is the average of random vectors.
+    """
+    m, k = 40, 2
+    spectra = np.sort(rng.standard_normal((60, m)), axis=-1)[:, ::-1] + (6.0 if which == "LM" else 0.0)
+    spectra[:, : k + 1], spectra[::2, k + 2] = spectra[:, :1], spectra[::2, k + 1]
+    q = rotation(rng, m, (60,), is_complex)
+    cluster = q[..., : k + 1].swapaxes(-1, -2)
+
+    def fresh(xp, checks, kept):
+        z = fresh_by_chance(xp, checks, kept)
+        inside = inner(z, cluster) @ cluster
+        size = norms(inside)
+        unlucky = z - inside + scaled(inside, size) * part / m**0.5
+        z = without(np.where(size[..., None] > 1e-8, unlucky, z), kept)
+        return scaled(z, norms(z))
+
+    fresh_by_chance = _lanczos._fresh
+    monkeypatch.setattr(_lanczos, "_fresh", fresh)
+    info = ddnref.eigsh(with_spectrum(q, spectra), k, which=which, basis=12, throw=False, **ITERATIVE)[1]
+    assert np.all(info.converged)
+    return np.sum(~info.cut)
+
+
+@pytest.mark.parametrize("is_complex", [False, True])
+@pytest.mark.parametrize("which", ["LA", "LM"])
+def test_a_copy_is_met_however_unlucky_the_start(which, is_complex, rng, monkeypatch):
+    hidden = _lanczos.HIDDEN
+    assert missed_when_unlucky(rng, monkeypatch, 1.5 * hidden, which, is_complex) == 0
+    monkeypatch.setattr(_lanczos, "HIDDEN", 100 * hidden)
+    assert missed_when_unlucky(rng, monkeypatch, 1.5 * hidden, which, is_complex) > 10
 
 
 @pytest.mark.parametrize("method", ["iterative", "full"])
