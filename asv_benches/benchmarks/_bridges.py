@@ -1,7 +1,7 @@
 """What a bridge costs: forward and backward through it, the same pair called by hand, and in the barest wrapper.
 
-The last is the framework's own part: an ``autograd.Function`` or ``custom_vjp`` around the same two calls, with no
-status, no warning, no second derivative and no transform.
+The last is an ``autograd.Function`` or ``custom_vjp`` around the same two calls, with no status, no warning, no second
+derivative and no transform. The framework's own part is what one costs that computes nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class Calls(NamedTuple):
     bridge: Call
     by_hand: Call
     bare: Call
+    nothing: Call
+    """Through a function of the framework that hands out outputs and cotangents made beforehand."""
 
 
 class Overhead(NamedTuple):
@@ -112,14 +114,25 @@ def _torch(name: str) -> Calls:
         def backward(ctx: Any, *bars: Any) -> tuple[Any, ...]:
             return p.vjp(*bars, *ctx.saved_tensors)
 
+    outputs, cotangents = p.forward(*p.inputs)[0], p.by_hand(rule)
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:  # noqa: ARG004
+            return tuple(y.view_as(y) for y in outputs)
+
+        @staticmethod
+        def backward(ctx: Any, *bars: Any) -> tuple[Any, ...]:  # noqa: ARG004
+            return cotangents
+
     def bridge() -> Any:
         outputs = operation(*inputs)
         return torch.autograd.grad(as_tuple(outputs if rule.info is None else outputs[0]), inputs, p.bars)
 
-    def bare() -> Any:
-        return torch.autograd.grad(Bare.apply(*inputs)[:n], inputs, p.bars)
+    def through(function: Any) -> Call:
+        return lambda: torch.autograd.grad(function.apply(*inputs)[:n], inputs, p.bars)
 
-    return Calls(bridge, lambda: p.by_hand(rule), bare)
+    return Calls(bridge, lambda: p.by_hand(rule), through(Bare), through(Nothing))
 
 
 def _jax(name: str) -> Calls:
@@ -139,6 +152,14 @@ def _jax(name: str) -> Calls:
 
     wrapped.defvjp(fwd, lambda kept, bars: p.vjp(*bars, *kept))
 
+    made, cotangents = p.forward(*p.inputs)[0], p.by_hand(rule)
+
+    @jax.custom_vjp
+    def nothing(*inputs: Any) -> tuple[Any, ...]:  # noqa: ARG001
+        return made
+
+    nothing.defvjp(lambda *inputs: (made, None), lambda kept, bars: cotangents)  # noqa: ARG005
+
     def outputs(*inputs: Any) -> tuple[Any, ...]:
         result = operation(*inputs)
         return as_tuple(result if rule.info is None else result[0])
@@ -146,4 +167,4 @@ def _jax(name: str) -> Calls:
     def through(function: Callable[..., Any]) -> Call:
         return lambda: jax.block_until_ready(jax.vjp(function, *p.inputs)[1](p.bars))
 
-    return Calls(through(outputs), lambda: jax.block_until_ready(p.by_hand(rule)), through(wrapped))
+    return Calls(through(outputs), lambda: jax.block_until_ready(p.by_hand(rule)), through(wrapped), through(nothing))
