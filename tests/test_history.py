@@ -134,11 +134,12 @@ def test_a_record_names_no_machine_user_or_folder() -> None:
     assert "[0.5]" in text, "the quartile of a timing stays"
 
 
-def test_ratios_are_judged_and_differences_of_times_are_not() -> None:
+def test_ratios_are_judged_and_times_are_not() -> None:
     judged = {
-        unit: _records.is_tracked(_records.Change("worse", "a.A.track_x", 1, 2, unit)) for unit in ("ratio", "µs")
+        unit: _records.is_tracked(_records.Change("worse", "a.A.track_x", 1, 2, unit))
+        for unit in ("ratio", "µs", "seconds")
     }
-    assert judged == {"ratio": True, "µs": False}
+    assert judged == {"ratio": True, "µs": False, "seconds": False}
 
 
 def test_the_committed_records_name_no_machine_user_or_folder() -> None:
