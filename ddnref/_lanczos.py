@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import array_api_compat
 
-from ddnref._array import Array, Namespace, as_dtype, eps, full, real
+from ddnref._array import Array, Namespace, as_dtype, conj, eps, full, real
 from ddnref._linalg import adjoint, eigh, hermitian_part
 from ddnref._loops import WhileLoop, run
 from ddnref._rows import SelfAdjoint, dots, inner, noise, norms, put_row, scaled, without
@@ -245,7 +245,7 @@ def _grown(plan: Plan, growth: Array, theta: Array, s_t: Array, beta: Array, sca
     k, unit = plan.k, eps(xp, theta.dtype)
     gap = theta[..., :k, None] - theta[..., None, k:]
     gap = xp.where(xp.abs(gap) > unit * scale[..., None, None], gap, unit * _nonzero(scale)[..., None, None])
-    coupling = xp.conj(s_t[..., k:, plan.l]) * s_t[..., k:, -1]
+    coupling = conj(s_t[..., k:, plan.l]) * s_t[..., k:, -1]
     fade = beta[..., None] * xp.abs(xp.sum(coupling[..., None, :] / as_dtype(gap, coupling), axis=-1))
     return xp.minimum(growth / xp.maximum(fade, full((), unit, fade)), full((), unit**-2, fade))
 
