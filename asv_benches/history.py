@@ -35,6 +35,7 @@ MACHINE = "ddnref-ci"  # one name for every machine: whose it was is nobody's bu
 MACHINE_FILE = {"machine": MACHINE, "version": 1}
 PEERS = ("numpy", "scipy", "array-api-compat", "array-api-strict", "torch", "jax", "autograd",
          "cupy-cuda12x", "cupy-cuda13x")  # fmt: skip
+BRIEF = ("rounds=1", "repeat=(1, 5, 2.0)")  # at most two seconds of each time_, and not all of them a second time
 COLUMNS = ("result", "params", "version", "stats_ci_99_a", "stats_ci_99_b", "stats_q_25", "stats_q_75", "stats_number",
            "stats_repeat")  # fmt: skip
 
@@ -159,6 +160,7 @@ def record(options: argparse.Namespace) -> int:
     refuse_dirty(options.history)
     commit = git("rev-parse", "HEAD")
     chosen = [part for regex in options.bench for part in ("--bench", regex)] + ["--quick"] * options.quick
+    chosen += [part for attribute in BRIEF for part in ("--attribute", attribute)]
     with tempfile.TemporaryDirectory(prefix="ddnref-asv-") as folder:
         work = Path(folder)
         results = work / "results"
