@@ -17,8 +17,8 @@ before = dict(os.environ)
 os.environ["DDNREF_BENCH_THREADS"] = "1"  # as in test_benchmarks.py: the first to import the suite decides
 sys.path.insert(0, str(BENCHES))
 try:
+    import _gpu_suite as gpu
     from benchmarks import _common as common
-    from benchmarks import _gpu as gpu
     from benchmarks import _gpu_cases as cases
 finally:
     sys.path.remove(str(BENCHES))
@@ -125,6 +125,15 @@ def test_asv_is_shown_them_where_there_is_a_gpu(monkeypatch):
     monkeypatch.syspath_prepend(BENCHES)
     assert shown(missing) == set()
     assert shown(lambda name: None) == {"GpuRules", "GpuSolvers", "GpuNetworks", "GpuHessian"}
+
+
+@pytest.mark.parametrize("path", sorted((BENCHES / "benchmarks").glob("_[a-z]*.py")), ids=lambda path: path.stem)
+def test_asv_finds_nothing_in_private_modules(path, monkeypatch):
+    """It looks into them too, and would start a process for each parameter to hear that there is no GPU."""
+    monkeypatch.syspath_prepend(BENCHES)
+    classes = [c for name, c in vars(importlib.import_module(f"benchmarks.{path.stem}")).items()
+               if isinstance(c, type) and not name.startswith("_")]  # fmt: skip
+    assert [c for c in classes for name in dir(c) if name.startswith(("time_", "track_", "peakmem_"))] == []
 
 
 def test_asv_starts_processes_that_cuda_survives():

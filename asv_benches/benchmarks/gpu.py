@@ -7,6 +7,6 @@ try:
 except NotImplementedError:
     pass
 else:
-    from ._gpu import GpuHessian, GpuNetworks, GpuRules, GpuSolvers
+    from _gpu_suite import GpuHessian, GpuNetworks, GpuRules, GpuSolvers
 
     __all__ = ["GpuHessian", "GpuNetworks", "GpuRules", "GpuSolvers"]

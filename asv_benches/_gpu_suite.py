@@ -1,14 +1,14 @@
 """Every operation on CuPy arrays: time by events on the stream, memory by a hook on CuPy's pool.
 
 The other modules time CuPy beside NumPy, PyTorch and JAX by the clock, waiting for each result; here is what the GPU
-itself takes. `gpu` shows these to asv.
+itself takes. It lies outside of the suite, where asv would find it on any machine; `benchmarks/gpu.py` shows it to asv.
 """
 
 from __future__ import annotations
 
-from ._common import Call, backend
-from ._gpu_cases import NETWORK, RULES, SOLVERS, gpu_memory, gpu_time, hessian, network, rule, solver
-from .networks import NAMES
+from benchmarks._common import Call, backend
+from benchmarks._gpu_cases import NETWORK, RULES, SOLVERS, gpu_memory, gpu_time, hessian, network, rule, solver
+from benchmarks.networks import NAMES
 
 DTYPES = ("float32", "float64")
 
