@@ -1,6 +1,6 @@
 """Record the benchmarks of a commit in the repository, show their history as a site, compare two commits.
 
-    python asv_benches/history.py record     # run asv on HEAD: all benchmarks, more than ten minutes
+    python asv_benches/history.py record     # run asv on HEAD: all benchmarks take most of an hour
     python asv_benches/history.py site       # the recorded history as pages in .asv/html; --offline: without a network
     python asv_benches/history.py compare    # the two newest records; exit 1 where a track_ figure got worse
 
@@ -177,16 +177,32 @@ def record(options: argparse.Namespace) -> int:
     result = neutral(result, ".".join(platform.python_version_tuple()[:2]))
     result["conditions"] = conditions(options.bench, options.quick)
     path = options.history / MACHINE / f"{commit[:8]}-{result['env_name']}.json"
+    measured = result["results"]
+    if path.exists():
+        result = joined(json.loads(path.read_text(encoding="utf-8")), result)
     write(path, result)
     write(path.with_name("machine.json"), MACHINE_FILE)
     write(options.history / "benchmarks.json", benchmarks)
-    print(f"\nrecorded {len(result['results'])} benchmarks of {commit[:8]} in {path}: commit it")
+    print(f"\nrecorded {len(measured)} benchmarks of {commit[:8]} in {path}: commit it")
+    print(f"it now holds {len(result['results'])}")
     for reason in result["conditions"]["missing"]:
         print(f"skipped: {reason}")
-    failed = sorted(name for name, row in result["results"].items() if row[0] is None or None in row[0])
+    failed = sorted(name for name, row in measured.items() if row[0] is None or None in row[0])
     for name in failed:
         print(f"failed: {name}")
     return 1 if failed else 0
+
+
+def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A commit recorded in two parts, the later figures where both have some; under other conditions only the later."""
+    before, after = (result.get("conditions", {}) for result in (old, new))
+    if {**before, "bench": None} != {**after, "bench": None}:
+        print("the earlier record of this commit was made under other conditions and is replaced")
+        return new
+    whole = not before["bench"] or not after["bench"]
+    chosen = [] if whole else sorted({*before["bench"], *after["bench"]})
+    results = dict(sorted({**old["results"], **new["results"]}.items()))
+    return {**new, "results": results, "conditions": {**after, "bench": chosen}}
 
 
 # --- what is recorded -------------------------------------------------------------------------------------------

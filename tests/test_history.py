@@ -169,10 +169,12 @@ def test_record_runs_asv_on_head(
     (benches / "benchmarks" / "a.py").write_text(SUITE)
     (benches / "asv.conf.json").write_text((BENCHES / "asv.conf.json").read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(history, "HERE", benches)
-    monkeypatch.setattr(history, "conditions", lambda bench, quick: {"missing": ["nolib is not installed"]})
+    missing = ["nolib is not installed"]
+    monkeypatch.setattr(history, "conditions", lambda bench, quick: {"bench": list(bench), "missing": missing})
     monkeypatch.setenv("HOME", str(tmp_path))  # with no machine file in it
     commit = clone.commit("suite")
-    assert run(clone, "record") == 1, "one benchmark fails"
+    assert run(clone, "record", "--bench", "Missing|Broken") == 1, "one benchmark fails"
+    assert run(clone, "record", "--bench", READS) == 0
     out = capfd.readouterr().out
     assert "skipped: nolib is not installed" in out
     assert "failed: a.Broken.track_broken" in out
@@ -188,6 +190,25 @@ def test_record_runs_asv_on_head(
     assert run(clone, "record", "--bench", "Nothing") == 2
     assert "nothing was recorded" in capfd.readouterr().err
     assert run(clone, "site", "--out", str(tmp_path / "site")) == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "chosen"), [(["a"], ["b"], ["a", "b"]), ([], ["b"], []), (["a"], [], []), (["b"], ["b"], ["b"])]
+)
+def test_a_commit_can_be_recorded_in_parts(before: list[str], after: list[str], chosen: list[str]) -> None:
+    old = {"results": {READS: [1], RATIO: [2]}, "conditions": {"bench": before, "seconds": 1}, "date": 1}
+    new = {"results": {RATIO: [3], ERROR: [4]}, "conditions": {"bench": after, "seconds": 1}, "date": 2}
+    both = history.joined(old, new)
+    assert both["results"] == {READS: [1], RATIO: [3], ERROR: [4]}
+    assert both["conditions"] == {"bench": chosen, "seconds": 1}
+    assert both["date"] == 2
+
+
+def test_parts_under_other_conditions_are_not_mixed(capsys: pytest.CaptureFixture[str]) -> None:
+    old = {"results": {READS: [1]}, "conditions": {"bench": [], "seconds": 1}}
+    new = {"results": {RATIO: [3]}, "conditions": {"bench": [], "seconds": 2}}
+    assert history.joined(old, new) == new
+    assert "under other conditions and is replaced" in capsys.readouterr().out
 
 
 def test_record_refuses_a_tree_that_is_not_head(
