@@ -9,7 +9,6 @@ import base64
 import hashlib
 import re
 import tarfile
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from io import BytesIO
@@ -67,7 +66,7 @@ def fetched(url: str) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=60) as answer:
             return bytes(answer.read())
-    except (urllib.error.URLError, OSError) as reason:
+    except OSError as reason:
         raise Missing(f"{url}: {reason}") from reason
 
 

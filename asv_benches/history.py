@@ -1,6 +1,6 @@
 """Record the benchmarks of a commit in the repository, show their history as a site, compare two commits.
 
-    python asv_benches/history.py record     # run asv on HEAD: all benchmarks take most of an hour
+    python asv_benches/history.py record     # run asv on HEAD: all benchmarks take more than half an hour
     python asv_benches/history.py site       # the recorded history as pages in .asv/html; --offline: without a network
     python asv_benches/history.py compare    # the two newest records; exit 1 where a track_ figure got worse
 
@@ -195,7 +195,7 @@ def record(options: argparse.Namespace) -> int:
 
 def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """A commit recorded in two parts, the later figures where both have some; under other conditions only the later."""
-    before, after = (result.get("conditions", {}) for result in (old, new))
+    before, after = old["conditions"], new["conditions"]
     if {**before, "bench": None} != {**after, "bench": None}:
         print("the earlier record of this commit was made under other conditions and is replaced")
         return new
