@@ -344,13 +344,16 @@ def _solve_each(xp: Namespace, systems: Iterable[Array], right: Array, size: Arr
     n = right.shape[-2]
     probe = _probe(xp.arange(n, dtype=right.dtype, device=array_api_compat.device(right)))
     probe = xp.broadcast_to(probe[:, None], (*right.shape[:-1], 1))
-    columns, growth = [], []
-    for i, a in enumerate(systems):
-        both = solve(a, xp.concat([right[..., i : i + 1], probe], axis=-1))
-        columns.append(both[..., :1])
-        growth.append(both[..., 1:])
-    largest = xp.max(xp.abs(xp.concat(growth, axis=-1)), axis=(-2, -1))
-    return xp.concat(columns, axis=-1), _grows(largest, size, n, unit)
+    rights = (xp.concat([right[..., i : i + 1], probe], axis=-1) for i in range(right.shape[-1]))
+    if array_api_compat.is_jax_array(right):
+        # At once: XLA runs separate ones side by side, and batches of LAPACK that do may wait for each other for good.
+        both = solve(xp.stack(list(systems), axis=0), xp.stack(list(rights), axis=0))
+        solved = [both[i, ...] for i in range(right.shape[-1])]
+    else:
+        solved = [solve(a, b) for a, b in zip(systems, rights, strict=True)]
+    columns, growth = (xp.concat([x[..., j : j + 1] for x in solved], axis=-1) for j in range(2))
+    largest = xp.max(xp.abs(growth), axis=(-2, -1))
+    return columns, _grows(largest, size, n, unit)
 
 
 def _probe(i: Array) -> Array:

@@ -17,6 +17,15 @@ from hypothesis import settings
 BACKENDS = ("numpy", "array-api-strict", "torch", "jax")
 MODULES = {"array-api-strict": "array_api_strict", "emulated-cupy": "numpy"}
 
+TRACED = [
+    r"ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning",
+    r"ignore:.*is deprecated.*:FutureWarning",
+    r"ignore:.*is deprecated.*:DeprecationWarning",
+    r"ignore:.*should not be instantiated.*:DeprecationWarning",
+    r"ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",  # behind any break of a graph
+]
+"""What PyTorch's own tracer says about code that it traces correctly."""
+
 settings.register_profile("ddnref", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("ddnref")
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from smooth import SMOOTH
-from test_interop_torch import TRACED
 
 import ddnref
+from conftest import TRACED
 from ddnref._rule import Bound
 from ddnref._rules import RULES
 
@@ -188,7 +188,7 @@ def test_a_failed_item_is_nan_with_a_warning(torch, differentiable):
     assert torch.isnan(x.grad[1]).all()
 
 
-@pytest.mark.filterwarnings(*TRACED, r"ignore:The \.grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings(*TRACED)
 def test_compiled_code_runs_it_between_its_graphs(torch, differentiable):
     torch._dynamo.reset()
     eigh = differentiable(ddnref.eigh, compute="numpy")

@@ -8,6 +8,7 @@ from problems import projector_gradient, relative, rotation, symmetric, with_spe
 from smooth import SMOOTH, bridged, cube, total
 
 import ddnref
+from conftest import TRACED
 from ddnref._rule import options_of, plain_forward
 from ddnref._rules import RULES
 
@@ -15,12 +16,6 @@ pytestmark = pytest.mark.framework("torch")
 
 TRIPLE = np.asarray([-1.0, 0.3, 0.3, 0.3, 1.1, 2.0])
 INSIDE = TRIPLE == 0.3
-TRACED = [  # what PyTorch's own tracer says about code that it traces correctly
-    r"ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning",
-    r"ignore:.*is deprecated.*:FutureWarning",
-    r"ignore:.*is deprecated.*:DeprecationWarning",
-    r"ignore:.*should not be instantiated.*:DeprecationWarning",
-]
 
 
 @pytest.fixture

@@ -7,20 +7,13 @@ import numpy as np
 import pytest
 from smooth import bridged, total
 
-from conftest import backend
+from conftest import TRACED, backend
 from ddnref._rules import RULES
 from ddnref.testing import numerical_jvp
 
 names = pytest.mark.parametrize("name", RULES)
 ITERATIVE = [name for name, rule in RULES.items() if rule.info is not None]
 CLOSED = [name for name in RULES if name not in ITERATIVE]
-TRACED = [  # what PyTorch's own tracer says about code that it traces correctly
-    r"ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning",
-    r"ignore:.*is deprecated.*:FutureWarning",
-    r"ignore:.*is deprecated.*:DeprecationWarning",
-    r"ignore:.*should not be instantiated.*:DeprecationWarning",
-    r"ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",  # behind any break of a graph
-]
 domains = pytest.mark.parametrize(
     ("name", "is_complex"), [(name, is_complex) for name, rule in RULES.items() for is_complex in (False, True)
                              if rule.is_complex or not is_complex],

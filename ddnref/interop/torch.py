@@ -21,6 +21,7 @@ from ddnref._layout import Layout, flatten, on_arrays
 from ddnref._operators import LinearOperator
 from ddnref._rule import WARNING, Bound, Rule, bind, failed, input_counts, spread
 from ddnref._rules import rule_of
+from ddnref._torch import is_eager
 from ddnref.interop._dlpack import elsewhere
 from ddnref.interop._kept import kept
 from ddnref.interop._torch_batch import aligned, batched
@@ -112,7 +113,7 @@ def _function(rule: Rule, bound: Bound) -> Callable[..., Any]:
         if operation is None or any(isinstance(x, LinearOperator) for x in inputs):
             layout, arrays = flatten(inputs)
             operation = with_operators(layout)
-        if _is_eager():
+        if is_eager():
             operation = operation.eager
         flat = operation.apply(*arrays)
         return bound.result(flat[:n], flat[len(flat) - fields :])
@@ -130,15 +131,6 @@ def _outside_graphs(name: str, function: Callable[..., Any]) -> Callable[..., An
         f"fullgraph=True, and {name} runs between two compiled parts"
     )
     return torch.compiler.disable(function, reason=reason)  # type: ignore[no-any-return]
-
-
-def _is_eager() -> bool:
-    """Whether neither a compiler nor a transform of ``torch.func`` is at work."""
-    return not (torch.compiler.is_compiling() or _transforms_are_active())
-
-
-# PyTorch's own test of what `autograd.Function.apply` has to do; should it ever go, so does the shorter way.
-_transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 def _arrays(count: int) -> Layout:
