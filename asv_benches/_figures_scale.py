@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-import _scale_cases as cases
 import numpy as np
 from _figures import Row, Size, Sizes, at_most, written
+from benchmarks import _scale_cases as cases
 from benchmarks._common import Ratio, interleaved
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ MODULES = (
     "networks",
     "nodes",
     "operators",
+    "scale_out",
     "startup",
 )
 PREFIXES = ("time_", "peakmem_", "track_")
@@ -46,6 +48,7 @@ try:
     from benchmarks import _accuracy as accuracy
     from benchmarks import _common as common
     from benchmarks import _iteration as iteration
+    from benchmarks import _scale_cases as scale_cases
     from benchmarks._cases import products
 finally:
     sys.path.remove(str(BENCHES))
@@ -85,7 +88,11 @@ def run(cls: type, method: str, parameters: tuple[Any, ...]) -> Any:
     instance = cls()
     if hasattr(instance, "setup"):
         instance.setup(*parameters)
-    return getattr(instance, method)(*parameters)
+    try:
+        return getattr(instance, method)(*parameters)
+    finally:
+        if hasattr(instance, "teardown"):
+            instance.teardown(*parameters)
 
 
 @pytest.mark.parametrize(("cls", "method"), methods())
@@ -100,10 +107,13 @@ def test_benchmark_runs(
         need(request.config, "torch")
     if cls in (benchmarks["krylov"].CgRatioJax, benchmarks["linear"].BlurJax):
         need(request.config, "jax")
+    if cls.__module__ == "benchmarks.scale_out":
+        need(request.config, "dask")
     if cls in (benchmarks["ggn"].GgnRatio, benchmarks["ggn"].GgnErrors) and importlib.util.find_spec("vivit") is None:
         with pytest.raises(NotImplementedError, match="vivit is not installed"):
             run(cls, method, parameters)
         return
+    warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)  # BackPACK's, below vivit
     value = run(cls, method, parameters)
     if method.startswith("track_"):
         assert np.isfinite(value)
@@ -184,6 +194,18 @@ def test_host_reads_are_counted() -> None:
     assert reads == ["__float__", "__bool__"]
     assert accuracy.host_reads(throw=False) == 0
     assert accuracy.host_reads(throw=True) == 1
+
+
+@pytest.mark.framework("dask")
+def test_workers_are_not_timed_handing_out_what_they_have() -> None:
+    from ddnref.interop.dask import map_gradients
+
+    x = scale_cases.matrices(scale_cases.Size(2, 3, 4))
+    plain, clones = ([set(call().dask) - set(x.dask) for _ in range(2)] for call in (
+        lambda: map_gradients(ddnref.eigh, scale_cases.loss, x)[1], lambda: scale_cases.mapped(x)[1]
+    ))  # fmt: skip
+    assert plain[0] == plain[1]  # one name for one computation: what a worker still has is taken
+    assert clones[0].isdisjoint(clones[1])
 
 
 def test_extra_memory_is_measured() -> None:

@@ -1,7 +1,4 @@
-"""Work for several processes. Workers import this file, so it does not pin threads as the benchmarks' package does.
-
-The matrices are drawn from the number of their block: every process has the same, and none travels.
-"""
+"""Work for several processes: the matrices are drawn from the number of their block, so none travels."""
 
 from __future__ import annotations
 
@@ -54,7 +51,7 @@ def gradients(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def threads(count: int) -> Iterator[None]:
     """So many for BLAS, and for the batch of ddnref, in this process and in those started meanwhile.
 
-    A process that is started imports `figures.py`, and with it the benchmarks' package, which sets what it is told.
+    A process that is started imports the benchmarks' package, which sets what it is told.
     """
     from threadpoolctl import threadpool_limits
 
@@ -108,9 +105,12 @@ def matrices(size: Size) -> Any:
 
 
 def mapped(x: Any) -> tuple[Any, Any]:
+    """Under names of their own, or Dask would hand out what the call before has left on the workers."""
+    from dask.graph_manipulation import clone
+
     from ddnref.interop.dask import map_gradients
 
-    value, gradient = map_gradients(ddnref.eigh, loss, x)
+    value, gradient = clone(*map_gradients(ddnref.eigh, loss, x), omit=x)
     return value, gradient
 
 
