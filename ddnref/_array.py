@@ -218,7 +218,7 @@ def refuse_recording(function: str, x: Array) -> None:
 
 def is_recorded(x: Array) -> bool:
     """Whether PyTorch records what is computed from `x`."""
-    if "torch" in sys.modules and array_api_compat.is_torch_array(x) and x.requires_grad:
+    if sys.modules.get("torch") is not None and array_api_compat.is_torch_array(x) and x.requires_grad:
         import torch
 
         return bool(torch.is_grad_enabled())

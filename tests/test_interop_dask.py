@@ -466,7 +466,7 @@ def client(tmp_path_factory):
     from distributed import Client, LocalCluster
 
     cluster = partial(
-        LocalCluster, n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None,
+        LocalCluster, n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=":0",
         memory_limit=0, local_directory=str(tmp_path_factory.mktemp("dask")), silence_logs=logging.CRITICAL,
     )  # fmt: skip
     timeouts = {"distributed.comm.timeouts.connect": "120s", "distributed.comm.timeouts.tcp": "120s"}

@@ -85,7 +85,7 @@ def cluster(workers: int = 2) -> Iterator[Any]:
         stack.enter_context(threads(1))  # what is set here goes before Dask's own setting, which is one, too
         stack.enter_context(dask.config.set({"distributed.comm.timeouts.connect": "120s"}))
         processes = LocalCluster(
-            n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None,
+            n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=":0",
             memory_limit=0, local_directory=folder, silence_logs=logging.CRITICAL,
         )  # fmt: skip
         stack.enter_context(processes)
