@@ -1,6 +1,6 @@
 """Record the benchmarks of a commit in the repository, show their history as a site, compare two commits.
 
-    python asv_benches/history.py record     # run asv on HEAD: all benchmarks take more than half an hour
+    python asv_benches/history.py record     # run asv on HEAD
     python asv_benches/history.py site       # the recorded history as pages in .asv/html; --offline: without a network
     python asv_benches/history.py compare    # the two newest records; exit 1 where a track_ figure got worse
 
@@ -34,7 +34,7 @@ ROOT = HERE.parent
 MACHINE = "ddnref-ci"  # one name for every machine: whose it was is nobody's business
 MACHINE_FILE = {"machine": MACHINE, "version": 1}
 PEERS = ("numpy", "scipy", "array-api-compat", "array-api-strict", "torch", "jax", "autograd",
-         "cupy-cuda12x", "cupy-cuda13x")  # fmt: skip
+         "vivit-for-pytorch", "curvlinops-for-pytorch", "dask", "cupy-cuda12x", "cupy-cuda13x")  # fmt: skip
 BRIEF = ("rounds=1", "repeat=(1, 5, 2.0)")  # at most two seconds of each time_, and not all of them a second time
 COLUMNS = ("result", "params", "version", "stats_ci_99_a", "stats_ci_99_b", "stats_q_25", "stats_q_75", "stats_number",
            "stats_repeat")  # fmt: skip

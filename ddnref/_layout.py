@@ -6,12 +6,12 @@ and what is left of it, pure functions and shapes, and put together again where 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ddnref._array import Array
 from ddnref._operators import LinearOperator
-from ddnref._rule import Bound, Rule
+from ddnref._rule import Bound, Rule, inputs_of
 
 
 class Layout(NamedTuple):
@@ -50,6 +50,17 @@ def flatten(inputs: Sequence[Any]) -> tuple[Layout, tuple[Array, ...]]:
     parts = tuple(x._replace(params=()) if isinstance(x, LinearOperator) else None for x in inputs)
     groups = [x.params if isinstance(x, LinearOperator) else (x,) for x in inputs]
     return Layout(parts, tuple(map(len, groups))), tuple(array for group in groups for array in group)
+
+
+def refuse_foreign(rule: Rule, inputs: Sequence[Any], is_own: Callable[[Any], bool], wanted: str) -> None:
+    """Raise ``TypeError`` for an input, or a parameter of an operator, that is no array of the bridge's library."""
+    for parameter, x in zip(inputs_of(rule), inputs, strict=False):  # Python says where there are too many or too few
+        params = x.params if isinstance(x, LinearOperator) else (x,)
+        for i, array in enumerate(params):
+            if not is_own(array):
+                name = f"{parameter.name}.params[{i}]" if isinstance(x, LinearOperator) else parameter.name
+                kind = f"{type(array).__module__}.{type(array).__qualname__}"
+                raise TypeError(f"{name} is a {kind}; pass {wanted}: nothing else is converted.")
 
 
 def on_arrays(bound: Bound, rule: Rule, layout: Layout) -> Bound:

@@ -205,9 +205,14 @@ def _reverse(rule: Rule, options: dict[str, Any]) -> Callable[..., tuple[Array |
     return reverse
 
 
+def inputs_of(rule: Rule) -> list[inspect.Parameter]:
+    """The arrays and operators that the operation takes."""
+    return [p for p in inspect.signature(rule.forward).parameters.values() if p.kind is p.POSITIONAL_ONLY]
+
+
 def input_counts(rule: Rule) -> range:
-    """How many arrays the operation takes: some inputs may be optional."""
-    inputs = [p for p in inspect.signature(rule.forward).parameters.values() if p.kind is p.POSITIONAL_ONLY]
+    """How many of them: some may be optional."""
+    inputs = inputs_of(rule)
     return range(sum(p.default is p.empty for p in inputs), len(inputs) + 1)
 
 

@@ -191,8 +191,8 @@ def test_what_is_taken_as_input(tf, differentiable, mode):
             assert (w.dtype, v.dtype) == (tf.float32, dtype)
             assert w.numpy().tolist() == [1, 2]
     for wrong, message in (
-        ([[1.0]], "An input is a builtins.list"),
-        (1.0, "An input is a builtins.float"),
+        ([[1.0]], "x is a builtins.list; pass a tensor"),
+        (1.0, "x is a builtins.float"),
         (tf.constant([[1]]), "x has dtype int32"),
         (tf.constant([[1.0]], tf.bfloat16), "x has dtype bfloat16"),
     ):

@@ -137,7 +137,9 @@ def single_precision_error(name: str, m: int = 32) -> float:
     rule = _rules.RULES[name]
     gradients = []
     for dtype in ("float32", "float64"):
-        sample = rule.sample(partial(_rounded, dtype=dtype), np.random.default_rng(0), (20,), m, False)
+        drawn = name == "sinkhorn" and dtype == "float64"  # rounded to float32 its marginals do not sum to one
+        convert = np.asarray if drawn else partial(_rounded, dtype=dtype)
+        sample = rule.sample(convert, np.random.default_rng(0), (20,), m, False)
         forward_options, vjp_options = _rule.options_of(rule, sample.options)
         outputs, saved = _rule.plain_forward(rule)(*sample.inputs, **forward_options)
         bars = sample.loss[1](*outputs) if sample.loss else _fixed_cotangents(outputs)

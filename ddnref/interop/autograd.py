@@ -15,7 +15,7 @@ from autograd.extend import Box, primitive
 from autograd.tracer import getval
 
 from ddnref._array import Array
-from ddnref._layout import Layout, flatten
+from ddnref._layout import Layout, flatten, refuse_foreign
 from ddnref._rule import Bound, Rule, bind
 from ddnref._rules import rule_of
 from ddnref.interop._host import FIRST_ORDER, pair
@@ -64,6 +64,7 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     n, fields = rule.outputs, rule.info_fields
 
     def function(*inputs: Any) -> Any:
+        refuse_foreign(rule, inputs, lambda x: isinstance(x, np.ndarray | np.generic | Box), "a NumPy array")
         layout, arrays = flatten(inputs)
         flat = operate(layout)(*arrays)
         info = tuple(_bare(flat[i]) for i in range(len(flat) - fields, len(flat)))

@@ -13,10 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from ddnref._array import Array
-from ddnref._layout import Layout, flatten, on_arrays
+from ddnref._layout import Layout, flatten, on_arrays, refuse_foreign
 from ddnref._rule import WARNING, Bound, Rule, bind, failed, spread
 from ddnref._rules import rule_of
 from ddnref.interop._kept import constant, kept
@@ -67,14 +68,20 @@ def _bridge(rule: Rule, options: dict[str, Any]) -> Callable[..., Any]:
 
     def function(*inputs: Array) -> Any:
         layout, arrays = flatten(inputs)
-        # JAX hands some constants on as NumPy's
-        arrays = tuple(x if isinstance(x, jax.Array) else jnp.asarray(x) for x in arrays)
+        if not all(isinstance(x, jax.Array) for x in arrays):
+            refuse_foreign(rule, inputs, _is_array, "an array of JAX or NumPy")
+            arrays = tuple(map(jnp.asarray, arrays))
         outputs, _, info = operate(layout)(*arrays)
         return bound.result(outputs, info)
 
     function.__name__ = function.__qualname__ = rule.name
     function.__doc__ = rule.function.__doc__
     return function
+
+
+def _is_array(x: Any) -> bool:
+    """Also constants, which JAX hands on as NumPy's or in a type of its own."""
+    return isinstance(x, jax.Array | np.ndarray | np.generic) or type(x).__module__.startswith("jax.")
 
 
 def _again(rule: Rule) -> Callable[..., Any]:

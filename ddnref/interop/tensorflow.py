@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from ddnref._array import Array
-from ddnref._layout import Layout, flatten
+from ddnref._layout import Layout, flatten, refuse_foreign
 from ddnref._rule import Bound, Rule, bind
 from ddnref._rules import rule_of
 from ddnref.interop._host import FIRST_ORDER, pair
@@ -82,8 +82,9 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     n = rule.outputs
 
     def function(*inputs: Any) -> Any:
+        refuse_foreign(rule, inputs, _is_tensor, "a tensor, a variable or a NumPy array")
         layout, arrays = flatten(inputs)
-        flat = operate(layout)(*map(_tensor, arrays))
+        flat = operate(layout)(*map(tf.convert_to_tensor, arrays))
         return bound.result(flat[:n], tuple(map(tf.stop_gradient, flat[n:])))
 
     function.__name__ = function.__qualname__ = rule.name
@@ -91,15 +92,8 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     return tf.autograph.experimental.do_not_convert(function)  # type: ignore[no-any-return]
 
 
-def _tensor(x: Any) -> Tensor:
-    if isinstance(x, tf.Tensor):
-        return x
-    if tf.is_tensor(x) or isinstance(x, np.ndarray):
-        return tf.convert_to_tensor(x)
-    raise TypeError(
-        f"An input is a {type(x).__module__}.{type(x).__qualname__}; pass tensors, variables or NumPy arrays: lists "
-        "and scalars are not converted."
-    )
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, np.ndarray | np.generic) or bool(tf.is_tensor(x))
 
 
 def _operation(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., tuple[Tensor, ...]]:
@@ -118,7 +112,7 @@ def _operation(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., tuple[
 
         def pull(*bars: Tensor | None) -> Any:
             pairs = zip(bars[:n], results[:n], strict=True)
-            given = (tf.zeros_like(y) if bar is None else _tensor(bar) for bar, y in pairs)
+            given = (tf.zeros_like(y) if bar is None else tf.convert_to_tensor(bar) for bar, y in pairs)
             return reverse(*given, *results, *inputs)
 
         return (*results[:n], *info), pull

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ddnref._errors import GaugeError
-from ddnref._layout import Layout, flatten, on_arrays
+from ddnref._layout import Layout, flatten, on_arrays, refuse_foreign
 from ddnref._operators import LinearOperator
 from ddnref._rule import WARNING, Bound, Rule, bind, failed, input_counts, spread
 from ddnref._rules import rule_of
@@ -113,6 +113,8 @@ def _function(rule: Rule, bound: Bound) -> Callable[..., Any]:
         if operation is None or any(isinstance(x, LinearOperator) for x in inputs):
             layout, arrays = flatten(inputs)
             operation = with_operators(layout)
+        if not all(isinstance(x, torch.Tensor) for x in arrays):
+            refuse_foreign(rule, inputs, lambda x: isinstance(x, torch.Tensor), "a PyTorch tensor")
         if is_eager():
             operation = operation.eager
         flat = operation.apply(*arrays)
