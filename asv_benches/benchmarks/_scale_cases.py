@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,7 +16,7 @@ import numpy as np
 
 import ddnref
 
-HERE = Path(__file__).parents[1]
+HERE = str(Path(__file__).parents[1])
 
 
 class Size(NamedTuple):
@@ -51,18 +52,6 @@ def gradients(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @contextmanager
-def environment(**values: str) -> Iterator[None]:
-    """Of this process, and of those started meanwhile."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-@contextmanager
 def threads(count: int) -> Iterator[None]:
     """So many for BLAS, and for the batch of ddnref, in this process and in those started meanwhile.
 
@@ -71,8 +60,14 @@ def threads(count: int) -> Iterator[None]:
     from threadpoolctl import threadpool_limits
 
     names = ["DDNREF_BENCH_THREADS", *(f"{library}_NUM_THREADS" for library in ("OMP", "OPENBLAS", "MKL"))]
-    with environment(**dict.fromkeys(names, str(count))), threadpool_limits(count):
-        yield
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, str(count)))
+    try:
+        with threadpool_limits(count):
+            yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def alone(data: list[np.ndarray], count: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -92,8 +87,8 @@ def cluster(workers: int = 2) -> Iterator[Any]:
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(threads(1))  # what is set here goes before Dask's own setting, which is one, too
-        path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
-        stack.enter_context(environment(PYTHONPATH=path))  # asv imports the package in a way that no worker knows
+        sys.path.append(HERE)  # which workers take over; asv imports the package in a way of its own
+        stack.callback(sys.path.remove, HERE)
         stack.enter_context(dask.config.set({"distributed.comm.timeouts.connect": "120s"}))
         processes = LocalCluster(
             n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=":0",
