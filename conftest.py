@@ -19,6 +19,7 @@ collect_ignore = [
     for name, file in (
         ("torch", "torch"),
         ("torch", "_torch_batch"),
+        ("torch", "_torch_lu"),
         ("torch", "_dlpack"),
         ("jax", "jax"),
         ("autograd", "autograd"),

@@ -168,9 +168,9 @@ def _solve_finite(a: Array, b: Array) -> Array:
     """NaN or infinity in singular items: PyTorch's flag, CuPy's pivots, JAX's division by zero, NumPy's one by one."""
     xp = array_api_compat.array_namespace(a, b)
     if array_api_compat.is_torch_array(a):
-        from ddnref import _torch
+        from ddnref.interop import _torch_lu
 
-        x, info = _torch.solve(a, b)
+        x, info = _torch_lu.solve(a, b)
         return nan_where((info != 0)[..., None, None], x)
     if array_api_compat.is_cupy_array(a):
         return _cupy.solve(a, b)

@@ -107,9 +107,9 @@ def lu_factor_vjp(lu_bar: Array, lu: Array, pivots: Array) -> Array:
 def _factor(a: Array) -> tuple[Array, Array]:
     """Of finite items, on any library but NumPy."""
     if array_api_compat.is_torch_array(a):
-        from ddnref import _torch
+        from ddnref.interop import _torch_lu
 
-        lu, pivots, _ = _torch.lu_factor(a)
+        lu, pivots, _ = _torch_lu.lu_factor(a)
         return lu, pivots - 1
     if array_api_compat.is_jax_array(a):
         import jax

@@ -205,9 +205,10 @@ def _reverse(rule: Rule, options: dict[str, Any]) -> Callable[..., tuple[Array |
     return reverse
 
 
-def inputs_of(rule: Rule) -> list[inspect.Parameter]:
+@cache
+def inputs_of(rule: Rule) -> tuple[inspect.Parameter, ...]:
     """The arrays and operators that the operation takes."""
-    return [p for p in inspect.signature(rule.forward).parameters.values() if p.kind is p.POSITIONAL_ONLY]
+    return tuple(p for p in inspect.signature(rule.forward).parameters.values() if p.kind is p.POSITIONAL_ONLY)
 
 
 def input_counts(rule: Rule) -> range:

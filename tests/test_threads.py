@@ -60,11 +60,11 @@ def test_jax_solves_several_systems_at_once():
 
 @pytest.fixture
 def ours(torch, monkeypatch):
-    """`ddnref._torch`, for matrices of every size."""
-    from ddnref import _torch
+    """`ddnref.interop._torch_lu`, for matrices of every size."""
+    from ddnref.interop import _torch_lu
 
-    monkeypatch.setattr(_torch, "ALONE", 0)
-    return _torch
+    monkeypatch.setattr(_torch_lu, "ALONE", 0)
+    return _torch_lu
 
 
 def draw(rng, torch, shape, dtype):
