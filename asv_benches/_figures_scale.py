@@ -20,10 +20,10 @@ def scale_rows(sizes: Sizes) -> Iterator[Row]:
     except ModuleNotFoundError:
         yield Row(f"two worker processes: {name}", "skipped: distributed is not installed")
         return
-    data = [cases.drawn(block, size.items, size.m) for block in range(size.blocks)]
-    expected = [np.concatenate(parts) for parts in zip(*cases.alone(data, 1), strict=True)]
+    data = cases.every_block(size)
+    expected = cases.expected(data)
     ratios, found, killed = _measured(size, data)
-    differences = sum(int(np.sum(a != b)) for a, b in zip(found, expected, strict=True))
+    differences = cases.differences(found, expected)
     yield at_most(f"two worker processes, {name}: numbers that differ from those of one process", differences, 0)
     what = f"a worker killed with {killed[1]} blocks done, {killed[2]} of them lost: numbers that differ"
     yield at_most(f"two worker processes, {name}: {what}", int(np.sum(killed[0] != expected[1])), 0)

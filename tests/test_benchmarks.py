@@ -6,7 +6,6 @@ import importlib.util
 import inspect
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +94,7 @@ def run(cls: type, method: str, parameters: tuple[Any, ...]) -> Any:
             instance.teardown(*parameters)
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # BackPACK's, below vivit
 @pytest.mark.parametrize(("cls", "method"), methods())
 def test_benchmark_runs(
     cls: type, method: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -113,7 +113,6 @@ def test_benchmark_runs(
         with pytest.raises(NotImplementedError, match="vivit is not installed"):
             run(cls, method, parameters)
         return
-    warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)  # BackPACK's, below vivit
     value = run(cls, method, parameters)
     if method.startswith("track_"):
         assert np.isfinite(value)

@@ -55,6 +55,15 @@ def load(name: str) -> Any:
     return module
 
 
+def kilobytes(field: str) -> int:
+    """What Linux says of this process's memory: ``VmRSS`` resident, ``VmHWM`` its peak, of this address space alone."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    found = next((line for line in lines if line.startswith(f"{field}:")), None)
+    if found is None:
+        raise NotImplementedError("no /proc/self/status")
+    return int(found.split()[1])
+
+
 # --- backends ---------------------------------------------------------------------------------------------------
 
 

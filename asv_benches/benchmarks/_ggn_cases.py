@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from functools import lru_cache, partial
@@ -17,7 +16,7 @@ import numpy as np
 import ddnref
 from ddnref._ggn import _spectrum
 
-from ._common import Call, Case, load
+from ._common import Call, Case, kilobytes, load
 
 K = 10
 DAMPING = 1.0
@@ -181,23 +180,15 @@ def growth(case: Case) -> float:
     return float(value)
 
 
-def _status(field: str) -> int:
-    text = Path("/proc/self/status").read_text(encoding="utf-8")
-    found = re.search(rf"{field}:\s+(\d+)", text)
-    if found is None:
-        raise NotImplementedError("no /proc/self/status")
-    return int(found[1])
-
-
 def _main() -> None:
     name, options = json.loads(sys.argv[1])
     try:
         call = Case(name, options).build()
         call()
-        before = _status("VmRSS")
+        before = kilobytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts from here
         call()
-        print(json.dumps((_status("VmHWM") - before) / 1024))
+        print(json.dumps((kilobytes("VmHWM") - before) / 1024))
     except NotImplementedError as missing:
         print(json.dumps(str(missing)))
 

@@ -16,6 +16,8 @@ import numpy as np
 
 import ddnref
 
+from ._common import kilobytes
+
 HERE = str(Path(__file__).parents[1])
 
 
@@ -68,6 +70,20 @@ def threads(count: int) -> Iterator[None]:
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def every_block(size: Size) -> list[np.ndarray]:
+    return [drawn(block, size.items, size.m) for block in range(size.blocks)]
+
+
+def expected(data: list[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """Values and gradients of all blocks, by one process with one thread."""
+    return tuple(np.concatenate(parts) for parts in zip(*alone(data, 1), strict=True))
+
+
+def differences(found: tuple[np.ndarray, ...], wanted: tuple[np.ndarray, ...]) -> int:
+    """Numbers that are not the same bit by bit."""
+    return sum(int(np.sum(a != b)) for a, b in zip(found, wanted, strict=True))
 
 
 def alone(data: list[np.ndarray], count: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -153,12 +169,7 @@ def with_one_killed(client: Any, size: Size) -> tuple[np.ndarray, int, int]:
 def peak_in_blocks(client: Any, size: Size) -> float:
     """Peak memory of the worker that needed most, above what it had before, in blocks of matrices."""
 
-    def peak() -> float:
-        """The high-water mark of this address space; `getrusage` gives a child its parent's, if that is higher."""
-        with open("/proc/self/status", encoding="ascii") as status:
-            return next(1024 * float(line.split()[1]) for line in status if line.startswith("VmHWM"))
-
-    before = client.run(peak)
+    before = client.run(kilobytes, "VmHWM")  # `getrusage` gives a child its parent's peak, if that is higher
     mapped(matrices(size))[1].sum().compute()
-    after = client.run(peak)
-    return float(max(after[name] - before[name] for name in before)) / (8 * size.items * size.m**2)
+    after = client.run(kilobytes, "VmHWM")
+    return 1024 * float(max(after[name] - before[name] for name in before)) / (8 * size.items * size.m**2)

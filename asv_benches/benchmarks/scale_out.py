@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-import numpy as np
-
 from . import THREADS
 from . import _scale_cases as cases
 from ._common import interleaved, load
@@ -32,16 +30,14 @@ class TwoWorkers:
 
     def track_over_one_process(self) -> float:
         """Two workers with one thread each over this process with all its threads; results stay where they are."""
-        data = [cases.drawn(block, SIZE.items, SIZE.m) for block in range(SIZE.blocks)]
+        data = cases.every_block(SIZE)
         return interleaved(lambda: cases.left_there(self.client, self.x), lambda: cases.alone(data, THREADS)).median
 
     track_over_one_process.unit = "ratio"  # type: ignore[attr-defined]
 
     def track_differences(self) -> int:
         """Numbers that are not, bit by bit, those of one process."""
-        data = [cases.drawn(block, SIZE.items, SIZE.m) for block in range(SIZE.blocks)]
-        expected = [np.concatenate(parts) for parts in zip(*cases.alone(data, 1), strict=True)]
-        return sum(int(np.sum(a != b)) for a, b in zip(cases.fetched(self.x), expected, strict=True))
+        return cases.differences(cases.fetched(self.x), cases.expected(cases.every_block(SIZE)))
 
     track_differences.unit = "numbers"  # type: ignore[attr-defined]
 
