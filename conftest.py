@@ -19,7 +19,6 @@ collect_ignore = [
     for name, file in (
         ("torch", "torch"),
         ("torch", "_torch_batch"),
-        ("torch", "_torch_lu"),
         ("torch", "_dlpack"),
         ("jax", "jax"),
         ("autograd", "autograd"),
@@ -34,7 +33,7 @@ collect_ignore = [
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """What is about CuPy's arrays alone is for ``--backend cupy`` and its emulation; Dask imports CuPy itself."""
     backend, name = config.getoption("--backend", None) or "", collection_path.name
-    if name in ("test_interop_dask.py", "dask.py", "_dask_blocks.py") and backend == "emulated-cupy":
+    if name in ("test_dask.py", "dask.py", "_dask_blocks.py") and backend == "emulated-cupy":
         return True
     return True if name == "test_cupy.py" and "cupy" not in backend else None
 

@@ -28,7 +28,7 @@ def width_rows(sizes: Sizes) -> Iterator[Row]:
     widths = [64, 128, 256, 512] if len(sizes) > 1 else [8, 16]
     problems = [cases.problem(20, a, 1) for a in widths]
     figure = f"Hessian solve, 20 layers, N = 1, a = {widths[0]} to {widths[-1]}: exponent of "
-    flops = [ddnref.hessian_factor(p.chain, p.x, p.t, damping=1e-3).flops for p in problems]
+    flops = [ddnref.curvature.hessian_factor(p.chain, p.x, p.t, damping=1e-3).flops for p in problems]
     yield at_most(f"{figure}counted flops", round(cases.exponent(widths, flops), 2), 3.0)
     slope = cases.exponent(widths, [cases.fastest(cases.ours(p)) for p in problems])
     yield at_most(f"{figure}time", slope, 2.8, margin=MARGIN)

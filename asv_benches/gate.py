@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from benchmarks import _accuracy as accuracy
 from benchmarks import _iteration as iteration
 
-from ddnref import _rule, _rules
+from ddnref._rules import contract as _rule
+from ddnref._rules import table as _rules
 
 RECORD = Path(__file__).with_name("gate.json")
 M = 320  # wide enough for tiles and block rows

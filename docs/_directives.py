@@ -15,7 +15,8 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 import ddnref
-from ddnref import _rules, interop, reference, testing
+from ddnref import curvature, implicit, interop, krylov, networks, operators, reference, testing
+from ddnref._rules import table as _rules
 
 
 def list_table(markdown: str) -> str:
@@ -29,7 +30,7 @@ def list_table(markdown: str) -> str:
 
 
 class CapabilityTable(SphinxDirective):
-    """``ddnref._rules.capability_table()``, drawn when the pages are built."""
+    """``ddnref._rules.table.capability_table()``, drawn when the pages are built."""
 
     def run(self) -> list[nodes.Node]:
         """Parse the table where the directive stands."""
@@ -66,8 +67,8 @@ def markdown(text: str) -> str:
 def public_names() -> set[str]:
     """Full names of all that the reference documents."""
     names = {f"ddnref.{name}" for name in ddnref.__all__}
-    names |= {f"ddnref.testing.{name}" for name in testing.__all__}
-    names |= {f"ddnref.reference.{name}" for name in reference.__all__}
+    for module in (curvature, implicit, krylov, networks, ddnref.nodes, operators, reference, testing):
+        names |= {f"{module.__name__}.{name}" for name in module.__all__}
     bridges = {f"ddnref.interop.{module.name}" for module in pkgutil.iter_modules(interop.__path__)}
     names |= {f"ddnref.interop.dask.{name}" for name in ("map_items", "map_gradients", "reduce_blocks")}
     return names | bridges | {f"{bridge}.differentiable" for bridge in bridges} | {"ddnref.interop", "ddnref.reference"}
@@ -80,7 +81,7 @@ class LinkOrLiteral(SphinxRole):
         """A reference that must resolve, or a literal."""
         module = self.env.ref_context.get("py:module") or "ddnref"
         literal = nodes.literal(self.rawtext, self.text)
-        for target in (f"{module}.{self.text}", f"ddnref.{self.text}", f"ddnref.testing.{self.text}", self.text):
+        for target in (f"{module}.{self.text}", *BY_NAME.get(self.text, ()), self.text):
             if target in PUBLIC:
                 link = pending_xref(
                     self.rawtext, literal, refdomain="py", reftype="obj", reftarget=target, refwarn=True,
@@ -91,6 +92,7 @@ class LinkOrLiteral(SphinxRole):
 
 
 PUBLIC = public_names()
+BY_NAME = {name.rpartition(".")[2]: (name,) for name in PUBLIC if name.split(".")[1] not in ("interop", "reference")}
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

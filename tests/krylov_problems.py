@@ -4,11 +4,11 @@ from functools import partial
 
 import numpy as np
 from problems import rotation, with_spectrum
+from public_names import PUBLIC
 
-import ddnref
-from ddnref import LinearOperator
+from ddnref.operators import LinearOperator
 
-SOLVERS = {name: getattr(ddnref, name) for name in ("cg", "minres", "bicgstab", "gmres", "lsmr")}
+SOLVERS = {name: PUBLIC[name] for name in ("cg", "minres", "bicgstab", "gmres", "lsmr")}
 TIGHT = {"rtol": 1e-12}
 
 

@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ddnref._rules import RULES
+from ddnref._rules.table import RULES
 
 FILE = Path(__file__).parents[1] / "docs" / "matrix.md"
 COMMAND = (
-    "python -m pytest tests/test_matrix.py tests/test_rules.py tests/test_interop_tensorflow.py "
+    "python -m pytest tests/infrastructure/test_matrix.py tests/rules/test_rules.py tests/interop/test_tensorflow.py "
     "-k 'test_matrix or finite_differences' --all-frameworks --matrix-out docs/matrix.md"
 )
 HOLDS = "✓"

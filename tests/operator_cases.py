@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-import ddnref
-from ddnref import LinearOperator
+from ddnref import operators
+from ddnref.operators import LinearOperator
 
 GRID = (4, 5)
 Draw = Callable[..., Any]
@@ -30,34 +30,34 @@ def draws(rng: np.random.Generator, convert: Callable[[Any], Any], is_complex: b
 
 def build(free: Draw, positive: Draw, batch: tuple[int, ...] = ()) -> dict[str, LinearOperator]:
     """Every case, its parameters with the given batch axes."""
-    blur = ddnref.convolution(free(*batch, 3, 2), GRID)
-    points = ddnref.diagonal(free(*batch, *GRID), GRID)
-    matrix = ddnref.dense(free(*batch, 3, 4))
-    gradient = ddnref.difference(GRID)
+    blur = operators.convolution(free(*batch, 3, 2), GRID)
+    points = operators.diagonal(free(*batch, *GRID), GRID)
+    matrix = operators.dense(free(*batch, 3, 4))
+    gradient = operators.difference(GRID)
     return {
         "dense": matrix,
         "diagonal": points,
-        "mask": ddnref.mask(positive(*batch, *GRID), GRID),
+        "mask": operators.mask(positive(*batch, *GRID), GRID),
         "convolution": blur,
-        "convolution, 1 axis": ddnref.convolution(free(*batch, 4), 7),
-        "convolution, 3 axes": ddnref.convolution(free(*batch, 1, 2, 3), (2, 2, 3)),
-        "scaled": ddnref.scaled(blur, free(*batch)),
-        "scaled by a number": ddnref.scaled(points, 2.0),
-        "scaled by a complex number": ddnref.scaled(points, 2j),
-        "add": ddnref.add(blur, points),
-        "compose": ddnref.compose(gradient, blur, points),
-        "stack": ddnref.stack(blur, points, blur),
-        "stack of unequal ranges": ddnref.stack(blur, gradient),
-        "adjoint": ddnref.adjoint(matrix),
-        "adjoint of a convolution": ddnref.adjoint(blur),
-        "normal": ddnref.normal(blur, positive(*batch)),
-        "normal, dense": ddnref.normal(matrix, positive(*batch)),
-        "normal, undamped": ddnref.normal(matrix),
-        "normal, damped by a number": ddnref.normal(points, 0.5),
-        "normal of a stack": ddnref.normal(ddnref.stack(blur, gradient), positive(*batch)),
-        "regularised": ddnref.add(
-            ddnref.normal(blur, positive(*batch)),
-            ddnref.scaled(ddnref.normal(gradient), positive(*batch)),
+        "convolution, 1 axis": operators.convolution(free(*batch, 4), 7),
+        "convolution, 3 axes": operators.convolution(free(*batch, 1, 2, 3), (2, 2, 3)),
+        "scaled": operators.scaled(blur, free(*batch)),
+        "scaled by a number": operators.scaled(points, 2.0),
+        "scaled by a complex number": operators.scaled(points, 2j),
+        "add": operators.add(blur, points),
+        "compose": operators.compose(gradient, blur, points),
+        "stack": operators.stack(blur, points, blur),
+        "stack of unequal ranges": operators.stack(blur, gradient),
+        "adjoint": operators.adjoint(matrix),
+        "adjoint of a convolution": operators.adjoint(blur),
+        "normal": operators.normal(blur, positive(*batch)),
+        "normal, dense": operators.normal(matrix, positive(*batch)),
+        "normal, undamped": operators.normal(matrix),
+        "normal, damped by a number": operators.normal(points, 0.5),
+        "normal of a stack": operators.normal(operators.stack(blur, gradient), positive(*batch)),
+        "regularised": operators.add(
+            operators.normal(blur, positive(*batch)),
+            operators.scaled(operators.normal(gradient), positive(*batch)),
             positive_definite=True,
         ),
     }

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from public_names import PUBLIC
 
-import ddnref
-from ddnref._rules import RULES
+from ddnref._rules.table import RULES
 
 
 class Smooth(NamedTuple):
@@ -102,7 +102,7 @@ assert set(SMOOTH) == set(RULES), "every rule needs a line here"
 def bridged(np_: Any, differentiable: Callable[..., Any], name: str) -> Callable[[Any], tuple[Any, ...]]:
     """The bridged operation as a smooth function of any square matrix; `np_` is the framework's NumPy."""
     inputs, outputs, options = SMOOTH[name]
-    op = differentiable(getattr(ddnref, name), **options)
+    op = differentiable(PUBLIC[name], **options)
 
     def function(x: Any) -> tuple[Any, ...]:
         steps = np_.diag(np_.asarray(np.arange(1.0, x.shape[-1] + 1)))

@@ -11,3 +11,7 @@ ENVIRONMENT = dict.fromkeys(
     str(THREADS),
 )
 os.environ.update(ENVIRONMENT)
+
+from ._names import use_present_names  # noqa: E402  # after the environment, which NumPy reads when it is imported
+
+use_present_names()

@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddnref import _rule, _rules, _samples, eigh, eigh_vjp, spectral_function_fwd, spectral_function_vjp, testing
-from ddnref._eigh import has_repeated
+from ddnref import eigh, eigh_vjp, spectral_function_fwd, spectral_function_vjp, testing
+from ddnref._rules import contract as _rule
+from ddnref._rules import table as _rules
+from ddnref._rules.samples import common as _samples
+from ddnref.linalg._eigh import has_repeated
 
 from ._common import Call, lean_problem, load, load_jax, problem
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddnref._rule import Rule, as_tuple, options_of
-from ddnref._rules import RULES
+from ddnref._rules.contract import Rule, as_tuple, options_of
+from ddnref._rules.table import RULES
 
 from ._common import Call, burst, load, load_jax, seconds
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import ddnref
-from ddnref._operators import LinearOperator
-from ddnref._samples import eigen_loss
+from ddnref._rules.samples.common import eigen_loss
+from ddnref.operators import LinearOperator
 
 from ._common import Call
 

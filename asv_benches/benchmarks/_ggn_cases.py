@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import ddnref
-from ddnref._ggn import _spectrum
+from ddnref.curvature.ggn import _spectrum
 
 from ._common import Call, Case, kilobytes, load
 
@@ -48,31 +48,31 @@ def problem(net: str) -> Problem:
 # --- ours ---------------------------------------------------------------------------------------------------------
 
 
-def chain(net: str) -> tuple[ddnref.Chain, np.ndarray, np.ndarray]:
+def chain(net: str) -> tuple[ddnref.networks.Chain, np.ndarray, np.ndarray]:
     p = problem(net)
     last = len(p.weights) - 1
     layers = [
-        ddnref.Dense(w, b, "identity" if i == last else "relu")
+        ddnref.networks.Dense(w, b, "identity" if i == last else "relu")
         for i, (w, b) in enumerate(zip(p.weights, p.biases, strict=True))
     ]
-    return ddnref.Chain(layers, "cross_entropy"), p.x, p.t
+    return ddnref.networks.Chain(layers, "cross_entropy"), p.x, p.t
 
 
 def ours(task: str, net: str) -> Call:
     """As a user calls it, all checks on."""
     data = chain(net)
     return {
-        "eigvalsh": partial(ddnref.ggn_eigvalsh, *data),
-        "eigh": partial(ddnref.ggn_eigh, *data, k=K),
-        "derivatives": partial(ddnref.ggn_directional_derivatives, *data, k=K),
-        "newton": partial(ddnref.ggn_damped_newton, *data, k=K, damping=DAMPING),
+        "eigvalsh": partial(ddnref.curvature.ggn_eigvalsh, *data),
+        "eigh": partial(ddnref.curvature.ggn_eigh, *data, k=K),
+        "derivatives": partial(ddnref.curvature.ggn_directional_derivatives, *data, k=K),
+        "newton": partial(ddnref.curvature.ggn_damped_newton, *data, k=K, damping=DAMPING),
     }[task]
 
 
 def assembly(net: str) -> Call:
     """The Gram matrix alone: forward, backward, products."""
     network, x, t = chain(net)
-    reducer = ddnref.ggn_reducer(network, gradient=False)
+    reducer = ddnref.curvature.ggn_reducer(network, gradient=False)
     return lambda: reducer.finalise(reducer.update(reducer.init(), x, t))
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 import ddnref
-from ddnref._rule import options_of, plain_forward, plain_vjp
-from ddnref._rules import RULES
+from ddnref._rules.contract import options_of, plain_forward, plain_vjp
+from ddnref._rules.table import RULES
 
 from . import _hessian_cases, networks
 from ._common import Backend, Call, load, seconds
@@ -43,12 +43,12 @@ def solver(on: Backend, name: str, n: int, dtype: str) -> Call:
     """A Krylov method on a blur with a ridge over an n×n grid; `eigsh`: its four largest eigenpairs."""
     rng = np.random.default_rng(0)
     kernel = on.array(np.full((5, 5), 1 / 25, dtype))
-    operator = ddnref.normal(ddnref.convolution(kernel, (n, n)), on.array(np.asarray(0.1, dtype)))
+    operator = ddnref.operators.normal(ddnref.operators.convolution(kernel, (n, n)), on.array(np.asarray(0.1, dtype)))
     if name == "eigsh":
         start = on.array(rng.standard_normal((n, n)).astype(dtype))
         return lambda: ddnref.eigsh(operator, 4, v0=start, rtol=1e-3, throw=False)
     b = on.array(rng.standard_normal((n, n)).astype(dtype))
-    return lambda: getattr(ddnref, name)(operator, b, rtol=1e-3, throw=False)
+    return lambda: getattr(ddnref.krylov, name)(operator, b, rtol=1e-3, throw=False)
 
 
 def network(on: Backend, name: str, net: str, dtype: str) -> Call:
@@ -56,12 +56,12 @@ def network(on: Backend, name: str, net: str, dtype: str) -> Call:
     if name in networks.PRODUCTS:
         return networks.call(on, name, net, dtype)
     p = networks.problem(net, dtype)
-    chain = ddnref.Chain.from_arrays([on.array(a) for a in p.params])
+    chain = ddnref.networks.Chain.from_arrays([on.array(a) for a in p.params])
     x, t = on.array(p.x), on.array(p.t)
     calls: dict[str, Callable[[], Any]] = {
-        "ggn_eigvalsh": lambda: ddnref.ggn_eigvalsh(chain, x, t, throw=False),
-        "ggn_eigh": lambda: ddnref.ggn_eigh(chain, x, t, k=10, throw=False),
-        "ggn_damped_newton": lambda: ddnref.ggn_damped_newton(chain, x, t, k=10, damping=1.0, throw=False),
+        "ggn_eigvalsh": lambda: ddnref.curvature.ggn_eigvalsh(chain, x, t, throw=False),
+        "ggn_eigh": lambda: ddnref.curvature.ggn_eigh(chain, x, t, k=10, throw=False),
+        "ggn_damped_newton": lambda: ddnref.curvature.ggn_damped_newton(chain, x, t, k=10, damping=1.0, throw=False),
     }
     return calls[name]
 
@@ -69,10 +69,10 @@ def network(on: Backend, name: str, net: str, dtype: str) -> Call:
 def hessian(on: Backend, layers: int, width: int, samples: int) -> Call:
     """Derivatives, factorisation of the damped Hessian and one refined solve, in double precision."""
     p = _hessian_cases.problem(layers, width, samples)
-    layers = [ddnref.Dense(on.array(layer.weight), None, layer.activation) for layer in p.chain.layers]
-    chain = ddnref.Chain(layers, "cross_entropy")
+    layers = [ddnref.networks.Dense(on.array(layer.weight), None, layer.activation) for layer in p.chain.layers]
+    chain = ddnref.networks.Chain(layers, "cross_entropy")
     x, t, b = on.array(p.x), on.array(p.t), [on.array(a) for a in p.b]
-    return lambda: ddnref.hessian_solve(chain, x, t, b, damping=1e-3, throw=False)
+    return lambda: ddnref.curvature.hessian_solve(chain, x, t, b, damping=1e-3, throw=False)
 
 
 # --- the instruments ----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from ._common import Call, Ratio, burst, seconds
 class Problem(NamedTuple):
     """A chain of tanh layers without bias, its data, and a right-hand side."""
 
-    chain: ddnref.Chain
+    chain: ddnref.networks.Chain
     x: np.ndarray
     t: np.ndarray
     b: list[np.ndarray]
@@ -30,17 +30,19 @@ def problem(n_layers: int, a: int, n: int, gain: float = 1.0, classes: int = 10,
     rng = np.random.default_rng(seed)
     widths = [a] * n_layers + [classes]
     layers = [
-        ddnref.Dense(gain * rng.standard_normal((o, i)) / i**0.5, None, "tanh" if k < n_layers - 1 else "identity")
+        ddnref.networks.Dense(
+            gain * rng.standard_normal((o, i)) / i**0.5, None, "tanh" if k < n_layers - 1 else "identity"
+        )
         for k, (i, o) in enumerate(pairwise(widths))
     ]
-    chain = ddnref.Chain(layers, "cross_entropy")
+    chain = ddnref.networks.Chain(layers, "cross_entropy")
     x, t = rng.standard_normal((n, a)), rng.integers(0, classes, n)
     return Problem(chain, x, t, [rng.standard_normal(p.shape) for p in chain.params])
 
 
 def ours(p: Problem, damping: float = 1e-3, method: str = "auto") -> Call:
     """Derivatives, factorisation and one refined solve."""
-    return lambda: ddnref.hessian_solve(p.chain, p.x, p.t, p.b, damping=damping, method=method, throw=False)
+    return lambda: ddnref.curvature.hessian_solve(p.chain, p.x, p.t, p.b, damping=damping, method=method, throw=False)
 
 
 def textbook(p: Problem, damping: float = 1e-3) -> Call:
@@ -55,7 +57,7 @@ def textbook(p: Problem, damping: float = 1e-3) -> Call:
 
 def second(p: Problem, damping: float = 1e-3) -> Call:
     """A solve with what is factored already."""
-    factor = ddnref.hessian_factor(p.chain, p.x, p.t, damping=damping)
+    factor = ddnref.curvature.hessian_factor(p.chain, p.x, p.t, damping=damping)
     factor.solve(p.b, throw=False)
     return lambda: factor.solve(p.b, throw=False)
 

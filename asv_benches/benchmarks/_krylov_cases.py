@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import ddnref
-from ddnref import LinearOperator
+from ddnref.operators import LinearOperator
 from ddnref.reference import cg_unrolled, cg_unrolled_vjp
 
 from ._accuracy import extra_arrays
@@ -61,7 +61,7 @@ def images(n: int, count: int = 1) -> np.ndarray:
 
 
 def ours(product: str, n: int) -> Call:
-    return partial(ddnref.cg, operator(product, n), images(n), rtol=RTOL)
+    return partial(ddnref.krylov.cg, operator(product, n), images(n), rtol=RTOL)
 
 
 def scipy_cg(product: str, n: int) -> Call:
@@ -94,7 +94,7 @@ def jax_pair(product: str, n: int) -> tuple[Call, Call]:
     @jax.jit
     def our_cg(parameter: Any, b: Any) -> Any:
         a = plain._replace(params=(parameter,), apply=apply, adjoint=apply)
-        return ddnref.cg(a, b, rtol=RTOL, throw=False, while_loop=jax.lax.while_loop)[0]
+        return ddnref.krylov.cg(a, b, rtol=RTOL, throw=False, while_loop=jax.lax.while_loop)[0]
 
     @jax.jit
     def theirs(parameter: Any, b: Any) -> Any:
@@ -124,7 +124,7 @@ def many(kind: str, n: int, count: int = 64) -> tuple[Call, Call]:
         b = np.random.default_rng(2).standard_normal((count, n))
     else:
         a, b = operator(kind, n), images(n, count)
-    solve = partial(ddnref.cg, a, rtol=RTOL)
+    solve = partial(ddnref.krylov.cg, a, rtol=RTOL)
     return partial(solve, b), lambda: [solve(one) for one in b]
 
 
@@ -134,7 +134,7 @@ def many(kind: str, n: int, count: int = 64) -> tuple[Call, Call]:
 def memory(steps: int, n: int = 64) -> float:
     """Peak memory of that many steps, in images."""
     a, b = operator("laplacian", n), images(n)
-    return extra_arrays(lambda: ddnref.cg(a, b, rtol=0.0, maxiter=steps, throw=False), b)
+    return extra_arrays(lambda: ddnref.krylov.cg(a, b, rtol=0.0, maxiter=steps, throw=False), b)
 
 
 def _products(_: tuple[Any, ...], y_bar: Any, x: Any) -> tuple[Any, ...]:
@@ -174,7 +174,7 @@ def implicit_error(steps: int, n: int = 64) -> float:
     """That of one solve with the adjoint, both solves stopped after as many steps."""
     a = _diagonal(n)
     b, x_bar = images(n, 2)
-    x, adjoint = (ddnref.cg(a, v, rtol=0.0, maxiter=steps, throw=False)[0] for v in (b, x_bar))
+    x, adjoint = (ddnref.krylov.cg(a, v, rtol=0.0, maxiter=steps, throw=False)[0] for v in (b, x_bar))
     return _error(-adjoint * x, a, b, x_bar)
 
 

@@ -67,8 +67,8 @@ def spectrum() -> Any:
     return np.abs(scipy.fft.rfft2(padded)) ** 2 + RIDGE
 
 
-def blur(convert: Callable[[Any], Any] = np.asarray) -> ddnref.LinearOperator:
-    return ddnref.normal(ddnref.convolution(convert(kernel()), GRID), convert(np.asarray(RIDGE)))
+def blur(convert: Callable[[Any], Any] = np.asarray) -> ddnref.operators.LinearOperator:
+    return ddnref.operators.normal(ddnref.operators.convolution(convert(kernel()), GRID), convert(np.asarray(RIDGE)))
 
 
 def blur_forward() -> Call:
@@ -114,7 +114,7 @@ def blur_jax_ours() -> Call:
     k, b = jax.numpy.asarray(kernel()), jax.numpy.asarray(image())
 
     def solution(k: Any, b: Any) -> Any:
-        operator = ddnref.normal(ddnref.convolution(k, GRID), RIDGE)
+        operator = ddnref.operators.normal(ddnref.operators.convolution(k, GRID), RIDGE)
         return ddnref.linear_solve(operator, b, rtol=RTOL, throw=False, while_loop=jax.lax.while_loop)[0]
 
     solve = jax.jit(solution)
@@ -157,7 +157,7 @@ def without_symmetry() -> dict[str, Any]:
 def products(name: str, solver: Callable[..., Any]) -> float:
     """Products to a residual of 1e-8; NaN where it is not reached."""
     calls = [0]
-    operator = ddnref.dense(without_symmetry()[name])
+    operator = ddnref.operators.dense(without_symmetry()[name])
     product = operator.apply
 
     def counted(params: Any, x: Any) -> Any:

@@ -52,4 +52,4 @@ class HessianCounts:
 
     def track_count(self) -> float:
         p = self.problem
-        return fastest(lambda: ddnref.hessian_eigval_count(p.chain, p.x, p.t, (0.01, float("inf"))), 1)
+        return fastest(lambda: ddnref.curvature.hessian_eigval_count(p.chain, p.x, p.t, (0.01, float("inf"))), 1)

@@ -1,4 +1,4 @@
-"""``ddnref.cg`` and its siblings: time, ratios to SciPy and JAX, many right-hand sides, memory against steps."""
+"""``ddnref.krylov.cg`` and its siblings: time, ratios to SciPy and JAX, many right-hand sides, memory against steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Krylov:
 
     def setup(self, solver: str, n: int) -> None:
         pin_threads()
-        self.solve = getattr(ddnref, solver)
+        self.solve = getattr(ddnref.krylov, solver)
         self.arguments = cases.operator("laplacian", n), cases.images(n)
 
     def time_solve(self, *_: object) -> None:

@@ -96,7 +96,7 @@ class WithoutSymmetry:
     unit = "products"
 
     def track_gmres(self, name: str) -> float:
-        return cases.products(name, ddnref.gmres)
+        return cases.products(name, ddnref.krylov.gmres)
 
     def track_bicgstab(self, name: str) -> float:
-        return cases.products(name, ddnref.bicgstab)
+        return cases.products(name, ddnref.krylov.bicgstab)

@@ -47,7 +47,7 @@ def call(on: Backend, product: str, network: str, dtype: str) -> Call:
     p = problem(network, dtype)
     params, v = ([on.array(a) for a in arrays] for arrays in (p.params, p.v))
     x, t = on.array(p.x), on.array(p.t)
-    chain = ddnref.Chain.from_arrays(params)
+    chain = ddnref.networks.Chain.from_arrays(params)
 
     def compute(params: list[Any], x: Any, t: Any, v: list[Any]) -> Any:
         method = getattr(chain.with_params(params) if on.name == "jax" else chain, product)

@@ -28,11 +28,11 @@ def calls(on: Backend, n: int) -> tuple[Call, Call]:
     options: dict[str, Any] = dict(on.options)
     if on.name == "jax":
         options["while_loop"] = load_jax().lax.while_loop
-    plan, _ = ddnref.sinkhorn(*arrays, eps=eps, rtol=1e-9)
+    plan, _ = ddnref.nodes.sinkhorn(*arrays, eps=eps, rtol=1e-9)
     plan_bar = on.array(np.random.default_rng(1).standard_normal((n, n)))
     return (
-        prepared(on, partial(ddnref.sinkhorn, eps=eps, rtol=1e-9), *arrays, **options),
-        prepared(on, partial(ddnref.sinkhorn_vjp, eps=eps), plan_bar, plan, **on.options),
+        prepared(on, partial(ddnref.nodes.sinkhorn, eps=eps, rtol=1e-9), *arrays, **options),
+        prepared(on, partial(ddnref.nodes.sinkhorn_vjp, eps=eps), plan_bar, plan, **on.options),
     )
 
 
@@ -67,5 +67,5 @@ class SinkhornRatio:
 
     def track_extra_arrays(self, n: int) -> float:
         *inputs, eps = transport(n)
-        plan, _ = ddnref.sinkhorn(*inputs, eps=eps)
-        return extra_arrays(partial(ddnref.sinkhorn_vjp, plan, plan, eps=eps), plan)
+        plan, _ = ddnref.nodes.sinkhorn(*inputs, eps=eps)
+        return extra_arrays(partial(ddnref.nodes.sinkhorn_vjp, plan, plan, eps=eps), plan)

@@ -15,11 +15,11 @@ from ._common import BACKENDS, Backend, Call, backend, interleaved, prepared
 SHIFT = 0.1
 
 
-def blurred(n: int, dtype: str, convert: Callable[[Any], Any] = np.asarray) -> ddnref.LinearOperator:
+def blurred(n: int, dtype: str, convert: Callable[[Any], Any] = np.asarray) -> ddnref.operators.LinearOperator:
     """Blur and ridge, ``KᴴK + ρ``, on n×n points."""
     k = np.random.default_rng(0).random((9, 9))
     k, rho = convert((k / k.sum()).astype(dtype)), convert(np.asarray(SHIFT, dtype=dtype))
-    return ddnref.normal(ddnref.convolution(k, (n, n)), rho)
+    return ddnref.operators.normal(ddnref.operators.convolution(k, (n, n)), rho)
 
 
 def image(n: int, dtype: str, count: int = 0) -> np.ndarray:
@@ -99,15 +99,15 @@ def blur_at_once(n: int, dtype: str) -> tuple[Call, Call]:
 
 def dense_at_once(n: int, dtype: str) -> tuple[Call, Call]:
     """64 right-hand sides of a 4n×4n matrix in one product, and one by one."""
-    a = ddnref.dense(np.random.default_rng(0).standard_normal((4 * n, 4 * n)).astype(dtype))
+    a = ddnref.operators.dense(np.random.default_rng(0).standard_normal((4 * n, 4 * n)).astype(dtype))
     x = np.random.default_rng(1).standard_normal((64, 4 * n)).astype(dtype)
     return lambda: a.apply(a.params, x), lambda: [a.apply(a.params, z) for z in x]
 
 
 def laplacian(n: int, dtype: str) -> tuple[Call, Call]:
     """The normal operator of differences in its own form, and by the differences and their adjoint."""
-    d, x = ddnref.difference((n, n)), image(n, dtype)
-    fast = ddnref.normal(d).prepared()
+    d, x = ddnref.operators.difference((n, n)), image(n, dtype)
+    fast = ddnref.operators.normal(d).prepared()
     return lambda: fast.apply(fast.params, x), lambda: d.adjoint((), d.apply((), x))
 
 
@@ -134,7 +134,7 @@ class OperatorsErrors:
     unit = "relative error"
 
     def track_dot_product(self) -> float:
-        blur = ddnref.convolution(np.random.default_rng(0).standard_normal((9, 9)), (256, 256))
+        blur = ddnref.operators.convolution(np.random.default_rng(0).standard_normal((9, 9)), (256, 256))
         x, y = image(256, "float64", 2)
         a_x, a_y = blur(x), blur.adjoint(blur.params, y)
         return float(abs(np.sum(a_x * y) - np.sum(x * a_y)) / (np.linalg.norm(a_x) * np.linalg.norm(y)))

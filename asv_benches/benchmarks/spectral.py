@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ddnref import _rule, _rules
+from ddnref._rules import contract as _rule
+from ddnref._rules import table as _rules
 
 from . import _accuracy as accuracy
 from ._cases import products

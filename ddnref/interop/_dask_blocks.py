@@ -19,9 +19,9 @@ import dask.array as da
 import numpy as np
 from dask.array.utils import meta_from_array
 
-from ddnref._array import Array, check_dtypes, namespace, real_dtype
-from ddnref._rule import Rule, input_counts
-from ddnref._rules import RULES, rule_of
+from ddnref._core.arrays import Array, check_dtypes, namespace, real_dtype
+from ddnref._rules.contract import Rule, input_counts
+from ddnref._rules.table import RULES, rule_of
 
 DTYPES = {"b": np.dtype(bool), "i": np.dtype(np.int32), "l": np.dtype(np.int64)}
 

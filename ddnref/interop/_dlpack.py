@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from ddnref._operators import LinearOperator
-from ddnref._rule import Bound, Rule
+from ddnref._rules.contract import Bound, Rule
 from ddnref.interop import _torch_batch
+from ddnref.operators import LinearOperator
 
 Tensor: TypeAlias = Any
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddnref._array import Array
-from ddnref._layout import Layout, on_arrays
-from ddnref._rule import WARNING, Bound, Rule, failed
+from ddnref._core.arrays import Array
+from ddnref._rules.contract import WARNING, Bound, Rule, failed
+from ddnref._rules.layout import Layout, on_arrays
 
 FIRST_ORDER = (
     "A second derivative was taken through ddnref's bridge to {}, which gives first derivatives only. The bridges to "

@@ -7,8 +7,8 @@ from functools import lru_cache, wraps
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, TypeAlias
 
-from ddnref._rule import Rule
-from ddnref._rules import RULES
+from ddnref._rules.contract import Rule
+from ddnref._rules.table import RULES
 
 LIBRARIES = ("math", "numpy", "jax", "jax.numpy", "torch")
 Bridge: TypeAlias = Callable[[Rule, dict[str, Any]], Callable[..., Any]]

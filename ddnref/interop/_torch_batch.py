@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ddnref._layout import Layout
-from ddnref._operators import LinearOperator
+from ddnref._rules.layout import Layout
+from ddnref.operators import LinearOperator
 
 Tensor: TypeAlias = Any
 

@@ -14,10 +14,10 @@ from autograd.core import defvjp_argnums
 from autograd.extend import Box, primitive
 from autograd.tracer import getval
 
-from ddnref._array import Array
-from ddnref._layout import Layout, flatten, refuse_foreign
-from ddnref._rule import Bound, Rule, bind
-from ddnref._rules import rule_of
+from ddnref._core.arrays import Array
+from ddnref._rules.contract import Bound, Rule, bind
+from ddnref._rules.layout import Layout, flatten, refuse_foreign
+from ddnref._rules.table import rule_of
 from ddnref.interop._host import FIRST_ORDER, pair
 
 

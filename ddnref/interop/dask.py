@@ -18,10 +18,10 @@ from typing import Any
 import dask
 import dask.array as da
 
-from ddnref._array import Array, check_dtypes, check_shapes, nan_where
-from ddnref._reducers import Reducer
-from ddnref._rule import as_tuple, bind, options_of, spread
-from ddnref._rules import RULES, rule_of
+from ddnref._core.arrays import Array, check_dtypes, check_shapes, nan_where
+from ddnref._rules.contract import as_tuple, bind, options_of, spread
+from ddnref._rules.table import RULES, rule_of
+from ddnref.curvature._reducers import Reducer
 from ddnref.interop._dask_blocks import (
     Given,
     Item,
@@ -202,7 +202,7 @@ def reduce_blocks(reducer: Reducer, /, *collections: Any, split_every: int = 4) 
     >>> import numpy as np
     >>> from ddnref.interop.dask import reduce_blocks
     >>> v = da.from_array(np.arange(8.0).reshape(4, 2), chunks=(3, 2))
-    >>> reduce_blocks(ddnref.gram_reducer("rows"), v).compute()
+    >>> reduce_blocks(ddnref.curvature.gram_reducer("rows"), v).compute()
     array([[56., 68.],
            [68., 84.]])
     """

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from ddnref._array import Array
-from ddnref._layout import Layout, flatten, on_arrays, refuse_foreign
-from ddnref._rule import WARNING, Bound, Rule, bind, failed, spread
-from ddnref._rules import rule_of
+from ddnref._core.arrays import Array
+from ddnref._rules.contract import WARNING, Bound, Rule, bind, failed, spread
+from ddnref._rules.layout import Layout, flatten, on_arrays, refuse_foreign
+from ddnref._rules.table import rule_of
 from ddnref.interop._kept import constant, kept
 
 

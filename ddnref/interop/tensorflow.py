@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import tensorflow as tf
 
-from ddnref._array import Array
-from ddnref._layout import Layout, flatten, refuse_foreign
-from ddnref._rule import Bound, Rule, bind
-from ddnref._rules import rule_of
+from ddnref._core.arrays import Array
+from ddnref._rules.contract import Bound, Rule, bind
+from ddnref._rules.layout import Layout, flatten, refuse_foreign
+from ddnref._rules.table import rule_of
 from ddnref.interop._host import FIRST_ORDER, pair
 
 Tensor: TypeAlias = Any  # TensorFlow is optional, so that types must not depend on it

@@ -16,15 +16,15 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ddnref._errors import GaugeError
-from ddnref._layout import Layout, flatten, on_arrays, refuse_foreign
-from ddnref._operators import LinearOperator
-from ddnref._rule import WARNING, Bound, Rule, bind, failed, input_counts, spread
-from ddnref._rules import rule_of
+from ddnref._kernels.torch import is_eager
+from ddnref._rules.contract import WARNING, Bound, Rule, bind, failed, input_counts, spread
+from ddnref._rules.layout import Layout, flatten, on_arrays, refuse_foreign
+from ddnref._rules.table import rule_of
+from ddnref.errors import GaugeError
 from ddnref.interop._dlpack import elsewhere
 from ddnref.interop._kept import kept
 from ddnref.interop._torch_batch import aligned, batched
-from ddnref.interop._torch_lu import is_eager
+from ddnref.operators import LinearOperator
 
 Tensor: TypeAlias = Any  # torch is optional, so that types must not depend on it
 

@@ -8,12 +8,7 @@ from ddnref.reference.eigh import eigh_vjp_v1, eigh_vjp_v2, eigh_vjp_v3
 from ddnref.reference.ggn import ggn_dense_derivatives, ggn_dense_newton, ggn_power_iteration
 from ddnref.reference.krylov import cg_unrolled, cg_unrolled_vjp
 from ddnref.reference.network import network_ggn, network_hessian, network_jacobian
-from ddnref.reference.tall_skinny import (
-    LayerMatrices,
-    tall_skinny_derivatives,
-    tall_skinny_product,
-    tall_skinny_solve,
-)
+from ddnref.reference.tall_skinny import LayerMatrices, tall_skinny_derivatives, tall_skinny_product, tall_skinny_solve
 
 __all__ = [
     "LayerMatrices",

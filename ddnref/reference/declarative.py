@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import array_api_compat
 
-from ddnref._array import Array, Namespace, check_dtypes, check_shapes, check_square, is_complex, namespace
-from ddnref._linalg import hermitian_part, identity, solve
+from ddnref._core.arrays import Array, Namespace, check_dtypes, check_shapes, check_square, is_complex, namespace
+from ddnref._kernels.dense import hermitian_part, identity, solve
 
 MODES = ("solve", "pinv")
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import array_api_compat
 
-from ddnref._array import Array, check_square, namespace
+from ddnref._core.arrays import Array, check_square, namespace
 
 ATOL = 1e-9
 

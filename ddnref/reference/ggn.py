@@ -13,10 +13,10 @@ from typing import Any
 
 import array_api_compat
 
-from ddnref._array import Array
-from ddnref._linalg import eigh
-from ddnref._network._chain import Chain
-from ddnref._rows import noise
+from ddnref._core.arrays import Array
+from ddnref._kernels.dense import eigh
+from ddnref.networks._chain import Chain
+from ddnref.operators._blocks import noise
 from ddnref.reference.network import network_ggn, network_jacobian
 
 

@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import array_api_compat
 
-from ddnref._array import Array, check_dtypes, check_real, check_shapes, namespace
-from ddnref._operators import LinearOperator, Params
+from ddnref._core.arrays import Array, check_dtypes, check_real, check_shapes, namespace
+from ddnref.operators import LinearOperator
+from ddnref.operators._operator import Params
 
 
 class Step(NamedTuple):

@@ -8,7 +8,7 @@ the unit vector of the weight that joins input i to output o (``E_o`` that of a 
     K_s,o = Σ_i W_oi K_i + Σ_i (E_oi J_iᵀ + J_i E_oiᵀ)                      K ← φ'(s_o) K_s,o + φ''(s_o) J_s,o J_s,oᵀ
 
 With the loss ``ℓ`` on top, ``G = Σ_n J_nᵀ ∇²ℓ_n J_n`` and ``H = G + Σ_n Σ_c (∇ℓ_n)_c K_nc``. Nothing is shared with the
-reverse passes of `ddnref.Chain`, which is why this is their oracle; K takes N·C·D² numbers.
+reverse passes of `ddnref.networks.Chain`, which is why this is their oracle; K takes N·C·D² numbers.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import array_api_compat
 
-from ddnref._array import Array
-from ddnref._linalg import identity
-from ddnref._network._chain import Chain
-from ddnref._network._layers import Dense
+from ddnref._core.arrays import Array
+from ddnref._kernels.dense import identity
+from ddnref.networks._chain import Chain
+from ddnref.networks._layers import Dense
 
 
 def network_jacobian(chain: Chain, x: Array) -> Array:

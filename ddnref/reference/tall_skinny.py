@@ -16,7 +16,7 @@ and ``(H + εI) v = g`` is the first row of a system whose 3×3 blocks are at mo
 
 Sorted by layers instead of by unknowns it is block tridiagonal, with a block of size ``p_l + 2 N a`` for each layer,
 and solved by block elimination, first layer to last. It costs O(a⁶) for each layer of width a, and nothing pivots
-across layers: `ddnref.hessian_factor` shrinks the first and bounds the second.
+across layers: `ddnref.curvature.hessian_factor` shrinks the first and bounds the second.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from typing import NamedTuple
 
 import array_api_compat
 
-from ddnref._array import Array, full
-from ddnref._linalg import identity, solve
-from ddnref._network._chain import Chain
-from ddnref._network._layers import Dense
+from ddnref._core.arrays import Array, full
+from ddnref._kernels.dense import identity, solve
+from ddnref.networks._chain import Chain
+from ddnref.networks._layers import Dense
 
 
 class LayerMatrices(NamedTuple):

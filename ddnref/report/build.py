@@ -29,10 +29,10 @@ from ddnref.report import (
     terminal,
     whitening,
 )
-from ddnref.report.backends import Backend
 from ddnref.report.content import Content, Context, Headline, Picture, Section, Text
 from ddnref.report.page import file_name, page
 from ddnref.report.pictures import png, style
+from ddnref.verify._backends import Backend
 
 SECTIONS: tuple[Section, ...] = (
     subspaces.SECTION,

@@ -7,8 +7,8 @@ from typing import NamedTuple, TypeAlias
 
 from matplotlib.figure import Figure as Drawing
 
-from ddnref.report.backends import Backend
 from ddnref.report.terminal import Track
+from ddnref.verify._backends import Backend
 
 Cell: TypeAlias = str | int | float
 

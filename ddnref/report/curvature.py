@@ -79,8 +79,9 @@ _INTRODUCTION = Text(
     "<sup>T</sup> ∇²ℓ<sub>n</sub> J<sub>n</sub></em>, which has a row for each weight; it keeps the curvature of the "
     f"loss and leaves out that of the network. It is looked at on {model.SAMPLES} images, and never formed: its "
     f"eigenvalues are those of a smaller matrix, of inner products between {LEADING} vectors for each image, which "
-    "<code>ddnref.ggn_eigvalsh</code> puts together layer by layer. The same matrix gives the eigenvectors, and the "
-    "slope and the curvature of every single image's loss along them: <code>ddnref.ggn_directional_derivatives</code>."
+    "<code>ddnref.curvature.ggn_eigvalsh</code> puts together layer by layer. The same matrix gives the eigenvectors, "
+    "and the slope and the curvature of every single image's loss along them: "
+    "<code>ddnref.curvature.ggn_directional_derivatives</code>."
 )
 
 

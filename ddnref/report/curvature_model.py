@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import ddnref
-from ddnref._array import Array
-from ddnref._linalg import eigh
+from ddnref._core.arrays import Array
+from ddnref._kernels.dense import eigh
 from ddnref.reference.ggn import flat, like_params
 from ddnref.reference.network import network_ggn
 from ddnref.report import digits
@@ -66,8 +66,8 @@ class Learned(NamedTuple):
     """The course of the learning, and the networks at its start and its end."""
 
     looks: list[Look]
-    start: ddnref.Chain
-    end: ddnref.Chain
+    start: ddnref.networks.Chain
+    end: ddnref.networks.Chain
 
 
 class Errors(NamedTuple):
@@ -90,7 +90,7 @@ def prepare(context: Context) -> Data:
 
 def learn(context: Context, data: Data) -> Learned:
     """Gradient descent with momentum on all images at once."""
-    start = ddnref.Chain.mlp(
+    start = ddnref.networks.Chain.mlp(
         digits.PIXELS, HIDDEN, digits.CLASSES, LAYERS, gain=GAIN, seed=context.seed, like=data.x
     )  # fmt: skip
     gradient_at = context.backend.bind(lambda params: start.with_params(params).gradient(data.x, data.t, throw=False))
@@ -104,18 +104,18 @@ def learn(context: Context, data: Data) -> Learned:
     return Learned(looks, start, chain)
 
 
-def look(context: Context, data: Data, chain: ddnref.Chain, step: int) -> Look:
+def look(context: Context, data: Data, chain: ddnref.networks.Chain, step: int) -> Look:
     """Loss, accuracy, and the spectrum."""
     host = context.backend.to_numpy
     answers = np.argmax(host(chain.output(data.x_test)), axis=1)
-    w = ddnref.ggn_eigvalsh(chain, data.x[:SAMPLES, ...], data.t[:SAMPLES])
+    w = ddnref.curvature.ggn_eigvalsh(chain, data.x[:SAMPLES, ...], data.t[:SAMPLES])
     return Look(step, float(chain.loss(data.x, data.t)), float(np.mean(answers == host(data.t_test))), host(w))
 
 
-def slopes(context: Context, data: Data, chain: ddnref.Chain) -> Slopes:
+def slopes(context: Context, data: Data, chain: ddnref.networks.Chain) -> Slopes:
     """Of all samples, along the eigenvectors on some."""
     host = context.backend.to_numpy
-    found = ddnref.ggn_directional_derivatives(
+    found = ddnref.curvature.ggn_directional_derivatives(
         chain, data.x, data.t, k=DIRECTIONS, subsampling=range(SAMPLES), method="full"
     )  # fmt: skip
     return Slopes(host(found.first), host(found.second))
@@ -141,7 +141,7 @@ def signal_to_noise(found: Slopes) -> NDArray[Any]:
 # --- checks -------------------------------------------------------------------------------------------------------
 
 
-def check(context: Context, data: Data, chain: ddnref.Chain) -> Errors:
+def check(context: Context, data: Data, chain: ddnref.networks.Chain) -> Errors:
     """A network small enough for its matrix, and the one that has learned."""
     return Errors(_spectrum_error(context), *_direction_errors(context, data, chain))
 
@@ -150,18 +150,20 @@ def _spectrum_error(context: Context) -> float:
     """Four samples, widths 7-5-5-3, ReLU, mean-squared error: 12 eigenvalues beside the largest of the dense 88."""
     rng = np.random.default_rng(context.seed)
     x, t = (context.backend.convert(rng.random((4, width))) for width in (7, 3))
-    chain = ddnref.Chain.mlp(7, 5, 3, 3, activation="relu", loss="mse", gain=math.sqrt(2), seed=context.seed, like=x)
+    chain = ddnref.networks.Chain.mlp(
+        7, 5, 3, 3, activation="relu", loss="mse", gain=math.sqrt(2), seed=context.seed, like=x
+    )
     bind, host = context.backend.bind, context.backend.to_numpy
-    w = host(bind(lambda x, t: ddnref.ggn_eigvalsh(chain, x, t, throw=False))(x, t))
+    w = host(bind(lambda x, t: ddnref.curvature.ggn_eigvalsh(chain, x, t, throw=False))(x, t))
     dense = host(bind(lambda x, t: eigh(network_ggn(chain, x, t))[0])(x, t))[::-1]
     return float(np.max(np.abs(w - dense[: len(w)])) / dense[0])
 
 
-def _direction_errors(context: Context, data: Data, chain: ddnref.Chain) -> tuple[float, float]:
+def _direction_errors(context: Context, data: Data, chain: ddnref.networks.Chain) -> tuple[float, float]:
     x, t = data.x[:SAMPLES, ...], data.t[:SAMPLES]
     xp = array_api_compat.array_namespace(x)
     bind = context.backend.bind
-    w, v = bind(lambda x, t: ddnref.ggn_eigh(chain, x, t, k=LEADING, method="full", throw=False))(x, t)
+    w, v = bind(lambda x, t: ddnref.curvature.ggn_eigh(chain, x, t, k=LEADING, method="full", throw=False))(x, t)
     product = flat(bind(lambda x, t, v: chain.ggnvp(x, t, v, throw=False))(x, t, v), LEADING)
     e = flat(v, LEADING)
     pairs = xp.max(xp.abs(product - w[:, None] * e)) / w[0]
@@ -174,8 +176,8 @@ def _direction_errors(context: Context, data: Data, chain: ddnref.Chain) -> tupl
     return float(pairs), float(np.max(np.abs(differences))) / norm  # NaN if any is
 
 
-def _slopes_along(chain: ddnref.Chain) -> Callable[[Array, Array], Array]:
+def _slopes_along(chain: ddnref.networks.Chain) -> Callable[[Array, Array], Array]:
     def first(x: Array, t: Array) -> Any:
-        return ddnref.ggn_directional_derivatives(chain, x, t, k=LEADING, method="full", throw=False).first
+        return ddnref.curvature.ggn_directional_derivatives(chain, x, t, k=LEADING, method="full", throw=False).first
 
     return first

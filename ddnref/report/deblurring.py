@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ddnref._array import Array
+from ddnref._core.arrays import Array
 from ddnref.report import deblurring_model as model
 from ddnref.report import pictures
 from ddnref.report.content import Cell, Content, Context, Headline, Part, Picture, Section, Table, Text

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_sample_image
 
 import ddnref
-from ddnref import LinearOperator
-from ddnref._array import Array
+from ddnref._core.arrays import Array
+from ddnref.operators import LinearOperator
 from ddnref.report.content import Context
 
 SIDE, KERNEL, NOISE = 96, 9, 0.003
@@ -81,7 +81,9 @@ def pair(context: Context, name: str) -> Pair:
     """A photograph and its blurred and noisy version."""
     rng = np.random.default_rng([context.seed, len(name)])
     sharp = photograph(name)
-    blurred = ddnref.convolution(camera_shake(), sharp.shape)(sharp) + NOISE * rng.standard_normal(sharp.shape)
+    blurred = ddnref.operators.convolution(camera_shake(), sharp.shape)(sharp) + NOISE * rng.standard_normal(
+        sharp.shape
+    )
     return Pair(context.backend.convert(sharp), context.backend.convert(blurred))
 
 
@@ -96,14 +98,16 @@ def start(context: Context) -> Parameters:
 def kernel_of(p: Parameters) -> Array:
     """(KERNEL, KERNEL): non-negative, of sum one."""
     xp = array_api_compat.array_namespace(p.theta)
-    return xp.reshape(ddnref.project_simplex(p.theta), (KERNEL, KERNEL))
+    return xp.reshape(ddnref.nodes.project_simplex(p.theta), (KERNEL, KERNEL))
 
 
 def system(kernel: Array, rho: Array) -> tuple[LinearOperator, LinearOperator]:
     """The blur K, and ``A = KᴴK + ρ DᴴD``."""
-    blur = ddnref.convolution(kernel, (SIDE, SIDE))
-    smooth = ddnref.normal(ddnref.difference((SIDE, SIDE)))
-    return blur, ddnref.add(ddnref.normal(blur), ddnref.scaled(smooth, rho), positive_definite=True)
+    blur = ddnref.operators.convolution(kernel, (SIDE, SIDE))
+    smooth = ddnref.operators.normal(ddnref.operators.difference((SIDE, SIDE)))
+    return blur, ddnref.operators.add(
+        ddnref.operators.normal(blur), ddnref.operators.scaled(smooth, rho), positive_definite=True
+    )
 
 
 def forward_and_backward(pair: Pair, p: Parameters, rtol: float, last: Pass | None = None) -> Pass:
@@ -111,14 +115,14 @@ def forward_and_backward(pair: Pair, p: Parameters, rtol: float, last: Pass | No
     xp = array_api_compat.array_namespace(p.theta)
     k, rho = kernel_of(p), xp.asarray(xp.exp(p.log_rho))
     blur, a = system(k, rho)
-    blur_h = ddnref.adjoint(blur)
+    blur_h = ddnref.operators.adjoint(blur)
     x, forward = ddnref.linear_solve(a, blur_h(pair.blurred), x0=last and last.x, rtol=rtol)
     error = x - pair.sharp
 
     x_bar = 2 / SIDE**2 * error
     ((k_bar, rho_bar), b_bar), backward = ddnref.linear_solve_vjp(x_bar, x, a, y0=last and last.y, rtol=rtol)
     k_bar = k_bar + blur_h.params_vjp(blur_h.params, b_bar, pair.blurred)[0]  # b = Kᴴ y depends on the kernel too
-    theta_bar = ddnref.project_simplex_vjp(*(xp.reshape(z, p.theta.shape) for z in (k_bar, k)))
+    theta_bar = ddnref.nodes.project_simplex_vjp(*(xp.reshape(z, p.theta.shape) for z in (k_bar, k)))
     bars = Parameters(theta_bar, rho_bar * rho)
     return Pass(xp.mean(error**2), bars, x, b_bar, (forward.n_iter, backward.n_iter))
 

@@ -11,13 +11,13 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 import ddnref
-from ddnref._array import Array
-from ddnref._samples import random_spectrum
+from ddnref._core.arrays import Array
+from ddnref._rules.samples.common import random_spectrum
 from ddnref.report import peers
-from ddnref.report.backends import Backend
 from ddnref.report.content import Cell, Content, Context, Headline, Part, Picture, Section, Table, Text
 from ddnref.report.page import brief
 from ddnref.report.pictures import BLUE, GREEN, GREY, ORANGE, figure
+from ddnref.verify._backends import Backend
 
 BELOW, CENTRE, ABOVE = (-3.0, -2.0, -1.5), 1.0, (4.0, 5.0)  # the other eigenvalues stay well apart
 SIZE = 3  # eigenvalues that come together

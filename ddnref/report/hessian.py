@@ -94,10 +94,10 @@ def _introduction(layers: int, width: int) -> Text:
     return Text(
         "A network with more layers than its layers are wide is easy to differentiate twice: layer by layer, its "
         "Hessian plus a multiple of the identity can be factored in time linear in the number of layers "
-        "(<code>ddnref.hessian_factor</code>). The factors solve, and the signs of their pivots are the signs of the "
-        "eigenvalues: <code>ddnref.hessian_eigval_count</code> counts the eigenvalues in any interval, all of them, "
-        f"without computing or sampling one. Here a network of {layers} layers of width {width} learns ten digits, one "
-        "image of each."
+        "(<code>ddnref.curvature.hessian_factor</code>). The factors solve, and the signs of their pivots are the "
+        "signs of the eigenvalues: <code>ddnref.curvature.hessian_eigval_count</code> counts the eigenvalues in any "
+        f"interval, all of them, without computing or sampling one. Here a network of {layers} layers of width "
+        f"{width} learns ten digits, one image of each."
     )
 
 

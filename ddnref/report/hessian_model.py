@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 import ddnref
 from ddnref.report import digits
-from ddnref.report.backends import Backend
 from ddnref.report.content import Context
+from ddnref.verify._backends import Backend
 
 LAYERS, WIDTH, GAIN = 20, 8, 1.2
 KEPT = (0, 60, 600)  # steps after which the spectrum is counted
@@ -30,7 +30,7 @@ PATHS = ("tridiagonal", "riccati", "qr")  # those that work layer by layer
 class Problem(NamedTuple):
     """A network with its data, in one array library."""
 
-    chain: ddnref.Chain
+    chain: ddnref.networks.Chain
     x: Any
     t: Any
 
@@ -55,14 +55,14 @@ def one_of_each(seed: int, layers: int, width: int) -> Problem:
     train, _ = digits.split(seed)
     places = digits.one_of_each(train)
     x = train.images[places]
-    chain = ddnref.Chain.mlp(digits.PIXELS, width, digits.CLASSES, layers, gain=GAIN, seed=seed)
+    chain = ddnref.networks.Chain.mlp(digits.PIXELS, width, digits.CLASSES, layers, gain=GAIN, seed=seed)
     return Problem(chain, x - np.mean(x, axis=0), train.labels[places])
 
 
 def on(backend: Backend, problem: Problem) -> Problem:
     """The same in the backend's arrays."""
     arrays = [backend.convert(p) for p in problem.chain.params]
-    moved = ddnref.Chain.from_arrays(arrays, activation="tanh", loss="cross_entropy")
+    moved = ddnref.networks.Chain.from_arrays(arrays, activation="tanh", loss="cross_entropy")
     return Problem(moved, backend.convert(problem.x), backend.convert(problem.t))
 
 
@@ -91,7 +91,7 @@ def learn(context: Context, problem: Problem) -> list[tuple[int, Problem]]:
 def count(backend: Backend, steps: int, problem: Problem) -> Snapshot:
     """The spectrum by inertia, in the backend's arrays."""
     moved = on(backend, problem)
-    counts, info = ddnref.hessian_eigval_count(*moved, EDGES, method="riccati", throw=False)
+    counts, info = ddnref.curvature.hessian_eigval_count(*moved, EDGES, method="riccati", throw=False)
     return Snapshot(steps, float(problem.chain.loss(problem.x, problem.t)), counts, sum(info.uncertain), problem)
 
 
@@ -113,7 +113,7 @@ def count_densely(problem: Problem) -> tuple[int, ...]:
 def random(layers: int, width: int, samples: int, gain: float, seed: int) -> Problem:
     """Without biases, random inputs and classes."""
     rng = np.random.default_rng(seed)
-    chain = ddnref.Chain.mlp(width, width, width, layers, bias=False, gain=gain, seed=seed)
+    chain = ddnref.networks.Chain.mlp(width, width, width, layers, bias=False, gain=gain, seed=seed)
     return Problem(chain, rng.standard_normal((samples, width)), np.arange(samples) % width)
 
 
@@ -129,7 +129,7 @@ def seconds(backend: Backend, layers: int, seed: int) -> float:
     for _ in range(3):
         begun = time.perf_counter()
         g = problem.chain.gradient(problem.x, problem.t)
-        factor = ddnref.hessian_factor(*problem, damping=DAMPING, method="tridiagonal")
+        factor = ddnref.curvature.hessian_factor(*problem, damping=DAMPING, method="tridiagonal")
         float(factor.solve(g)[1].backward_error)  # waits for the device
         times.append(time.perf_counter() - begun)
     return min(times)
@@ -147,7 +147,7 @@ def backward_errors(backend: Backend, seed: int) -> dict[str, NDArray[Any]]:
     b = [backend.convert(rng.standard_normal(p.shape)) for p in problem.chain.params]
     moved, found = on(backend, problem), {}
     for path in PATHS:
-        factors = [ddnref.hessian_factor(*moved, damping=damping, method=path) for damping in DAMPINGS]
+        factors = [ddnref.curvature.hessian_factor(*moved, damping=damping, method=path) for damping in DAMPINGS]
         found[path] = np.asarray([
             [float(factor.solve(b, refine=refine, throw=False)[1].backward_error) for factor in factors]
             for refine in (0, "auto")

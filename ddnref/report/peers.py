@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddnref._array import Array
+from ddnref._core.arrays import Array
 
 Loss = Callable[..., Array]
 """``loss(w, v, *constants)``: a scalar of the eigenpairs of a matrix, in functions of the array API standard."""

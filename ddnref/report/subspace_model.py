@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import ddnref
-from ddnref._array import Array
+from ddnref._core.arrays import Array
 from ddnref.report import digits, peers
-from ddnref.report.backends import Backend
 from ddnref.report.digits import Digits
+from ddnref.verify._backends import Backend
 
 COMPONENTS = 6  # k
 SHARPNESS = 20.0  # τ

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from ddnref.report import digits, pictures
 from ddnref.report import subspace_model as model
-from ddnref.report.backends import Backend
 from ddnref.report.content import Cell, Content, Context, Headline, Part, Picture, Section, Table, Text
 from ddnref.report.digits import CLASSES, Digits
 from ddnref.report.page import brief
 from ddnref.report.pictures import BLUE, ORANGE, Row
 from ddnref.report.subspace_model import BLOCK, COMPONENTS, ITERATIONS, NOISE, Checked, Compared, Learned
+from ddnref.verify._backends import Backend
 
 SHOWN = 3  # eigen-digits per class
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 import ddnref
-from ddnref._array import Array
+from ddnref._core.arrays import Array
 from ddnref.report import digits, peers, pictures
 from ddnref.report.content import Cell, Content, Context, Headline, Part, Picture, Section, Table, Text
 from ddnref.report.page import brief

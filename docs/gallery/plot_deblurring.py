@@ -43,7 +43,7 @@ torch.manual_seed(0)
 
 
 def taken(sharp):
-    return ddnref.convolution(shake, sharp.shape)(sharp) + 0.003 * torch.randn(sharp.shape, dtype=sharp.dtype)
+    return ddnref.operators.convolution(shake, sharp.shape)(sharp) + 0.003 * torch.randn(sharp.shape, dtype=sharp.dtype)
 
 
 blurred, blurred_temple = taken(flower), taken(temple)
@@ -55,14 +55,16 @@ blurred, blurred_temple = taken(flower), taken(temple)
 # transforms; the smoothness term is added with its weight. The options of the solver are bound once.
 
 solve = differentiable(ddnref.linear_solve, solver="cg", rtol=1e-6)
-smoothness = ddnref.normal(ddnref.difference((SIDE, SIDE)))
+smoothness = ddnref.operators.normal(ddnref.operators.difference((SIDE, SIDE)))
 
 
 def restore(y, logits, log_rho):
     kernel = torch.softmax(logits.ravel(), dim=0).reshape(SIZE, SIZE)
-    blur = ddnref.convolution(kernel, y.shape)
-    system = ddnref.add(ddnref.normal(blur), ddnref.scaled(smoothness, log_rho.exp()), positive_definite=True)
-    x, info = solve(system, ddnref.adjoint(blur)(y))
+    blur = ddnref.operators.convolution(kernel, y.shape)
+    system = ddnref.operators.add(
+        ddnref.operators.normal(blur), ddnref.operators.scaled(smoothness, log_rho.exp()), positive_definite=True
+    )
+    x, info = solve(system, ddnref.operators.adjoint(blur)(y))
     return x, info
 
 
@@ -76,10 +78,10 @@ exactly = differentiable(ddnref.linear_solve, solver="cg", rtol=1e-13)
 
 
 def small(kernel, rho, y):
-    blur = ddnref.convolution(kernel, y.shape)
-    regulariser = ddnref.scaled(ddnref.normal(ddnref.difference(tuple(y.shape))), rho)
-    system = ddnref.add(ddnref.normal(blur), regulariser, positive_definite=True)
-    return exactly(system, ddnref.adjoint(blur)(y))[0]
+    blur = ddnref.operators.convolution(kernel, y.shape)
+    regulariser = ddnref.operators.scaled(ddnref.operators.normal(ddnref.operators.difference(tuple(y.shape))), rho)
+    system = ddnref.operators.add(ddnref.operators.normal(blur), regulariser, positive_definite=True)
+    return exactly(system, ddnref.operators.adjoint(blur)(y))[0]
 
 
 inputs = (shake[3:6, 3:6].clone(), torch.tensor(0.1, dtype=torch.float64), blurred[crop, crop].clone())

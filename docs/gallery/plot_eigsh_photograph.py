@@ -13,8 +13,9 @@ stored: `ddnref.eigsh` needs its product with an image, and `ddnref.eigsh_vjp` r
 #
 # .. math:: (L u)_i = \sum_j w_{ij}\,(u_i - u_j)
 #
-# as differences along rows and columns. A `ddnref.LinearOperator` carries its parameters, the weights, in the open:
-# three pure functions say how to apply it and how it depends on them. L is self-adjoint, so the adjoint is L itself.
+# as differences along rows and columns. A `ddnref.operators.LinearOperator` carries its parameters, the weights, in the
+# open: three pure functions say how to apply it and how it depends on them. L is self-adjoint, so the adjoint is L
+# itself.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -46,7 +47,7 @@ def weights(image):
     return tuple(np.exp(-((np.diff(image, axis=axis) / 0.1) ** 2)) + 0.01 for axis in (0, 1))
 
 
-operator = ddnref.LinearOperator(
+operator = ddnref.operators.LinearOperator(
     weights(photograph), laplacian, laplacian, laplacian_vjp, shape, shape, self_adjoint=True
 )
 (w, v), info = ddnref.eigsh(operator, 5, which="SA", basis=64)

@@ -7,10 +7,10 @@ The generalised Gauss–Newton matrix of a network,
 .. math:: G = \\frac1N \\sum_n J_n^T \\, \\nabla^2 \\ell_n \\, J_n = V V^T,
 
 has as many rows as the network has parameters, but no larger rank than :math:`V` has columns: one for each sample and
-output. So its eigenvalues are those of the small Gram matrix :math:`V^T V`, and `ddnref.ggn_eigvalsh` forms that layer
-by layer, without :math:`V`. First a network so small that :math:`G` fits; then one that learns to read digits, and what
-its curvature tells: how the spectrum changes, which digits it comes from, whether the samples agree about the slopes,
-and what a Newton step costs.
+output. So its eigenvalues are those of the small Gram matrix :math:`V^T V`, and `ddnref.curvature.ggn_eigvalsh` forms
+that layer by layer, without :math:`V`. First a network so small that :math:`G` fits; then one that learns to read
+digits, and what its curvature tells: how the spectrum changes, which digits it comes from, whether the samples agree
+about the slopes, and what a Newton step costs.
 """
 
 import time
@@ -34,9 +34,9 @@ torch.manual_seed(0)
 x, t = torch.rand(4, 7).double(), torch.rand(4, 3).double()
 module = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3)).double()
 
-chain = ddnref.Chain.from_torch(module, loss=nn.MSELoss())
-w, v = ddnref.ggn_eigh(chain, x, t, k=3)
-derivatives = ddnref.ggn_directional_derivatives(chain, x, t, k=3)
+chain = ddnref.networks.Chain.from_torch(module, loss=nn.MSELoss())
+w, v = ddnref.curvature.ggn_eigh(chain, x, t, k=3)
+derivatives = ddnref.curvature.ggn_directional_derivatives(chain, x, t, k=3)
 
 print("eigenvalues:", np.round(w.numpy(), 5))
 print("an eigenvector, parameter by parameter:", [tuple(e.shape[1:]) for e in v])
@@ -60,7 +60,7 @@ jacobian = torch.func.jacrev(lambda p: torch.func.functional_call(module, p, (x,
 rows = torch.cat([j.reshape(12, -1) for j in jacobian.values()], dim=1)
 dense = torch.linalg.eigvalsh(2 / 12 * rows.T @ rows).flip(0)
 
-gram = ddnref.ggn_eigvalsh(chain, x, t)
+gram = ddnref.curvature.ggn_eigvalsh(chain, x, t)
 for ours, theirs in zip(gram, dense, strict=False):
     print(f"{ours:12.5e}   dense {theirs:12.5e}")
 assert gram.shape == (12,)
@@ -81,7 +81,7 @@ plt.show()
 # ---------------------
 # Widths 64-32-32-10 with tanh: 3466 parameters, trained on 1200 of the digits that come with scikit-learn. PyTorch
 # trains; between its steps ``ddnref`` looks at the curvature on 100 of these samples. One Gram matrix serves the
-# eigenvalues, the eigenvectors and the derivatives: it is accumulated once by `ddnref.ggn_reducer`.
+# eigenvalues, the eigenvectors and the derivatives: it is accumulated once by `ddnref.curvature.ggn_reducer`.
 
 images, labels = load_digits(return_X_y=True)
 order = np.random.default_rng(0).permutation(len(labels))
@@ -98,24 +98,24 @@ def network():
 
 def gauss_newton(chain):
     """The Gram matrix of the first N samples, with the gradients of all."""
-    reducer = ddnref.ggn_reducer(chain, subsampling=range(N))
+    reducer = ddnref.curvature.ggn_reducer(chain, subsampling=range(N))
     return reducer.finalise(reducer.update(reducer.init(), x, t))
 
 
 module = network()
-chain = ddnref.Chain.from_torch(module)
+chain = ddnref.networks.Chain.from_torch(module)
 optimiser = torch.optim.SGD(module.parameters(), lr=0.2, momentum=0.9)
 LOOKS, EARLY, LATE = (0, 2, 4, 7, 12, 20, 35, 60, 100, 200), 0, 60
 spectra, derivatives, squared = [], {}, {}
 for step in range(LOOKS[-1] + 1):
     if step in LOOKS:
         ggn = gauss_newton(chain)
-        spectra.append(ddnref.ggn_eigvalsh(ggn))
+        spectra.append(ddnref.curvature.ggn_eigvalsh(ggn))
         if step in (EARLY, LATE):
-            derivatives[step] = ddnref.ggn_directional_derivatives(ggn, k=N)
+            derivatives[step] = ddnref.curvature.ggn_directional_derivatives(ggn, k=N)
             squared[step] = sum(float((g**2).sum()) for g in chain.gradient(x, t))
         if step == LATE:
-            w, v = ddnref.ggn_eigh(ggn, k=9)
+            w, v = ddnref.curvature.ggn_eigh(ggn, k=9)
             weights = {name: p.detach().clone() for name, p in module.named_parameters()}
         right = (chain.output(x_test).argmax(dim=1) == t_test).double().mean()
         print(f"step {step:3}: loss {chain.loss(x, t):.3f}, {right:.1%} of held-out digits recognised")
@@ -250,7 +250,7 @@ STEPS = {"gradient descent": 200, "with momentum": 200, "damped Newton": 20}
 def course(method):
     """The loss, and the seconds spent, after each step."""
     module, losses, seconds = network(), [], [0.0]
-    chain = ddnref.Chain.from_torch(module)
+    chain = ddnref.networks.Chain.from_torch(module)
     rate, momentum = (1.0, 0.0) if method == "gradient descent" else (0.5, 0.9)
     optimiser = torch.optim.SGD(module.parameters(), lr=rate, momentum=momentum)
     rng = np.random.default_rng(0)
@@ -260,7 +260,7 @@ def course(method):
         if method == "damped Newton":
             samples = rng.choice(len(x), 300, replace=False).tolist()
             options = {"damping": 0.1, "subsampling": samples, "mc_samples": 1, "seed": i}
-            s = ddnref.ggn_damped_newton(chain, x, t, **options)
+            s = ddnref.curvature.ggn_damped_newton(chain, x, t, **options)
             for p, s_p in zip(chain.params, s, strict=True):
                 p += s_p  # in place: the module moves too
         else:

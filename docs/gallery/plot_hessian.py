@@ -3,10 +3,10 @@ The whole spectrum of a deep network's Hessian, counted
 =======================================================
 
 How many directions of negative curvature has the loss of a deep network, and where do they go while it learns?
-`ddnref.hessian_eigval_count` answers without computing an eigenvalue and without sampling: the signs of the pivots of
-:math:`H - \\sigma I`, eliminated layer by layer, are the signs of its eigenvalues, so that one elimination counts
-those below :math:`\\sigma`. Its time is linear in the number of layers, which is then measured, as is the backward
-error of every way to factor.
+`ddnref.curvature.hessian_eigval_count` answers without computing an eigenvalue and without sampling: the signs of the
+pivots of :math:`H - \\sigma I`, eliminated layer by layer, are the signs of its eigenvalues, so that one elimination
+counts those below :math:`\\sigma`. Its time is linear in the number of layers, which is then measured, as is the
+backward error of every way to factor.
 """
 
 import time
@@ -29,7 +29,7 @@ BLUE, ORANGE, GREEN, GREY = "#0067a5", "#c4501b", "#2b8a57", "#6b6b6b"
 images, labels = load_digits(return_X_y=True)
 x, t = images[:10] / 16, labels[:10]
 x = x - x.mean(axis=0)
-chain = ddnref.Chain.mlp(64, 8, 10, 30, gain=1.2)
+chain = ddnref.networks.Chain.mlp(64, 8, 10, 30, gain=1.2)
 total = sum(p.size for p in chain.params)
 
 m = v = [0 * p for p in chain.params]
@@ -58,7 +58,7 @@ edges = [-np.inf, *-sizes[::-1], *sizes, np.inf]
 spectra = {}
 begun = time.process_time()
 for k, chain in kept.items():
-    spectra[k], info = ddnref.hessian_eigval_count(chain, x, t, edges, throw=False)
+    spectra[k], info = ddnref.curvature.hessian_eigval_count(chain, x, t, edges, throw=False)
     negative, positive = sum(spectra[k][:8]), sum(spectra[k][9:])
     print(
         f"after {k:4d} steps: {negative} below {-sizes[0]:.3f}, {positive} above {sizes[0]:.3f}, "
@@ -87,9 +87,9 @@ plt.show()
 #
 # Does the dense matrix say the same? On a network that is small enough:
 
-small = ddnref.Chain.mlp(6, 6, 10, 8, gain=1.2)
+small = ddnref.networks.Chain.mlp(6, 6, 10, 8, gain=1.2)
 z, s = np.random.default_rng(0).standard_normal((4, 6)), np.arange(4)
-counts, _ = ddnref.hessian_eigval_count(small, z, s, edges, throw=False)
+counts, _ = ddnref.curvature.hessian_eigval_count(small, z, s, edges, throw=False)
 dense = np.histogram(np.linalg.eigvalsh(network_hessian(small, z, s)), edges)[0]
 print("counts: ", counts)
 print("dense:  ", tuple(map(int, dense)))
@@ -104,16 +104,16 @@ print("dense:  ", tuple(map(int, dense)))
 
 def problem(depth, width, samples, gain=1.0):
     rng = np.random.default_rng(1)
-    chain = ddnref.Chain.mlp(width, width, width, depth, bias=False, gain=gain)
+    chain = ddnref.networks.Chain.mlp(width, width, width, depth, bias=False, gain=gain)
     return chain, rng.standard_normal((samples, width)), np.arange(samples) % width
 
 
 def ours(chain, x, t):
-    ddnref.hessian_factor(chain, x, t, damping=1e-3, method="tridiagonal").solve(chain.gradient(x, t))
+    ddnref.curvature.hessian_factor(chain, x, t, damping=1e-3, method="tridiagonal").solve(chain.gradient(x, t))
 
 
 def dense(chain, x, t):
-    ddnref.hessian_factor(chain, x, t, damping=1e-3, method="dense").solve(chain.gradient(x, t))
+    ddnref.curvature.hessian_factor(chain, x, t, damping=1e-3, method="dense").solve(chain.gradient(x, t))
 
 
 def textbook(chain, x, t):
@@ -177,7 +177,7 @@ fig, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
 for method, colour in paths.items():
     errors = {"auto": [], 0: []}
     for epsilon in epsilons:
-        factor = ddnref.hessian_factor(chain, x, t, damping=float(epsilon), method=method)
+        factor = ddnref.curvature.hessian_factor(chain, x, t, damping=float(epsilon), method=method)
         for refine, found in errors.items():
             found.append(float(factor.solve(b, refine=refine, throw=False)[1].backward_error))
     ax.loglog(epsilons, errors[0], ":", color=colour)

@@ -18,7 +18,7 @@ theta, x_true = rng.standard_normal((5, 5)), rng.standard_normal(5)
 K = 2 * theta
 b = K @ x_true
 
-operator = ddnref.scaled(ddnref.dense(theta), 2.0)  # x ↦ 2 θ x: the matrix K is not formed
+operator = ddnref.operators.scaled(ddnref.operators.dense(theta), 2.0)  # x ↦ 2 θ x: the matrix K is not formed
 x, info = ddnref.linear_solve(operator, b, rtol=1e-13)
 x_bar = np.full(5, 1 / 5)  # the loss is the mean of x
 print(f"{info.n_iter} iterations, relative residual {info.residual_norm:.0e}")
@@ -45,7 +45,7 @@ def compare(what, gradient, exact):
 # .. math:: \bar b = \Big(\frac{\partial x}{\partial b}\Big)^T \bar x = K^{-T} \bar x.
 #
 # No inverse is needed for that: it is the solution of the adjoint system, for which the products of
-# `ddnref.adjoint` are enough.
+# `ddnref.operators.adjoint` are enough.
 
 compare("b: inverse, transposed", np.linalg.inv(K).T @ x_bar, b_autograd)
 compare("b: solve with the transpose", np.linalg.solve(K.T, x_bar), b_autograd)
@@ -109,7 +109,7 @@ shape, rho = (64, 64), 1e-3
 i = np.arange(-4, 5)
 kernel = np.exp(-(i[:, None] ** 2 + i[None, :] ** 2) / 4)
 kernel /= kernel.sum()
-system = ddnref.normal(ddnref.convolution(kernel, shape), rho)
+system = ddnref.operators.normal(ddnref.operators.convolution(kernel, shape), rho)
 b, x_bar = rng.standard_normal((2, *shape))
 
 x, _ = ddnref.linear_solve(system, b, rtol=1e-13)

@@ -2,7 +2,7 @@
 Newton's method on a network of 50 layers: where it helps and where it does not
 ===============================================================================
 
-With `ddnref.hessian_factor` an exact Newton step for all weights of a deep narrow network costs some fifteen
+With `ddnref.curvature.hessian_factor` an exact Newton step for all weights of a deep narrow network costs some fifteen
 gradients, so that textbook methods can be tried as they stand. Here are three of them in a few lines each, checked
 against a dense matrix: damped Newton, a trust region by the secular equation, saddle-free Newton. Then the training of
 50 layers on ten digits, against momentum and Adam, by steps and by time.
@@ -41,7 +41,7 @@ def minus(chain, step):
 
 
 def damped_newton(chain, x, t, epsilon, curvature="hessian"):
-    factor = ddnref.hessian_factor(chain, x, t, damping=epsilon, curvature=curvature)
+    factor = ddnref.curvature.hessian_factor(chain, x, t, damping=epsilon, curvature=curvature)
     return factor.solve(chain.gradient(x, t))[0]
 
 
@@ -60,7 +60,7 @@ def damped_newton(chain, x, t, epsilon, curvature="hessian"):
 def trust_region(chain, x, t, r, epsilon, trials=40):
     g, low, high = chain.gradient(x, t), 0.0, np.inf
     for _ in range(trials):
-        factor = ddnref.hessian_factor(chain, x, t, damping=epsilon)
+        factor = ddnref.curvature.hessian_factor(chain, x, t, damping=epsilon)
         negative = factor.inertia().negative
         if negative:
             print(f"  ε = {epsilon:.6f}: {negative} negative eigenvalues, below the largest pole")
@@ -87,8 +87,8 @@ def trust_region(chain, x, t, r, epsilon, trials=40):
 
 def saddle_free(chain, x, t, epsilon, cut):
     g = chain.gradient(x, t)
-    step, _ = ddnref.hessian_factor(chain, x, t, damping=epsilon).solve(g)
-    (w, v), _ = ddnref.hessian_eigvals(chain, x, t, interval=(-np.inf, -cut))
+    step, _ = ddnref.curvature.hessian_factor(chain, x, t, damping=epsilon).solve(g)
+    (w, v), _ = ddnref.curvature.hessian_eigvals(chain, x, t, interval=(-np.inf, -cut))
     parts = sum(np.tensordot(a, b, axes=b.ndim) for a, b in zip(v, g, strict=True))
     weights = parts * (1 / (np.abs(w) + epsilon) - 1 / (w + epsilon))
     return [s + np.tensordot(weights, a, axes=1) for s, a in zip(step, v, strict=True)], len(w)
@@ -100,7 +100,7 @@ def saddle_free(chain, x, t, epsilon, cut):
 
 _, _, axes = np.linalg.svd(x, full_matrices=False)
 z = x[:6] @ axes[:6].T
-small = ddnref.Chain.mlp(6, 6, 10, 8, gain=1.2, loss="mse")
+small = ddnref.networks.Chain.mlp(6, 6, 10, 8, gain=1.2, loss="mse")
 H, g = network_hessian(small, z, t[:6]), np.concatenate([p.ravel() for p in small.gradient(z, t[:6])])
 w, V = np.linalg.eigh(H)
 print(f"{len(w)} parameters, {np.sum(w < -1e-9)} negative eigenvalues, the lowest {w[0]:.4f}")
@@ -124,7 +124,7 @@ compare(f"saddle-free, {turned} turned", step, V @ (V.T @ g / (np.where(w < -1e-
 # the quadratic model expects: quartered above 3/4, quadrupled below 1/4; the step is not taken below 1/1000. Each
 # trial counts as a step. With ``curvature="ggn"`` the same loop is a Gauss–Newton method.
 
-start = ddnref.Chain.mlp(64, 8, 10, 50, gain=1.2, loss="mse")
+start = ddnref.networks.Chain.mlp(64, 8, 10, 50, gain=1.2, loss="mse")
 print(sum(p.size for p in start.params), "parameters")
 DECAY = 0.0  # of the weights
 
@@ -140,7 +140,7 @@ def second_order(chain, steps, curvature, epsilon=0.1):
     loss, g = objective(chain)
     for _ in range(steps):
         course.append((time.process_time() - begun, float(loss)))
-        factor = ddnref.hessian_factor(chain, x, t, damping=DECAY + epsilon, curvature=curvature)
+        factor = ddnref.curvature.hessian_factor(chain, x, t, damping=DECAY + epsilon, curvature=curvature)
         step, _ = factor.solve(g)
         expected = dot(g, step) / 2 + epsilon / 2 * dot(step, step)
         new = minus(chain, step)
@@ -216,7 +216,7 @@ plt.show()
 # :math:`H + \rho I`, for which nothing has to be built.
 
 DECAY, t = 1e-3, labels[:10]
-start = ddnref.Chain.mlp(64, 8, 10, 50, gain=1.2)
+start = ddnref.networks.Chain.mlp(64, 8, 10, 50, gain=1.2)
 _, (chain, state) = first_order(start, 1000, 1e-3, adam=True)
 on, _ = first_order(chain, 400, 1e-3, adam=True, state=state)
 draw({"Adam goes on": on, "Newton": second_order(chain, 45, "hessian", epsilon=1.0)}, (ORANGE, BLUE))

@@ -29,8 +29,8 @@ x = np.concat([np.broadcast_to(cluster, (200, 7)), away[:, None]], axis=-1)
 
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
 for kind, colour in LOOKS.items():
-    y, _ = ddnref.robust_pool(x, kind=kind)
-    x_bar = ddnref.robust_pool_vjp(np.ones_like(y), y, x, kind=kind)
+    y, _ = ddnref.nodes.robust_pool(x, kind=kind)
+    x_bar = ddnref.nodes.robust_pool_vjp(np.ones_like(y), y, x, kind=kind)
     axes[0].plot(away, y, color=colour, label=kind)
     axes[1].plot(away, x_bar[:, -1], color=colour)
 axes[0].set(xlabel="the eighth number", title="pooled")
@@ -58,7 +58,7 @@ def patches(image):
 
 
 target = patches(clean).mean(axis=-1)
-pooled = {kind: ddnref.robust_pool(patches(damaged), kind=kind, alpha=0.2)[0] for kind in ("quadratic", "welsch")}
+pooled = {kind: ddnref.nodes.robust_pool(patches(damaged), kind=kind, alpha=0.2)[0] for kind in ("quadratic", "welsch")}
 
 fig, axes = plt.subplots(1, 3, figsize=(9, 2.4), layout="constrained")
 for ax, (title, image) in zip(
@@ -79,8 +79,8 @@ for kind, image in pooled.items():
 row = patches(damaged)[30, :20]
 for kind in ("quadratic", "pseudo-huber", "welsch"):
     report = ddnref.testing.check_vjp(
-        lambda x, kind=kind: ddnref.robust_pool(x, kind=kind, alpha=0.2)[0],
-        lambda y_bar, y, x, kind=kind: ddnref.robust_pool_vjp(y_bar, y, x, kind=kind, alpha=0.2),
+        lambda x, kind=kind: ddnref.nodes.robust_pool(x, kind=kind, alpha=0.2)[0],
+        lambda y_bar, y, x, kind=kind: ddnref.nodes.robust_pool_vjp(y_bar, y, x, kind=kind, alpha=0.2),
         row,
         needs=(0,),
         gap=0.03,

@@ -36,8 +36,8 @@ flower, z, q, _ = palette("flower.jpg")
 # %%
 # The plan
 # --------
-# The cost of carrying mass from one colour to another is the squared distance between them. :func:`ddnref.sinkhorn`
-# returns the plan :math:`P` of the problem with entropy :math:`\varepsilon`,
+# The cost of carrying mass from one colour to another is the squared distance between them.
+# :func:`ddnref.nodes.sinkhorn` returns the plan :math:`P` of the problem with entropy :math:`\varepsilon`,
 #
 # .. math:: P = \arg\min \; \langle C, P \rangle + \varepsilon \sum_{ij} P_{ij} (\log P_{ij} - 1)
 #           \quad \text{subject to} \quad P 1 = p, \; P^T 1 = q .
@@ -52,7 +52,7 @@ def squared_distances(x):
 
 
 cost = squared_distances(x)
-plan, info = ddnref.sinkhorn(cost, p, q, eps=EPS)
+plan, info = ddnref.nodes.sinkhorn(cost, p, q, eps=EPS)
 print(f"{info.n_iter} updates, error of the marginals {info.residual_norm:.0e}")
 carried = (plan @ z) / np.sum(plan, axis=1, keepdims=True)
 
@@ -70,25 +70,25 @@ plt.show()
 # The gradient of the transport cost
 # ----------------------------------
 # The loss :math:`L = \langle C, P(C) \rangle` depends on the cost twice: directly, and through the plan.
-# :func:`ddnref.sinkhorn_vjp` takes the cotangent of the plan, which is :math:`C`, and the plan itself, and nothing
-# else. From the cost the chain rule goes on to the colours.
+# :func:`ddnref.nodes.sinkhorn_vjp` takes the cotangent of the plan, which is :math:`C`, and the plan itself, and
+# nothing else. From the cost the chain rule goes on to the colours.
 
 
 def loss(x):
-    plan, _ = ddnref.sinkhorn(squared_distances(x), p, q, eps=EPS, rtol=1e-11)
+    plan, _ = ddnref.nodes.sinkhorn(squared_distances(x), p, q, eps=EPS, rtol=1e-11)
     return np.sum(squared_distances(x) * plan)
 
 
 def gradient(x):
     cost = squared_distances(x)
-    plan, _ = ddnref.sinkhorn(cost, p, q, eps=EPS, rtol=1e-11)
-    cost_bar = plan + ddnref.sinkhorn_vjp(cost, plan, eps=EPS)[0]
+    plan, _ = ddnref.nodes.sinkhorn(cost, p, q, eps=EPS, rtol=1e-11)
+    cost_bar = plan + ddnref.nodes.sinkhorn_vjp(cost, plan, eps=EPS)[0]
     return 2 * (np.sum(cost_bar, axis=1, keepdims=True) * x - cost_bar @ z)
 
 
 def direct(x):
     """The part of the gradient that does not go through the plan."""
-    plan, _ = ddnref.sinkhorn(squared_distances(x), p, q, eps=EPS)
+    plan, _ = ddnref.nodes.sinkhorn(squared_distances(x), p, q, eps=EPS)
     return 2 * (p[:, None] * x - plan @ z)
 
 

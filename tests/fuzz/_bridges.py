@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ddnref._rule import Rule, as_tuple
-from ddnref._rules import RULES
+from ddnref._rules.contract import Rule, as_tuple
+from ddnref._rules.table import RULES
 
 from ._stored import to_torch
 from ._targets import Problem, Target, positional

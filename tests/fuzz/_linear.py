@@ -9,6 +9,7 @@ import numpy as np
 import scipy.sparse
 
 import ddnref
+from ddnref import krylov, operators
 
 from ._drivers import definite, normal, target
 from ._targets import Target, _solve, random_like
@@ -62,7 +63,7 @@ def _system(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
 def krylov_targets() -> list[Target]:
     def of(solver: Callable[..., Any]) -> Target:
         def call(a: Any, b: Any, **options: Any) -> Any:
-            return solver(ddnref.dense(a, self_adjoint=True, positive_definite=True), b, **options)
+            return solver(operators.dense(a, self_adjoint=True, positive_definite=True), b, **options)
 
         return target(
             solver,
@@ -77,7 +78,7 @@ def krylov_targets() -> list[Target]:
             aliases={"a": ("operator", "params")},
         )
 
-    solvers = (ddnref.cg, ddnref.minres, ddnref.bicgstab, ddnref.gmres, ddnref.lsmr)
+    solvers = (krylov.cg, krylov.minres, krylov.bicgstab, krylov.gmres, krylov.lsmr)
 
     def moved(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
         a, b = _system(rng, batch, m, is_complex)
@@ -101,7 +102,7 @@ def krylov_targets() -> list[Target]:
 # --- operators --------------------------------------------------------------------------------------------------
 
 
-def everything(operator: ddnref.LinearOperator, x: Any) -> Any:
+def everything(operator: operators.LinearOperator, x: Any) -> Any:
     """All that an operator does, once."""
     y = operator(x)
     with np.errstate(all="ignore"):  # the bare formulas, which solvers call, look at nothing
@@ -142,45 +143,81 @@ def operator_targets() -> list[Target]:
         def bar(params: Any, y_bar: Any, x: Any) -> Any:
             return (y_bar * x,)
 
-        return everything(ddnref.LinearOperator((d,), product, product, bar, (4,), (4,)), x)
+        return everything(operators.LinearOperator((d,), product, product, bar, (4,), (4,)), x)
 
     return [
-        of(ddnref.dense, matrix, "a x", lambda a, x, **o: everything(ddnref.dense(a, **o), x)),
-        of(ddnref.as_operator, matrix, "a x", lambda a, x, **o: everything(ddnref.as_operator(a, "a", **o), x)),
-        of(ddnref.diagonal, points, "d x", lambda d, x, **o: everything(ddnref.diagonal(d, **o), x), items=False),
+        of(operators.dense, matrix, "a x", lambda a, x, **o: everything(operators.dense(a, **o), x)),
         of(
-            ddnref.mask,
-            lambda rng, batch, m, c: (rng.uniform(0, 1, m), normal(rng, (*batch, m), c)),
-            "m x",
-            lambda m, x, **o: everything(ddnref.mask(m, **o), x),
+            operators.as_operator,
+            matrix,
+            "a x",
+            lambda a, x, **o: everything(operators.as_operator(a, "a", **o), x),
+        ),
+        of(
+            operators.diagonal,
+            points,
+            "d x",
+            lambda d, x, **o: everything(operators.diagonal(d, **o), x),
             items=False,
         ),
-        of(ddnref.convolution, kernel, "kernel x", lambda k, x, **o: everything(ddnref.convolution(k, n, **o), x)),
-        of(ddnref.difference, grid, "x", lambda x, **o: everything(ddnref.difference((4, 5), **o), x)),
-        of(ddnref.scaled, coefficient, "operator c x", lambda a, s, x, **o: everything(ddnref.scaled(a, s, **o), x)),
         of(
-            ddnref.normal,
+            operators.mask,
+            lambda rng, batch, m, c: (rng.uniform(0, 1, m), normal(rng, (*batch, m), c)),
+            "m x",
+            lambda m, x, **o: everything(operators.mask(m, **o), x),
+            items=False,
+        ),
+        of(
+            operators.convolution,
+            kernel,
+            "kernel x",
+            lambda k, x, **o: everything(operators.convolution(k, n, **o), x),
+        ),
+        of(
+            operators.difference,
+            grid,
+            "x",
+            lambda x, **o: everything(operators.difference((4, 5), **o), x),
+        ),
+        of(
+            operators.scaled,
+            coefficient,
+            "operator c x",
+            lambda a, s, x, **o: everything(operators.scaled(a, s, **o), x),
+        ),
+        of(
+            operators.normal,
             coefficient,
             "operator damping x",
-            lambda a, s, x, **o: everything(ddnref.normal(a, s, **o), x),
+            lambda a, s, x, **o: everything(operators.normal(a, s, **o), x),
             optional=("damping",),
         ),
-        of(ddnref.add, square, "operators operators x", lambda a, b, x, **o: everything(ddnref.add(a, b, **o), x)),
         of(
-            ddnref.compose,
+            operators.add,
             square,
             "operators operators x",
-            lambda a, b, x, **o: everything(ddnref.compose(a, b, **o), x),
+            lambda a, b, x, **o: everything(operators.add(a, b, **o), x),
         ),
-        of(ddnref.stack, square, "operators operators x", lambda a, b, x, **o: everything(ddnref.stack(a, b, **o), x)),
         of(
-            ddnref.adjoint,
+            operators.compose,
+            square,
+            "operators operators x",
+            lambda a, b, x, **o: everything(operators.compose(a, b, **o), x),
+        ),
+        of(
+            operators.stack,
+            square,
+            "operators operators x",
+            lambda a, b, x, **o: everything(operators.stack(a, b, **o), x),
+        ),
+        of(
+            operators.adjoint,
             lambda *w: (np.swapaxes(matrix(*w)[0], -1, -2).copy(), matrix(*w)[1]),
             "operator x",
-            lambda a, x, **o: everything(ddnref.adjoint(a, **o), x),
+            lambda a, x, **o: everything(operators.adjoint(a, **o), x),
         ),
         target(
-            ddnref.LinearOperator,
+            operators.LinearOperator,
             lambda rng, batch, m, c: (normal(rng, (4,)), normal(rng, (*batch, 4))),
             "params x",
             own,
@@ -189,10 +226,10 @@ def operator_targets() -> list[Target]:
             theirs=("params",),
         ),
         of(
-            ddnref.check_operator,
+            operators.check_operator,
             matrix,
             "a x",
-            lambda a, x, **o: ddnref.check_operator(ddnref.dense(a), x, **o).passed,
+            lambda a, x, **o: operators.check_operator(operators.dense(a), x, **o).passed,
             items=False,
             options={"rtol": "tolerance", "vjp_rtol": "tolerance", "seed": "seed"},
             double=True,
@@ -205,13 +242,13 @@ def scipy_targets() -> list[Target]:
     """Of what goes to SciPy and comes from there: NumPy alone."""
 
     def back(a: Any, **options: Any) -> Any:
-        operator = ddnref.to_scipy(ddnref.dense(a), **options)
+        operator = operators.to_scipy(operators.dense(a), **options)
         return operator @ np.ones(operator.shape[1], operator.dtype)
 
     sparse = scipy.sparse.csr_array(np.asarray([[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]]))
     return [
         target(
-            ddnref.to_scipy,
+            operators.to_scipy,
             lambda rng, batch, m, c: (normal(rng, (m, m + 1)),),
             "a",
             back,
@@ -220,10 +257,10 @@ def scipy_targets() -> list[Target]:
             aliases={"a": ("parameters",)},
         ),
         target(
-            ddnref.from_scipy,
+            operators.from_scipy,
             lambda rng, batch, m, c: (normal(rng, (*batch, 3)),),
             "x",
-            lambda x, **o: (ddnref.from_scipy(sparse, **o)(x),),
+            lambda x, **o: (operators.from_scipy(sparse, **o)(x),),
             numpy_only=True,
             double=True,
         ),

@@ -6,7 +6,7 @@ from typing import Any
 
 import array_api_compat
 
-import ddnref
+from ddnref import curvature, networks
 
 from ._drivers import normal, target
 from ._targets import Target
@@ -23,11 +23,11 @@ def _images(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
     return normal(rng, (2, 1, 2, 2)), normal(rng, (2,)), normal(rng, (3, 1, 4, 4)), normal(rng, (3, 18))
 
 
-def chain(weight: Any, bias: Any, last: Any) -> ddnref.Chain:
-    return ddnref.Chain([ddnref.Dense(weight, bias, "tanh"), ddnref.Dense(last)], "mse")
+def chain(weight: Any, bias: Any, last: Any) -> networks.Chain:
+    return networks.Chain([networks.Dense(weight, bias, "tanh"), networks.Dense(last)], "mse")
 
 
-SQUARE = ddnref.Activation(lambda s: s * s, lambda s: 2 * s, lambda s: 2 + 0 * s)
+SQUARE = networks.Activation(lambda s: s * s, lambda s: 2 * s, lambda s: 2 + 0 * s)
 
 
 def _half_square(y: Any, t: Any) -> Any:
@@ -40,14 +40,14 @@ def _identities(y: Any, t: Any) -> Any:
     return xp.astype(i[:, None] == i, y.dtype) + 0 * y[..., None]
 
 
-LOSS = ddnref.Loss(_half_square, lambda y, t: y - t, _identities, _identities)
+LOSS = networks.Loss(_half_square, lambda y, t: y - t, _identities, _identities)
 
 
-def _scale_layer(scale: Any) -> ddnref.Layer:
+def _scale_layer(scale: Any) -> networks.Layer:
     def total(z: Any) -> Any:
         return array_api_compat.array_namespace(z).sum(z, axis=0)
 
-    return ddnref.Layer(
+    return networks.Layer(
         (scale,),
         forward=lambda p, x: (p[0] * x, x),
         vjp=lambda p, x, y_bar: ((total(y_bar * x),), p[0] * y_bar),
@@ -69,19 +69,19 @@ def network_targets() -> list[Target]:
         return target(call, build, names, call, like=like, name=name, items=False, aliases=aliases, **fields)
 
     def convolved(w: Any, b: Any, x: Any, t: Any, throw: bool = True) -> Any:
-        layers = [ddnref.Conv2d(w, b, activation="softplus"), ddnref.Flatten()]
-        return ddnref.Chain(layers, "mse").loss_and_gradient(x, t, throw=throw)
+        layers = [networks.Conv2d(w, b, activation="softplus"), networks.Flatten()]
+        return networks.Chain(layers, "mse").loss_and_gradient(x, t, throw=throw)
 
     def residual(w: Any, b: Any, v: Any, x: Any, t: Any, throw: bool = True) -> Any:
-        inner = ddnref.Residual([ddnref.Dense(w, b, SQUARE), ddnref.Dense(v)])
-        return ddnref.Chain([inner], LOSS).loss_and_gradient(x, t, throw=throw)
+        inner = networks.Residual([networks.Dense(w, b, SQUARE), networks.Dense(v)])
+        return networks.Chain([inner], LOSS).loss_and_gradient(x, t, throw=throw)
 
     def square(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
         return *(normal(rng, s) / 2 for s in ((m, 3), (m,), (3, m))), normal(rng, (5, 3)), normal(rng, (5, 3))
 
     def frozen(w: Any, b: Any, v: Any, x: Any, t: Any, throw: bool = True) -> Any:
-        layers = [ddnref.Frozen(ddnref.Dense(w, b, "gelu")), ddnref.Dense(v)]
-        return ddnref.Chain(layers, "mse").gradient(x, t, throw=throw)
+        layers = [networks.Frozen(networks.Dense(w, b, "gelu")), networks.Dense(v)]
+        return networks.Chain(layers, "mse").gradient(x, t, throw=throw)
 
     def product(name: str) -> Any:
         def call(w: Any, b: Any, v: Any, x: Any, t: Any, throw: bool = True) -> Any:
@@ -109,8 +109,8 @@ def network_targets() -> list[Target]:
         of("Chain.output", lambda w, b, v, x, t: chain(w, b, v).output(x), theirs=("t",), like=lambda: None),
         of(
             "Dense",
-            lambda w, b, v, x, t, throw=True: ddnref.Chain(
-                [ddnref.Dense(w, b, "relu"), ddnref.Dense(v)], "bce"
+            lambda w, b, v, x, t, throw=True: networks.Chain(
+                [networks.Dense(w, b, "relu"), networks.Dense(v)], "bce"
             ).gradient(x, 0 * t, throw=throw),
             theirs=("t",),
         ),
@@ -120,7 +120,7 @@ def network_targets() -> list[Target]:
         of("Frozen", frozen, aliases={"weight": ("constants", "params"), "bias": ("constants", "params")}),
         of(
             "Layer",
-            lambda s, x, t, throw=True: ddnref.Chain([_scale_layer(s)], "mse").gradient(x, t, throw=throw),
+            lambda s, x, t, throw=True: networks.Chain([_scale_layer(s)], "mse").gradient(x, t, throw=throw),
             _own_layer,
             "params x t",
             theirs=("params", "x"),
@@ -168,59 +168,67 @@ def curvature_targets() -> list[Target]:
         )
 
     def reduced(c: Any, x: Any, t: Any, **options: Any) -> Any:
-        reducer = ddnref.ggn_reducer(c, **options)
+        reducer = curvature.ggn_reducer(c, **options)
         first = reducer.update(reducer.init(), rows(x, slice(2)), rows(t, slice(2)))
         second = reducer.update(reducer.init(2), rows(x, slice(2, None)), rows(t, slice(2, None)))
         return reducer.finalise(reducer.merge(first, second)).grams
 
     def solved(c: Any, x: Any, t: Any, **options: Any) -> Any:
-        return ddnref.hessian_solve(c, x, t, [p + 0 for p in c.params], **options)
+        return curvature.hessian_solve(c, x, t, [p + 0 for p in c.params], **options)
 
     def factored(c: Any, x: Any, t: Any, **options: Any) -> Any:
-        factor = ddnref.hessian_factor(c, x, t, **options)
+        factor = curvature.hessian_factor(c, x, t, **options)
         return factor.solve([p + 0 for p in c.params]), factor.slogdet(), factor.inertia()
 
     def reverse(c: Any, x: Any, t: Any, **options: Any) -> Any:
-        factor = ddnref.hessian_factor(c, x, t, damping=5.0)
+        factor = curvature.hessian_factor(c, x, t, damping=5.0)
         b = [p + 0 for p in c.params]
-        return ddnref.hessian_solve_vjp(b, factor.solve(b)[0], factor, **options)
+        return curvature.hessian_solve_vjp(b, factor.solve(b)[0], factor, **options)
 
     def pairs(c: Any, x: Any, t: Any, **options: Any) -> Any:
-        return _free_of_sign(ddnref.hessian_eigvals(c, x, t, **{"k": 2, **options})[0])
+        return _free_of_sign(curvature.hessian_eigvals(c, x, t, **{"k": 2, **options})[0])
 
     def derivatives(c: Any, x: Any, t: Any, **options: Any) -> Any:
-        found = ddnref.ggn_directional_derivatives(c, x, t, **options)
+        found = curvature.ggn_directional_derivatives(c, x, t, **options)
         xp = array_api_compat.array_namespace(found.w)
         return found.w, xp.abs(found.first), found.second
 
     seeds = {"seed": "seed"}
     return [
-        of(ddnref.ggn_eigvalsh, ddnref.ggn_eigvalsh, options={**seeds, "mc_samples": "check_every"}),
+        of(curvature.ggn_eigvalsh, curvature.ggn_eigvalsh, options={**seeds, "mc_samples": "check_every"}),
         of(
-            ddnref.ggn_eigh,
-            lambda *a, **o: _free_of_sign(ddnref.ggn_eigh(*a, **o)),
+            curvature.ggn_eigh,
+            lambda *a, **o: _free_of_sign(curvature.ggn_eigh(*a, **o)),
             {"k": 2},
             options={**seeds, "k": "k"},
         ),
-        of(ddnref.ggn_directional_derivatives, derivatives, {"k": 2}, options=seeds),
+        of(curvature.ggn_directional_derivatives, derivatives, {"k": 2}, options=seeds),
         of(
-            ddnref.ggn_damped_newton, ddnref.ggn_damped_newton, {"k": 2, "damping": 0.5}, options={"damping": "damping"}
+            curvature.ggn_damped_newton,
+            curvature.ggn_damped_newton,
+            {"k": 2, "damping": 0.5},
+            options={"damping": "damping"},
         ),
-        of(ddnref.ggn_reducer, reduced, options=seeds),
-        of(ddnref.ggn_reducer, reduced, name="Ggn", functions=("Ggn", "GgnState")),
+        of(curvature.ggn_reducer, reduced, options=seeds),
+        of(curvature.ggn_reducer, reduced, name="Ggn", functions=("Ggn", "GgnState")),
         of(
-            ddnref.hessian_factor,
+            curvature.hessian_factor,
             factored,
             {"damping": 5.0},
             functions=("hessian_factor", "HessianFactor"),
             options={"damping": "damping"},
         ),
-        of(ddnref.hessian_solve, solved, {"damping": 5.0}, options={"damping": "damping", "refine": "refine"}),
-        of(ddnref.hessian_solve_vjp, reverse, options={"refine": "refine"}),
+        of(curvature.hessian_solve, solved, {"damping": 5.0}, options={"damping": "damping", "refine": "refine"}),
+        of(curvature.hessian_solve_vjp, reverse, options={"refine": "refine"}),
         of(
-            ddnref.hessian_eigval_count,
-            lambda c, x, t, interval=(-0.5, 0.7), **o: ddnref.hessian_eigval_count(c, x, t, interval, **o)[0],
+            curvature.hessian_eigval_count,
+            lambda c, x, t, interval=(-0.5, 0.7), **o: curvature.hessian_eigval_count(c, x, t, interval, **o)[0],
             options={"interval": "interval"},
         ),
-        of(ddnref.hessian_eigvals, pairs, options={"sigma": "any number", "interval": "interval"}, doubles=True),
+        of(
+            curvature.hessian_eigvals,
+            pairs,
+            options={"sigma": "any number", "interval": "interval"},
+            doubles=True,
+        ),
     ]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ddnref import DdnrefError
-from ddnref._rule import options_of, plain_forward
+from ddnref._rules.contract import options_of, plain_forward
 from ddnref.testing import check_vjp
 
 from ._judge import (

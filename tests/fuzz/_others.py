@@ -8,8 +8,7 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-import ddnref
-from ddnref import testing
+from ddnref import curvature, testing
 
 from ._drivers import normal, target
 from ._linear import eigen_targets, krylov_targets, operator_targets, scipy_targets
@@ -39,7 +38,6 @@ VALUES = (
     "RobustPoolInfo",
     "SinkhornInfo",
     "SolveInfo",
-    "testing",
 )
 """Public names that compute nothing: errors, what functions return, and a module."""
 
@@ -57,17 +55,17 @@ def reducer_targets() -> list[Target]:
             return z @ array_api_compat.array_namespace(z).matrix_transpose(z)
 
     def gram(a: Any, b: Any, **options: Any) -> Any:
-        reducer = ddnref.gram_reducer(**options)
+        reducer = curvature.gram_reducer(**options)
         second = reducer.update(reducer.init(), b)
         return reducer.finalise(reducer.merge(reducer.update(reducer.init(), a), second))
 
     def total(a: Any, b: Any, **options: Any) -> Any:
-        reducer = ddnref.sum_reducer(square, **options)
+        reducer = curvature.sum_reducer(square, **options)
         return reducer.finalise(reducer.update(reducer.update(reducer.init(), a), b))
 
     return [
         target(
-            ddnref.gram_reducer,
+            curvature.gram_reducer,
             _shards,
             "factor factor",
             gram,
@@ -76,7 +74,7 @@ def reducer_targets() -> list[Target]:
             functions=("gram_reducer", "GramState", "Reducer"),
         ),
         target(
-            ddnref.sum_reducer,
+            curvature.sum_reducer,
             _shards,
             "function function",
             total,

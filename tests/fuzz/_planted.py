@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ddnref._rules import RULES
+from ddnref._rules.table import RULES
 
 from ._targets import Target, forward_target, vjp_target
 

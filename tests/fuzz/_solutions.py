@@ -8,7 +8,7 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-import ddnref
+from ddnref import implicit
 
 from ._drivers import definite, normal, target
 from ._targets import Target
@@ -62,14 +62,14 @@ MINIMUM: dict[str, Any] = {
 }
 CONSTRAINED: dict[str, Any] = {
     "gradient": lambda y, x, t: y - x,
-    "hessian": lambda y, nu, x, t: ddnref.Diagonal(1 + 0 * y),
+    "hessian": lambda y, nu, x, t: implicit.Diagonal(1 + 0 * y),
     "constraint": lambda y, x, t: _total(y) - t,
     "constraint_jacobian": lambda y, x, t: _ones_row(y),
     "residual_vjp": lambda w, eta, y, nu, x, t: (-w, -eta),
 }
 LINEAR: dict[str, Any] = {
     "gradient": lambda y, x: y - x,
-    "hessian": lambda y, x: ddnref.Diagonal(1 + 0 * y),
+    "hessian": lambda y, x: implicit.Diagonal(1 + 0 * y),
     "gradient_vjp": lambda w, y, x: -w,
 }
 
@@ -102,22 +102,22 @@ def implicit_targets() -> list[Target]:
             "jacobian": lambda y, d, b: of_matrix(d),
             "residual_vjp": lambda w, y, d, b: (w * y, -w),
         }
-        return of(ddnref.root_vjp, build, "y_bar y inputs inputs", stated, name=name)
+        return of(implicit.root_vjp, build, "y_bar y inputs inputs", stated, name=name)
 
     return [
-        of(ddnref.root_vjp, _root, "y_bar y inputs inputs", ROOT),
-        of(ddnref.argmin_vjp, _root, "y_bar y inputs inputs", MINIMUM),
-        of(ddnref.eq_argmin_vjp, _constrained, "y_bar y nu inputs inputs", CONSTRAINED, optional=("nu",)),
+        of(implicit.root_vjp, _root, "y_bar y inputs inputs", ROOT),
+        of(implicit.argmin_vjp, _root, "y_bar y inputs inputs", MINIMUM),
+        of(implicit.eq_argmin_vjp, _constrained, "y_bar y nu inputs inputs", CONSTRAINED, optional=("nu",)),
         of(
-            ddnref.ineq_argmin_vjp,
+            implicit.ineq_argmin_vjp,
             _constrained,
             "y_bar y nu inputs inputs",
             {**CONSTRAINED, "equalities": 1},
             optional=("nu",),
         ),
-        of(ddnref.lineq_argmin_vjp, _equations, "y_bar y nu a b inputs", LINEAR, optional=("nu",)),
-        structured("Diagonal", ddnref.Diagonal),
-        structured("BlockDiagonal", lambda d: ddnref.BlockDiagonal(d[..., :, None, None])),
-        structured("DiagonalPlusLowRank", lambda d: ddnref.DiagonalPlusLowRank(d, 0 * d[..., None])),
-        structured("Products", lambda d: ddnref.Products(lambda v: d * v)),
+        of(implicit.lineq_argmin_vjp, _equations, "y_bar y nu a b inputs", LINEAR, optional=("nu",)),
+        structured("Diagonal", implicit.Diagonal),
+        structured("BlockDiagonal", lambda d: implicit.BlockDiagonal(d[..., :, None, None])),
+        structured("DiagonalPlusLowRank", lambda d: implicit.DiagonalPlusLowRank(d, 0 * d[..., None])),
+        structured("Products", lambda d: implicit.Products(lambda v: d * v)),
     ]

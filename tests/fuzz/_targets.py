@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
 
-import ddnref
-from ddnref._rule import Rule, as_tuple, options_of, plain_forward
-from ddnref._rules import RULES
+from ddnref._rules.contract import Rule, as_tuple, options_of, plain_forward
+from ddnref._rules.table import RULES
 
 
 class Problem(NamedTuple):
@@ -243,9 +243,14 @@ def _looseness(rule: Rule) -> float:
     return 1.0 if rule.info is None and not rule.vjp_info else 100.0
 
 
+def _public(rule: Rule, suffix: str) -> Any:
+    """The public function of that suffix, or ``None``, from the subject module that has the operation."""
+    return getattr(import_module(rule.function.__module__.rpartition(".")[0]), rule.name + suffix, None)
+
+
 def forward_target(rule: Rule, suffix: str = "") -> Target:
     """The operation itself, or its `_fwd`."""
-    function = getattr(ddnref, rule.name + suffix)
+    function = _public(rule, suffix)
 
     def make(rng: np.random.Generator, batch: tuple[int, ...], m: int, is_complex: bool) -> Problem:
         sample = rule.sample(np.asarray, rng, batch, m, is_complex)
@@ -284,6 +289,6 @@ def rule_targets() -> list[Target]:
     found = []
     for rule in RULES.values():
         found += [forward_target(rule), vjp_target(rule)]
-        if hasattr(ddnref, f"{rule.name}_fwd"):
+        if _public(rule, "_fwd") is not None:
             found.append(forward_target(rule, "_fwd"))
     return found

@@ -1,0 +1,1 @@
+"""What every function of the package needs: namespaces, checks, loops."""

@@ -1,0 +1,274 @@
+"""What every operation asks of its arrays: one namespace, one device, floating dtypes, matching shapes."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from typing import Any, TypeAlias
+
+import array_api_compat
+import numpy as np
+
+from ddnref.errors import NonFiniteError
+
+Array: TypeAlias = Any
+"""Any array that follows the Python array API standard (NumPy, CuPy, PyTorch, JAX, array-api-strict, ...)."""
+
+Namespace: TypeAlias = Any
+
+
+def namespace(**arrays: Array | None) -> Namespace:
+    """Return the namespace that all named arrays share; ``None`` entries are skipped.
+
+    Raises
+    ------
+    TypeError
+        If there is no array, or the arrays mix namespaces or devices, or one is neither real nor complex
+        floating (float16 included: LAPACK has no half precision).
+    """
+    present = {name: array for name, array in arrays.items() if array is not None}
+    if not present:
+        raise TypeError(f"{' and '.join(arrays)} must be given: there is nothing to compute from None.")
+    if all(type(a) is np.ndarray and a.dtype.char in "fdFD" and a.dtype.isnative for a in present.values()):
+        return _numpy_namespace()  # the common case, checked in a microsecond
+    xp = library(**present)
+    for name, array in present.items():
+        if array.dtype not in (xp.float64, xp.float32, xp.complex128, xp.complex64):
+            raise TypeError(
+                f"{name} has dtype {array.dtype}; ddnref computes in float32, float64, complex64 or complex128. "
+                f"Convert it first, for example with xp.astype({name}, xp.float64)."
+            )
+    return xp
+
+
+@cache
+def _numpy_namespace() -> Namespace:
+    """array-api-compat's NumPy, loaded when first used: it loads all of NumPy, its compiler for Fortran included."""
+    import array_api_compat.numpy as xp
+
+    return xp
+
+
+def library(**arrays: Array) -> Namespace:
+    """Return the namespace that all named arrays share, of any dtype; ``TypeError`` for several, or several devices."""
+    xp = _shared_namespace(arrays)
+    for name, array in arrays.items():
+        _check_plain(name, array)
+    _check_devices(arrays)
+    return xp
+
+
+def _kind(array: Array) -> str:
+    return f"{type(array).__module__.split('.')[0]}.{type(array).__qualname__}"
+
+
+def _shared_namespace(present: dict[str, Array]) -> Namespace:
+    for name, array in present.items():
+        if isinstance(array, type) or not array_api_compat.is_array_api_obj(array):
+            raise TypeError(
+                f"{name} is a {_kind(array)}, not an array. "
+                "Pass a NumPy, CuPy, PyTorch, JAX or other array-API array; lists and scalars are not converted."
+            )
+    try:
+        return array_api_compat.array_namespace(*present.values())
+    except TypeError as error:
+        kinds = ", ".join(f"{name}: {_kind(array)}" for name, array in present.items())
+        raise TypeError(
+            f"All arrays must come from one library, but got {kinds}. "
+            "Nothing is converted silently; move them to one library first, for example with xp.from_dlpack."
+        ) from error
+
+
+def _check_plain(name: str, array: Array) -> None:
+    """Raise ``TypeError`` for arrays of which only a part would be seen, or whose products mean something else."""
+    if isinstance(array, np.ndarray):
+        if isinstance(array, np.matrix | np.ma.MaskedArray):
+            raise TypeError(
+                f"{name} is a {_kind(array)}: its mask, or its way to multiply, would be ignored. Pass a plain array, "
+                f"for example np.asarray({name})."
+            )
+        if not array.dtype.isnative:
+            raise TypeError(
+                f"{name} has dtype {array.dtype}, in foreign byte order. Convert it first, for example with "
+                f'{name}.astype({name}.dtype.newbyteorder("=")).'
+            )
+    elif array_api_compat.is_torch_array(array) and (array.is_sparse or array.is_sparse_csr):
+        raise TypeError(f"{name} has layout {array.layout}: ddnref takes dense tensors. Pass {name}.to_dense().")
+
+
+def _check_devices(present: dict[str, Array]) -> None:
+    try:
+        devices = {name: array_api_compat.device(array) for name, array in present.items()}
+    except AttributeError as error:  # autograd's boxes look like arrays otherwise
+        kinds = ", ".join(f"{name}: {_kind(array)}" for name, array in present.items())
+        raise TypeError(
+            f"Expected arrays, but got {kinds}. Inside autograd, wrap the operation with ddnref.interop.autograd"
+            ".differentiable; an operator is made of plain arrays, then operator.with_params(...) takes the boxes."
+        ) from error
+    if len({str(device) for device in devices.values() if device is not None}) > 1:
+        where = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise TypeError(
+            f"All arrays must be on one device, but got {where}. Move them first with array_api_compat.to_device."
+        )
+    if "cupy" in sys.modules and array_api_compat.is_cupy_array(next(iter(present.values()))):
+        from ddnref._kernels.cupy import check_current_device
+
+        check_current_device(present)
+
+
+_namespaces: dict[type, Namespace] = {}
+
+
+def namespace_of(x: Array) -> Namespace:
+    """The namespace of `x`, looked up once for each type: `array_namespace` takes as long as a short product."""
+    xp = _namespaces.get(type(x))
+    return _namespaces.setdefault(type(x), array_api_compat.array_namespace(x)) if xp is None else xp
+
+
+def is_complex(x: Array) -> bool:
+    """Whether the dtype is complex; ``isdtype`` takes many times as long, as long as a short product."""
+    dtype = x.dtype
+    return dtype.kind == "c" if isinstance(dtype, np.dtype) else "complex" in str(dtype)
+
+
+def conj(x: Array) -> Array:
+    """Complex conjugate; nothing to do for real arrays."""
+    return namespace_of(x).conj(x) if is_complex(x) else x
+
+
+def real(x: Array) -> Array:
+    """Real part; nothing to do for real arrays."""
+    return namespace_of(x).real(x) if is_complex(x) else x
+
+
+def as_dtype(x: Array, like: Array) -> Array:
+    """Real numbers in the dtype of `like`, which the standard wants for real times complex."""
+    return x if x.dtype == like.dtype else namespace_of(x).astype(x, like.dtype)
+
+
+def real_dtype(xp: Namespace, dtype: Any) -> Any:
+    """The real dtype of the same precision."""
+    return xp.float32 if dtype in (xp.float32, xp.complex64) else xp.float64
+
+
+def eps(xp: Namespace, dtype: Any) -> float:
+    """Machine epsilon of a floating dtype, as a Python float."""
+    return 2.0**-23 if dtype in (xp.float32, xp.complex64) else 2.0**-52
+
+
+def double(xp: Namespace, x: Array) -> Array:
+    """`x` in float64; as it is where JAX was not told to compute in 64 bits."""
+    if x.dtype == xp.float64 or (array_api_compat.is_jax_array(x) and not sys.modules["jax"].config.jax_enable_x64):
+        return x
+    return xp.astype(x, xp.float64)
+
+
+def check_dtypes(**pairs: tuple[Array | None, Any]) -> None:
+    """Raise ``TypeError`` unless each named ``(array, dtype)`` agrees; ``None`` arrays are skipped."""
+    for name, (array, dtype) in pairs.items():
+        if array is not None and array.dtype != dtype:
+            wanted = getattr(dtype, "__name__", dtype)
+            raise TypeError(f"{name} has dtype {array.dtype}, expected {wanted}: nothing is converted silently.")
+
+
+def check_precision(xp: Namespace, **arrays: Array) -> None:
+    """Raise ``TypeError`` unless all are single or all double precision; real and complex go together."""
+    if len({str(real_dtype(xp, array.dtype)) for array in arrays.values()}) > 1:
+        kinds = ", ".join(f"{name}: {array.dtype}" for name, array in arrays.items())
+        raise TypeError(f"All arrays must have one precision, but got {kinds}: nothing is converted silently.")
+
+
+def given(**arrays: Array | None) -> None:
+    """Raise ``TypeError`` for an array that is ``None``."""
+    for name, array in arrays.items():
+        if array is None:
+            raise TypeError(f"{name} is None: an array must be given.")
+
+
+def check_shapes(**pairs: tuple[Array | None, tuple[int, ...]]) -> None:
+    """Raise ``ValueError`` unless each named ``(array, shape)`` agrees; ``None`` arrays are skipped."""
+    for name, (array, shape) in pairs.items():
+        if array is not None and tuple(array.shape) != tuple(shape):
+            raise ValueError(f"{name} has shape {tuple(array.shape)}, expected {tuple(shape)}.")
+
+
+def check_real(**arrays: Array | None) -> None:
+    """Raise ``TypeError`` for a complex array where the operation is defined for real ones; ``None`` is skipped."""
+    for name, array in arrays.items():
+        if array is not None and is_complex(array):
+            raise TypeError(f"{name} has dtype {array.dtype}; this operation is defined for real arrays only.")
+
+
+def check_square(name: str, x: Array) -> None:
+    """Raise ``ValueError`` unless `x` is a square matrix or a batch of them."""
+    if x.ndim < 2 or x.shape[-1] != x.shape[-2]:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (..., m, m): square in its last two axes.")
+
+
+def refuse_recording(function: str, x: Array) -> None:
+    """Raise ``TypeError`` where PyTorch would record the forward with its own derivative, which ours replaces."""
+    if is_recorded(x):
+        raise TypeError(
+            f"The tensor given to {function} requires grad, so PyTorch would record its own derivative "
+            "(NaN or wrong at repeated eigenvalues) instead of ours. Call "
+            f"ddnref.interop.torch.differentiable(ddnref.{function}) to train through it, or pass x.detach() "
+            f"and call {function}_vjp yourself."
+        )
+
+
+def is_recorded(x: Array) -> bool:
+    """Whether PyTorch records what is computed from `x`."""
+    if sys.modules.get("torch") is not None and array_api_compat.is_torch_array(x) and x.requires_grad:
+        import torch
+
+        return bool(torch.is_grad_enabled())
+    return False
+
+
+def is_true(flag: Array) -> bool:
+    """Read one flag on the host: the only place where the package synchronises with a device."""
+    return bool(flag)
+
+
+def refuse_non_finite(name: str, x: Array) -> None:
+    """Raise `NonFiniteError` if `x` contains NaN or infinity; reads one flag."""
+    xp = array_api_compat.array_namespace(x)
+    if is_true(xp.any(~xp.isfinite(x))):
+        raise NonFiniteError(
+            f"{name} contains NaN or infinity. Likely a diverged step or a division by zero before this call. Pass "
+            "check_finite=False to get NaN for these items of the batch and the right results for the others."
+        )
+
+
+def quiet() -> np.errstate:
+    """NumPy's warnings off, array-api-strict's too: an item that is not finite is reported by its status."""
+    return np.errstate(all="ignore")
+
+
+def full(shape: tuple[int, ...], value: float, like: Array) -> Array:
+    """An array filled with `value`, of the dtype and on the device of `like`."""
+    xp = array_api_compat.array_namespace(like)
+    return xp.full(shape, value, dtype=like.dtype, device=array_api_compat.device(like))
+
+
+def power_of_two_below(size: Array) -> Array:
+    """The power of two below each number, 1 for zero: to divide by it is exact."""
+    xp = array_api_compat.array_namespace(size)
+    return full((), 2.0, size) ** xp.floor(xp.log2(xp.where(size > 0, size, xp.ones_like(size))))
+
+
+def own(x: Array) -> Array:
+    """A copy, which may be overwritten and does not change with `x`."""
+    return namespace_of(x).asarray(x, copy=True)
+
+
+def with_axes(x: Array, count: int) -> Array:
+    """Numbers ``(...)``, one for each item, with that many axes of length one behind, to go with what an item has."""
+    if count == 1:
+        return x[..., None]  # the quickest: Krylov methods ask for it in every step
+    return namespace_of(x).reshape(x, (*x.shape, *(1,) * count)) if count else x
+
+
+def nan_where(bad: Array, x: Array) -> Array:
+    """`x` with NaN wherever `bad` (broadcast against it) is set; reads nothing on the host."""
+    return array_api_compat.array_namespace(x).where(bad, full((), float("nan"), x), x)

@@ -1,0 +1,74 @@
+"""Loops that a GPU need not wait for: one flag is read every few steps, or none where the library loops by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+import array_api_compat
+
+from ddnref._core.arrays import Array, is_true, namespace_of
+
+State = TypeVar("State")
+WhileLoop: TypeAlias = Callable[[Callable[[Any], Array], Callable[[Any], Any], Any], Any]
+"""``while_loop(cond, body, state) -> state``, such as ``jax.lax.while_loop``."""
+
+CHECK_EVERY = 10
+
+
+def run(
+    active: Callable[[State], Array],
+    body: Callable[[State], State],
+    state: State,
+    *,
+    maxiter: int,
+    check_every: int = CHECK_EVERY,
+    while_loop: WhileLoop | None = None,
+) -> State:
+    """Apply `body` while a flag of ``active(state)`` is set, at most `maxiter` times.
+
+    `state` is a flat tuple of arrays. ``active`` returns one flag per item, ``(...)``; `body` must leave the items
+    that are no longer active as they are, because up to ``check_every - 1`` steps follow before that is seen. With
+    `while_loop` nothing is read: the library's own loop evaluates the condition, after each step.
+    """
+    if maxiter < 0 or check_every < 1:
+        raise ValueError(f"maxiter is {maxiter} and check_every {check_every}; expected at least 0 and 1.")
+    if while_loop is not None:
+        return _traced(active, body, state, maxiter, while_loop)
+    for step in range(maxiter):
+        if step % check_every == 0 and not is_true(_any(active(state))):
+            break
+        state = body(state)
+    return state
+
+
+def _traced(
+    active: Callable[[State], Array], body: Callable[[State], State], state: State, maxiter: int, while_loop: WhileLoop
+) -> State:
+    flags = active(state)
+    xp = array_api_compat.array_namespace(flags)
+    first = xp.zeros((), dtype=xp.int32, device=array_api_compat.device(flags))
+
+    def cond(carry: tuple[Array, State]) -> Array:
+        return (carry[0] < maxiter) & _any(active(carry[1]))
+
+    def step(carry: tuple[Array, State]) -> tuple[Array, State]:
+        return carry[0] + 1, body(carry[1])
+
+    result: State = while_loop(cond, step, (first, state))[1]
+    return result
+
+
+def _any(flags: Array) -> Array:
+    return namespace_of(flags).any(flags)
+
+
+class IterationInfo(NamedTuple):
+    """How an iteration ended, for each item of the batch."""
+
+    converged: Array
+    """(...) bool: whether the stated residual reached its tolerance."""
+    n_iter: Array
+    """(...) int32: steps taken by the item before it was frozen."""
+    residual_norm: Array
+    """(...) or (..., n) real: the relative residual that the tolerance was compared with."""

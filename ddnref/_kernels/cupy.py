@@ -1,0 +1,230 @@
+"""What CuPy does differently from the standard, in one place, each form with its reason.
+
+cuSOLVER and cuBLAS say in an array on the device whether they succeeded. CuPy does not look at it, because looking
+waits for the GPU; so a matrix on which Jacobi's sweeps have not converged, or a singular one, comes back as numbers.
+Here every result is judged on the device instead, and what does not pass is NaN. Nothing is read on the host.
+
+`lu_solve` calls cuBLAS by addresses, as CuPy's own solvers do: CuPy has no batched one that takes factors. Everything
+else is CuPy's public functions, or the standard's.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from ddnref._core.arrays import Array, eps, nan_where
+
+EIGH_ITEMS = 2**19  # syevjBatched counts in 32 bits: it failed above a million matrices (cupy issue 7261)
+EIGH_ENTRIES = 2**27  # of one call: its copy, its eigenvectors and its workspace are a few GiB at most
+RESIDUAL = 10  # · m · eps · ‖S‖_F: LAPACK's is below 1, eigenvalues that are just the diagonal (issue 4847) about 1/eps
+BATCHED_LU = 2**16  # matrices · this >= n²: one call for the batch, as CuPy's own heuristic has it; else one by one
+
+
+# --- eigenvalues -------------------------------------------------------------------------------------------------
+
+
+def eigh(s: Array) -> tuple[Array, Array]:
+    """Eigenvalues and eigenvectors of finite, exactly Hermitian `s`, some of a batch at a time; NaN where they fail.
+
+    Judged by ``‖S V − V Λ‖``: one product, where the decomposition costs ten or more.
+    """
+    xp = array_api_compat.array_namespace(s)
+    m, items = s.shape[-1], math.prod(s.shape[:-2])
+    step = max(1, min(EIGH_ITEMS, EIGH_ENTRIES // max(m, 1) ** 2))
+    if s.size > 0 and items <= step:
+        return _judged(s, *xp.linalg.eigh(s))
+    w, v = xp.zeros((items, m), dtype=xp.real(s).dtype), xp.zeros((items, m, m), dtype=s.dtype)
+    flat = xp.reshape(s, v.shape)
+    for start in range(0, items if m else 0, step):
+        chosen = slice(start, min(start + step, items))
+        part = flat[chosen, ...]
+        w[chosen, :], v[chosen, ...] = _judged(part, *xp.linalg.eigh(part))
+    return xp.reshape(w, s.shape[:-1]), xp.reshape(v, s.shape)
+
+
+def eigvalsh(s: Array) -> Array:
+    """Eigenvalues alone; of a batch with their vectors, by which they are judged, of one matrix without.
+
+    There ``Σ λ² = ‖S‖²_F`` is what tells: the difference is the square of what was not diagonalised, so that less than
+    ``√(10 m eps) ‖S‖_F`` of it is not seen.
+    """
+    if s.ndim > 2 or s.size == 0:
+        return eigh(s)[0]
+    xp = array_api_compat.array_namespace(s)
+    w = xp.linalg.eigvalsh(s)
+    scale = _scale(s)
+    size = _norm(s / scale) ** 2
+    left = xp.abs(size - xp.sum((w / scale[..., 0]) ** 2, axis=-1))
+    return nan_where(~(left <= RESIDUAL * s.shape[-1] * eps(xp, s.dtype) * size)[..., None], w)
+
+
+def _judged(s: Array, w: Array, v: Array) -> tuple[Array, Array]:
+    xp = array_api_compat.array_namespace(s)
+    scale = _scale(s)
+    s, scaled = s / scale, w / scale[..., 0]
+    residual = _norm(s @ v - v * scaled[..., None, :])
+    failed = ~(residual <= RESIDUAL * s.shape[-1] * eps(xp, s.dtype) * _norm(s))
+    return nan_where(failed[..., None], w), nan_where(failed[..., None, None], v)
+
+
+def _scale(s: Array) -> Array:
+    """The largest entry of each item, ``(..., 1, 1)``, or 1: squares of what is divided by it stay in range."""
+    xp = array_api_compat.array_namespace(s)
+    largest = xp.max(xp.abs(s), axis=(-2, -1), keepdims=True)
+    return xp.where(largest > 0, largest, xp.ones_like(largest))
+
+
+def _norm(s: Array) -> Array:
+    xp = array_api_compat.array_namespace(s)
+    return xp.sqrt(xp.sum(xp.abs(s) ** 2, axis=(-2, -1)))
+
+
+# --- linear systems ----------------------------------------------------------------------------------------------
+
+
+def lu_factor(a: Array) -> tuple[Array, Array]:
+    """Packed factors and pivots, counted from 0, of finite ``(..., n, n)``.
+
+    ``cupyx.scipy.linalg.lu_factor`` takes one matrix, reads two flags for it on the host, and warns if it is singular.
+    """
+    xp = array_api_compat.array_namespace(a)
+    if a.size == 0:
+        return xp.zeros_like(a), xp.zeros(a.shape[:-1], dtype=xp.int32)
+    from cupy.linalg._decomposition import _lu_factor  # what slogdet factors a batch with: by columns, no flag read
+
+    lu_t, pivots, _ = _lu_factor(xp.matrix_transpose(a), a.dtype)
+    return xp.matrix_transpose(lu_t), pivots - 1
+
+
+def lu_solve(lu: Array, pivots: Array, b: Array, adjoint: bool) -> Array:
+    """``A⁻¹ B``, or ``A⁻ᴴ B``, of ``(..., n, k)`` with the batch axes of the factors; `b` is not empty.
+
+    ``cupyx.scipy.linalg.lu_solve`` takes one matrix and reads a flag for it on the host.
+    """
+    from cupy.cuda import cublas, cusolver, device
+
+    xp = array_api_compat.array_namespace(lu, b)
+    n, k = b.shape[-2:]
+    items = math.prod(b.shape[:-2])
+    # LAPACK's order; shapes and dtypes exactly as stated, because what follows are addresses
+    lu_t = _copy(xp.matrix_transpose(lu), (items, n, n), lu.dtype)
+    x_t = _copy(xp.matrix_transpose(b), (items, k, n), lu.dtype)
+    swaps = _copy(pivots, (items, n), xp.int32) + 1
+    kind = {"f": "s", "d": "d", "F": "c", "D": "z"}[lu.dtype.char]
+    trans = cublas.CUBLAS_OP_C if adjoint else cublas.CUBLAS_OP_N
+    if items * BATCHED_LU >= n * n:
+        info = np.zeros(1, dtype=np.int32)  # on the host: whether an argument was illegal, which none is
+        f, x = _addresses(lu_t), _addresses(x_t)
+        getrs = getattr(cublas, f"{kind}getrsBatched")
+        getrs(device.get_cublas_handle(), trans, n, k, f.data.ptr, n, swaps.data.ptr, x.data.ptr, n, info.ctypes.data,
+              items)  # fmt: skip
+    else:
+        info = xp.zeros((1,), dtype=xp.int32)
+        getrs = getattr(cusolver, f"{kind}getrs")
+        for i in range(items):
+            f, p, x = lu_t[i, ...], swaps[i, ...], x_t[i, ...]
+            getrs(device.get_cusolver_handle(), trans, n, k, f.data.ptr, n, p.data.ptr, x.data.ptr, n, info.data.ptr)
+    return xp.reshape(xp.matrix_transpose(x_t), b.shape)
+
+
+def _copy(x: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """A copy in C order, which owns its memory."""
+    xp = array_api_compat.array_namespace(x)
+    return xp.reshape(x.astype(dtype, order="C", copy=True), shape)
+
+
+def _addresses(x: Array) -> Array:
+    """Where each item of a batch in C order starts, as an array on the device."""
+    xp = array_api_compat.array_namespace(x)
+    step = math.prod(x.shape[1:]) * x.dtype.itemsize
+    return xp.arange(x.data.ptr, x.data.ptr + step * x.shape[0], step, dtype=xp.uint64)
+
+
+def solve(a: Array, b: Array) -> Array:
+    """``A⁻¹ B`` with equal batch axes; NaN where a pivot is exactly zero, whatever the right-hand side.
+
+    ``cupy.linalg.solve`` leaves such items to a division by zero, which a right-hand side with zeros avoids, and above
+    n = 256 it is a loop over the batch.
+    """
+    xp = array_api_compat.array_namespace(a, b)
+    lu, pivots = lu_factor(a)
+    singular = xp.any(xp.linalg.diagonal(lu) == 0, axis=-1)
+    return nan_where(singular[..., None, None], lu_solve(lu, pivots, b, False))
+
+
+def solve_triangular(a: Array, b: Array, *, lower: bool, unit_diagonal: bool) -> Array:
+    """cuBLAS's, which takes batches, unlike SciPy's."""
+    from cupyx.scipy.linalg import solve_triangular
+
+    return solve_triangular(a, b, lower=lower, unit_diagonal=unit_diagonal)
+
+
+# --- QR ----------------------------------------------------------------------------------------------------------
+
+
+def qr(a: Array) -> tuple[Array, Array]:
+    """Reduced factors of tall ``(..., m, n)``: CuPy's, a call for each item, or ours for all items at once.
+
+    One of our n steps is about as many kernels as one of its calls, so the larger number decides; that is a count, not
+    a measurement. Householder's reflections rather than Cholesky of AᵀA twice: the latter loses the orthogonality of Q
+    beyond a condition of ``1/√eps``, and where columns depend on each other all of it; to notice that takes a flag.
+    """
+    xp = array_api_compat.array_namespace(a)
+    if math.prod(a.shape[:-2]) > a.shape[-1]:
+        return householder(a)
+    q, r = xp.linalg.qr(a, mode="reduced")
+    return q, r
+
+
+def householder(a: Array) -> tuple[Array, Array]:
+    """QR factorisation of a whole batch, one column a step, for libraries whose arrays can be written to."""
+    xp = array_api_compat.array_namespace(a)
+    m, n = a.shape[-2:]
+    if a.size == 0:
+        return xp.zeros_like(a), xp.zeros((*a.shape[:-2], n, n), dtype=a.dtype)
+    scale = xp.astype(_scale(a), a.dtype)
+    r = a / scale  # a fresh array, and squares stay in range
+    reflections = []
+    for k in range(n):
+        u = _reflection(r[..., k:, k])
+        r[..., k:, k:] -= 2 * u[..., :, None] * (xp.conj(u)[..., None, :] @ r[..., k:, k:])
+        reflections.append(u)
+    i, j = xp.arange(m), xp.arange(n)
+    q = xp.zeros_like(a) + xp.astype(i[:, None] == j[None, :], a.dtype)
+    for k in reversed(range(n)):
+        u = reflections[k]
+        q[..., k:, k:] -= 2 * u[..., :, None] * (xp.conj(u)[..., None, :] @ q[..., k:, k:])
+    return q, xp.triu(r[..., :n, :]) * scale
+
+
+def _reflection(x: Array) -> Array:
+    """A vector u of unit length, or zero, such that ``x − 2 u ⟨u, x⟩`` has its first entry alone."""
+    xp = array_api_compat.array_namespace(x)
+    first = x[..., :1]
+    length = xp.sqrt(xp.sum(xp.abs(x) ** 2, axis=-1, keepdims=True))
+    size = xp.abs(first)
+    one = xp.ones_like(size)
+    phase = xp.where(size > 0, first / xp.where(size > 0, size, one), xp.ones_like(first))
+    u = xp.concat([first + phase * length, x[..., 1:]], axis=-1)
+    size = xp.sqrt(xp.sum(xp.abs(u) ** 2, axis=-1, keepdims=True))
+    return u / xp.where(size > 0, size, one)
+
+
+# --- devices -----------------------------------------------------------------------------------------------------
+
+
+def check_current_device(arrays: dict[str, Any]) -> None:
+    """Raise ``TypeError`` for an array that is not on the device at which CuPy computes and makes new arrays."""
+    import cupy
+
+    current = cupy.cuda.Device()
+    for name, array in arrays.items():
+        if array.device != current:
+            raise TypeError(
+                f"{name} is on {array.device}, but CuPy's current device is {current}, where it would compute and "
+                f"create arrays. Enter the device first: with {name}.device: ..."
+            )

@@ -1,1 +1,0 @@
-"""Declarative nodes with a solver: each function is a minimisation, its VJP the closed form at the minimum."""

@@ -1,0 +1,1 @@
+"""Problems on which a rule is checked."""

@@ -1,0 +1,149 @@
+"""What the functions of the GGN are told: parameter groups, which samples, Monte-Carlo signs. Static facts, checked."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import array_api_compat
+import numpy as np
+
+from ddnref._core.arrays import Array
+from ddnref.networks._chain import Chain
+
+Groups = tuple[tuple[int, ...], ...]
+
+
+class Options(NamedTuple):
+    """What the Gram matrices are computed from."""
+
+    chain: Chain
+    groups: Groups
+    grouped: bool
+    """Whether the caller named groups, and gets a tuple of results."""
+    subsampling: tuple[int, ...] | None
+    subsampling_gradient: tuple[int, ...] | None
+    mc_samples: int | None
+    seed: int
+    gradient: bool
+    """Whether the gradients of the samples are wanted too."""
+    throw: bool
+
+
+def options(
+    chain: Any,
+    groups: Sequence[Sequence[int]] | None,
+    subsampling: Iterable[int] | None,
+    subsampling_gradient: Iterable[int] | None,
+    mc_samples: int | None,
+    seed: int,
+    gradient: bool,
+    throw: bool,
+) -> Options:
+    """Check them."""
+    if not isinstance(chain, Chain):
+        raise TypeError(
+            f"chain is a {type(chain).__name__}, expected a ddnref.networks.Chain: build one, or use Chain.from_torch; "
+            "for a factor from elsewhere there is ddnref.curvature.gram_eigh."
+        )
+    if mc_samples is not None and operator.index(mc_samples) < 1:
+        raise ValueError(f"mc_samples is {mc_samples}, expected at least 1, or None for the exact matrix.")
+    return Options(
+        chain,
+        _groups(groups, len(chain.params)),
+        groups is not None,
+        _indices("subsampling", subsampling),
+        _indices("subsampling_gradient", subsampling_gradient),
+        mc_samples,
+        operator.index(seed),
+        gradient,
+        throw,
+    )
+
+
+def _groups(groups: Sequence[Sequence[int]] | None, n: int) -> Groups:
+    if groups is None:
+        return (tuple(range(n)),)
+    if not groups:
+        raise ValueError("groups is empty: name at least one list of positions in chain.params, or pass None.")
+    named: dict[int, int] = {}
+    chosen = []
+    for i, group in enumerate(groups):
+        if isinstance(group, (int, np.integer)) or not hasattr(group, "__iter__"):
+            raise TypeError(f"groups[{i}] is {group!r}, expected a list of positions in chain.params.")
+        positions = tuple(sorted(_position(i, p, n) for p in group))
+        if not positions:
+            raise ValueError(f"groups[{i}] has no parameters. Leave it out: a parameter in no group stays as it is.")
+        for p in positions:
+            if p in named:
+                raise ValueError(
+                    f"groups[{i}] and groups[{named[p]}] overlap in parameter {p}: the blocks of a block-diagonal "
+                    "matrix share none."
+                )
+            named[p] = i
+        chosen.append(positions)
+    return tuple(chosen)
+
+
+def _position(i: int, p: Any, n: int) -> int:
+    try:
+        position = operator.index(p)
+    except TypeError:
+        raise TypeError(
+            f"groups[{i}] contains {type(p).__name__}, expected positions in chain.params, integers."
+        ) from None
+    if not 0 <= position < n:
+        raise ValueError(
+            f"groups[{i}] names parameter {position}, but chain.params has {n}, counted from 0. Parameters of a Frozen "
+            "layer are constants and not among them."
+        )
+    return position
+
+
+def _indices(name: str, indices: Iterable[int] | None) -> tuple[int, ...] | None:
+    if indices is None:
+        return None
+    given = tuple(operator.index(i) for i in indices)
+    if not given:
+        raise ValueError(f"{name} is empty: name at least one sample, or pass None for all.")
+    if min(given) < 0:
+        raise ValueError(f"{name} contains {min(given)}: samples are counted from 0, across all batches.")
+    if len(set(given)) < len(given):
+        repeated = next(i for i in given if given.count(i) > 1)
+        raise ValueError(f"{name} names sample {repeated} twice: it would count twice in the mean. Name it once.")
+    return given
+
+
+def check_seen(name: str, indices: tuple[int, ...] | None, first: int, end: int) -> None:
+    """Raise for samples that never came; `first` to `end` are those that did."""
+    if indices is not None and max(indices) >= end:
+        raise ValueError(f"{name} names sample {max(indices)}, but there are {end - first}, counted from {first}.")
+
+
+def chosen_here(indices: tuple[int, ...] | None, start: int, n: int) -> list[int] | None:
+    """Positions within the n samples that begin at `start`, in the order in which they lie; ``None`` for all."""
+    if indices is None:
+        return None
+    return [i - start for i in sorted(indices) if start <= i < start + n]
+
+
+def rows(x: Array, positions: list[int] | None) -> Array:
+    """Some samples."""
+    if positions is None:
+        return x
+    xp = array_api_compat.array_namespace(x)
+    return xp.take(x, xp.asarray(positions, dtype=xp.int64, device=array_api_compat.device(x)), axis=0)
+
+
+def signs(seed: int, m: int, start: int, n: int, r: int, like: Array) -> Array:
+    """Random signs ``(m, n, r)`` that depend on the seed and on the number of each sample alone.
+
+    A shard gets those that the whole data set would: the generator is advanced to its first sample.
+    """
+    generator = np.random.PCG64(seed)
+    generator.advance(start * m * r)
+    drawn = np.random.Generator(generator).random((n, m, r))  # one step of the generator each
+    values = np.moveaxis(np.where(drawn < 0.5, -1.0, 1.0), 0, 1)
+    xp = array_api_compat.array_namespace(like)
+    return xp.asarray(np.ascontiguousarray(values), dtype=like.dtype, device=array_api_compat.device(like))

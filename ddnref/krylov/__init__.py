@@ -1,0 +1,33 @@
+"""Krylov methods for linear systems and least squares."""
+
+from ddnref.krylov._bicgstab import (
+    bicgstab,
+)
+from ddnref.krylov._cg import (
+    cg,
+)
+from ddnref.krylov._common import (
+    Progress,
+    SolveInfo,
+)
+from ddnref.krylov._gmres import (
+    gmres,
+)
+from ddnref.krylov._lsmr import (
+    LeastSquaresInfo,
+    lsmr,
+)
+from ddnref.krylov._minres import (
+    minres,
+)
+
+__all__ = [
+    "LeastSquaresInfo",
+    "Progress",
+    "SolveInfo",
+    "bicgstab",
+    "cg",
+    "gmres",
+    "lsmr",
+    "minres",
+]

@@ -1,0 +1,164 @@
+"""BiCGSTAB (van der Vorst 1992), preconditioned from the right, so that its residual is that of ``A x = b``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ddnref._core.arrays import Array, as_dtype, eps, namespace_of, own
+from ddnref._core.loops import WhileLoop
+from ddnref._kernels.public import public
+from ddnref._kernels.vectors import axpy, complex_dots, dots, norms, quotient, xpay
+from ddnref.krylov._common import (
+    BREAKDOWN,
+    NOT_FINITE,
+    RUNNING,
+    Callback,
+    Preconditioner,
+    SolveInfo,
+    System,
+    count,
+    mark,
+)
+from ddnref.krylov._rounds import Result, Round, finish, rounds
+from ddnref.krylov._system import prepare
+from ddnref.operators import LinearOperator
+
+
+class _State(NamedTuple):
+    x: Array
+    r: Array
+    shadow: Array
+    """The residual with which the round began."""
+    p: Array
+    v: Array
+    rho: Array
+    """``shadowᴴ r`` of the step before."""
+    alpha: Array
+    omega: Array
+    size: Array
+    """``‖r‖ / ‖b‖``, by recurrence."""
+    status: Array
+    n_iter: Array
+
+
+@public
+def bicgstab(
+    operator: Array | LinearOperator,
+    b: Array,
+    /,
+    *,
+    x0: Array | None = None,
+    preconditioner: Preconditioner | None = None,
+    rtol: float | None = None,
+    maxiter: int | None = None,
+    check_every: int | None = None,
+    callback: Callback | None = None,
+    throw: bool = True,
+    while_loop: WhileLoop | None = None,
+) -> tuple[Array, SolveInfo]:
+    r"""Solve ``A x = b`` with any square operator in seven vectors, by BiCGSTAB.
+
+    Parameters
+    ----------
+    operator : LinearOperator or (..., n, n) array, real or complex floating
+        Need not be self-adjoint.
+    b, x0, preconditioner, rtol, maxiter, check_every, callback, throw, while_loop
+        As in `cg`; any M ≈ A⁻¹ that is regular will do, and a step takes two products.
+
+    Returns
+    -------
+    x : (..., \*domain_shape) array
+    info : SolveInfo
+        As in `cg`.
+
+    Raises
+    ------
+    ConvergenceError
+        Iteration limit, breakdown, stagnation, NaN or infinity.
+    TypeError, ValueError
+        As `cg`; `operator` need not be self-adjoint.
+
+    See Also
+    --------
+    gmres : never breaks down, and its residual never grows, for more memory.
+
+    Notes
+    -----
+    A step divides by ``ρ = r̃ᴴ r``, by ``r̃ᴴ A p`` and by ω. Where one of them vanishes to rounding, the iteration
+    starts again with the present residual as r̃, as long as that has fallen to half; if it has not, the breakdown is
+    reported. Cost of a step: two products, two with M, 20 n flops.
+
+    References
+    ----------
+    .. [1] H. A. van der Vorst, "Bi-CGSTAB: a fast and smoothly converging variant of Bi-CG for the solution of
+       nonsymmetric linear systems", SIAM J. Sci. Stat. Comput. 13 (1992), section 3.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x, info = ddnref.krylov.bicgstab(np.asarray([[3.0, 1.0], [0.0, 2.0]]), np.asarray([4.0, 2.0]))
+    >>> np.round(x, 12), bool(info.converged)
+    (array([1., 1.]), True)
+    """
+    limits = {"rtol": rtol, "maxiter": maxiter, "check_every": check_every}
+    system, x0 = prepare("bicgstab", operator, b, x0, preconditioner, limits, callback, while_loop)
+    return finish("bicgstab", system, rounds(system, x0, _round, restarts=True), throw)
+
+
+def _round(system: System, start: Round, iterate: Callable[..., Any]) -> Result:
+    """Steps from a residual that was computed afresh, and that is the shadow residual as well."""
+    xp = namespace_of(start.r)
+    one = as_dtype(xp.ones_like(start.size), start.r)
+    zeros = xp.zeros_like(start.r)
+    first = _State(
+        start.x, start.r, own(start.r), zeros, zeros, one, one, one, start.size, start.status, start.n_iter
+    )  # fmt: skip
+
+    def active(state: _State) -> Array:
+        return (state.size > system.options.rtol) & (state.status == RUNNING) & (state.n_iter < system.options.maxiter)
+
+    last = iterate(active, lambda state: _step(system, state, active(state)), first, lambda state: state.size)
+    return Result(last.x, last.status, last.n_iter)
+
+
+def _step(system: System, state: _State, go: Array) -> _State:
+    """``p ← r + β (p − ω v)``, ``s = r − α v``, ``x ← x + α M p + ω M s``, ``r ← s − ω t``."""
+    xp = namespace_of(state.r)
+    tiny = eps(xp, state.r.dtype) ** 1.5  # of the product of the two lengths: below it nothing is left but rounding
+    shadow = norms(state.shadow)
+    rho = complex_dots(state.shadow, state.r)
+    go, status = _divisor(go, state.status, rho, tiny * shadow * state.size * system.norm_b)
+    beta = quotient(rho, state.rho, go) * quotient(state.alpha, state.omega, go)
+    p = axpy(own(state.p), go, -state.omega, state.v)
+    p = xpay(state.r, beta, p)
+    p_hat = p if system.precondition is None else system.precondition(p)
+    v = own(system.apply(p_hat))  # the next product may come in the same buffer
+    sigma = complex_dots(state.shadow, v)
+    go, status = _divisor(go, status, sigma, tiny * shadow * norms(v))
+    alpha = quotient(rho, sigma, go)
+    s = axpy(state.r, go, -alpha, v)
+    s_hat = s if system.precondition is None else system.precondition(s)
+    t = system.apply(s_hat)
+    tt = dots(t, t)
+    omega = quotient(complex_dots(t, s), as_dtype(tt, t), go & (tt > 0))
+    x = axpy(axpy(state.x, go, alpha, p_hat), go, omega, s_hat)
+    r = axpy(s, go, -omega, t)
+    size = norms(r) / system.norm_b
+    wild = size * system.norm_b > shadow / eps(xp, s.dtype)  # every digit of the residual is lost
+    flat = go & (((xp.abs(omega) == 0) & (size > system.options.rtol)) | (wild & (size < float("inf"))))
+    status = mark(status, flat, BREAKDOWN)
+    status = mark(status, go & ~flat & ~(size < float("inf")), NOT_FINITE)
+    one = xp.ones_like(rho)
+    return _State(
+        x, r, state.shadow, p, v, xp.where(go, rho, one), xp.where(go, alpha, one),
+        xp.where(go & ~flat, omega, one), size, status, count(go, state.n_iter),
+    )  # fmt: skip
+
+
+def _divisor(go: Array, status: Array, value: Array, smallest: Array) -> tuple[Array, Array]:
+    """Who goes on, and the status, where a step is to divide by `value`."""
+    size = namespace_of(value).abs(value)
+    small = go & (size <= smallest)
+    wild = go & ~small & ~(size < float("inf"))
+    return go & ~small & ~wild, mark(mark(status, small, BREAKDOWN), wild, NOT_FINITE)

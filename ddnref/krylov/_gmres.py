@@ -1,0 +1,216 @@
+"""Restarted GMRES (Saad and Schultz 1986), preconditioned from the right.
+
+A cycle builds an orthonormal basis ``A M Q_j = Q_{j+1} H_j`` of j ≤ m columns and takes the x that makes
+``‖β e_1 − H y‖`` smallest. Instead of the Givens rotations their product Ω is kept: ``Ω H = R`` is triangular, and the
+residual is ``β |Ω_{j+1,1}|``, so that a step applies all of them to its column at once.
+"""
+
+from __future__ import annotations
+
+import operator as operators
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import array_api_compat
+
+from ddnref._core.arrays import Array, as_dtype, conj, eps, full, namespace_of, real
+from ddnref._core.loops import WhileLoop
+from ddnref._kernels.dense import identity, matvec, solve
+from ddnref._kernels.public import public
+from ddnref._kernels.vectors import axpy, norms
+from ddnref.krylov._common import (
+    BREAKDOWN,
+    NOT_FINITE,
+    RUNNING,
+    Callback,
+    Preconditioner,
+    SolveInfo,
+    System,
+    count,
+    mark,
+)
+from ddnref.krylov._rounds import Result, Round, finish, rounds
+from ddnref.krylov._system import prepare
+from ddnref.operators import LinearOperator
+from ddnref.operators._blocks import inner, put_row, scaled
+
+RESTART = 30
+
+
+class _State(NamedTuple):
+    q: Array
+    """The basis, one vector a row, ``(..., m + 1, n)``."""
+    rotation: Array
+    """Ω, ``(..., m + 1, m + 1)``."""
+    triangle: Array
+    """R, ``(..., m, m)``; a column of the identity where no step was taken."""
+    used: Array
+    """Which columns stand for a step, ``(..., m)``."""
+    j: Any
+    size: Array
+    """``‖r‖ / ‖b‖``, by recurrence."""
+    status: Array
+    n_iter: Array
+
+
+@public
+def gmres(
+    operator: Array | LinearOperator,
+    b: Array,
+    /,
+    *,
+    x0: Array | None = None,
+    preconditioner: Preconditioner | None = None,
+    rtol: float | None = None,
+    maxiter: int | None = None,
+    restart: int = RESTART,
+    check_every: int | None = None,
+    callback: Callback | None = None,
+    throw: bool = True,
+    while_loop: WhileLoop | None = None,
+) -> tuple[Array, SolveInfo]:
+    r"""Solve ``A x = b`` with any square operator, by restarted GMRES.
+
+    Parameters
+    ----------
+    operator : LinearOperator or (..., n, n) array, real or complex floating
+        Need not be self-adjoint.
+    restart : int, default 30
+        Steps of a cycle and vectors held at once, at most n. Longer: fewer steps, more memory, more work a step.
+    b, x0, preconditioner, rtol, maxiter, check_every, callback, throw, while_loop
+        As in `cg`; any M ≈ A⁻¹ that is regular will do. `maxiter` counts steps, not cycles.
+
+    Returns
+    -------
+    x : (..., \*domain_shape) array
+    info : SolveInfo
+        As in `cg`.
+
+    Raises
+    ------
+    ConvergenceError
+        Iteration limit, stagnation (a cycle that leaves the residual as it was), NaN or infinity.
+    TypeError, ValueError
+        As `cg`; `operator` need not be self-adjoint; `restart` below 1.
+
+    See Also
+    --------
+    bicgstab : seven vectors, however many steps.
+
+    Notes
+    -----
+    The residual never grows, and is the smallest in the space of the cycle. Cost of step j: one product, one with M,
+    ``8 j n`` flops for two passes of Gram–Schmidt. Memory: ``restart + 1`` vectors. Each cycle ends with a residual
+    computed afresh, one more product.
+
+    References
+    ----------
+    .. [1] Y. Saad and M. H. Schultz, "GMRES: a generalized minimal residual algorithm for solving nonsymmetric linear
+       systems", SIAM J. Sci. Stat. Comput. 7 (1986), algorithm 4.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x, info = ddnref.krylov.gmres(np.asarray([[0.0, 1.0], [-1.0, 0.0]]), np.asarray([1.0, -1.0]))
+    >>> np.round(x, 12), bool(info.converged)
+    (array([1., 1.]), True)
+    """
+    limits = {"rtol": rtol, "maxiter": maxiter, "check_every": check_every}
+    restart = operators.index(restart)
+    if restart < 1:
+        raise ValueError(f"restart is {restart}, expected at least 1.")
+    system, x0 = prepare("gmres", operator, b, x0, preconditioner, limits, callback, while_loop)
+    cycle = partial(_cycle, min(restart, system.b.shape[-1]))
+    fall = 1 - eps(array_api_compat.array_namespace(system.b), system.b.dtype) ** 0.5
+    return finish("gmres", system, rounds(system, x0, cycle, fall=fall, restarts=True), throw)
+
+
+def _cycle(m: int, system: System, start: Round, iterate: Callable[..., Any]) -> Result:
+    """At most m steps from a residual that was computed afresh, then the best x of their space."""
+    xp = namespace_of(start.r)
+    beta = norms(start.r)
+    device = array_api_compat.device(start.r)
+    rest = full((*system.batch, m, start.r.shape[-1]), 0.0, start.r)
+    first = _State(
+        q=xp.concat([scaled(start.r, beta)[..., None, :], rest], axis=-2),
+        rotation=own_identity(m + 1, system.batch, start.r),
+        triangle=own_identity(m, system.batch, start.r),
+        used=xp.zeros((*system.batch, m), dtype=xp.bool, device=device),
+        j=0 if system.options.while_loop is None else xp.zeros((), dtype=xp.int32, device=device),
+        size=start.size,
+        status=start.status,
+        n_iter=start.n_iter,
+    )
+
+    def active(state: _State) -> Array:
+        return (state.size > system.options.rtol) & (state.status == RUNNING) & (state.n_iter < system.options.maxiter)
+
+    def body(state: _State) -> _State:
+        return _step(system, state, active(state), start.size)
+
+    last = iterate(active, body, first, lambda state: state.size, maxiter=m)
+    g = xp.where(last.used, as_dtype(beta, start.r)[..., None] * last.rotation[..., :m, 0], full((), 0.0, start.r))
+    y = solve(last.triangle, g[..., None])[..., 0]
+    step = (y[..., None, :] @ last.q[..., :m, :])[..., 0, :]
+    step = step if system.precondition is None else system.precondition(step)
+    go = xp.any(last.used, axis=-1)
+    x = axpy(start.x, go, xp.ones_like(last.size), step)
+    return Result(x, last.status, last.n_iter)
+
+
+def own_identity(m: int, batch: tuple[int, ...], like: Array) -> Array:
+    """An identity matrix for each item."""
+    return namespace_of(like).broadcast_to(identity(m, like), (*batch, m, m))
+
+
+def _step(system: System, state: _State, go: Array, start: Array) -> _State:
+    """One column of H, orthogonalised twice; the rotation that brings its last entry to zero."""
+    xp = namespace_of(state.q)
+    m, j = state.used.shape[-1], state.j
+    i = xp.arange(m + 1, device=array_api_compat.device(state.q))
+    # where j is a number the basis so far is a slice; in a traced loop all of it, and the rest is zero
+    q = state.q[..., : j + 1, :] if isinstance(j, int) else state.q
+    last = state.q[..., j, :] if isinstance(j, int) else xp.sum(as_dtype(i == j, state.q)[:, None] * state.q, axis=-2)
+    w = system.apply(last if system.precondition is None else system.precondition(last))[..., None, :]
+    scale = norms(w)[..., 0]
+    h = inner(w, q)
+    w = w - h @ q
+    g = inner(w, q)
+    w = w - g @ q
+    h = (h + g)[..., 0, :]
+    below = norms(w)[..., 0]
+    unit = eps(xp, w.dtype)
+    below = xp.where(below > 4 * unit * scale, below, xp.zeros_like(below))  # an invariant space
+    finite = scale < float("inf")
+    status = mark(state.status, go & ~finite, NOT_FINITE)
+    go = go & finite
+    h = xp.concat([h, full((*h.shape[:-1], m + 1 - h.shape[-1]), 0.0, h)], axis=-1)
+    h = matvec(state.rotation, h)
+    here, after = i == j, i == j + 1
+    a = xp.sum(xp.where(here, h, xp.zeros_like(h)), axis=-1)
+    rho = (real(conj(a) * a) + below * below) ** 0.5
+    singular = go & (rho <= unit * scale)
+    go, status = go & ~singular, mark(status, singular, BREAKDOWN)
+    rotation = _rotated(state.rotation, go, here, after, a, below, rho)
+    entries = xp.where(here, as_dtype(rho, h)[..., None], xp.where(i < j, h, xp.zeros_like(h)))[..., :m]
+    fill = go[..., None] & here[:m]
+    triangle = xp.where(fill[..., None, :], entries[..., None], state.triangle)
+    size = start * xp.abs(xp.sum(xp.where(after, rotation[..., 0], xp.zeros_like(h)), axis=-1))
+    return _State(
+        put_row(state.q, j + 1, scaled(w, norms(w))), rotation, triangle, state.used | fill, j + 1,
+        xp.where(go, size, state.size), status, count(go, state.n_iter),
+    )  # fmt: skip
+
+
+def _rotated(rotation: Array, go: Array, here: Array, after: Array, a: Array, below: Array, rho: Array) -> Array:
+    """Rows j and j + 1 of Ω replaced by ``c̄ ω_j + s ω_{j+1}`` and ``−s ω_j + c ω_{j+1}``, ``c = a/ρ``, ``s = β/ρ``."""
+    xp = namespace_of(rotation)
+    rho = xp.where(go, rho, xp.ones_like(rho))
+    c, s = (as_dtype(1 / rho, a) * a)[..., None], as_dtype(below / rho, a)[..., None]
+    zero = xp.zeros_like(rotation)
+    first = xp.sum(xp.where(here[:, None], rotation, zero), axis=-2)
+    second = xp.sum(xp.where(after[:, None], rotation, zero), axis=-2)
+    upper, lower = conj(c) * first + s * second, c * second - s * first
+    new = xp.where(here[:, None], upper[..., None, :], xp.where(after[:, None], lower[..., None, :], rotation))
+    return xp.where(go[..., None, None], new, rotation)

@@ -1,0 +1,146 @@
+"""What eigenpairs of any origin are judged by: residuals, and a choice of sign."""
+
+from __future__ import annotations
+
+from ddnref._core.arrays import (
+    Array,
+    Namespace,
+    check_dtypes,
+    check_precision,
+    check_real,
+    check_shapes,
+    check_square,
+    conj,
+    full,
+    namespace,
+    nan_where,
+    real,
+)
+from ddnref._kernels.public import public
+
+SIGNS = ("positive", "negative")
+
+
+@public
+def align_signs(v: Array, reference: Array | None = None, /, *, sign: str = "positive", axis: int = -2) -> Array:
+    """Flip eigenvectors so that their inner product with a reference has a given sign.
+
+    Parameters
+    ----------
+    v : array of real vectors, ``(..., m, n)`` in columns (``axis=-2``) or ``(..., m)`` (``axis=-1``)
+    reference : array, optional
+        One vector ``(m,)`` for all, or an array that broadcasts against `v`: one for each. Default ``(1, 0, …, 0)``:
+        the sign of the first component.
+    sign : {"positive", "negative"}
+    axis : {-2, -1}
+        Along which axis the vectors lie.
+
+    Returns
+    -------
+    v : array of the same shape
+        A vector orthogonal to its reference stays as it is.
+
+    Raises
+    ------
+    ValueError
+        Unknown `sign` or `axis`; a reference that does not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> ddnref.align_signs(np.asarray([[-0.6, 0.8], [0.8, 0.6]])).tolist()
+    [[0.6, 0.8], [-0.8, 0.6]]
+    """
+    xp = namespace(v=v, reference=reference)
+    check_real(v=v, reference=reference)
+    check_dtypes(reference=(reference, v.dtype))
+    if sign not in SIGNS or axis not in (-1, -2):
+        raise ValueError(f'sign is {sign!r} and axis {axis!r}, expected "positive" or "negative" and -2 or -1.')
+    if reference is None:
+        inner = v[..., :1, :] if axis == -2 else v[..., :1]
+    else:
+        if reference.ndim < 1:
+            raise ValueError("reference has shape (), expected a vector (m,) or one for each of v.")
+        along = reference[:, None] if axis == -2 and reference.ndim == 1 else reference
+        if along.ndim > v.ndim or any(a not in (1, b) for a, b in zip(along.shape[::-1], v.shape[::-1], strict=False)):
+            raise ValueError(f"reference has shape {tuple(reference.shape)}, which does not fit v: {tuple(v.shape)}.")
+        inner = xp.sum(along * v, axis=axis, keepdims=True)
+    return xp.where(inner < 0 if sign == "positive" else inner > 0, -v, nan_where(xp.isnan(inner), v))
+
+
+@public
+def eigen_residual(x: Array, w: Array, v: Array, /) -> Array:
+    """``‖X v − λ v‖`` of each eigenpair: the "eigen gap" of the declarative-network papers.
+
+    Parameters
+    ----------
+    x : (..., m, m) array
+    w : (...) or (..., n) array
+    v : (..., m) array, or (..., m, n) array of columns
+
+    Returns
+    -------
+    residual : (...) or (..., n) real array
+        Absolute: divide by ``|w|`` or ``‖X‖`` to compare matrices of different size.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Mixed libraries, devices or dtypes; shapes that do not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> float(ddnref.eigen_residual(2 * np.eye(2), np.asarray(2.0), np.asarray([1.0, 0.0])))
+    0.0
+    """
+    xp, y, z = _columns_and_product(x, w, v)
+    residual = _length(xp, z - _wide(w, x, v) * y)
+    return residual[..., 0] if v.ndim < x.ndim else residual
+
+
+@public
+def fixed_point_residual(x: Array, w: Array, v: Array, /) -> Array:
+    """``‖v − sign(λ) X v / ‖X v‖‖``: how far each eigenvector is from a fixed point of power iteration.
+
+    Parameters, errors and shape of the result as `eigen_residual`. NaN where ``X v = 0``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> float(ddnref.fixed_point_residual(-2 * np.eye(2), np.asarray(-2.0), np.asarray([1.0, 0.0])))
+    0.0
+    """
+    xp, y, z = _columns_and_product(x, w, v)
+    size, w = _length(xp, z)[..., None, :], _wide(w, x, v)
+    size = xp.where(w < 0, -size, nan_where(xp.isnan(w), size))
+    residual = _length(xp, y - z / xp.where(size == 0, full((), float("nan"), size), size))
+    return residual[..., 0] if v.ndim < x.ndim else residual
+
+
+def _columns_and_product(x: Array, w: Array, v: Array) -> tuple[Namespace, Array, Array]:
+    xp = namespace(x=x, w=w, v=v)
+    check_precision(xp, x=x, w=w, v=v)
+    check_square("x", x)
+    n = v.shape[-1:] if v.ndim == x.ndim else ()
+    check_shapes(v=(v, (*x.shape[:-1], *n)), w=(w, (*x.shape[:-2], *n)))
+    y = v if n else v[..., None]
+    return xp, y, x @ y
+
+
+def _wide(w: Array, x: Array, v: Array) -> Array:
+    return w[..., None, :] if v.ndim == x.ndim else w[..., None, None]
+
+
+def _length(xp: Namespace, x: Array) -> Array:
+    """``‖x‖`` of columns, without squares that leave the range of exponents."""
+    if 0 in x.shape:
+        return norm(xp, x, axis=-2)
+    size = xp.max(xp.abs(x), axis=-2, keepdims=True)
+    size = xp.where((size > 0) & xp.isfinite(size), size, xp.ones_like(size))
+    return size[..., 0, :] * norm(xp, x / (size if size.dtype == x.dtype else xp.astype(size, x.dtype)), axis=-2)
+
+
+def norm(xp: Namespace, x: Array, axis: int | tuple[int, int] = (-2, -1)) -> Array:
+    """Euclidean norm along `axis`, Frobenius norm over two axes."""
+    return xp.sqrt(xp.sum(real(x * conj(x)), axis=axis))

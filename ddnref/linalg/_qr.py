@@ -1,0 +1,160 @@
+"""QR factorisation of tall matrices and its VJP.
+
+``A = Q R``, Q with orthonormal columns, the diagonal of R not negative. With ``M = R R̄ᴴ − Q̄ᴴ Q`` and ``copyltu(M)`` the
+Hermitian matrix that has the lower triangle of M and the real part of its diagonal,
+
+    Ā = (Q̄ + Q copyltu(M)) R⁻ᴴ
+"""
+
+from __future__ import annotations
+
+import array_api_compat
+
+from ddnref._core.arrays import (
+    Array,
+    check_dtypes,
+    check_shapes,
+    conj,
+    eps,
+    is_true,
+    namespace,
+    nan_where,
+    refuse_recording,
+)
+from ddnref._kernels.dense import adjoint, identity, solve
+from ddnref._kernels.dense import qr as _qr
+from ddnref._kernels.public import public
+from ddnref.errors import SingularError
+
+
+@public
+def qr(a: Array, /) -> tuple[Array, Array]:
+    """Orthonormal columns and a triangular factor of a tall matrix, unique: the diagonal of R is not negative.
+
+    Parameters
+    ----------
+    a : (..., m, n) array, real or complex floating, m >= n
+
+    Returns
+    -------
+    q : (..., m, n) array
+        ``q.conj().T @ q = I``.
+    r : (..., n, n) array
+        Upper triangular.
+
+    Raises
+    ------
+    TypeError
+        As `eigh`.
+    ValueError
+        If `a` has more columns than rows.
+
+    See Also
+    --------
+    qr_vjp
+
+    Notes
+    -----
+    An item that contains NaN or infinity comes out as NaN. Cost: 4 m n² flops (Householder, both factors).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> q, r = ddnref.qr(np.asarray([[-3.0], [4.0]]))
+    >>> np.round(q, 12).tolist(), r.tolist()
+    ([[-0.6], [0.8]], [[5.0]])
+    """
+    xp = namespace(a=a)
+    refuse_recording("qr", a)
+    if a.ndim < 2 or a.shape[-2] < a.shape[-1]:
+        raise ValueError(f"a has shape {tuple(a.shape)}, expected (..., m, n) with m >= n: pass its adjoint.")
+    finite = xp.all(xp.isfinite(a), axis=(-2, -1), keepdims=True)
+    q, r = _qr(xp.where(finite, a, xp.ones_like(a)))
+    diagonal = xp.linalg.diagonal(r)
+    size = xp.abs(diagonal)
+    one = xp.ones_like(diagonal)
+    sign = xp.where(size > 0, diagonal / xp.where(size > 0, xp.astype(size, a.dtype), one), one)
+    r = conj(sign)[..., :, None] * r
+    bad = xp.logical_not(finite)
+    return nan_where(bad, q * sign[..., None, :]), nan_where(bad, r)
+
+
+@public
+def qr_vjp(q_bar: Array | None, r_bar: Array | None, q: Array, r: Array, /, *, throw: bool = True) -> Array:
+    r"""Gradient of a loss with respect to the matrix, from its gradients with respect to the factors.
+
+    Parameters
+    ----------
+    q_bar : (..., m, n) array or None
+    r_bar : (..., n, n) array or None
+        Only its upper triangle is used: the rest of R is zero whatever the matrix is.
+    q, r
+        The outputs of `qr`.
+    throw : bool, default True
+        Raise `SingularError` where R is singular, reading one flag. With ``False`` such an item is NaN.
+
+    Returns
+    -------
+    a_bar : (..., m, n) array
+
+    Raises
+    ------
+    SingularError
+        The columns of `a` are linearly dependent to working precision: Q is not determined by it.
+    TypeError, ValueError
+        Mixed libraries, devices or dtypes; shapes that do not fit.
+
+    Notes
+    -----
+    With :math:`M = R \bar R^H - \bar Q^H Q`,
+
+    .. math:: \bar A = (\bar Q + Q\, \mathrm{copyltu}(M))\, R^{-H}
+
+    Cost: 6 m n² flops.
+
+    References
+    ----------
+    .. [1] S. F. Walter and L. Lehmann, "Algorithmic differentiation of linear algebra functions with application in
+       optimum experimental design" (2010), section 4.1 (real); M. Seeger et al., "Auto-differentiating linear algebra"
+       (2017), section 4.3.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> q, r = ddnref.qr(np.asarray([[-3.0], [4.0]]))
+    >>> ddnref.qr_vjp(None, np.ones((1, 1)), q, r)  # of the norm
+    array([[-0.6],
+           [ 0.8]])
+    """
+    xp = namespace(q_bar=q_bar, r_bar=r_bar, q=q, r=r)
+    if q_bar is None and r_bar is None:
+        raise TypeError("q_bar and r_bar are both None: there is nothing to differentiate.")
+    check_dtypes(q_bar=(q_bar, q.dtype), r_bar=(r_bar, q.dtype), r=(r, q.dtype))
+    if q.ndim < 2:
+        raise ValueError(f"q has shape {tuple(q.shape)}, expected (..., m, n).")
+    n = q.shape[-1]
+    check_shapes(q_bar=(q_bar, q.shape), r_bar=(r_bar, r.shape), r=(r, (*q.shape[:-2], n, n)))
+    q_bar = xp.zeros_like(q) if q_bar is None else q_bar
+    m_ = -adjoint(q_bar) @ q
+    if r_bar is not None:
+        m_ = m_ + r @ adjoint(xp.triu(r_bar))
+    total = q_bar + q @ _copyltu(m_)
+    a_bar = adjoint(solve(r, adjoint(total)))
+    if n == 0:
+        return a_bar
+    size = xp.abs(xp.linalg.diagonal(r))
+    singular = ~(xp.min(size, axis=-1) > n * eps(xp, q.dtype) * xp.max(size, axis=-1))
+    if throw and is_true(xp.any(singular)):
+        raise SingularError(
+            "R is singular to working precision, so the columns of the matrix are linearly dependent and Q is not "
+            "determined by it. Drop dependent columns, or pass throw=False to get NaN for these items."
+        )
+    return nan_where(singular[..., None, None], a_bar)
+
+
+def _copyltu(m_: Array) -> Array:
+    """The Hermitian matrix with the lower triangle of M, the real part of its diagonal on the diagonal."""
+    xp = array_api_compat.array_namespace(m_)
+    lower = xp.tril(m_, k=-1)
+    diagonal = m_ * identity(m_.shape[-1], m_)
+    return lower + adjoint(lower) + (diagonal + adjoint(diagonal)) / 2

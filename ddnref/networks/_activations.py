@@ -1,0 +1,178 @@
+"""Activations with their first two derivatives, all elementwise and free of overflow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import array_api_compat
+
+from ddnref._core.arrays import Array
+from ddnref._kernels.special import erf
+
+Jet = tuple[Array, Array | None, Array | None]
+"""``φ, φ', φ''``: a slope of ``None`` is one everywhere, a curvature of ``None`` zero."""
+
+
+class Activation(NamedTuple):
+    """An elementwise function with its first two derivatives.
+
+    Parameters
+    ----------
+    value, slope, curvature : callables
+        ``z -> φ(z), φ'(z), φ''(z)``, from an array of any shape to one of the same shape and dtype. At a kink the
+        derivative of one side, or anything between.
+    jet : callable, optional
+        ``jet(z, order) -> (φ, φ', φ'')`` up to that order, where the three share work. ``None`` in place of φ' says
+        that it is one everywhere, in place of φ'' that it is zero. Default: the three functions.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> square = ddnref.networks.Activation(lambda z: z * z, lambda z: 2 * z, lambda z: 0 * z + 2)
+    >>> layer = ddnref.networks.Dense(np.eye(2), activation=square)
+    >>> ddnref.networks.Chain([layer], "mse").output(np.asarray([[3.0, -1.0]]))
+    array([[9., 1.]])
+    """
+
+    value: Callable[[Array], Array]
+    slope: Callable[[Array], Array]
+    curvature: Callable[[Array], Array]
+    jet: Callable[[Array, int], Jet] | None = None
+
+
+def jet(activation: Activation, z: Array, order: int) -> Jet:
+    """φ and its derivatives up to `order`; those beyond it are ``None`` too."""
+    if activation.jet is not None:
+        return activation.jet(z, order)
+    y = activation.value(z)
+    return y, activation.slope(z) if order > 0 else None, activation.curvature(z) if order > 1 else None
+
+
+def resolve(activation: str | Activation) -> Activation:
+    """An activation by its name, or the triple that was given."""
+    if isinstance(activation, Activation):
+        return activation
+    if isinstance(activation, str) and activation in ACTIVATIONS:
+        return ACTIVATIONS[activation]
+    known = ", ".join(f'"{name}"' for name in ACTIVATIONS)
+    raise ValueError(f"activation is {activation!r}, expected one of {known}, or a ddnref.networks.Activation.")
+
+
+def from_jet(jet: Callable[[Array, int], Jet]) -> Activation:
+    """The triple whose work is shared in `jet`."""
+
+    def slope(z: Array) -> Array:
+        d = jet(z, 1)[1]
+        return array_api_compat.array_namespace(z).ones_like(z) if d is None else d
+
+    def curvature(z: Array) -> Array:
+        d = jet(z, 2)[2]
+        return array_api_compat.array_namespace(z).zeros_like(z) if d is None else d
+
+    return Activation(lambda z: jet(z, 0)[0], slope, curvature, jet)
+
+
+# --- the functions ------------------------------------------------------------------------------------------------
+
+
+def _identity(z: Array, order: int) -> Jet:
+    return z, None, None
+
+
+def _relu(z: Array, order: int) -> Jet:
+    """max(z, 0); 0 at the kink, as in PyTorch."""
+    xp = array_api_compat.array_namespace(z)
+    positive = z > 0
+    y = xp.where(positive | xp.isnan(z), z, xp.zeros_like(z))
+    return y, xp.astype(positive, z.dtype) if order else None, None
+
+
+def leaky_relu(negative_slope: float) -> Activation:
+    """``z`` above zero, ``negative_slope · z`` elsewhere."""
+
+    def jet(z: Array, order: int) -> Jet:
+        xp = array_api_compat.array_namespace(z)
+        slope = xp.where(z > 0, xp.ones_like(z), xp.full_like(z, negative_slope))
+        return slope * z, slope if order else None, None
+
+    return from_jet(jet)
+
+
+def _tanh(z: Array, order: int) -> Jet:
+    xp = array_api_compat.array_namespace(z)
+    y = xp.tanh(z)
+    if not order:
+        return y, None, None
+    slope = 1 - y * y
+    return y, slope, -2 * y * slope if order > 1 else None
+
+
+def sigmoid(z: Array, order: int) -> Jet:
+    """``1 / (1 + e^(−z))``, its derivatives relatively accurate in both tails."""
+    xp = array_api_compat.array_namespace(z)
+    e = xp.exp(-xp.abs(z))
+    inverse = 1 / (1 + e)
+    y = xp.where(z >= 0, inverse, e * inverse)
+    if not order:
+        return y, None, None
+    slope = e * inverse * inverse
+    return y, slope, -xp.sign(z) * (1 - e) * inverse * slope if order > 1 else None
+
+
+def _softplus(z: Array, order: int) -> Jet:
+    xp = array_api_compat.array_namespace(z)
+    y = xp.where(z > 0, z, xp.zeros_like(z)) + xp.log1p(xp.exp(-xp.abs(z)))
+    return (y, *sigmoid(z, order - 1)[:2]) if order else (y, None, None)
+
+
+def _gelu(z: Array, order: int) -> Jet:
+    """``z Φ(z)`` with the normal distribution Φ and its density."""
+    xp = array_api_compat.array_namespace(z)
+    cdf = (1 + erf(z * math.sqrt(0.5))) / 2
+    if not order:
+        return z * cdf, None, None
+    density = xp.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+    return z * cdf, cdf + z * density, (2 - z * z) * density if order > 1 else None
+
+
+def _gelu_tanh(z: Array, order: int) -> Jet:
+    """``z (1 + tanh g) / 2 = z σ(2 g)`` with ``g = √(2/π) (z + 0.044715 z³)``: the sigmoid keeps the tail's digits."""
+    c = 2 * math.sqrt(2 / math.pi)
+    s, s1, s2 = sigmoid(c * z * (1 + 0.044715 * z * z), order)
+    if s1 is None:
+        return z * s, None, None
+    g1 = c * (1 + 3 * 0.044715 * z * z)
+    slope = s + z * s1 * g1
+    if s2 is None:
+        return z * s, slope, None
+    return z * s, slope, 2 * s1 * g1 + z * (s2 * g1 * g1 + s1 * (6 * 0.044715 * c) * z)
+
+
+def _silu(z: Array, order: int) -> Jet:
+    y, slope, curvature = sigmoid(z, order)
+    if slope is None:
+        return z * y, None, None
+    return z * y, y + z * slope, None if curvature is None else 2 * slope + z * curvature
+
+
+def _sin(z: Array, order: int) -> Jet:
+    xp = array_api_compat.array_namespace(z)
+    y = xp.sin(z)
+    return y, xp.cos(z) if order else None, -y if order > 1 else None
+
+
+ACTIVATIONS = {
+    "identity": from_jet(_identity),
+    "relu": from_jet(_relu),
+    "leaky_relu": leaky_relu(0.01),
+    "tanh": from_jet(_tanh),
+    "sigmoid": from_jet(sigmoid),
+    "softplus": from_jet(_softplus),
+    "gelu": from_jet(_gelu),
+    "gelu_tanh": from_jet(_gelu_tanh),
+    "silu": from_jet(_silu),
+    "sin": from_jet(_sin),
+}
+"""By name; ``"gelu"`` is the exact one, ``"leaky_relu"`` has slope 0.01 below zero, as in PyTorch."""

@@ -1,0 +1,323 @@
+"""Dense layers, and what they share with convolutions: an affine map followed by an activation.
+
+    s = W x + b,   y = φ(s)                         ṡ = Ẇ x + W ẋ + ḃ,       ẏ = φ' ∘ ṡ
+    δ = ȳ ∘ φ'(s)                                   δ̇ = dȳ ∘ φ' + ȳ ∘ φ'' ∘ ṡ
+    W̄ = δᵀ x,   b̄ = Σ δ,   x̄ = δ W                  dW̄ = δ̇ᵀ x + δᵀ ẋ,   db̄ = Σ δ̇,   dx̄ = δ̇ W + δ Ẇ
+
+with one row for each sample, the sums over the samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Self
+
+import array_api_compat
+
+from ddnref._core.arrays import Array, check_dtypes, check_real, check_shapes, given, namespace
+from ddnref.networks._activations import Activation, jet, resolve
+from ddnref.networks._protocol import LayerDerivatives, Params, Shape, add
+
+
+class AffineSaved(NamedTuple):
+    """What an affine layer keeps of its forward."""
+
+    u: Array
+    """The input as the linear map takes it: ``(N, a_in)``, or the patches of an image."""
+    s: Array
+    y: Array
+    slope: Array | None
+    """φ'(s); ``None`` for one."""
+    curvature: Array | None
+    """φ''(s); ``None`` for zero."""
+    x: Array
+
+
+class AffineDot(NamedTuple):
+    """What an affine layer keeps of the tangents."""
+
+    u: Array | None
+    s: Array | None
+
+
+class Affine:
+    """What dense and convolutional layers share; these say how the linear map and its transposes are applied."""
+
+    weight: Array
+    bias: Array | None
+    activation: str | Activation
+    phi: Activation
+
+    @property
+    def params(self) -> Params:
+        """``(weight,)`` or ``(weight, bias)``."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    def with_params(self, params: Params) -> Self:
+        """The same layer with other arrays."""
+        bias = None if self.bias is None else params[1]
+        return replace(self, weight=params[0], bias=bias)  # type: ignore[type-var]
+
+    def check(self, ndim: int, layout: str) -> None:
+        """Static facts of weight and bias."""
+        name = type(self).__name__
+        given(weight=self.weight)
+        namespace(weight=self.weight, bias=self.bias)
+        check_real(weight=self.weight, bias=self.bias)
+        check_dtypes(bias=(self.bias, self.weight.dtype))
+        if self.weight.ndim != ndim or 0 in self.weight.shape:
+            raise ValueError(f"weight of {name} has shape {tuple(self.weight.shape)}, expected {layout}, none zero.")
+        check_shapes(bias=(self.bias, (self.weight.shape[0],)))
+        object.__setattr__(self, "phi", resolve(self.activation))
+
+    # linear maps, for any leading axes
+    def lift(self, x: Array) -> Array:
+        """The input, or its tangent, as the linear map takes it."""
+        raise NotImplementedError
+
+    def linear(self, weight: Array, u: Array) -> Array:
+        """``W u``."""
+        raise NotImplementedError
+
+    def linear_x(self, weight: Array, delta: Array, saved: AffineSaved) -> Array:
+        """``Wᵀ δ``, shaped like the input."""
+        raise NotImplementedError
+
+    def linear_w(self, delta: Array, u: Array, per_sample: bool = False) -> Array:
+        """``δ uᵀ``, summed over the samples or not."""
+        raise NotImplementedError
+
+    def linear_b(self, delta: Array, per_sample: bool = False) -> Array:
+        """δ summed over all that shares a bias."""
+        raise NotImplementedError
+
+    def spread(self, bias: Array) -> Array:
+        """A bias, broadcastable against s."""
+        raise NotImplementedError
+
+    def shaped(self, s: Array, saved_x: Array) -> Array:
+        """``s`` or ``y`` as the layer hands it on."""
+        return s
+
+    def flat(self, y_bar: Array) -> Array:
+        """The inverse of `shaped`."""
+        return y_bar
+
+    def forward(self, params: Params, x: Array, order: int = 2) -> tuple[Array, AffineSaved | None]:
+        """``y = φ(W x + b)``; with `order` 0 nothing is saved."""
+        u = self.lift(x)
+        s = self.linear(params[0], u)
+        if self.bias is not None:
+            s = s + self.spread(params[1])
+        y, slope, curvature = jet(self.phi, s, order)
+        return self.shaped(y, x), AffineSaved(u, s, y, slope, curvature, x) if order else None
+
+    def vjp(
+        self, params: Params, saved: AffineSaved, y_bar: Array, *, wrt: str = "both", per_sample: bool = False
+    ) -> tuple[Params | None, Array | None]:
+        """``W̄ = δᵀ x, b̄ = Σ δ, x̄ = δ W``."""
+        delta = times(self.flat(y_bar), saved.slope)
+        bars = None if wrt == "x" else self._bars(delta, saved.u, per_sample)
+        return bars, None if wrt == "params" else self.linear_x(params[0], delta, saved)
+
+    def _bars(self, delta: Array, u: Array, per_sample: bool = False) -> Params:
+        w_bar = self.linear_w(delta, u, per_sample)
+        return (w_bar,) if self.bias is None else (w_bar, self.linear_b(delta, per_sample))
+
+    def forward_dot(
+        self, params: Params, saved: AffineSaved, params_dot: Params | None, x_dot: Array | None
+    ) -> tuple[Array | None, AffineDot]:
+        """``ẏ = φ' ∘ (Ẇ x + W ẋ + ḃ)``."""
+        u_dot = None if x_dot is None else self.lift(x_dot)
+        s_dot = None if u_dot is None else self.linear(params[0], u_dot)
+        if params_dot is not None:
+            s_dot = add(s_dot, self.linear(params_dot[0], saved.u))
+            if self.bias is not None:
+                s_dot = add(s_dot, self.spread(params_dot[1]))
+        y_dot = None if s_dot is None else self.shaped(times(s_dot, saved.slope), saved.x)
+        return y_dot, AffineDot(u_dot, s_dot)
+
+    def jvp(self, params: Params, saved: AffineSaved, params_dot: Params | None, x_dot: Array | None) -> Array | None:
+        """``ẏ`` alone."""
+        return self.forward_dot(params, saved, params_dot, x_dot)[0]
+
+    def vjp_dot(
+        self, params: Params, saved: AffineSaved, y_bar: Array, params_dot: Params | None, saved_dot: AffineDot,
+        y_bar_dot: Array | None, *, wrt: str = "both",
+    ) -> tuple[Params, Array | None, Array | None]:  # fmt: skip
+        """``dW̄ = δ̇ᵀ x + δᵀ ẋ,  dx̄ = δ̇ W + δ Ẇ``; where δ̇ is zero, so are its products."""
+        y_bar = self.flat(y_bar)
+        delta = times(y_bar, saved.slope)
+        delta_dot = None if y_bar_dot is None else times(self.flat(y_bar_dot), saved.slope)
+        if saved.curvature is not None and saved_dot.s is not None:
+            delta_dot = add(delta_dot, (y_bar * saved.curvature) * saved_dot.s)
+        if delta_dot is None:
+            delta_dot = array_api_compat.array_namespace(delta).zeros_like(delta)
+        bars: Params = () if wrt == "x" else self._bars(delta_dot, saved.u)
+        if saved_dot.u is not None and bars:
+            bars = (bars[0] + self.linear_w(delta, saved_dot.u), *bars[1:])
+        if wrt == "params":
+            return bars, None, None
+        x_bar_dot = self.linear_x(params[0], delta_dot, saved)
+        if params_dot is not None:
+            x_bar_dot = x_bar_dot + self.linear_x(params_dot[0], delta, saved)
+        return bars, x_bar_dot, self.linear_x(params[0], delta, saved)
+
+    def derivatives(self, params: Params, saved: AffineSaved, y_bar: Array) -> LayerDerivatives:
+        """Input, pre-activation, output and its cotangent."""
+        return LayerDerivatives(saved.x, self.shaped(saved.s, saved.x), self.shaped(saved.y, saved.x), y_bar)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Affine):
+    """A dense layer ``φ(x Wᵀ + b)`` of inputs ``(N, a_in)``.
+
+    Parameters
+    ----------
+    weight : (a_out, a_in) array, real floating
+    bias : (a_out,) array, optional
+    activation : str or Activation
+        ``"identity"``, ``"relu"``, ``"leaky_relu"``, ``"tanh"``, ``"sigmoid"``, ``"softplus"``, ``"gelu"``,
+        ``"gelu_tanh"``, ``"silu"``, ``"sin"``, or a triple of your own.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Arrays that are not real floating, of several libraries, devices or dtypes; shapes that do not fit; an
+        unknown activation.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> layer = ddnref.networks.Dense(np.asarray([[1.0, -2.0]]), np.asarray([0.5]), "relu")
+    >>> ddnref.networks.Chain([layer], "mse").output(np.asarray([[2.0, 1.0]]))
+    array([[0.5]])
+    """
+
+    weight: Array
+    bias: Array | None = None
+    activation: str | Activation = "identity"
+    phi: Activation = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.check(2, "(a_out, a_in)")
+
+    def output_shape(self, shape: Shape | None) -> Shape:
+        """``(a_out,)``."""
+        a_out, a_in = self.weight.shape
+        if shape is not None and shape != (a_in,):
+            raise ValueError(
+                f"its weight {(a_out, a_in)} takes samples of shape {(a_in,)}, but they come with shape {shape}"
+                + (". Put a ddnref.networks.Flatten before it." if len(shape) > 1 and math.prod(shape) == a_in else ".")
+            )
+        return (a_out,)
+
+    def lift(self, x: Array) -> Array:
+        """The input itself."""
+        return x
+
+    def linear(self, weight: Array, u: Array) -> Array:
+        """``u Wᵀ``."""
+        return _rows(u, _transposed(weight))
+
+    def linear_x(self, weight: Array, delta: Array, saved: AffineSaved) -> Array:
+        """``δ W``."""
+        return _rows(delta, weight)
+
+    def linear_w(self, delta: Array, u: Array, per_sample: bool = False) -> Array:
+        """``δᵀ u``."""
+        if per_sample:
+            return delta[..., :, None] * u[..., None, :]
+        return _transposed(delta) @ u
+
+    def linear_b(self, delta: Array, per_sample: bool = False) -> Array:
+        """``Σ_n δ_n``."""
+        return delta if per_sample else array_api_compat.array_namespace(delta).sum(delta, axis=-2)
+
+    def spread(self, bias: Array) -> Array:
+        """One row for all samples."""
+        return bias[..., None, :]
+
+
+class Parameterless:
+    """What layers without parameters share."""
+
+    @property
+    def params(self) -> Params:
+        """None."""
+        return ()
+
+    def with_params(self, params: Params) -> Self:
+        """Itself."""
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class Flatten(Parameterless):
+    """Each sample as one vector: ``(N, ...)`` to ``(N, features)``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> head = ddnref.networks.Dense(np.ones((1, 4)))
+    >>> ddnref.networks.Chain([ddnref.networks.Flatten(), head], "mse").output(np.ones((3, 2, 2))).shape
+    (3, 1)
+    """
+
+    def output_shape(self, shape: Shape | None) -> Shape | None:
+        """``(features,)``."""
+        return None if shape is None else (math.prod(shape),)
+
+    def forward(self, params: Params, x: Array, order: int = 2) -> tuple[Array, Array]:
+        """``y = x``, reshaped."""
+        return _reshaped(x, x.ndim - 1, (math.prod(x.shape[1:]),)), x
+
+    def vjp(
+        self, params: Params, saved: Array, y_bar: Array, *, wrt: str = "both", per_sample: bool = False
+    ) -> tuple[Params, Array]:
+        """``x̄ = ȳ``, reshaped back."""
+        return (), _reshaped(y_bar, 1, saved.shape[1:])
+
+    def forward_dot(
+        self, params: Params, saved: Array, params_dot: Params | None, x_dot: Array | None
+    ) -> tuple[Array | None, None]:
+        """``ẏ = ẋ``."""
+        return None if x_dot is None else _reshaped(x_dot, saved.ndim - 1, (math.prod(saved.shape[1:]),)), None
+
+    def vjp_dot(
+        self, params: Params, saved: Array, y_bar: Array, params_dot: Params | None, saved_dot: None,
+        y_bar_dot: Array | None, *, wrt: str = "both",
+    ) -> tuple[Params, Array | None, Array | None]:  # fmt: skip
+        """``dx̄ = dȳ``."""
+        back = saved.shape[1:]
+        return (), None if y_bar_dot is None else _reshaped(y_bar_dot, 1, back), _reshaped(y_bar, 1, back)
+
+    def derivatives(self, params: Params, saved: Array, y_bar: Array) -> LayerDerivatives:
+        """Input and output."""
+        return LayerDerivatives(saved, None, self.forward((), saved)[0], y_bar)
+
+
+def times(a: Array, b: Array | None) -> Array:
+    """``a ∘ b``, where ``None`` is one."""
+    return a if b is None else a * b
+
+
+def _transposed(x: Array) -> Array:
+    """Of the last two axes; of a single matrix without asking for its namespace, which takes as long as a product."""
+    return x.T if x.ndim == 2 else array_api_compat.array_namespace(x).matrix_transpose(x)
+
+
+def _rows(x: Array, w: Array) -> Array:
+    """``x w``; one product for all rows where w is a single matrix."""
+    if w.ndim > 2 or x.ndim == 2:
+        return x @ w
+    xp = array_api_compat.array_namespace(x)
+    return xp.reshape(xp.reshape(x, (-1, x.shape[-1])) @ w, (*x.shape[:-1], w.shape[-1]))
+
+
+def _reshaped(x: Array, trailing: int, shape: Sequence[int]) -> Array:
+    """`x` with its last axes, `trailing` in number, in another shape."""
+    leading = x.shape[: x.ndim - trailing]
+    return array_api_compat.array_namespace(x).reshape(x, (*leading, *shape))

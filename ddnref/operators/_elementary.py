@@ -1,0 +1,293 @@
+"""Operators given by their entries: a matrix, a diagonal, a mask.
+
+dense       y = A x         Ā = Σ ȳ xᴴ
+diagonal    y = d ∘ x       d̄ = Σ ȳ ∘ conj(x)
+mask        y = m ∘ x       as diagonal, m real
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from ddnref._core.arrays import Array, check_precision, conj, is_complex, library, namespace
+from ddnref._kernels.dense import move_axis
+from ddnref._kernels.public import public
+from ddnref.operators._operator import (
+    LinearOperator,
+    Params,
+    as_shape,
+    broadcast_shape,
+    cotangent,
+    is_array,
+    linear_motions,
+    no_params_vjp,
+    over,
+)
+
+
+@public
+def dense(a: Array, /, *, self_adjoint: bool = False, positive_definite: bool = False) -> LinearOperator:
+    """A matrix as an operator.
+
+    Parameters
+    ----------
+    a : (..., n, m) array, real or complex floating
+    self_adjoint, positive_definite : bool, default False
+        What is known of the matrix. It is applied as it is: nothing is symmetrised, and its gradient is that of free
+        entries.
+
+    Returns
+    -------
+    operator : LinearOperator
+        From ``(..., m)`` to ``(..., n)``, with the one parameter `a`.
+
+    Raises
+    ------
+    TypeError
+        If `a` is not a floating array.
+    ValueError
+        If `a` has fewer than two axes, or is flagged self-adjoint and not square.
+
+    Notes
+    -----
+    ``Ā = Σ ȳ xᴴ``, summed over the right-hand sides, 2 n m flops each. Several right-hand sides are one matrix product.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> a = ddnref.operators.dense(np.asarray([[1.0, 2.0], [0.0, 1.0]]))
+    >>> a(np.asarray([1.0, 1.0]))
+    array([3., 1.])
+    """
+    n, m = _sizes("a", a)
+    if (self_adjoint or positive_definite) and n != m:
+        raise ValueError(f"a has shape {tuple(a.shape)}; only a square matrix can be self-adjoint.")
+    adjoint_flag = self_adjoint or positive_definite
+    flags = adjoint_flag, positive_definite
+    return LinearOperator((a,), _dense, _dense_adjoint, _dense_vjp, (m,), (n,), *flags, **_DENSE_MOTIONS)
+
+
+def _sizes(name: str, a: Array) -> tuple[int, int]:
+    """N and m of a floating array ``(..., n, m)``; anything else raises."""
+    namespace(**{name: a})
+    if a.ndim < 2:
+        raise ValueError(f"{name} has shape {tuple(a.shape)}, expected (..., n, m).")
+    n, m = a.shape[-2:]
+    return n, m
+
+
+def _dense(params: Params, x: Array) -> Array:
+    (a,) = params
+    return _rows_times(x, array_api_compat.array_namespace(a).matrix_transpose(a))
+
+
+def _dense_adjoint(params: Params, y: Array) -> Array:
+    return conj(_rows_times(conj(y), params[0]))
+
+
+_DENSE_MOTIONS: dict[str, Any] = linear_motions(_dense, _dense_adjoint)
+
+
+def _dense_vjp(params: Params, y_bar: Array, x: Array) -> Params:
+    (a,) = params
+    xp = array_api_compat.array_namespace(a)
+    lead = broadcast_shape(tuple(y_bar.shape[:-1]), tuple(x.shape[:-1]))
+    u = _rows(xp.broadcast_to(y_bar, (*lead, y_bar.shape[-1])), a.ndim - 2)
+    v = _rows(xp.broadcast_to(x, (*lead, x.shape[-1])), a.ndim - 2)
+    u, v = _alike(u, v)
+    return (cotangent(xp.matrix_transpose(u) @ conj(v), a),)
+
+
+def _rows_times(x: Array, a: Array) -> Array:
+    """Vectors as rows times a matrix, all right-hand sides in one product: ``(..., m)``, ``(..., m, n)``."""
+    xp = array_api_compat.array_namespace(x)
+    x, a = _alike(x, a)
+    batch = a.ndim - 2
+    if x.ndim == 1 and batch == 0:
+        return x @ a
+    if x.ndim - 1 <= batch:
+        return (x[..., None, :] @ a)[..., 0, :]
+    y = _rows(x, batch) @ a
+    return xp.reshape(move_axis(y, -2, 0), (*x.shape[: x.ndim - 1 - batch], *y.shape[:-2], y.shape[-1]))
+
+
+def _rows(x: Array, batch: int) -> Array:
+    """``(..., *batch, m)`` as ``(*batch, j, m)``, j counting the leading axes in front of the batch axes."""
+    xp = array_api_compat.array_namespace(x)
+    lead = tuple(x.shape[: max(0, x.ndim - 1 - batch)])
+    flat = xp.reshape(x, (math.prod(lead), *x.shape[len(lead) :]))
+    return move_axis(flat, 0, -2)
+
+
+def _alike(a: Array, b: Array) -> tuple[Array, Array]:
+    """Both complex if one is: PyTorch's matrix product takes no real array with a complex one."""
+    if is_complex(a) == is_complex(b):
+        return a, b
+    xp = array_api_compat.array_namespace(a)
+    return (a, xp.astype(b, a.dtype)) if is_complex(a) else (xp.astype(a, b.dtype), b)
+
+
+@public
+def diagonal(
+    d: Array, /, shape: tuple[int, ...] | int | None = None, *, positive_definite: bool = False
+) -> LinearOperator:
+    r"""Multiplication with one number for each entry.
+
+    Parameters
+    ----------
+    d : (..., \*shape) array, real or complex floating
+    shape : tuple of int, optional
+        Of a vector; the last axis of `d` by default. Pass it for vectors on a grid, so that its axes are not taken
+        for those of a batch.
+    positive_definite : bool, default False
+        Whether all entries are positive.
+
+    Returns
+    -------
+    operator : LinearOperator
+        With the one parameter `d`; self-adjoint if that is real.
+
+    Raises
+    ------
+    TypeError
+        If `d` is not a floating array, or is complex and flagged positive definite.
+    ValueError
+        If `d` does not end with `shape`.
+
+    Notes
+    -----
+    ``d̄ = Σ ȳ ∘ conj(x)``, summed over the axes that `d` lacks.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> ddnref.operators.diagonal(np.asarray([1.0, 2.0]))(np.asarray([3.0, 3.0]))
+    array([3., 6.])
+    """
+    namespace(d=d)
+    if positive_definite and is_complex(d):
+        raise TypeError(f"d has dtype {d.dtype}; a positive definite diagonal is real.")
+    sizes = _domain_shape("d", d, shape)
+    return _diagonal(d, sizes, not is_complex(d), positive_definite)
+
+
+@public
+def mask(m: Array, /, shape: tuple[int, ...] | int | None = None) -> LinearOperator:
+    r"""Keeps some entries and sets the others to zero: a projection, its own adjoint.
+
+    Parameters
+    ----------
+    m : (..., \*shape) array, real floating or bool
+        One where an entry is kept, zero where it is not; or a real weight. Boolean masks become floating numbers of
+        the library's default precision: convert them yourself for another one.
+    shape : tuple of int, optional
+        As in `diagonal`.
+
+    Returns
+    -------
+    operator : LinearOperator
+        With the one parameter `m`, in floating numbers, whose gradient is that of weights. Self-adjoint.
+
+    Raises
+    ------
+    TypeError
+        If `m` is complex or integer.
+    ValueError
+        If `m` does not end with `shape`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> ddnref.operators.mask(np.asarray([True, False]))(np.asarray([3.0, 3.0]))
+    array([3., 0.])
+    """
+    if array_api_compat.is_array_api_obj(m):
+        xp = library(m=m)
+        if xp.isdtype(m.dtype, "bool"):
+            m = xp.astype(m, xp.zeros((), device=array_api_compat.device(m)).dtype)
+    namespace(m=m)
+    if is_complex(m):
+        raise TypeError(f"m has dtype {m.dtype}; a mask is real. Pass a complex diagonal to ddnref.operators.diagonal.")
+    return _diagonal(m, _domain_shape("m", m, shape), True, False)
+
+
+def _domain_shape(name: str, d: Array, shape: tuple[int, ...] | int | None) -> tuple[int, ...]:
+    sizes = tuple(d.shape[-1:]) if shape is None else as_shape("shape", shape)
+    if d.ndim == 0 or tuple(d.shape[max(0, d.ndim - len(sizes)) :]) != sizes:
+        raise ValueError(f"{name} has shape {tuple(d.shape)}, expected (..., *{sizes or '(n,)'}).")
+    return sizes
+
+
+def _diagonal(d: Array, shape: tuple[int, ...], self_adjoint: bool, positive_definite: bool) -> LinearOperator:
+    def gram(params: Params, shift: Array | float | None) -> LinearOperator:
+        """``|d|² + shift``: a diagonal again."""
+        (d,) = params
+        xp = array_api_compat.array_namespace(d)
+        power = xp.real(d) ** 2 + xp.imag(d) ** 2 if is_complex(d) else d * d
+        if shift is not None:
+            power = power + over(shift, len(shape))
+        return _diagonal(power, shape, True, shift is not None)._replace(params_vjp=no_params_vjp)
+
+    return LinearOperator(
+        (d,),
+        _times,
+        _times_conj,
+        _times_vjp,
+        shape,
+        shape,
+        self_adjoint,
+        positive_definite,
+        gram=gram,
+        **_TIMES_MOTIONS,
+    )
+
+
+def _times(params: Params, x: Array) -> Array:
+    return params[0] * x
+
+
+def _times_conj(params: Params, y: Array) -> Array:
+    return conj(params[0]) * y
+
+
+_TIMES_MOTIONS: dict[str, Any] = linear_motions(_times, _times_conj)
+
+
+def _times_vjp(params: Params, y_bar: Array, x: Array) -> Params:
+    return (cotangent(y_bar * conj(x), params[0]),)
+
+
+def as_operator(a: Array | LinearOperator, name: str = "operator") -> LinearOperator:
+    """An operator as it is, an array ``(..., n, m)`` as `dense` makes one."""
+    if isinstance(a, LinearOperator):
+        return a
+    if not array_api_compat.is_array_api_obj(a):
+        raise TypeError(
+            f"{name} is a {type(a).__qualname__}, expected a LinearOperator or an array (..., n, m). "
+            "SciPy's and CuPy's operators and sparse matrices are wrapped by ddnref.operators.from_scipy."
+        )
+    _sizes(name, a)
+    return dense(a)
+
+
+def coefficient(name: str, c: Any, params: Params, real: bool = False) -> Any:
+    """A Python number, or a floating array of the precision of the parameters: anything else raises.
+
+    NumPy's scalars, which its functions return for arrays without axes, are arrays here: they have a gradient.
+    """
+    if c is None:
+        raise TypeError(f"{name} is None, expected a number or an array.")
+    if not is_array(c):
+        if real and isinstance(c, complex):
+            raise TypeError(f"{name} is {c!r}, expected a real number or a real array.")
+        return c
+    c = np.asarray(c) if isinstance(c, np.generic) else c
+    arrays = {name: c, **{f"params[{i}]": parameter for i, parameter in enumerate(params)}}
+    check_precision(namespace(**arrays), **arrays)
+    if real and is_complex(c):
+        raise TypeError(f"{name} has dtype {c.dtype}, expected a real array.")
+    return c

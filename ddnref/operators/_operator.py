@@ -1,0 +1,236 @@
+"""The operator itself: pure functions of a flat tuple of arrays, and what all constructors need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+import array_api_compat
+import numpy as np
+
+from ddnref._core.arrays import Array, check_precision, conj, full, given, is_complex, namespace, with_axes
+from ddnref._kernels.dense import identity, move_axis
+from ddnref.errors import DdnrefError
+
+Params = tuple[Array, ...]
+
+
+class LinearOperator(NamedTuple):
+    """A linear map that is applied, never stored, and differentiated with respect to its parameters.
+
+    A vector is ``(..., *domain_shape)``: batch axes lead. All functions are pure and accept any batch axes, those of
+    vectors and parameters broadcasting against each other; several right-hand sides are one more leading axis.
+    Real operators take complex vectors too.
+    """
+
+    params: Params
+    """The arrays that the map depends on; gradients are taken with respect to these."""
+    apply: Callable[[Params, Array], Array]
+    """``apply(params, x) = A x``, from ``(..., *domain_shape)`` to ``(..., *range_shape)``."""
+    adjoint: Callable[[Params, Array], Array]
+    """``adjoint(params, y) = Aᴴ y``."""
+    params_vjp: Callable[[Params, Array, Array], Params]
+    """``params_vjp(params, y_bar, x)``: the gradient of ``Re Σ conj(y_bar) · A x`` with respect to each parameter;
+    one that a batch shares gets the sum."""
+    domain_shape: tuple[int, ...]
+    range_shape: tuple[int, ...]
+    self_adjoint: bool = False
+    """Whether ``A = Aᴴ`` for all values of the parameters."""
+    positive_definite: bool = False
+    """Whether ``⟨x, A x⟩ > 0`` for all x other than 0, at the values that the parameters can take."""
+    gram: Callable[[Params, Array | float | None], LinearOperator] | None = None
+    """Optional, where it is cheaper than two products: ``gram(params, shift)`` is the prepared operator of
+    ``AᴴA + shift · I`` (``None``: without the shift, which has the shape of batch axes). `normal` uses it."""
+    prepare: Callable[[Params], LinearOperator] | None = None
+    """Optional: ``prepare(params)`` is the same map with all that does not depend on x computed once, such as the
+    spectrum of a kernel; see `prepared`."""
+    params_jvp: Callable[[Params, Params, Array], Array] | None = None
+    """Optional, for the forward mode: ``params_jvp(params, params_dot, x) = Ȧ x``."""
+    adjoint_jvp: Callable[[Params, Params, Array], Array] | None = None
+    """Optional, for the forward mode of least squares: ``adjoint_jvp(params, params_dot, y) = Ȧᴴ y``."""
+
+    @property
+    def size(self) -> int:
+        """Entries of a vector of the domain."""
+        return math.prod(self.domain_shape)
+
+    def __call__(self, x: Array) -> Array:
+        """``A x``, with a look at the shape and the dtype of `x` first."""
+        check_vector("x", x, self.domain_shape, self.params)
+        try:
+            with np.errstate(all="ignore"):  # NaN in one item is for its user to see in the result
+                return self.apply(self.params, x)
+        except (ValueError, RuntimeError) as error:
+            if isinstance(error, DdnrefError):
+                raise
+            shapes = ", ".join(str(tuple(p.shape)) for p in self.params)
+            raise ValueError(
+                f"The operator failed for x of shape {tuple(x.shape)} with params of shapes ({shapes}): {error} Likely "
+                "batch axes of x that do not broadcast against those of the parameters."
+            ) from error
+
+    def with_params(self, *params: Array) -> LinearOperator:
+        """The same map with other parameters."""
+        if len(params) != len(self.params):
+            raise ValueError(f"{len(params)} parameters given; this operator has {len(self.params)}.")
+        return self._replace(params=params)
+
+    def prepared(self) -> LinearOperator:
+        """The same map for many products: a solver calls this once, before its loop.
+
+        Its ``params`` are what was precomputed, traced like any array. No gradient is taken of it: ``params_vjp``
+        belongs to the operator itself, and that of a prepared one may raise ``TypeError``.
+        """
+        return self if self.prepare is None else self.prepare(self.params)
+
+    def matrix(self, like: Array | None = None) -> Array:
+        """The map as a matrix ``(..., n, m)``, n and m entries of a vector of range and domain, by m products.
+
+        `like` tells dtype and device where there are no parameters.
+        """
+        if like is None:
+            if not self.params:
+                raise TypeError("An operator without parameters has no dtype: pass like=, an array that has.")
+            like = self.params[0]
+        xp = array_api_compat.array_namespace(like)
+        one = self.apply(self.params, zeros(self.domain_shape, like))
+        batch = tuple(one.shape[: one.ndim - len(self.range_shape)])
+        eye = xp.reshape(identity(self.size, like), (self.size, *(1,) * len(batch), *self.domain_shape))
+        y = self.apply(self.params, eye)
+        columns = xp.reshape(y, (self.size, *batch, math.prod(self.range_shape)))
+        return move_axis(columns, 0, -1)
+
+
+Product = Callable[[Params, Array], Array]
+Motion = Callable[[Params, Params, Array], Array]
+
+
+def linear_motions(apply: Product, adjoint: Product) -> dict[str, Any]:
+    """How an operator moves that is linear in its parameters: as the operator of what they move by."""
+    return {
+        "params_jvp": lambda params, params_dot, x: apply(params_dot, x),  # noqa: ARG005
+        "adjoint_jvp": lambda params, params_dot, y: adjoint(params_dot, y),  # noqa: ARG005
+    }
+
+
+def no_motions(apply: Product, adjoint: Product) -> dict[str, Any]:
+    """Of an operator without parameters."""
+
+    def zero(product: Product) -> Motion:
+        return lambda params, params_dot, x: zeros_like(product(params, x))  # noqa: ARG005
+
+    return {"params_jvp": zero(apply), "adjoint_jvp": zero(adjoint)}
+
+
+def motions_of(parts: tuple[LinearOperator, ...], params_jvp: Motion, adjoint_jvp: Motion) -> dict[str, Any]:
+    """Those of an operator made of others: known where those of all parts are."""
+    known = all(a.params_jvp is not None and a.adjoint_jvp is not None for a in parts)
+    return {"params_jvp": params_jvp, "adjoint_jvp": adjoint_jvp} if known else {}
+
+
+def zeros_like(x: Array) -> Array:
+    """Zeros of the shape, the dtype and on the device of `x`."""
+    return array_api_compat.array_namespace(x).zeros_like(x)
+
+
+# --- what vectors and parameters must be ------------------------------------------------------------------------
+
+
+def check_vector(name: str, x: Array, shape: tuple[int, ...], params: Params) -> None:
+    """Raise unless `x` is ``(..., *shape)``, floating, and of the precision of the parameters."""
+    xp = namespace(**{name: x})
+    if tuple(x.shape[max(0, x.ndim - len(shape)) :]) != shape:
+        wanted = ", ".join(["...", *map(str, shape)])
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({wanted}): batch axes lead.")
+    for i, parameter in enumerate(params):
+        if type(parameter) is type(x) is np.ndarray and parameter.dtype == x.dtype:
+            continue
+        given(**{f"params[{i}]": parameter})
+        namespace(**{name: x, f"params[{i}]": parameter})
+        check_precision(xp, **{name: x, f"params[{i}]": parameter})
+
+
+def check_params(**params: Array) -> None:
+    """What parameters of one operator must share: library, device, precision."""
+    if params:
+        check_precision(namespace(**params), **params)
+
+
+def as_shape(name: str, shape: Any) -> tuple[int, ...]:
+    """A shape as a tuple of ints, or ``ValueError``; an int is a shape of one axis."""
+    sizes = tuple(int(k) for k in ((shape,) if isinstance(shape, int) else shape))
+    if any(k < 0 for k in sizes):
+        raise ValueError(f"{name} is {sizes}; sizes cannot be negative.")
+    return sizes
+
+
+def as_complex(x: Array) -> Array:
+    """The complex dtype of the same precision."""
+    xp = array_api_compat.array_namespace(x)
+    kind = xp.complex64 if x.dtype in (xp.float32, xp.complex64) else xp.complex128
+    return xp.astype(x, kind, copy=False)
+
+
+def is_array(c: Any) -> bool:
+    """Whether a coefficient is an array, and with that a parameter; a Python number is a constant."""
+    return c is not None and (isinstance(c, np.generic) or not isinstance(c, (int, float, complex)))
+
+
+def over(c: Array, ndim: int) -> Array:
+    """One number for each item of a batch, ``(...)``, shaped to multiply vectors with `ndim` axes."""
+    return c if isinstance(c, (int, float, complex)) else with_axes(c, ndim)
+
+
+def times(c: Array | float | complex, y: Array, ndim: int) -> Array:
+    """``c y``: one number for each item of a batch times vectors with `ndim` axes."""
+    if isinstance(c, complex) and not is_complex(y):
+        y = as_complex(y)
+    return over(c, ndim) * y
+
+
+def broadcast_shape(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape to which all broadcast."""
+    return np.broadcast_shapes(*shapes)
+
+
+def cotangent(gradient: Array, like: Array) -> Array:
+    """A broadcast gradient as that of the parameter `like`: summed over the axes it lacks or broadcasts, real if it is.
+
+    The pairing is ``Re Σ conj(ȳ) · ẏ``, so that a real parameter has the real part.
+    """
+    xp = array_api_compat.array_namespace(like)
+    if is_complex(gradient) != is_complex(like):
+        gradient = xp.astype(gradient, like.dtype) if is_complex(like) else xp.real(gradient)
+    if gradient.shape == like.shape:
+        return gradient
+    extra = gradient.ndim - like.ndim
+    if extra > 0:
+        gradient = xp.sum(gradient, axis=tuple(range(extra)))
+    elif extra < 0:
+        gradient = xp.reshape(gradient, (*(1,) * -extra, *gradient.shape))
+    axes = tuple(i for i, k in enumerate(like.shape) if k == 1 and gradient.shape[i] != 1)
+    if axes:
+        gradient = xp.sum(gradient, axis=axes, keepdims=True)
+    return gradient if gradient.shape == like.shape else xp.broadcast_to(gradient, like.shape)
+
+
+def coefficient_bar(y_bar: Array, z: Array, c: Array, ndim: int) -> Array:
+    """The gradient of ``Re Σ conj(ȳ) · c z`` with respect to one number c for each item: ``Σ ȳ conj(z)``."""
+    xp = array_api_compat.array_namespace(z)
+    product = y_bar * conj(z)
+    shape = tuple(product.shape[: product.ndim - ndim])
+    product = xp.reshape(product, (*shape, math.prod(product.shape[product.ndim - ndim :])))
+    return cotangent(xp.sum(product, axis=-1), c)
+
+
+def no_params_vjp(params: Params, y_bar: Array, x: Array) -> NoReturn:  # noqa: ARG001
+    """Of an operator that was prepared for products."""
+    raise TypeError(
+        "A prepared operator has no params_vjp: its arrays are not the parameters. Call that of the operator itself."
+    )
+
+
+def zeros(shape: tuple[int, ...], like: Array) -> Array:
+    """Zeros of the dtype and on the device of `like`."""
+    return full(shape, 0.0, like)

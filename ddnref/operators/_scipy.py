@@ -1,0 +1,256 @@
+"""Operators of SciPy, CuPy and PyLops taken in, and ours handed to ``scipy.sparse.linalg``.
+
+sparse matrix  y = A x      Ā_e = Σ ȳ_{row(e)} conj(x_{col(e)})  for each stored entry e
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from ddnref._core.arrays import Array, conj
+from ddnref._kernels.public import public
+from ddnref.operators._operator import LinearOperator, Params, as_shape, cotangent, linear_motions, no_motions, zeros
+
+
+@public
+def from_scipy(
+    operator: Any,
+    /,
+    *,
+    domain_shape: tuple[int, ...] | int | None = None,
+    range_shape: tuple[int, ...] | int | None = None,
+    self_adjoint: bool = False,
+    positive_definite: bool = False,
+) -> LinearOperator:
+    r"""A SciPy, CuPy or PyLops operator, or a sparse matrix, as one of ours.
+
+    Parameters
+    ----------
+    operator : sparse matrix or array, or object with ``shape``, ``matvec``, ``rmatvec``
+        The latter as ``scipy.sparse.linalg.LinearOperator`` has them; ``matmat`` and ``rmatmat`` are used where they
+        exist. PyLops operators tell the shapes of their grids (``dims``, ``dimsd``), which are taken over.
+    domain_shape, range_shape : tuple of int, optional
+        Shapes of vectors, with as many entries as `operator` has columns and rows.
+    self_adjoint, positive_definite : bool, default False
+        What is known of it.
+
+    Returns
+    -------
+    operator : LinearOperator
+        For NumPy arrays, or CuPy's if `operator` is of CuPy. A sparse matrix has one parameter, its stored values
+        ``.data`` (those of ``.tocsr()`` for formats other than CSR and CSC), and its gradient has their
+        sparsity. Any other operator has none: what it depends on cannot be seen from outside.
+
+    Raises
+    ------
+    TypeError
+        If `operator` has none of these; in a product, if a vector is of another library: nothing is moved.
+    ValueError
+        If the shapes do not fit.
+    NotImplementedError
+        In a product with the adjoint, by SciPy, if its operator was made without ``rmatvec``.
+
+    Notes
+    -----
+    Such an operator runs its own code: it cannot be traced by ``jax.jit`` or ``torch.compile``. To differentiate with
+    respect to what a foreign operator depends on, write a `LinearOperator` around its products with the
+    ``params_vjp`` that you know, and hold it against `check_operator`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import scipy.sparse
+    >>> a = ddnref.operators.from_scipy(scipy.sparse.csr_array(np.asarray([[0.0, 2.0], [3.0, 0.0]])))
+    >>> a(np.asarray([1.0, 1.0])), a.params
+    (array([2., 3.]), (array([2., 3.]),))
+    """
+    sparse = hasattr(operator, "tocsr") and hasattr(operator, "nnz")
+    if not sparse and not all(hasattr(operator, name) for name in ("shape", "matvec", "rmatvec")):
+        raise TypeError(
+            f"operator is a {type(operator).__qualname__}, expected a sparse matrix, or an object with shape, matvec "
+            "and rmatvec as scipy.sparse.linalg.LinearOperator has them. Arrays go to ddnref.operators.dense."
+        )
+    n, m = (int(k) for k in operator.shape)
+    domain = _grid("domain_shape", domain_shape, getattr(operator, "dims", None), m)
+    target = _grid("range_shape", range_shape, getattr(operator, "dimsd", None), n)
+    if (self_adjoint or positive_definite) and domain != target:
+        raise ValueError(f"An operator from {domain} to {target} cannot be self-adjoint.")
+    flags = self_adjoint or positive_definite, positive_definite
+    return _sparse(operator, domain, target, flags) if sparse else _products(operator, domain, target, flags)
+
+
+def _grid(name: str, given: Any, known: Any, size: int) -> tuple[int, ...]:
+    shape = given if given is not None else (known if known is not None else size)
+    sizes = as_shape(name, shape if isinstance(shape, int) else tuple(int(k) for k in shape))
+    if math.prod(sizes) != size:
+        raise ValueError(f"{name} is {sizes}, with {math.prod(sizes)} entries; the operator has {size}.")
+    return sizes
+
+
+def _refuse_others(x: Array, like: Any) -> None:
+    """Raise ``TypeError`` unless `x` is of the library that the operator computes with."""
+    on_gpu = type(like).__module__.split(".")[0] in ("cupy", "cupyx")
+    fits = array_api_compat.is_cupy_array(x) if on_gpu else array_api_compat.is_numpy_array(x)
+    if not fits:
+        raise TypeError(
+            f"A vector is a {type(x).__module__.split('.')[0]}.{type(x).__qualname__}, but the wrapped operator "
+            f"computes with {'CuPy' if on_gpu else 'NumPy'} arrays: nothing is moved or converted silently."
+        )
+
+
+def _by_columns(x: Array, n: int, size: int, shape: tuple[int, ...], product: Callable[[Array], Array]) -> Array:
+    """Vectors ``(..., *shape)`` as columns ``(size, j)``, their images as vectors again."""
+    lead = x.shape[: x.ndim - n]
+    y = product(x.reshape(math.prod(lead), size).T)
+    return y.T.reshape(*lead, *shape)
+
+
+# --- sparse matrices --------------------------------------------------------------------------------------------
+
+
+def _sparse(matrix: Any, domain: tuple[int, ...], target: tuple[int, ...], flags: tuple[bool, bool]) -> LinearOperator:
+    matrix = matrix if matrix.format in ("csr", "csc") else matrix.tocsr()
+    if matrix.data.dtype.char not in "fdFD":
+        raise TypeError(f"operator has dtype {matrix.data.dtype}; convert it to a floating dtype first.")
+    entries = matrix.tocoo(copy=False)
+    rows, columns = entries.row, entries.col  # in the order of the data
+    frame = copy.copy(matrix)  # the sparsity: its values are replaced in each product
+    n, m = math.prod(target), math.prod(domain)
+
+    def filled(params: Params) -> Any:
+        _refuse_others(params[0], frame)
+        a = copy.copy(frame)
+        a.data = params[0]
+        return a
+
+    def apply(params: Params, x: Array) -> Array:
+        _refuse_others(x, frame)
+        return _by_columns(x, len(domain), m, target, lambda z: filled(params) @ z)
+
+    def adjoint(params: Params, y: Array) -> Array:
+        _refuse_others(y, frame)
+        return _by_columns(y, len(target), n, domain, lambda z: conj(filled(params).T @ conj(z)))
+
+    def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
+        (data,) = params
+        lead = np.broadcast_shapes(y_bar.shape[: y_bar.ndim - len(target)], x.shape[: x.ndim - len(domain)])
+        xp = array_api_compat.array_namespace(data)
+        left = xp.broadcast_to(y_bar, (*lead, *target)).reshape(math.prod(lead), n)
+        right = xp.broadcast_to(x, (*lead, *domain)).reshape(math.prod(lead), m)
+        bar = zeros(data.shape, data)
+        for y_i, x_i in zip(left, right, strict=True):  # one at a time: each product has as many numbers as the data
+            bar = bar + cotangent(y_i[rows] * conj(x_i[columns]), data)
+        return (bar,)
+
+    motions = linear_motions(apply, adjoint)
+    return LinearOperator((matrix.data,), apply, adjoint, params_vjp, domain, target, *flags, **motions)
+
+
+# --- anything with products -------------------------------------------------------------------------------------
+
+
+def _products(
+    operator: Any, domain: tuple[int, ...], target: tuple[int, ...], flags: tuple[bool, bool]
+) -> LinearOperator:
+    n, m = math.prod(target), math.prod(domain)
+
+    def columns(one: str, many: str) -> Callable[[Array], Array]:
+        if hasattr(operator, many):
+            return lambda z: getattr(operator, many)(z)
+        vector = getattr(operator, one)
+
+        def product(z: Array) -> Array:
+            xp = array_api_compat.array_namespace(z)
+            if z.shape[1] == 0:
+                return zeros((n if one == "matvec" else m, 0), z)
+            return xp.stack([vector(z[:, j]).reshape(-1) for j in range(z.shape[1])], axis=1)
+
+        return product
+
+    def apply(params: Params, x: Array) -> Array:  # noqa: ARG001
+        _refuse_others(x, operator)
+        return _by_columns(x, len(domain), m, target, columns("matvec", "matmat"))
+
+    def adjoint(params: Params, y: Array) -> Array:  # noqa: ARG001
+        _refuse_others(y, operator)
+        return _by_columns(y, len(target), n, domain, columns("rmatvec", "rmatmat"))
+
+    def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:  # noqa: ARG001
+        return ()
+
+    return LinearOperator((), apply, adjoint, params_vjp, domain, target, *flags, **no_motions(apply, adjoint))
+
+
+@public
+def to_scipy(operator: LinearOperator, /, *, dtype: Any = None) -> Any:
+    """One of our operators for ``scipy.sparse.linalg``, or for CuPy's if its parameters are CuPy's.
+
+    Parameters
+    ----------
+    operator : LinearOperator
+        With NumPy or CuPy parameters, or none; without batch axes.
+    dtype : dtype, optional
+        Of the vectors; that of the parameters by default, float64 without parameters.
+
+    Returns
+    -------
+    operator : scipy.sparse.linalg.LinearOperator
+        Of shape ``(n, m)``, on flattened vectors. What does not depend on the vector is computed once.
+
+    Raises
+    ------
+    TypeError
+        If the parameters are of another library.
+    ValueError
+        If the parameters have batch axes: SciPy's operators have none.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import scipy.sparse.linalg
+    >>> a = ddnref.operators.to_scipy(ddnref.operators.diagonal(np.asarray([1.0, 2.0]), positive_definite=True))
+    >>> scipy.sparse.linalg.cg(a, np.asarray([1.0, 1.0]), rtol=1e-12)[0]
+    array([1. , 0.5])
+    """
+    foreign = [p for p in operator.params if not array_api_compat.is_numpy_array(p)]
+    on_gpu = bool(foreign) and all(array_api_compat.is_cupy_array(p) for p in operator.params)
+    if foreign and not on_gpu:
+        raise TypeError(f"operator has parameters of {type(foreign[0]).__module__}, expected NumPy's or CuPy's.")
+    if on_gpu:
+        import cupy as xp
+        import cupyx.scipy.sparse.linalg as linalg
+    else:
+        import numpy as xp
+        import scipy.sparse.linalg as linalg
+    a = operator.prepared()
+    n, m = math.prod(a.range_shape), operator.size
+    kind = dtype or xp.result_type(*(p.dtype for p in operator.params), xp.float32 if operator.params else xp.float64)
+    image = a.apply(a.params, xp.zeros(a.domain_shape, dtype=kind))
+    if tuple(image.shape) != tuple(a.range_shape):
+        raise ValueError(
+            f"The image of one vector has shape {tuple(image.shape)}, expected {tuple(a.range_shape)}: the parameters "
+            "have batch axes, which SciPy's operators have not. Hand over one item."
+        )
+
+    def matmat(z: Array) -> Array:
+        y = a.apply(a.params, z.T.reshape(-1, *a.domain_shape))
+        return y.reshape(-1, n).T
+
+    def rmatmat(z: Array) -> Array:
+        x = a.adjoint(a.params, z.T.reshape(-1, *a.range_shape))
+        return x.reshape(-1, m).T
+
+    return linalg.LinearOperator(
+        (n, m),
+        matvec=lambda z: matmat(z.reshape(m, 1))[:, 0],
+        rmatvec=lambda z: rmatmat(z.reshape(n, 1))[:, 0],
+        matmat=matmat,
+        rmatmat=rmatmat,
+        dtype=image.dtype,
+    )

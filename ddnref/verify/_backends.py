@@ -1,0 +1,114 @@
+"""Array libraries by name: how a NumPy array gets there and back, and what to install where one is missing."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddnref._core.arrays import Array
+
+NAMES = ("numpy", "cupy", "torch", "jax", "array-api-strict")
+STRICT_FLAGS = {"boolean_indexing": False, "data_dependent_shapes": False}
+
+
+class Backend(NamedTuple):
+    """One array library, ready to compute in double precision."""
+
+    name: str
+    version: str
+    convert: Callable[[NDArray[Any]], Array]
+    """From NumPy, keeping the dtype."""
+    to_numpy: Callable[[Array], NDArray[Any]]
+    bind: Callable[..., Callable[..., Any]] = partial
+    """``bind(function, **options)``: a function of arrays alone, compiled where the library compiles."""
+    compiles: bool = False
+    while_loop: Any = None
+    """The library's own loop, where one that is compiled needs it."""
+
+
+class MissingDependencyError(Exception):
+    """Something optional is not installed or not usable; the message says what to do."""
+
+
+def require(*modules: str, extra: str, what: str) -> None:
+    """Raise `MissingDependencyError`, naming the extra and the pip command, unless all modules can be found."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        extras = " or ".join(f'pip install "ddnref[{name}]"' for name in extra.split("|"))
+        raise MissingDependencyError(
+            f"{what} needs {' and '.join(missing)}, which is not installed. "
+            f"Install the extra {extra.replace('|', ' or ')}: {extras}"
+        )
+
+
+@contextmanager
+def backend(name: str) -> Iterator[Backend]:
+    """Load the array library `name`; array-api-strict is at its strictest inside the ``with`` block only.
+
+    Raises
+    ------
+    MissingDependencyError
+        The library is not installed, or it is CuPy and there is no GPU.
+    """
+    opened, inside = _LOADERS[name]()
+    with inside:
+        yield opened
+
+
+Loaded = tuple[Backend, AbstractContextManager[object]]
+
+
+def _numpy() -> Loaded:
+    return Backend("numpy", np.__version__, np.asarray, np.asarray), nullcontext()
+
+
+def _cupy() -> Loaded:
+    cupy = _load("cupy", "cuda12|cuda13", "The backend cupy")
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise MissingDependencyError(
+            f"The backend cupy is installed but finds no usable GPU ({error}). It needs an NVIDIA GPU and a driver "
+            "for the CUDA version of the wheel: ddnref[cuda12] or ddnref[cuda13]."
+        ) from error
+    return Backend("cupy", cupy.__version__, cupy.asarray, cupy.asnumpy), nullcontext()
+
+
+def _torch() -> Loaded:
+    torch = _load("torch", "torch", "The backend torch")
+
+    def to_numpy(array: Array) -> NDArray[Any]:
+        return np.asarray(array.detach().resolve_conj().resolve_neg())
+
+    return Backend("torch", torch.__version__, torch.tensor, to_numpy), nullcontext()
+
+
+def _jax() -> Loaded:
+    jax = _load("jax", "jax", "The backend jax")
+    jax.config.update("jax_enable_x64", True)
+
+    def bind(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        return partial(jax.jit(function, static_argnames=tuple(options)), **options)
+
+    return Backend("jax", jax.__version__, jax.numpy.asarray, np.asarray, bind, True, jax.lax.while_loop), nullcontext()
+
+
+def _strict() -> Loaded:
+    strict = _load("array_api_strict", "test", "The backend array-api-strict")
+    flags = strict.ArrayAPIStrictFlags(**STRICT_FLAGS)
+    return Backend("array-api-strict", strict.__version__, strict.asarray, np.asarray), flags
+
+
+_LOADERS: dict[str, Callable[[], Loaded]] = dict(zip(NAMES, (_numpy, _cupy, _torch, _jax, _strict), strict=True))
+
+
+def _load(module: str, extra: str, what: str) -> Any:
+    require(module, extra=extra, what=what)
+    return importlib.import_module(module)

@@ -1,0 +1,269 @@
+"""What ``ddnref verify`` asks of a rule: each check measures one error and says how large it may be.
+
+Double precision meets finite differences; single precision meets double precision on identical inputs, because
+finite differences in float32 show nothing. The structural identities hold in both.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddnref import testing
+from ddnref._core.arrays import Array
+from ddnref._rules.contract import Rule, as_tuple, options_of, plain_forward, plain_vjp
+from ddnref._rules.samples.common import Sample
+from ddnref.testing._checker import RTOL
+from ddnref.verify._backends import Backend
+
+DTYPES = ("float64", "complex128", "float32", "complex64")
+COMPLEX = ("complex128", "complex64")
+SIZES = (1, 2, 5, 16)
+BATCHES: tuple[tuple[int, ...], ...] = ((), (3,), (2, 2))
+
+FEW_SIZES = (1, 5)  # other libraries run the same code, a call of theirs takes ten times as long, or is compiled
+FEW_BATCHES: tuple[tuple[int, ...], ...] = ((), (2, 2))
+
+SINGLE = {"f": "float32", "c": "complex64"}
+DOUBLE = {"f": "float64", "c": "complex128"}
+ROUNDING = 450  # structural identities hold to this many eps: 1e-13 in double precision
+
+Measured = tuple[float, float]
+"""An error and its tolerance."""
+
+
+class Case(NamedTuple):
+    """Which problem a rule is checked on."""
+
+    rule: Rule
+    dtype: str
+    m: int
+    batch: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}, m={self.m}, batch {self.batch}"
+
+
+class Outcome(NamedTuple):
+    """What one check found."""
+
+    check: str
+    case: Case
+    error: float
+    tolerance: float
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """False for NaN too."""
+        return self.error <= self.tolerance
+
+    @property
+    def badness(self) -> float:
+        """Error in units of its tolerance, infinite where it is not a number."""
+        if math.isnan(self.error):
+            return math.inf
+        if self.tolerance == 0:
+            return math.inf if self.error > 0 else 0.0
+        return self.error / self.tolerance
+
+
+class Problem(NamedTuple):
+    """A case made concrete: arrays of the backend, and two sets of cotangents that have a gradient."""
+
+    backend: Backend
+    case: Case
+    sample: Sample
+    forward: Callable[..., Any]
+    vjp: Callable[..., tuple[Array, ...]]
+    outputs: tuple[Array, ...]
+    kept: tuple[Array, ...]
+    """What the VJP takes after the cotangents: outputs, saved arrays, inputs that it needs."""
+    bars: tuple[Array, ...]
+    other_bars: tuple[Array, ...]
+    seed: int
+
+    def pull(self, bars: tuple[Array, ...]) -> tuple[Array, ...]:
+        """The VJP at the outputs."""
+        return self.vjp(*bars, *self.kept)
+
+    def numbers(self, arrays: tuple[Array, ...]) -> NDArray[Any]:
+        """All entries of some arrays, on the host, as one vector."""
+        return np.concatenate([np.ravel(self.backend.to_numpy(array)) for array in arrays])
+
+    @property
+    def rounding(self) -> float:
+        """Tolerance of a structural identity; the rounding of an iterative solve is amplified by its condition."""
+        amplified = max(1.0, self.sample.condition) if self.case.rule.vjp_info else 1.0
+        return ROUNDING * amplified * float(np.finfo(self.case.dtype).eps)
+
+
+def cases(backend: Backend, rule: Rule, dtypes: tuple[str, ...]) -> list[Case]:
+    """All problems for a rule."""
+    sizes, batches = (SIZES, BATCHES) if backend.name == "numpy" else (FEW_SIZES, FEW_BATCHES)
+    taken = [dtype for dtype in dtypes if rule.is_complex or dtype not in COMPLEX]
+    return [Case(rule, dtype, m, batch) for dtype in taken for m in sizes for batch in batches]
+
+
+def run_case(backend: Backend, case: Case, seed: int) -> list[Outcome]:
+    """Run every check that applies; whatever a rule raises is an infinite error with the message beside it."""
+    try:
+        problem = pose(backend, case, seed)
+    except Exception as error:  # noqa: BLE001 - a rule that crashes is a rule that failed
+        return [Outcome("forward", case, math.inf, 0.0, f"{type(error).__name__}: {error}")]
+    outcomes = []
+    for name, check in CHECKS.items():
+        try:
+            measured = check(problem)
+        except Exception as error:  # noqa: BLE001 - as above
+            outcomes.append(Outcome(name, case, math.inf, 0.0, f"{type(error).__name__}: {error}"))
+        else:
+            outcomes += [] if measured is None else [Outcome(name, case, *measured)]
+    return outcomes
+
+
+def pose(backend: Backend, case: Case, seed: int) -> Problem:
+    """Draw the problem of a case; the same for every backend, and whatever else is in the table."""
+    rule, is_complex = case.rule, case.dtype.startswith("complex")
+    key = zlib.crc32(f"{rule.name} {case}".encode())
+    rng = np.random.default_rng([seed, key])
+    kinds = SINGLE if case.dtype in SINGLE.values() else DOUBLE
+
+    def convert(values: Any) -> Array:
+        array = np.asarray(values)
+        return backend.convert(array.astype(kinds[array.dtype.kind]))
+
+    sample = rule.sample(convert, rng, case.batch, case.m, is_complex)
+    other = rule.sample(convert, rng, case.batch, case.m, is_complex)
+    forward_options, vjp_options = options_of(rule, sample.options, backend.while_loop)
+    forward = backend.bind(plain_forward(rule), **forward_options)
+    vjp = backend.bind(plain_vjp(rule), **vjp_options)
+    outputs, saved = forward(*sample.inputs)
+    kept = *outputs, *saved, *(sample.inputs[i] for i in rule.needs)
+    bars, other_bars = (_cotangents(s, rng, backend, outputs) for s in (sample, other))
+    return Problem(backend, case, sample, forward, vjp, outputs, kept, bars, other_bars, seed)
+
+
+def _cotangents(
+    sample: Sample, rng: np.random.Generator, backend: Backend, outputs: tuple[Array, ...]
+) -> tuple[Array, ...]:
+    """Those of the sample's loss at the given outputs, or random ones where any will do."""
+    if sample.loss is not None:
+        return as_tuple(sample.loss[1](*outputs))
+
+    def draw(y: NDArray[Any]) -> Array:
+        z = rng.standard_normal(y.shape)
+        z = z + 1j * rng.standard_normal(y.shape) if y.dtype.kind == "c" else z
+        return backend.convert(z.astype(y.dtype))
+
+    return tuple(draw(backend.to_numpy(y)) for y in outputs)
+
+
+# --- the checks ---------------------------------------------------------------------------------------------------
+
+
+def finite_differences(p: Problem) -> Measured | None:
+    """Double precision: against Richardson-extrapolated central differences, in the gradient's direction too."""
+    if p.case.dtype not in DOUBLE.values():
+        return None
+    rule = p.case.rule
+    report = testing.check_vjp(
+        p.forward, p.vjp, *p.sample.inputs, saves=True, needs=rule.needs, loss=p.sample.loss,
+        tangent=rule.tangent, symmetrises=rule.symmetrises, gap=p.sample.gap, rtol=RTOL, seed=p.seed,
+    )  # fmt: skip
+    return report.error, RTOL
+
+
+def against_double(p: Problem) -> Measured | None:
+    """Single precision: against the same VJP in double precision on the same numbers."""
+    if p.case.dtype not in SINGLE.values():
+        return None
+
+    def double(array: Array) -> Array:
+        values = p.backend.to_numpy(array)
+        return p.backend.convert(values.astype(DOUBLE.get(values.dtype.kind, values.dtype)))  # pivots are integers
+
+    vjp = p.case.rule.vjp
+    # Outputs rounded to single precision, judged in double, would count as a gauge, or as no solution.
+    names = {"gauge_rtol", "check_rtol"} & set(inspect.signature(vjp).parameters)
+    accepting = dict.fromkeys(names, math.inf)
+    if p.case.rule.vjp_info:
+        accepting["rtol"] = 16 * float(np.finfo(np.float32).eps)  # what saved pairs of that precision let a solve reach
+    _, options = options_of(p.case.rule, {**p.sample.options, **accepting}, p.backend.while_loop)
+    exact = p.backend.bind(plain_vjp(p.case.rule), **options)(*map(double, (*p.bars, *p.kept)))
+    single = p.pull(p.bars)
+    for x, x_bar in zip(p.sample.inputs, single, strict=True):
+        if x.dtype != x_bar.dtype:
+            raise TypeError(f"the cotangent of a {x.dtype} input has dtype {x_bar.dtype}")
+    tolerance = 20 * float(np.finfo(p.case.dtype).eps) * p.sample.condition
+    return _relative(p.numbers(single), p.numbers(exact)), tolerance
+
+
+def linear(p: Problem) -> Measured:
+    """Linear in the cotangent."""
+    a, b = 2.0, -3.0
+    mixed = tuple(a * u + b * t for u, t in zip(p.bars, p.other_bars, strict=True))
+    u, t = p.numbers(p.pull(p.bars)), p.numbers(p.pull(p.other_bars))
+    size = np.linalg.norm(a * u) + np.linalg.norm(b * t)
+    return float(np.linalg.norm(p.numbers(p.pull(mixed)) - (a * u + b * t)) / (size or 1.0)), p.rounding
+
+
+def zero_cotangent(p: Problem) -> Measured:
+    """Zero in, exactly zero out."""
+    return _largest(p.numbers(p.pull(tuple(0.0 * u for u in p.bars)))), 0.0
+
+
+def batch_is_loop(p: Problem) -> Measured | None:
+    """A batch gives what a loop over its items gives."""
+    if not p.case.batch:
+        return None
+    whole = p.pull(p.bars)
+    error, tolerance = 0.0, p.rounding
+    for item in np.ndindex(p.case.batch):
+        arrays = tuple(array[(*item, ...)] for array in (*p.bars, *p.kept))
+        one = p.numbers(p.vjp(*arrays))
+        same = p.numbers(tuple(x_bar[(*item, ...)] for x_bar in whole))
+        error = max(error, _relative(same, one), key=lambda e: math.inf if math.isnan(e) else e)
+    return error, tolerance
+
+
+def hermitian(p: Problem) -> Measured | None:
+    """Exactly Hermitian: not to rounding, which a directional derivative could not see."""
+    if p.case.rule.tangent != "symmetric":
+        return None
+    parts = [p.backend.to_numpy(x_bar) for x_bar in p.pull(p.bars)]
+    return max(_largest(x_bar - np.conj(np.swapaxes(x_bar, -1, -2))) for x_bar in parts), 0.0
+
+
+def compiled(p: Problem) -> Measured | None:
+    """The same numbers when not compiled, where the backend compiles: the other checks run what it compiled."""
+    if not p.backend.compiles or p.case.m == 1 or not p.case.batch:
+        return None  # one shape will do: run step by step, each step is compiled on its own, and that takes seconds
+    _, options = options_of(p.case.rule, p.sample.options, p.backend.while_loop)
+    eager = plain_vjp(p.case.rule)(*p.bars, *p.kept, **options)
+    return _relative(p.numbers(p.pull(p.bars)), p.numbers(eager)), p.rounding
+
+
+CHECKS: dict[str, Callable[[Problem], Measured | None]] = {
+    "finite differences": finite_differences,
+    "single against double": against_double,
+    "linear in the cotangent": linear,
+    "zero cotangent": zero_cotangent,
+    "batch equals loop": batch_is_loop,
+    "exactly Hermitian": hermitian,
+    "compiled (jit)": compiled,
+}
+
+
+def _relative(x: NDArray[Any], reference: NDArray[Any]) -> float:
+    return float(np.linalg.norm(x - reference) / (np.linalg.norm(reference) or 1.0))
+
+
+def _largest(x: NDArray[Any]) -> float:
+    return float(np.max(np.abs(x), initial=0.0))

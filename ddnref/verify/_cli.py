@@ -1,0 +1,84 @@
+"""``ddnref``: the command line. Exit code 0: fine, 1: a check failed, 2: wrong usage or something not installed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import ddnref
+from ddnref.verify._backends import NAMES, MissingDependencyError, backend, require
+
+DTYPES = ("float32", "float64", "complex64", "complex128")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.command(arguments))
+    except MissingDependencyError as error:
+        sys.stderr.write(f"ddnref: {error}\n")
+        return 2
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    require("rich", extra="report", what="ddnref verify")
+    from ddnref.verify._run import verify
+
+    dtypes = DTYPES if arguments.dtype == "all" else (arguments.dtype,)
+    with backend(arguments.backend) as library:
+        return 0 if verify(library, dtypes, arguments.seed) else 1
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    require("rich", "matplotlib", "sklearn", extra="report", what="ddnref report")
+    from ddnref.report.build import build
+
+    with backend(arguments.backend) as library:
+        try:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            sys.stderr.write(f"ddnref: the folder for the report cannot be made: {error}\n")
+            return 2
+        build(library, arguments.out, arguments.seed, full=arguments.full)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ddnref", description=ddnref.__doc__)
+    parser.add_argument("--version", action="version", version=f"ddnref {ddnref.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    verify = _command(commands, "verify", "check every VJP on this machine; exit code 1 when one is wrong")
+    verify.add_argument("--dtype", choices=(*DTYPES, "all"), default="all", help="default: all four")
+    verify.set_defaults(command=_verify)
+
+    report = _command(commands, "report", "see it work on real data: one web page with pictures and numbers")
+    report.add_argument("--out", type=Path, default=Path("ddnref-report"), metavar="DIR",
+                        help="folder for the page, pictures and CSV files (default: %(default)s)")  # fmt: skip
+    report.add_argument("--full", action="store_true",
+                        help="the declarative section at the tutorial's sizes and seeds: takes hours")  # fmt: skip
+    report.set_defaults(command=_report)
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    command.add_argument("--backend", choices=NAMES, default="numpy", help="array library (default: numpy)")
+    command.add_argument("--seed", type=_seed, default=0, metavar="N", help="default: 0")
+    return command
+
+
+def _seed(text: str) -> int:
+    seed = int(text)
+    if seed < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative; expected 0 or more")
+    return seed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""Counts and eigenpairs of a network's Hessian against those of the dense matrix."""
+
+import numpy as np
+import pytest
+from hessian_problems import dense, each_layer, flatten, hard_shifts, network, problem
+
+import ddnref
+from ddnref import curvature, networks, reference
+from ddnref.curvature.hessian import _choice as _paths
+from ddnref.curvature.hessian import _factor, _inertia, _spectrum
+from ddnref.curvature.hessian import _network as _system
+
+
+@pytest.mark.parametrize(("n_layers", "a", "n", "residual"), [(5, 6, 1, False), (4, 4, 9, True), (8, 5, 2, True)])
+def test_counts(n_layers, a, n, residual, rng, monkeypatch):
+    monkeypatch.setattr(_paths, "DENSE_LIMIT", 0)
+    q = problem(rng, n_layers, a, n, residual=residual, bias=True)
+    edges = [-np.inf, -0.3, -0.01, -1e-5, 1e-5, 0.02, 0.5, np.inf]
+    counts, info = curvature.hessian_eigval_count(q.chain, q.x, q.t, edges)
+    assert counts == tuple(np.histogram(q.w, [-1e9, *edges[1:-1], 1e9])[0])
+    assert sum(counts) == len(q.w)
+    assert info.uncertain == (0,) * len(edges)
+    assert {"tridiagonal", "riccati"} & set(info.paths)
+    g = np.linalg.eigvalsh(dense(q.chain, q.x, q.t, "ggnvp"))
+    counts, _ = curvature.hessian_eigval_count(q.chain, q.x, q.t, [-0.1, 0.1, 9.0], curvature="ggn")
+    assert counts == tuple(np.histogram(g, [-0.1, 0.1, 9.0])[0])
+
+
+def test_count_at_an_eigenvalue(rng):
+    q = problem(rng, 4, 6, 1)
+    for edge in (0.0, float(q.w[-1])):
+        with pytest.raises(ddnref.SingularError, match="of the edge"):
+            curvature.hessian_eigval_count(q.chain, q.x, q.t, (edge, 100.0), method="qr")
+    counts, info = curvature.hessian_eigval_count(q.chain, q.x, q.t, (float(q.w[-1]), 100.0), throw=False)
+    assert (counts, info.uncertain) == ((1,), (1, 0))
+
+
+@pytest.mark.parametrize(("n_layers", "a", "n"), [(5, 4, 2), (5, 4, 9), (4, 6, 1)])
+def test_delayed_pivots_count_at_every_shift(n_layers, a, n, rng):
+    """Also where a layer's own block is singular, at which the other forms are not asked."""
+    for activation, residual in (("tanh", True), ("relu", False), ("identity", False)):
+        q = problem(rng, n_layers, a, n, activation, residual=residual)
+        terms = _system.system(q.chain, q.x, q.t, "hessian").terms
+        for damping in [0.1, -0.05, 1e-6, *hard_shifts(q.chain, q.h)]:
+            if np.min(np.abs(q.w + damping)) > 1e-9 * np.max(np.abs(q.w)):
+                assert _inertia.delayed(terms, damping) == np.sum(q.w + damping < 0)
+
+
+def test_delaying_matters(rng, monkeypatch):
+    """Where the first joint block is singular, to rounding: without delays some counts are wrong."""
+    monkeypatch.setattr(_inertia, "THETA", 1e-30)
+    wrong = 0
+    for seed in range(4):
+        q = problem(np.random.default_rng(seed), 5, 4, 3)
+        terms = _system.system(q.chain, q.x, q.t, "hessian").terms
+        first, second = reference.tall_skinny_derivatives(q.chain, q.x, q.t)[:2]
+        for value in np.linalg.eigvalsh(first.dxx + first.dx.T @ second.dzz @ first.dx)[[0, 1, -2, -1]]:
+            with np.errstate(all="ignore"):
+                wrong += _inertia.delayed(terms, -float(value)) != np.sum(q.w < value)
+            with monkeypatch.context() as patch:
+                patch.setattr(_inertia, "THETA", 1e-3)
+                assert _inertia.delayed(terms, -float(value)) == np.sum(q.w < value)
+    assert wrong
+
+
+def test_what_is_not_trusted_is_counted_another_way(rng, monkeypatch):
+    """The probe of an elimination is what decides: near a singular block, and for small dampings, it is not used."""
+    monkeypatch.setattr(_paths, "DENSE_LIMIT", 0)
+    q = problem(rng, 5, 4, 3)
+    paths = [
+        curvature.hessian_factor(q.chain, q.x, q.t, damping=e).counted_by
+        for e in (0.1, 1e-7, *hard_shifts(q.chain, q.h))
+    ]
+    assert paths[:2] == ["tridiagonal", "qr"]
+    assert "qr" in paths[2:]
+
+
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+def test_extreme_eigenvalues(which, rng):
+    chain, x, t = network(rng, 8, 5, 2, bias=True)
+    w_all = np.linalg.eigvalsh(dense(chain, x, t))
+    order = {"LA": np.argsort(-w_all), "SA": np.argsort(w_all), "LM": np.argsort(-np.abs(w_all))}[which]
+    (w, v), info = curvature.hessian_eigvals(chain, x, t, 4, which=which)
+    np.testing.assert_allclose(w, w_all[order][:4], atol=1e-11 * np.max(np.abs(w_all)))
+    check_vectors(chain, x, t, w, v)
+    assert info.converged
+
+
+def check_vectors(chain, x, t, w, v):
+    rows = flatten(v)
+    np.testing.assert_allclose(rows @ rows.T, np.eye(len(w)), atol=1e-8)
+    products = flatten(chain.hvp(x, t, v))
+    np.testing.assert_allclose(products, w[:, None] * rows, atol=1e-8 * np.max(np.abs(products)))
+
+
+def test_nearest(rng):
+    chain, x, t = network(rng, 8, 5, 2)
+    w_all = np.linalg.eigvalsh(dense(chain, x, t))
+    sigma = 0.03
+    (w, v), _ = curvature.hessian_eigvals(chain, x, t, 5, sigma=sigma)
+    nearest = w_all[np.argsort(np.abs(w_all - sigma))][:5]
+    np.testing.assert_allclose(w, nearest, atol=1e-11)
+    check_vectors(chain, x, t, w, v)
+
+
+def test_nearest_to_zero(rng):
+    """Where zero is an eigenvalue there is no inverse, and sigma is named; elsewhere it is a number like any other."""
+    chain, x, t = network(rng, 3, 4, 1)
+    with pytest.raises(ddnref.SingularError, match=r"^sigma is zero and the Hessian is singular.*Pass a sigma"):
+        curvature.hessian_eigvals(chain, x, t, 2, sigma=0)
+    x, t = rng.standard_normal((20, 4)), rng.standard_normal((20, 2))
+    chain = networks.Chain([networks.Dense(rng.standard_normal((2, 4)) / 2, activation="tanh")], "mse")
+    w_all = np.linalg.eigvalsh(dense(chain, x, t))
+    nearest = w_all[np.argsort(np.abs(w_all))][:2]
+    assert abs(nearest[0]) > 1e-8
+    (w, _), _ = curvature.hessian_eigvals(chain, x, t, 2, sigma=0)
+    np.testing.assert_allclose(w, nearest, atol=1e-11)
+
+
+def test_interval(rng, monkeypatch):
+    """All eigenvalues between two numbers, in slices."""
+    chain, x, t = network(rng, 8, 5, 2, bias=True)
+    w_all = np.linalg.eigvalsh(dense(chain, x, t))
+    monkeypatch.setattr(_spectrum, "AT_ONCE", 6)
+    for low, high in ((0.01, 100.0), (2.0 * float(w_all[-1]), 1e6)):
+        (w, v), info = curvature.hessian_eigvals(chain, x, t, interval=(low, high))
+        expected = w_all[(w_all > low) & (w_all < high)]
+        assert w.shape == expected.shape
+        np.testing.assert_allclose(w, expected, atol=1e-11 * np.max(np.abs(w_all)))
+        assert v[0].shape == (len(w), *chain.params[0].shape)
+        if len(w):
+            check_vectors(chain, x, t, w, v)
+        assert info.uncertain == (0, 0)
+    assert len(list(each_layer(chain))) == 8
+
+
+def test_interval_far_above_the_estimated_norm(rng):
+    """One eigenvalue of 8 (or -8) beyond two hundred near 2, which products with a few vectors hardly see."""
+    a, scale = 200, np.linspace(0.9, 1.1, 200)
+    scale[0] = 2.0
+    q = [np.linalg.qr(rng.standard_normal((a, a)))[0] for _ in range(2)]
+    x, t = (q[0] * scale) @ q[1], np.ones((a, 1))
+    for sign, loss in ((1.0, "mse"), (-1.0, _negative_squares())):
+        chain = networks.Chain([networks.Dense(np.zeros((1, a)))], loss, "sum")
+        assert 1.5 * float(curvature.hessian_factor(chain, x, t, damping=0.1).norm) < 7.0
+        for low, high in ((7.0, 9.0), (3.0, np.inf), (7.0, 1e9)):
+            interval = (low, high) if sign > 0 else (-high, -low)
+            (w, v), info = curvature.hessian_eigvals(chain, x, t, interval=interval)
+            np.testing.assert_allclose(w, [8.0 * sign], rtol=1e-12)
+            check_vectors(chain, x, t, w, v)
+            assert info.uncertain == (0, 0)
+        for interval in ((9.0, np.inf), (-1e9, -9.0)):
+            assert curvature.hessian_eigvals(chain, x, t, interval=interval)[0][0].shape == (0,)
+
+
+def _negative_squares():
+    """Minus the squares: a Hessian without a positive eigenvalue."""
+    return networks.Loss(
+        value=lambda y, t: -np.sum((y - t) ** 2, axis=-1),
+        gradient=lambda y, t: -2 * (y - t),
+        hessian_sqrt=lambda y, t: np.full((*y.shape, 1), np.nan),
+        hessian=lambda y, t: np.full((*y.shape, 1), -2.0),
+    )
+
+
+def test_static_errors(rng):
+    chain, x, t = network(rng, 3, 4, 2)
+    for run, error, match in [
+        (lambda: curvature.hessian_eigval_count(chain, x, t, (1.0,)), ValueError, "two or more ascending"),
+        (lambda: curvature.hessian_eigval_count(chain, x, t, (1.0, 0.5)), ValueError, "ascending"),
+        (
+            lambda: curvature.hessian_eigval_count(chain, x, t, (0.1, 1), curvature="x"),
+            ValueError,
+            "curvature is 'x'",
+        ),
+        (lambda: curvature.hessian_eigvals(chain, x, t), ValueError, "either k or interval"),
+        (
+            lambda: curvature.hessian_eigvals(chain, x, t, 2, interval=(0.1, 1)),
+            ValueError,
+            "either k or interval",
+        ),
+        (lambda: curvature.hessian_eigvals(chain, x, t, interval=(0.1, 1), sigma=0.5), ValueError, "sigma"),
+        (lambda: curvature.hessian_eigvals(chain, x, t, 2, sigma=np.nan), ValueError, "sigma is NaN"),
+        (lambda: curvature.hessian_eigvals(chain, x, t, 2, sigma=np.inf), ValueError, "sigma is inf"),
+        (lambda: curvature.hessian_eigvals(chain, x, t, 0), ValueError, "k is 0"),
+        (lambda: curvature.hessian_eigvals(chain, x, t, 2, which="SM"), ValueError, "which"),
+        (lambda: curvature.hessian_eigvals(chain, x * np.nan, t, 2), ddnref.NonFiniteError, "NaN"),
+    ]:
+        with pytest.raises(error, match=match):
+            run()
+    assert _factor.ZERO < 1e-9

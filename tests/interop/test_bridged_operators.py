@@ -1,0 +1,230 @@
+"""Operators through the bridges: gradients to their parameters, second derivatives, batches, failures."""
+
+import numpy as np
+import pytest
+
+import ddnref
+from conftest import backend
+from ddnref import operators
+from ddnref._rules.layout import flatten
+
+SHAPE = (3, 4)
+BATCHING = "ignore:There is a performance drop because we have not yet implemented the batching rule:UserWarning"
+
+
+def deblur(kernel, rho):
+    return operators.normal(operators.convolution(kernel, SHAPE), rho)
+
+
+def kernels(rng, *batch):
+    k = 0.2 * rng.standard_normal((*batch, 3, 3))
+    k[..., 1, 1] += 1
+    return k
+
+
+def test_a_layout_takes_inputs_apart_and_joins_them(rng):
+    operator, b = deblur(kernels(rng), np.asarray(0.5)), rng.standard_normal(SHAPE)
+    layout, arrays = flatten((operator, b))
+    assert len(arrays) == 3
+    assert not layout.plain
+    again, same = layout.join(arrays)
+    assert again == operator._replace(params=again.params)
+    assert all(p is q for p, q in zip(again.params, operator.params, strict=True))
+    assert same is b
+    assert layout.places((1,)) == (2,)
+    assert layout.places((0, 1, 7)) == (0, 1, 2)
+    assert layout.select((1,)).plain
+    assert hash(layout) == hash(flatten((operator, b))[0])
+    assert layout == flatten((operator.with_params(*operator.params), b))[0]
+
+
+# --- PyTorch ----------------------------------------------------------------------------------------------------
+
+
+def tensors(torch, *arrays, grad=True):
+    return tuple(torch.tensor(a, dtype=torch.float64, requires_grad=grad) for a in arrays)
+
+
+def torch_solve(**options):
+    from ddnref.interop.torch import differentiable
+
+    return differentiable(ddnref.linear_solve, **{"rtol": 1e-13, **options})
+
+
+@pytest.mark.framework("torch")
+def test_torch_first_and_second_order_of_conjugate_gradients(torch, rng):
+    solve = torch_solve()
+
+    def x(kernel, rho, b):
+        return solve(deblur(kernel, rho), b)[0]
+
+    inputs = tensors(torch, kernels(rng), 0.5, rng.standard_normal((2, *SHAPE)))
+    assert torch.autograd.gradcheck(x, inputs)
+    assert torch.autograd.gradgradcheck(x, inputs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.framework("torch")
+def test_torch_first_and_second_order_without_symmetry(torch, rng):
+    """The adjoint is another operator, and so the bridge meets two of them."""
+    solve = torch_solve(solver="gmres")
+
+    def x(d, a, b):
+        return solve(operators.compose(operators.diagonal(d), operators.dense(a)), b)[0]
+
+    inputs = tensors(torch, rng.uniform(1, 2, 3), np.eye(3) + 0.3 * rng.standard_normal((3, 3)), rng.standard_normal(3))
+    assert torch.autograd.gradcheck(x, inputs)
+    assert torch.autograd.gradgradcheck(x, inputs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.framework("torch")
+def test_torch_first_and_second_order_of_least_squares(torch, rng):
+    solve = torch_solve()
+    for shape in ((5, 3), (3, 5)):
+        inputs = tensors(torch, rng.standard_normal(shape), rng.standard_normal(shape[0]))
+        x = lambda a, b: solve(operators.dense(a), b)[0]
+        assert torch.autograd.gradcheck(x, inputs)
+        assert torch.autograd.gradgradcheck(x, inputs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.framework("torch")
+@pytest.mark.filterwarnings(BATCHING)
+@pytest.mark.parametrize("mapped", ["b", "kernel", "kernel and b"])
+def test_torch_vmap(mapped, torch, rng):
+    """Over right-hand sides of a shared operator, over operators, over both; and a gradient of the mapped sum."""
+    solve = torch_solve()
+    shared_kernel, shared_b = "kernel" not in mapped, "b" not in mapped
+    kernel = kernels(rng, *([] if shared_kernel else [3]))
+    b = rng.standard_normal((*([] if shared_b else [3]), 2, *SHAPE))
+    kernel, rho, b = tensors(torch, kernel, 0.5, b, grad=False)
+
+    def loss(kernel, rho, b):
+        return (solve(deblur(kernel, rho), b)[0] ** 3).sum()
+
+    each = torch.func.grad(loss, argnums=(0, 1, 2))
+    dims = (None if shared_kernel else 0, None, None if shared_b else 0)
+    whole = torch.func.vmap(each, in_dims=dims)(kernel, rho, b)
+    one = [each(kernel if shared_kernel else kernel[i], rho, b if shared_b else b[i]) for i in range(3)]
+    for i in range(3):
+        torch.testing.assert_close(whole[i], torch.stack([bars[i] for bars in one]))
+    total = lambda *inputs: torch.func.vmap(loss, in_dims=dims)(*inputs).sum()
+    sums = torch.func.grad(total, argnums=(0, 1, 2))(kernel, rho, b)
+    for i, shared in enumerate((shared_kernel, True, shared_b)):
+        torch.testing.assert_close(sums[i], whole[i].sum(0) if shared else whole[i])
+
+
+@pytest.mark.framework("torch")
+def test_torch_vmap_of_a_matrix_with_many_right_hand_sides(torch, rng):
+    """As many right-hand sides as matrices: the mapped axes must meet each other, not the others."""
+    solve = torch_solve(solver="gmres")
+    a, b = tensors(torch, np.eye(4) + 0.2 * rng.standard_normal((3, 4, 4)), rng.standard_normal((3, 3, 4)), grad=False)
+    loss = lambda a, b: (solve(a, b)[0] ** 3).sum()
+    whole = torch.func.vmap(torch.func.grad(loss))(a, b)
+    torch.testing.assert_close(whole, torch.stack([torch.func.grad(loss)(a[i], b[i]) for i in range(3)]))
+
+
+@pytest.mark.framework("torch")
+def test_torch_eigenpairs_of_an_operator(torch):
+    from ddnref.interop.torch import differentiable
+
+    eigsh = differentiable(ddnref.eigsh, k=2)
+
+    def pairs(d):
+        (w, v), _ = eigsh(operators.diagonal(d)._replace(self_adjoint=True))
+        return w, v**2
+
+    (d,) = tensors(torch, [1.0, 3.0, 2.0, 5.0, 4.0])
+    assert torch.autograd.gradcheck(pairs, (d,))
+    loss = lambda d: (pairs(d)[0] ** 2).sum()
+    each = torch.func.vmap(torch.func.grad(loss))(torch.stack([d.detach(), 2 * d.detach()]))
+    expected = torch.tensor([[0.0, 0, 0, 10, 8], [0, 0, 0, 20, 16]], dtype=torch.float64)
+    torch.testing.assert_close(each, expected)
+    (gradient,) = torch.autograd.grad(pairs(d)[1].sum() + loss(d), d, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative through eigsh"):
+        gradient.sum().backward()
+
+
+@pytest.mark.framework("torch")
+def test_torch_what_has_not_converged_is_nan_and_warns(torch):
+    d = torch.logspace(0, 3, 12, dtype=torch.float64).requires_grad_()
+    b = torch.ones(2, 12, dtype=torch.float64)
+    b[0, 1:] = 0
+    b.requires_grad_()
+    operator = operators.diagonal(d)._replace(self_adjoint=True, positive_definite=True)
+    x, info = torch_solve(maxiter=3)(operator, b)
+    assert info.converged.tolist() == [True, False]
+    assert torch.isnan(x).all(dim=-1).tolist() == [False, True]
+    with pytest.warns(RuntimeWarning, match="A gradient is NaN"):
+        torch.nansum(x**2).backward()
+    assert torch.isnan(b.grad).all(dim=-1).tolist() == [False, True]
+    assert torch.isnan(d.grad).all()
+
+
+@pytest.mark.framework("torch")
+def test_torch_refuses_to_record_an_operator(torch, rng):
+    (kernel,) = tensors(torch, kernels(rng))
+    with pytest.raises(TypeError, match=r"given to linear_solve requires grad.*interop\.torch\.differentiable"):
+        ddnref.linear_solve(deblur(kernel, 0.5), torch.ones(SHAPE, dtype=torch.float64))
+
+
+# --- JAX --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def jax():
+    pytest.importorskip("jax")
+    backend("jax")
+    import jax
+
+    return jax
+
+
+def jax_solve(**options):
+    from ddnref.interop.jax import differentiable
+
+    return differentiable(ddnref.linear_solve, **{"rtol": 1e-13, **options})
+
+
+@pytest.mark.framework("jax")
+def test_jax_first_and_second_order_under_jit(jax, rng):
+    from jax.test_util import check_grads
+
+    solve = jax_solve()
+    inputs = tuple(map(jax.numpy.asarray, (kernels(rng), 0.5, rng.standard_normal(SHAPE))))
+    x = lambda kernel, rho, b: solve(deblur(kernel, rho), b)[0]
+    check_grads(jax.jit(x), inputs, order=2, modes=["rev"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.framework("jax")
+def test_jax_vmap_over_right_hand_sides_and_kernels(jax, rng):
+    solve = jax_solve()
+    kernel, b = map(jax.numpy.asarray, (kernels(rng, 2), rng.standard_normal((2, 3, *SHAPE))))
+    loss = lambda kernel, b: (solve(deblur(kernel, 0.5), b)[0] ** 3).sum()
+    each = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    whole = jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1))))(kernel, b)
+    one = [each(kernel[i], b[i]) for i in range(2)]
+    for i in range(2):
+        np.testing.assert_allclose(whole[i], jax.numpy.stack([bars[i] for bars in one]), atol=1e-11)
+
+
+@pytest.mark.framework("jax")
+def test_jax_eigenvalues_of_an_operator(jax):
+    from ddnref.interop.jax import differentiable
+
+    eigsh = differentiable(ddnref.eigsh, k=2)
+    loss = lambda d: (eigsh(operators.diagonal(d)._replace(self_adjoint=True))[0][0] ** 2).sum()
+    gradient = jax.jit(jax.grad(loss))(jax.numpy.asarray([1.0, 3.0, 2.0, 5.0, 4.0]))
+    np.testing.assert_allclose(gradient, [0, 0, 0, 10, 8], atol=1e-10)
+
+
+@pytest.mark.framework("jax")
+def test_jax_what_has_not_converged_is_nan_and_warns(jax):
+    solve = jax_solve(maxiter=3)
+
+    def loss(d):
+        operator = operators.diagonal(d)._replace(self_adjoint=True, positive_definite=True)
+        return (solve(operator, jax.numpy.ones(12))[0] ** 2).sum()
+
+    gradient = jax.jit(jax.grad(loss))
+    with pytest.warns(RuntimeWarning, match="A gradient is NaN"):
+        gradient = jax.block_until_ready((gradient(jax.numpy.logspace(0, 3, 12)), jax.effects_barrier())[0])
+    assert np.all(np.isnan(gradient))

@@ -1,0 +1,231 @@
+"""The PyTorch bridge, where test_matrix.py does not go: repeated eigenvalues, warnings, refusals, options."""
+
+import warnings
+
+import numpy as np
+import pytest
+from problems import projector_gradient, relative, rotation, symmetric, with_spectrum
+from public_names import PUBLIC
+from smooth import SMOOTH, bridged, cube, total
+
+import ddnref
+from conftest import TRACED
+from ddnref._rules.contract import options_of, plain_forward
+from ddnref._rules.table import RULES
+
+pytestmark = pytest.mark.framework("torch")
+
+TRIPLE = np.asarray([-1.0, 0.3, 0.3, 0.3, 1.1, 2.0])
+INSIDE = TRIPLE == 0.3
+
+
+@pytest.fixture
+def differentiable(torch):
+    from ddnref.interop.torch import differentiable
+
+    return differentiable
+
+
+@pytest.mark.filterwarnings(*TRACED)
+@pytest.mark.parametrize("name", ["eigh", "least_squares_on_sphere", "weighted_least_squares"])
+def test_compiles_where_nothing_requires_grad(name, torch, differentiable):
+    torch._dynamo.reset()
+    op = bridged(torch, differentiable, name)
+    x = torch.randn(2, 4, 4, dtype=torch.float64)
+    compiled = torch.compile(lambda x: total(op(x)), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), total(op(x)))
+
+
+def test_optional_inputs(torch, differentiable):
+    """Without its last input, the ridge, the operation is another one to PyTorch."""
+    a, b = torch.randn(6, 2, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    op = differentiable(ddnref.nodes.weighted_least_squares)
+    weights = torch.ones(6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda weights: op(a, b, weights), weights)
+    ridge = torch.ones((), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda ridge: op(a, b, weights.detach(), ridge), ridge)
+
+
+@pytest.mark.parametrize("name", [name for name, rule in RULES.items() if not rule.vjp_info])
+@pytest.mark.filterwarnings(*TRACED)
+def test_plain_vjp_compiles_without_a_graph_break(name, torch):
+    """The flat pair itself, no bridge."""
+    torch.manual_seed(3)
+    torch._dynamo.reset()
+    rule = RULES[name]
+    inputs, _, given = SMOOTH[name]
+    forward, options = options_of(rule, given)
+    x = inputs(torch.randn(2, 4, 4, dtype=torch.float64), torch.diag(torch.arange(1.0, 5, dtype=torch.float64)))
+    outputs, saved = plain_forward(rule)(*x, **forward)
+    arrays = (*(torch.randn_like(y) for y in outputs), *outputs, *saved, *(x[i] for i in rule.needs))
+    traced = torch.compile(lambda *a: rule.vjp(*a, **options), fullgraph=True, backend="aot_eager")(*arrays)
+    torch.testing.assert_close(traced, rule.vjp(*arrays, **options))
+
+
+def test_repeated_eigenvalues_are_exact_where_torch_is_not(torch, differentiable, rng):
+    """The projector of a triple eigenvalue, 200 times: PyTorch's own derivative is NaN or wrong in nearly all."""
+    q, c = rotation(rng, 6, (200,)), symmetric(rng, 6, (200,))
+
+    def errors(eigh):
+        x = torch.tensor(with_spectrum(q, TRIPLE), requires_grad=True)
+        v = eigh(x)[1][..., 1:4]
+        (torch.tensor(c) * (v @ v.mT)).sum().backward()
+        return np.asarray(
+            [relative(x.grad[i].numpy(), projector_gradient(q[i], TRIPLE, INSIDE, c[i])) for i in range(200)]
+        )
+
+    assert np.max(errors(differentiable(ddnref.eigh))) <= 1e-12
+    theirs = errors(torch.linalg.eigh)
+    assert np.mean(~(theirs < 1e-3)) > 0.9
+
+
+def test_second_order_raises_where_anything_was_masked(torch, differentiable):
+    for name in ("eigh", "expm"):
+        x = torch.eye(3, dtype=torch.float64, requires_grad=True)
+        out = SMOOTH[name].outputs(differentiable(PUBLIC[name])(x))[0]
+        (grad,) = torch.autograd.grad((out**2).sum(), x, create_graph=True)
+        with pytest.raises(ddnref.GaugeError, match="second derivative through repeated eigenvalues"):
+            grad.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:A gradient is NaN")
+def test_second_order_under_vmap_is_nan_for_that_item_only(torch, differentiable):
+    eigh = differentiable(ddnref.eigh)
+    x = torch.stack([torch.eye(3), torch.diag(torch.arange(3.0))]).double()
+    hessian = torch.func.vmap(torch.func.jacrev(torch.func.jacrev(lambda x: (eigh(x)[0] ** 3).sum())))(x)
+    assert torch.all(torch.isnan(hessian[0]))
+    assert torch.all(torch.isfinite(hessian[1]))
+
+
+def test_rtol_reaches_the_second_order_refusal(torch, differentiable):
+    x = torch.diag(torch.tensor([1.0, 1.0 + 1e-6, 2.0], dtype=torch.float64)).requires_grad_()
+    for rtol, refused in ((1e-9, False), (1e-3, True)):
+        w, _ = differentiable(ddnref.eigh, rtol=rtol, gauge_rtol=float("inf"))(x)
+        (grad,) = torch.autograd.grad((w**2).sum(), x, create_graph=True)
+        if refused:
+            with pytest.raises(ddnref.GaugeError):
+                grad.sum().backward()
+        else:
+            grad.sum().backward()
+
+
+def test_a_gradient_that_does_not_exist_is_nan_and_warns(torch, differentiable, rng):
+    spectra = np.stack([TRIPLE, np.arange(6.0)])
+    x = torch.tensor(with_spectrum(rotation(rng, 6, (2,)), spectra), requires_grad=True)
+    loss = differentiable(ddnref.eigh)(x)[1][:, 0].sum()
+    with pytest.warns(RuntimeWarning, match=r"A gradient is NaN.*gauge_residual.*throw=True"):
+        loss.backward()
+    assert torch.all(torch.isnan(x.grad[0]))
+    assert torch.all(torch.isfinite(x.grad[1]))
+
+
+def test_the_warning_passes_vmap(torch, differentiable):
+    """Where no value can be read, an operator of PyTorch warns as it runs."""
+    x = torch.stack([torch.eye(3), torch.diag(torch.arange(3.0))])
+    each = torch.func.vmap(torch.func.grad(lambda x: differentiable(ddnref.eigh)(x)[1][0].sum()))
+    with pytest.warns(RuntimeWarning, match="A gradient is NaN"):
+        x_bar = each(x)
+    assert torch.all(torch.isnan(x_bar[0]))
+    assert torch.all(torch.isfinite(x_bar[1]))
+
+
+@pytest.mark.parametrize("name", ["solve", "weighted_least_squares"])
+def test_values_are_read_once_a_backward_pass(name, torch, differentiable, monkeypatch):
+    """However many inputs there are: on a GPU each read would wait for it."""
+    x = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    loss = total(bridged(torch, differentiable, name)(x))
+    reads = []
+    read = torch.Tensor.__bool__
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda flag: reads.append(flag) or read(flag))
+    loss.backward()
+    assert len(reads) == 1
+
+
+def test_the_same_options_give_the_same_function(differentiable):
+    """So that a framework finds again what it compiled; equal numbers of other types are other options."""
+    assert differentiable(ddnref.eigh_topk, k=2) is differentiable(ddnref.eigh_topk, k=2)
+    assert differentiable(ddnref.eigh_topk, k=2) is not differentiable(ddnref.eigh_topk, k=3)
+    assert differentiable(ddnref.eigh_topk, k=True) is not differentiable(ddnref.eigh_topk, k=1)
+    assert differentiable(ddnref.eigh_topk, k=1.0) is not differentiable(ddnref.eigh_topk, k=1)
+
+
+def test_what_can_change_is_not_kept():
+    from ddnref.interop._kept import constant
+
+    power = 2.0
+
+    def default(w, power=power):
+        return w**power
+
+    def with_list(w, powers=[2.0]):  # noqa: B006
+        return w ** powers[0]
+
+    for value in (None, 2, (1.0, ("a", True)), cube, np.float64(2.0), lambda w: np.exp(w), default):
+        assert constant(value), value
+    for value in ([2], np.ones(2), (1, [2]), lambda w: w**power, lambda w: w * TRIPLE[0], with_list, warnings.warn,
+                  lambda w: [v + w for v in w], lambda w: relative(w, w)):  # fmt: skip
+        assert not constant(value), value
+
+
+@pytest.mark.filterwarnings(*TRACED)
+def test_the_warning_survives_compilation(torch, differentiable):
+    torch._dynamo.reset()
+    eigh = differentiable(ddnref.eigh)
+    compiled = torch.compile(lambda x: eigh(x)[1][0].sum(), fullgraph=True, backend="aot_eager")
+    x = torch.eye(3, dtype=torch.float64, requires_grad=True)
+    with pytest.warns(RuntimeWarning, match="A gradient is NaN"):
+        compiled(x).backward()
+    assert torch.all(torch.isnan(x.grad))
+
+
+def test_no_warning_without_reason(torch, differentiable):
+    x = torch.randn(2, 4, 4, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        differentiable(ddnref.eigh)(x)[0].sum().backward()
+
+
+def test_float32_and_device_are_kept(torch, differentiable):
+    x = torch.randn(3, 3, requires_grad=True)
+    w, v = differentiable(ddnref.eigh)(x)
+    (w.sum() + (v**4).sum()).backward()
+    assert w.dtype == v.dtype == x.grad.dtype == torch.float32
+    assert x.grad.device == x.device
+
+
+def test_tensors_go_straight_into_the_pair(torch):
+    x = torch.randn(2, 4, 4, dtype=torch.float64)
+    w, v = ddnref.eigh(x)
+    assert isinstance(ddnref.eigh_vjp(w, None, w, v), torch.Tensor)
+    with torch.no_grad():
+        ddnref.eigh(x.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_recording_torchs_own_derivative_is_refused(name, torch):
+    inputs, _, given = SMOOTH[name]
+    options, _ = options_of(RULES[name], given)
+    options.pop("throw", None)
+    x = inputs(torch.ones(3, 3, requires_grad=True), torch.diag(torch.arange(1.0, 4)))
+    with pytest.raises(TypeError, match=rf"given to {'eigh' if name == 'eigh_topk' else name} requires grad.*"
+                                        r"interop\.torch\.differentiable"):  # fmt: skip
+        PUBLIC[name](*x, **options)
+
+
+def test_only_cotangents_that_exist_are_used(torch, differentiable, monkeypatch):
+    """A loss of the eigenvalues alone asks the VJP for no eigenvector part."""
+    x = torch.eye(3, dtype=torch.float64, requires_grad=True)
+    w, _ = differentiable(ddnref.eigh)(x)
+    w.sum().backward()  # v_bar is None: no NaN at the triple eigenvalue, no gauge
+    torch.testing.assert_close(x.grad, torch.eye(3, dtype=torch.float64))
+
+
+def test_static_errors(differentiable):
+    with pytest.raises(TypeError, match="sum has no rule; pass one of ddnref's operations: eigh, "):
+        differentiable(np.sum)
+    with pytest.raises(TypeError, match="eigh has no option k; it takes "):
+        differentiable(ddnref.eigh, k=2)
+    with pytest.raises(TypeError, match=r"Bind the options.*differentiable\(ddnref\.eigh_topk, k=\.\.\.\)"):
+        differentiable(ddnref.eigh_topk)
+    with pytest.raises(TypeError, match=r"differentiable\(ddnref\.spectral_function, df=\.\.\., f=\.\.\.\)"):
+        differentiable(ddnref.spectral_function)

@@ -1,0 +1,276 @@
+"""Every rule in the table, on every array library: finite differences, structure, precision, bad batches."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import matrix
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from problems import adjoint, relative
+from public_names import PUBLIC
+
+from conftest import Backend
+from ddnref._rules.contract import Rule, as_tuple, options_of, plain_forward, plain_vjp
+from ddnref._rules.samples.common import random_spectrum, square, twice
+from ddnref._rules.table import RULES
+from ddnref.testing import assert_vjp, check_vjp
+
+rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+domains = pytest.mark.parametrize(
+    ("rule", "is_complex"),
+    [
+        pytest.param(rule, is_complex, id=f"{rule.name}-{'complex' if is_complex else 'real'}")
+        for rule in RULES.values()
+        for is_complex in (False, True)
+        if rule.is_complex or not is_complex
+    ],
+)
+STRUCTURE = 1e-13
+
+
+NUMPY = Backend("numpy", np)
+
+
+class Solved(NamedTuple):
+    """A rule at work on one of its samples: by an array library, but from NumPy arrays to NumPy arrays."""
+
+    outputs: tuple
+    kept: tuple
+    """What the VJP takes after the cotangents."""
+    bars: tuple
+    vjp: Callable[..., tuple]
+
+
+def solve(rule: Rule, sample, backend: Backend) -> Solved:
+    """With the cotangents of the sample's loss, or random ones."""
+    forward, vjp = lifted(rule, sample, backend)
+    outputs, saved = forward(*sample.inputs)
+    bars = as_tuple(sample.loss[1](*outputs)) if sample.loss else tuple(map(random, outputs, range(rule.outputs)))
+    return Solved(outputs, (*outputs, *saved, *needed(rule, sample.inputs)), bars, vjp)
+
+
+def lifted(rule: Rule, sample, backend: Backend, vjp=None) -> tuple[Callable, Callable]:
+    """Forward and VJP with the options of a sample, as the library compiles them."""
+    forward_options, vjp_options = options_of(rule, sample.options, backend.while_loop)
+    return (
+        backend.lift(partial(plain_forward(rule), **forward_options)),
+        backend.lift(partial(vjp or plain_vjp(rule), **vjp_options)),
+    )
+
+
+def random(y: np.ndarray, seed: int) -> np.ndarray:
+    z = np.random.default_rng(seed).standard_normal((2, *y.shape))
+    return (z[0] + 1j * z[1] if np.iscomplexobj(y) else z[0]).astype(y.dtype)
+
+
+def needed(rule: Rule, inputs: tuple) -> tuple:
+    return tuple(inputs[i] for i in rule.needs)
+
+
+def flat(arrays: tuple) -> np.ndarray:
+    return np.concatenate([np.ravel(a) for a in arrays])
+
+
+def rounding(rule: Rule, sample) -> float:
+    """What an identity may be off by; an iterative solve amplifies its rounding."""
+    return STRUCTURE * (sample.condition if rule.vjp_info else 1)
+
+
+def checked(rule: Rule, sample, backend: Backend, check=assert_vjp, vjp=None, **options):
+    return check(
+        *lifted(rule, sample, backend, vjp),
+        *sample.inputs,
+        saves=True,
+        needs=rule.needs,
+        loss=sample.loss,
+        gap=sample.gap,
+        tangent=rule.tangent,
+        symmetrises=rule.symmetrises,
+        **options,
+    )
+
+
+@domains
+@pytest.mark.parametrize(("batch", "m"), [((), 1), ((), 5), ((3,), 5), ((2, 2), 3)])
+def test_vjp_agrees_with_finite_differences(rule, is_complex, batch, m, xp, rng, cell):
+    """In many directions on NumPy; elsewhere in few, and the gradient is NumPy's to rounding, which is stricter."""
+    sample = rule.sample(np.asarray, rng, batch, m, is_complex)
+    report = checked(rule, sample, xp, directions=8 if xp.name == "numpy" else 1)
+    assert report.error <= 1e-9, report
+    _, kept, bars, vjp = solve(rule, sample, NUMPY)
+    _, theirs = lifted(rule, sample, xp)
+    assert relative(flat(theirs(*bars, *kept)), flat(vjp(*bars, *kept))) <= rounding(rule, sample)
+    if xp.name in matrix.LIBRARIES:
+        cell(matrix.PAIR, f"{matrix.LIBRARIES[xp.name]}{', batched' if batch else ''}", rule.name)
+
+
+@domains
+def test_structure_of_the_vjp(rule, is_complex, xp, rng):
+    sample = rule.sample(np.asarray, rng, (3,), 5, is_complex)
+    _, kept, bars, vjp = solve(rule, sample, xp)
+    gradients = vjp(*bars, *kept)
+    tolerance = rounding(rule, sample)
+    if rule.tangent == "symmetric":
+        assert np.array_equal(gradients[0], adjoint(gradients[0])), "not exactly Hermitian"
+    twice = vjp(*(2.5 * b for b in bars), *kept)
+    assert relative(flat(twice), 2.5 * flat(gradients)) <= tolerance
+    assert np.all(flat(vjp(*(0 * b for b in bars), *kept)) == 0)
+    for i in range(3):
+        one = vjp(*(a[i, ...] for a in (*bars, *kept)))
+        assert relative(flat(one), flat(tuple(g[i, ...] for g in gradients))) <= tolerance
+
+
+def as_precision(a, dtype):
+    """Integers, such as the pivots of a factorisation, stay as they are."""
+    return a if a.dtype.kind in "iu" else a.astype(np.result_type(dtype, np.complex64) if np.iscomplexobj(a) else dtype)
+
+
+@domains
+def test_float32_agrees_with_float64_on_identical_inputs(rule, is_complex, xp, rng):
+    sample = rule.sample(np.asarray, rng, (4,), 8, is_complex)
+    _, kept, bars, _ = solve(rule, sample, NUMPY)
+    vjp = partial(plain_vjp(rule), **options_of(rule, sample.options)[1])
+    # outputs and cotangents rounded to float32 leave a phase, or miss the solution, by 1e-7: judge it as float32
+    for name in {"gauge_rtol", "check_rtol"} & set(inspect.signature(rule.vjp).parameters):
+        vjp = partial(vjp, **{name: float(np.finfo(np.float32).eps) ** 0.5})
+    if rule.vjp_info:
+        vjp = partial(vjp, rtol=16 * float(np.finfo(np.float32).eps))
+    arrays = [as_precision(a, np.float32) for a in (*bars, *kept)]
+    single = xp.lift(vjp)(*arrays)
+    double = vjp(*(as_precision(a, np.float64) for a in arrays))
+    assert all(x_bar.dtype == ("complex64" if is_complex else "float32") for x_bar in single)
+    tolerance = 20 * np.finfo(np.float32).eps * sample.condition
+    assert relative(flat(single), flat(double)) <= tolerance
+
+
+@rules
+def test_one_bad_item_leaves_the_others_alone(rule, xp, rng):
+    sample = rule.sample(np.asarray, rng, (3,), 5, False)
+    solve, pull = lifted(rule, sample, xp)
+
+    def evaluate(inputs):
+        outputs, saved = solve(*inputs)
+        return *outputs, *pull(*map(random, outputs, range(rule.outputs)), *outputs, *saved, *needed(rule, inputs))
+
+    good = evaluate(sample.inputs)
+    others = [0, 2]
+    for i, x in enumerate(sample.inputs):
+        bad = x.copy()
+        bad[1] = np.where(np.arange(x[1].size) == x[1].size - 1, np.nan, x[1].ravel()).reshape(x[1].shape)
+        for y, same in zip(evaluate((*sample.inputs[:i], bad, *sample.inputs[i + 1 :])), good, strict=True):
+            assert np.all(np.isnan(y[1]))
+            assert np.array_equal(y[others], same[others])
+
+
+@rules
+def test_runs_where_no_value_can_be_read(rule, second, rng):
+    """On torch's meta device nothing that iterates can run: there its VJP is given what NumPy computed."""
+    sample = rule.sample(np.asarray, rng, (2,), 5, False)
+    valueless = second.name == "torch"
+    forward, vjp = options_of(rule, sample.options)
+    on = NUMPY if valueless and rule.info is not None else second
+    inputs = tuple(map(on.asarray, sample.inputs))
+    outputs, saved = plain_forward(rule)(*inputs, **forward)
+    kept = (*outputs, *saved, *needed(rule, inputs))
+    kept = kept if on is second else tuple(second.asarray(np.ascontiguousarray(a)) for a in kept)
+    gradients = plain_vjp(rule)(*kept[: rule.outputs], *kept, **vjp)
+    for x, x_bar in zip(sample.inputs, gradients, strict=True):
+        assert tuple(x_bar.shape) == x.shape
+        assert x_bar.device == kept[0].device
+
+
+@rules
+@pytest.mark.parametrize(("batch", "m"), [((0,), 4), ((2, 0), 3), ((2,), 1)])
+def test_empty_and_single(rule, batch, m, xp, rng):
+    sample = rule.sample(np.asarray, rng, batch, m, False)
+    _, kept, bars, vjp = solve(rule, sample, xp)
+    for x, x_bar in zip(sample.inputs, vjp(*bars, *kept), strict=True):
+        assert x_bar.shape == x.shape
+
+
+@pytest.mark.parametrize("name", ["eigh", "spectral_function", "sqrtm", "invsqrtm", "logm", "expm"])
+@pytest.mark.parametrize("shape", [(0, 0), (3, 0, 0)])
+def test_matrices_without_entries(name, shape, xp):
+    forward, vjp = options_of(RULES[name], {"f": square, "df": twice} if name == "spectral_function" else {})
+    outputs, saved = plain_forward(RULES[name])(xp.asarray(np.ones(shape)), **forward)
+    (x_bar,) = plain_vjp(RULES[name])(*outputs, *outputs, *saved, **vjp)
+    assert tuple(x_bar.shape) == shape
+
+
+@given(
+    spectrum=st.lists(st.floats(0.25, 4.0), min_size=1, max_size=6),
+    batch=st.lists(st.integers(0, 2), max_size=2),
+    seed=st.integers(0, 2**16),
+)
+def test_functions_of_a_matrix_at_any_spectrum(spectrum, batch, seed):
+    rng = np.random.default_rng(seed)
+    w = np.broadcast_to(spectrum, (*batch, len(spectrum)))
+    x = random_spectrum(rng, tuple(batch), w)
+    for name in ("sqrtm", "invsqrtm", "logm", "expm"):
+        rule = RULES[name]
+        assert_vjp(rule.forward, rule.vjp, x, saves=True, tangent="symmetric", symmetrises=True, gap=0.25, directions=2)
+
+
+def mutants(rule: Rule, inputs: tuple):
+    """Wrong VJPs as people write them, from MATH: each must be rejected."""
+    vjp = plain_vjp(rule)
+
+    def wrap(change):
+        return lambda *arrays, **options: tuple(change(g) for g in vjp(*arrays, **options))
+
+    def one_triangle(g):
+        half = np.triu(g)
+        return 2 * half - np.einsum("...ii->...i", half)[..., None] * np.eye(g.shape[-1])
+
+    yield "sign", wrap(lambda g: -g)
+    yield "scale", wrap(lambda g: 2 * g)
+    yield "one part in a million", wrap(lambda g: g * (1 + 1e-6))
+    if rule.symmetrises:
+        yield "one triangle (no symmetrisation)", wrap(one_triangle)
+    elif inputs[0].ndim > 1 and inputs[0].shape[-1] == inputs[0].shape[-2] > 1:
+        yield "transposed", wrap(lambda g: np.swapaxes(g, -1, -2) if g.ndim > 1 else g)
+    for i in range(rule.outputs):
+        yield f"no cotangent {i}", lambda *a, i=i, **k: vjp(*a[:i], 0 * a[i], *a[i + 1 :], **k)
+        yield f"sign of cotangent {i}", lambda *a, i=i, **k: vjp(*a[:i], -a[i], *a[i + 1 :], **k)
+    for i in range(len(inputs) if len(inputs) > 1 else 0):
+        yield (
+            f"no gradient of input {i}",
+            lambda *a, i=i, **k: tuple(0 * g if j == i else g for j, g in enumerate(vjp(*a, **k))),
+        )
+    if rule.outputs == 1 and rule.tangent == "symmetric":
+        yield "wrong transpose", lambda *a, **k: vjp(*a[:-1], adjoint(a[-1]), **k)
+
+
+@domains
+@pytest.mark.parametrize("m", [3, 16, 64])
+def test_every_mutant_is_rejected(rule, is_complex, m, rng):
+    sample = rule.sample(np.asarray, rng, (), m, is_complex)
+    survivors = [
+        name
+        for name, mutant in mutants(rule, sample.inputs)
+        if checked(rule, sample, NUMPY, check_vjp, mutant, directions=2).passed
+    ]
+    assert survivors == []
+
+
+def test_the_table_is_the_public_api():
+    pairs = {name.removesuffix("_vjp") for name in PUBLIC if name.endswith("_vjp")}
+    # these take functions, or a network of which no gradient is given: nothing to bridge
+    others = {"root", "argmin", "eq_argmin", "lineq_argmin", "ineq_argmin", "hessian_solve"}
+    assert pairs - others == set(RULES)
+    for name, rule in RULES.items():
+        assert rule.function is PUBLIC[name]
+        assert rule.vjp is PUBLIC[f"{name}_vjp"]
+
+
+def test_what_is_saved_carries_second_derivatives_or_they_are_refused(rng):
+    """Or a bridge would drop the part of a second derivative that passes through saved arrays, in silence."""
+    for rule in RULES.values():
+        sample = rule.sample(np.asarray, rng, (), 4, False)
+        _, saved = plain_forward(rule)(*sample.inputs, **options_of(rule, sample.options)[0])
+        assert not saved or rule.saved_vjp is not None or rule.undefined is not None, rule.name
+        assert (rule.undefined is None) == (rule.refusal == ""), rule.name
