@@ -111,9 +111,20 @@ def _check_devices(present: dict[str, Array]) -> None:
             f"All arrays must be on one device, but got {where}. Move them first with array_api_compat.to_device."
         )
     if "cupy" in sys.modules and array_api_compat.is_cupy_array(next(iter(present.values()))):
-        from ddnref._kernels.cupy import check_current_device
-
         check_current_device(present)
+
+
+def check_current_device(arrays: dict[str, Array]) -> None:
+    """Raise ``TypeError`` for an array that is not on the device at which CuPy computes and makes new arrays."""
+    import cupy
+
+    current = cupy.cuda.Device()
+    for name, array in arrays.items():
+        if array.device != current:
+            raise TypeError(
+                f"{name} is on {array.device}, but CuPy's current device is {current}, where it would compute and "
+                f"create arrays. Enter the device first: with {name}.device: ..."
+            )
 
 
 _namespaces: dict[type, Namespace] = {}
@@ -161,48 +172,6 @@ def double(xp: Namespace, x: Array) -> Array:
     if x.dtype == xp.float64 or (array_api_compat.is_jax_array(x) and not sys.modules["jax"].config.jax_enable_x64):
         return x
     return xp.astype(x, xp.float64)
-
-
-def check_dtypes(**pairs: tuple[Array | None, Any]) -> None:
-    """Raise ``TypeError`` unless each named ``(array, dtype)`` agrees; ``None`` arrays are skipped."""
-    for name, (array, dtype) in pairs.items():
-        if array is not None and array.dtype != dtype:
-            wanted = getattr(dtype, "__name__", dtype)
-            raise TypeError(f"{name} has dtype {array.dtype}, expected {wanted}: nothing is converted silently.")
-
-
-def check_precision(xp: Namespace, **arrays: Array) -> None:
-    """Raise ``TypeError`` unless all are single or all double precision; real and complex go together."""
-    if len({str(real_dtype(xp, array.dtype)) for array in arrays.values()}) > 1:
-        kinds = ", ".join(f"{name}: {array.dtype}" for name, array in arrays.items())
-        raise TypeError(f"All arrays must have one precision, but got {kinds}: nothing is converted silently.")
-
-
-def given(**arrays: Array | None) -> None:
-    """Raise ``TypeError`` for an array that is ``None``."""
-    for name, array in arrays.items():
-        if array is None:
-            raise TypeError(f"{name} is None: an array must be given.")
-
-
-def check_shapes(**pairs: tuple[Array | None, tuple[int, ...]]) -> None:
-    """Raise ``ValueError`` unless each named ``(array, shape)`` agrees; ``None`` arrays are skipped."""
-    for name, (array, shape) in pairs.items():
-        if array is not None and tuple(array.shape) != tuple(shape):
-            raise ValueError(f"{name} has shape {tuple(array.shape)}, expected {tuple(shape)}.")
-
-
-def check_real(**arrays: Array | None) -> None:
-    """Raise ``TypeError`` for a complex array where the operation is defined for real ones; ``None`` is skipped."""
-    for name, array in arrays.items():
-        if array is not None and is_complex(array):
-            raise TypeError(f"{name} has dtype {array.dtype}; this operation is defined for real arrays only.")
-
-
-def check_square(name: str, x: Array) -> None:
-    """Raise ``ValueError`` unless `x` is a square matrix or a batch of them."""
-    if x.ndim < 2 or x.shape[-1] != x.shape[-2]:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (..., m, m): square in its last two axes.")
 
 
 def refuse_recording(function: str, x: Array) -> None:

@@ -16,6 +16,21 @@ WhileLoop: TypeAlias = Callable[[Callable[[Any], Array], Callable[[Any], Any], A
 CHECK_EVERY = 10
 
 
+class LoopOptions(NamedTuple):
+    """The options that every iterative solver has."""
+
+    rtol: float
+    """Relative tolerance on the stated residual."""
+    maxiter: int
+    """Steps after which an item that has not converged is given up."""
+    check_every: int = CHECK_EVERY
+    """Steps between two looks at the flag of active items; each look waits for the device."""
+    while_loop: WhileLoop | None = None
+    """The library's own loop, such as ``jax.lax.while_loop``, with which nothing is read on the host."""
+    throw: bool = True
+    """Whether an item that has not converged raises."""
+
+
 def run(
     active: Callable[[State], Array],
     body: Callable[[State], State],

@@ -215,16 +215,3 @@ def _reflection(x: Array) -> Array:
 
 
 # --- devices -----------------------------------------------------------------------------------------------------
-
-
-def check_current_device(arrays: dict[str, Any]) -> None:
-    """Raise ``TypeError`` for an array that is not on the device at which CuPy computes and makes new arrays."""
-    import cupy
-
-    current = cupy.cuda.Device()
-    for name, array in arrays.items():
-        if array.device != current:
-            raise TypeError(
-                f"{name} is on {array.device}, but CuPy's current device is {current}, where it would compute and "
-                f"create arrays. Enter the device first: with {name}.device: ..."
-            )

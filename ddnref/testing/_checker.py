@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import array_api_compat
 import numpy as np
 
-from ddnref._core.arrays import Array, Namespace, check_shapes, conj, is_complex, namespace, real
+from ddnref._core.arrays import Array, Namespace, conj, is_complex, namespace, real
+from ddnref._core.checks import check_shapes
 from ddnref._kernels.dense import adjoint, hermitian_part
 from ddnref._kernels.public import public
 
