@@ -193,13 +193,14 @@ def refuse_recording(function: str, x: Array) -> None:
         )
 
 
-def is_recorded(x: Array) -> bool:
-    """Return whether PyTorch records operations on `x`."""
-    if sys.modules.get("torch") is not None and array_api_compat.is_torch_array(x) and x.requires_grad:
-        import torch
+def requires_grad(x: Array) -> bool:
+    """Return whether `x` is a PyTorch tensor that requires grad."""
+    return "torch" in sys.modules and array_api_compat.is_torch_array(x) and bool(x.requires_grad)
 
-        return bool(torch.is_grad_enabled())
-    return False
+
+def is_recorded(x: Array) -> bool:
+    """Return whether PyTorch records operations on `x` at present."""
+    return requires_grad(x) and bool(sys.modules["torch"].is_grad_enabled())
 
 
 def is_true(flag: Array) -> bool:
