@@ -241,6 +241,15 @@ def own(x: Array) -> Array:
     return namespace_of(x).asarray(x, copy=True)
 
 
+def keep(x: Array) -> Array:
+    """Return `x` as it is now, whatever its owner writes to it later: a copy, unless it is read from a file."""
+    if array_api_compat.is_torch_array(x):
+        return x.clone()  # a copy by asarray would hide that the tensor requires grad
+    if isinstance(x, np.memmap) and x.mode == "r":
+        return x  # mapped read-only: a copy would load the file
+    return own(x)
+
+
 def with_axes(x: Array, count: int) -> Array:
     """Append `count` axes of length one to numbers ``(...)``, so that they broadcast against arrays per item."""
     if count == 1:
