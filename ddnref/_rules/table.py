@@ -11,7 +11,6 @@ import array_api_compat
 import ddnref.linalg._eigh as eigen
 import ddnref.linalg._functions as spectral
 import ddnref.linalg._matrix_functions as matrix_functions
-import ddnref.linalg._topk as topk
 from ddnref._core.arrays import Array
 from ddnref._core.loops import IterationInfo
 from ddnref._rules.contract import Rule
@@ -181,9 +180,9 @@ _TABLE = (
     ),
     Rule(
         name="eigh_topk",
-        function=topk.eigh_topk,
-        forward=topk.eigh_topk_fwd,
-        vjp=topk.eigh_topk_vjp,
+        function=eigen.eigh_topk,
+        forward=eigen.eigh_topk_fwd,
+        vjp=eigen.eigh_topk_vjp,
         sample=samples.eigh_topk,
         outputs=2,
         cost="3 k/m products",

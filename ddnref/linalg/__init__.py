@@ -5,6 +5,9 @@ from ddnref._core.loops import (
 )
 from ddnref.linalg._eigh import (
     eigh,
+    eigh_topk,
+    eigh_topk_fwd,
+    eigh_topk_vjp,
     eigh_vjp,
     gauge_residual,
 )
@@ -64,11 +67,6 @@ from ddnref.linalg._solve import (
     solve,
     solve_fwd,
     solve_vjp,
-)
-from ddnref.linalg._topk import (
-    eigh_topk,
-    eigh_topk_fwd,
-    eigh_topk_vjp,
 )
 
 __all__ = [

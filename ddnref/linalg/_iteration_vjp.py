@@ -32,9 +32,11 @@ from ddnref._core.arrays import Array, Namespace, double, eps, is_complex, is_tr
 from ddnref._core.checks import check_dtypes, check_shapes, check_square
 from ddnref._kernels import numpy as _numpy
 from ddnref._kernels.dense import bordered, hermitian_sum, identity, solve, symmetrised, with_diagonal
+from ddnref._kernels.eigh_vjp import exceeds
 from ddnref._kernels.public import public
+from ddnref._kernels.vectors import largest
 from ddnref.errors import GaugeError
-from ddnref.linalg._gauge import RTOL, exceeds, largest
+from ddnref.linalg._eigh import RTOL
 from ddnref.linalg._iterations import check_start
 from ddnref.linalg._unrolled import power_unrolled_vjp, simultaneous_unrolled_vjp
 
