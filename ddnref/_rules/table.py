@@ -10,7 +10,6 @@ import array_api_compat
 
 import ddnref.linalg._eigh as eigen
 import ddnref.linalg._functions as spectral
-import ddnref.linalg._matrix_functions as matrix_functions
 from ddnref._core.arrays import Array
 from ddnref._core.loops import IterationInfo
 from ddnref._rules.contract import Rule
@@ -98,12 +97,11 @@ def _nothing_saved_iterative(function: Callable[..., Any]) -> Callable[..., Any]
 
 
 def _spectral_rule(name: str, docs: str, singular: str, **options: Any) -> Rule:
-    module = spectral if hasattr(spectral, name) else matrix_functions
     return Rule(
         name=name,
-        function=getattr(module, name),
-        forward=getattr(module, f"{name}_fwd"),
-        vjp=getattr(module, f"{name}_vjp"),
+        function=getattr(spectral, name),
+        forward=getattr(spectral, f"{name}_fwd"),
+        vjp=getattr(spectral, f"{name}_vjp"),
         sample=partial(samples.spectral, **options),
         outputs=1,
         cost="4 products",

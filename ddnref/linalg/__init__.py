@@ -21,9 +21,21 @@ from ddnref.linalg._eigsh_vjp import (
     eigsh_vjp,
 )
 from ddnref.linalg._functions import (
+    expm,
+    expm_fwd,
+    expm_vjp,
+    invsqrtm,
+    invsqrtm_fwd,
+    invsqrtm_vjp,
+    logm,
+    logm_fwd,
+    logm_vjp,
     spectral_function,
     spectral_function_fwd,
     spectral_function_vjp,
+    sqrtm,
+    sqrtm_fwd,
+    sqrtm_vjp,
 )
 from ddnref.linalg._iteration_vjp import (
     power_iteration_vjp,
@@ -39,20 +51,6 @@ from ddnref.linalg._linear_solve import (
 )
 from ddnref.linalg._linear_solve_jvp import (
     linear_solve_jvp,
-)
-from ddnref.linalg._matrix_functions import (
-    expm,
-    expm_fwd,
-    expm_vjp,
-    invsqrtm,
-    invsqrtm_fwd,
-    invsqrtm_vjp,
-    logm,
-    logm_fwd,
-    logm_vjp,
-    sqrtm,
-    sqrtm_fwd,
-    sqrtm_vjp,
 )
 from ddnref.linalg._pairs import (
     align_signs,
