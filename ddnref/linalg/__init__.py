@@ -47,19 +47,17 @@ from ddnref.linalg._iterations import (
 )
 from ddnref.linalg._linear_solve import (
     linear_solve,
-    linear_solve_vjp,
-)
-from ddnref.linalg._linear_solve_jvp import (
     linear_solve_jvp,
-)
-from ddnref.linalg._pairs import (
-    align_signs,
-    eigen_residual,
-    fixed_point_residual,
+    linear_solve_vjp,
 )
 from ddnref.linalg._qr import (
     qr,
     qr_vjp,
+)
+from ddnref.linalg._residuals import (
+    align_signs,
+    eigen_residual,
+    fixed_point_residual,
 )
 from ddnref.linalg._solve import (
     solve,

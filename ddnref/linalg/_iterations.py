@@ -24,7 +24,8 @@ from ddnref._core.loops import CHECK_EVERY, IterationInfo, WhileLoop, run
 from ddnref._kernels.dense import eigh, hermitian_part, matvec, symmetrised
 from ddnref._kernels.public import public
 from ddnref.errors import ConvergenceError, NonFiniteError
-from ddnref.linalg._pairs import SIGNS, align_signs, norm
+from ddnref._kernels.vectors import norm
+from ddnref.linalg._residuals import SIGNS, align_signs
 from ddnref.linalg._qr import qr
 
 RTOL = 16  # in units of eps, with √m more: the rounding of products with m terms reached 18 at m = 512
