@@ -21,7 +21,6 @@ from ddnref.curvature import _gram_values as gram_values
 from ddnref.krylov._common import SolveInfo
 from ddnref.linalg import _eigsh as kpairs
 from ddnref.linalg import _eigsh_vjp as kpairs_vjp
-from ddnref.linalg import _iteration_vjp as iteration_vjp
 from ddnref.linalg import _iterations as iteration
 from ddnref.linalg import _linear_solve as linear
 from ddnref.linalg import _qr as factorisation
@@ -119,7 +118,7 @@ def _iteration_rule(name: str, signature: str, docs: str) -> Rule:
         name=name,
         function=function,
         forward=_nothing_saved_iterative(function),
-        vjp=getattr(iteration_vjp, f"{name}_vjp"),
+        vjp=getattr(iteration, f"{name}_vjp"),
         sample=getattr(samples, name),
         outputs=2,
         needs=(0,),

@@ -37,13 +37,11 @@ from ddnref.linalg._functions import (
     sqrtm_fwd,
     sqrtm_vjp,
 )
-from ddnref.linalg._iteration_vjp import (
-    power_iteration_vjp,
-    simultaneous_iteration_vjp,
-)
 from ddnref.linalg._iterations import (
     power_iteration,
+    power_iteration_vjp,
     simultaneous_iteration,
+    simultaneous_iteration_vjp,
 )
 from ddnref.linalg._linear_solve import (
     linear_solve,
