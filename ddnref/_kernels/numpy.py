@@ -179,7 +179,7 @@ def symmetrised(x: Array) -> Array:
 def hermitian_sum(b: Array, v: Array) -> Array:
     """Return ``B Vᴴ + V Bᴴ`` for a few columns as one product, exactly Hermitian.
 
-    Writing the result is all that counts: this takes 0.2 to 0.8 of the time of two products per tile at m = 128 to 2048.
+    Writing the result is all that counts: this takes 0.2 to 0.8 of the time of two products per tile at m = 128…2048.
     """
     left, right_h = np.concatenate([b, v], axis=-1), adjoint(np.concatenate([v, b], axis=-1))
     if b.shape[-2] < NARROW:
