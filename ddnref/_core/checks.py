@@ -63,7 +63,8 @@ def conform(signature: str, /, *, real_only: bool = False, **arrays: Array | Non
         if shape != expected or empty:
             # Letters describe the first array, and one with too few axes; numbers are clearer for all others.
             if array is first or -1 in expected:
-                least = f" with {' and '.join(letters)} at least 1" if empty else ""
+                lengths = " and ".join(axis[:-1] for axis in axes if axis[-1] == "+")
+                least = f" with {lengths} at least 1" if empty else ""
                 square = ": square in its last two axes" if letters[:1] * 2 == letters else ""
                 raise ValueError(f"{name} has shape {shape}, expected (..., {', '.join(letters)}){least}{square}.")
             raise ValueError(f"{name} has shape {shape}, expected {expected}.")
