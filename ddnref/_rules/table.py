@@ -20,7 +20,7 @@ from ddnref._rules.samples import linear as linear_samples
 from ddnref._rules.samples import nodes as node_samples
 from ddnref.curvature import _gram as gram
 from ddnref.curvature import _gram_values as gram_values
-from ddnref.krylov._common import SolveInfo
+from ddnref.krylov._system import SolveInfo
 from ddnref.linalg import _eigsh as kpairs
 from ddnref.linalg import _eigsh_vjp as kpairs_vjp
 from ddnref.linalg import _iteration_vjp as iteration_vjp

@@ -8,14 +8,14 @@ from typing import Any
 import array_api_compat
 
 from ddnref._core.arrays import Array, eps, is_true, namespace
+from ddnref._core.loops import LoopOptions
 from ddnref._kernels.vectors import norm
-from ddnref.krylov._common import (
+from ddnref.krylov._system import (
     BREAKDOWN,
     CONVERGED,
     NOT_FINITE,
     SLACK,
     STAGNATION,
-    Options,
     SolveInfo,
     raise_if_failed,
 )
@@ -61,7 +61,7 @@ def direct(
     if throw:
         if is_true(xp.any(status == BREAKDOWN)):
             raise_singular(status == BREAKDOWN)
-        raise_if_failed("linear_solve", info, Options(rtol, 0, 1, None, None))
+        raise_if_failed("linear_solve", info, LoopOptions(rtol, maxiter=0))
     return x, info
 
 

@@ -26,10 +26,10 @@ from ddnref._kernels.public import public
 from ddnref.errors import DdnrefError
 from ddnref.krylov._bicgstab import bicgstab
 from ddnref.krylov._cg import cg
-from ddnref.krylov._common import SolveInfo
 from ddnref.krylov._gmres import gmres
 from ddnref.krylov._lsmr import LeastSquaresInfo, lsmr
 from ddnref.krylov._minres import minres
+from ddnref.krylov._system import SolveInfo
 from ddnref.linalg._dense_solver import DIRECT_UP_TO, direct
 from ddnref.linalg._solve import check_source, summed_to
 from ddnref.operators import LinearOperator, adjoint, as_operator

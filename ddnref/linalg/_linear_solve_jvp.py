@@ -17,7 +17,7 @@ from ddnref._core.arrays import Array, full, namespace, nan_where, with_axes
 from ddnref._core.checks import check_dtypes, check_precision, check_shapes
 from ddnref._core.loops import WhileLoop
 from ddnref._kernels.public import public
-from ddnref.krylov._common import SolveInfo
+from ddnref.krylov._system import SolveInfo
 from ddnref.linalg._linear_solve import Solver, adjoint_of, linear_solve, missing, solve_for_derivative, worse
 from ddnref.linalg._solve import check_source
 from ddnref.operators import LinearOperator, adjoint, as_operator

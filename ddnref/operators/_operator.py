@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, NoReturn
 import array_api_compat
 import numpy as np
 
-from ddnref._core.arrays import Array, conj, full, is_complex, namespace, with_axes
-from ddnref._core.checks import check_precision, given
+from ddnref._core.arrays import Array, conj, full, is_complex, namespace, quiet, with_axes
+from ddnref._core.checks import check_precision, check_shapes, given
 from ddnref._kernels.dense import identity, move_axis
 from ddnref.errors import DdnrefError
 
@@ -230,6 +230,19 @@ def no_params_vjp(params: Params, y_bar: Array, x: Array) -> NoReturn:  # noqa: 
     raise TypeError(
         "A prepared operator has no params_vjp: its arrays are not the parameters. Call that of the operator itself."
     )
+
+
+def batch_axes(a: LinearOperator, x: Array | None = None, name: str = "operator") -> tuple[tuple[int, ...], Array]:
+    """The batch axes of the image of one vector, and the image, by one product with `x` or with zeros.
+
+    The parameters of an operator do not tell them, because it may take several with different numbers of axes. Without
+    `x`, zeros in the dtype of the first parameter are used. The dtype of the image is that of all images.
+    """
+    with quiet():
+        image = a(zeros(a.domain_shape, a.params[0]) if x is None else x)
+    batch = tuple(image.shape[: max(0, image.ndim - len(a.range_shape))])
+    check_shapes(**{f"{name}.apply(params, x)": (image, (*batch, *a.range_shape))})
+    return batch, image
 
 
 def zeros(shape: tuple[int, ...], like: Array) -> Array:
