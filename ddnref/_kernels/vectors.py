@@ -15,7 +15,17 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from ddnref._core.arrays import Array, as_dtype, conj, full, namespace_of, power_of_two_below, real, with_axes
+from ddnref._core.arrays import (
+    Array,
+    as_dtype,
+    conj,
+    full,
+    namespace_of,
+    power_of_two_below,
+    real,
+    real_dtype,
+    with_axes,
+)
 from ddnref._core.loops import CHECK_EVERY
 
 LONG = 2**11  # numbers in a vector from which a separate step for each vector pays
@@ -31,6 +41,13 @@ NUMPY = np.ndarray, np.generic  # numbers of one right-hand side are NumPy scala
 def column(x: Array, like: Array) -> Array:
     """Numbers ``(...)`` as factors of vectors ``(..., n)`` or ``(..., *shape)``, in their dtype."""
     return with_axes(as_dtype(x, like), like.ndim - x.ndim)
+
+
+def as_complex(x: Array) -> Array:
+    """`x` in the complex dtype of the same precision."""
+    xp = array_api_compat.array_namespace(x)
+    kind = xp.complex64 if real_dtype(xp, x.dtype) == xp.float32 else xp.complex128
+    return xp.astype(x, kind, copy=False)
 
 
 # --- inner products and norms ---------------------------------------------------------------------------------------

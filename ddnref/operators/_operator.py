@@ -12,6 +12,7 @@ import numpy as np
 from ddnref._core.arrays import Array, conj, full, is_complex, namespace, quiet, with_axes
 from ddnref._core.checks import check_precision, check_shapes, given
 from ddnref._kernels.dense import identity, move_axis
+from ddnref._kernels.vectors import as_complex
 from ddnref.errors import DdnrefError
 
 Params = tuple[Array, ...]
@@ -164,13 +165,6 @@ def as_shape(name: str, shape: Any) -> tuple[int, ...]:
     if any(k < 0 for k in sizes):
         raise ValueError(f"{name} is {sizes}; sizes cannot be negative.")
     return sizes
-
-
-def as_complex(x: Array) -> Array:
-    """The complex dtype of the same precision."""
-    xp = array_api_compat.array_namespace(x)
-    kind = xp.complex64 if x.dtype in (xp.float32, xp.complex64) else xp.complex128
-    return xp.astype(x, kind, copy=False)
 
 
 def is_array(c: Any) -> bool:
