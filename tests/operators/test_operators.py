@@ -331,7 +331,7 @@ def test_the_numpy_form_is_the_standard_one(rng, monkeypatch):
 
     for shape, half in (((6,), (4,)), ((4, 5), (4, 3)), ((2, 3, 4), (2, 3, 3))):
         for chunk in (1, 30, 2**16):
-            monkeypatch.setattr(kernel, "CHUNK", chunk)
+            monkeypatch.setattr(kernel, "PART", chunk)
             for lead in ((), (5,), (3, 2)):
                 for batch in {(), lead[-1:], (1,) * len(lead), (*lead[:1], 1)[: len(lead)], lead}:
                     x, factor = rng.standard_normal((*lead, *shape)), rng.standard_normal((*batch, *half))
