@@ -32,26 +32,25 @@ from ddnref._core.arrays import (
     with_axes,
 )
 from ddnref._core.checks import check_dtypes, check_precision, check_shapes
-from ddnref._core.loops import WhileLoop
+from ddnref._core.loops import LoopOptions, WhileLoop
 from ddnref._kernels.dense import adjoint as matrix_adjoint
 from ddnref._kernels.public import public
 from ddnref._kernels.vectors import norm
 from ddnref.errors import DdnrefError
 from ddnref.krylov._bicgstab import bicgstab
 from ddnref.krylov._cg import cg
-from ddnref.krylov._common import (
+from ddnref.krylov._gmres import gmres
+from ddnref.krylov._lsmr import LeastSquaresInfo, lsmr
+from ddnref.krylov._minres import minres
+from ddnref.krylov._system import (
     BREAKDOWN,
     CONVERGED,
     NOT_FINITE,
     SLACK,
     STAGNATION,
-    Options,
     SolveInfo,
     raise_if_failed,
 )
-from ddnref.krylov._gmres import gmres
-from ddnref.krylov._lsmr import LeastSquaresInfo, lsmr
-from ddnref.krylov._minres import minres
 from ddnref.linalg._solve import check_source, raise_singular, solve, summed_to
 from ddnref.operators import LinearOperator, adjoint, as_operator
 from ddnref.operators._operator import check_vector
@@ -502,7 +501,7 @@ def direct(
     if throw:
         if is_true(xp.any(status == BREAKDOWN)):
             raise_singular(status == BREAKDOWN)
-        raise_if_failed("linear_solve", info, Options(rtol, 0, 1, None, None))
+        raise_if_failed("linear_solve", info, LoopOptions(rtol, maxiter=0))
     return x, info
 
 
