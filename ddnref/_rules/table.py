@@ -20,7 +20,6 @@ from ddnref.curvature import _gram as gram
 from ddnref.curvature import _gram_values as gram_values
 from ddnref.krylov._common import SolveInfo
 from ddnref.linalg import _eigsh as kpairs
-from ddnref.linalg import _eigsh_vjp as kpairs_vjp
 from ddnref.linalg import _iterations as iteration
 from ddnref.linalg import _linear_solve as linear
 from ddnref.linalg import _qr as factorisation
@@ -193,12 +192,12 @@ _TABLE = (
         name="eigsh",
         function=kpairs.eigsh,
         forward=kpairs.eigsh_fwd,
-        vjp=kpairs_vjp.eigsh_vjp,
+        vjp=kpairs.eigsh_vjp,
         sample=samples.eigsh,
         outputs=2,
         needs=(0,),
         info=kpairs.EigshInfo,
-        vjp_info=kpairs_vjp.EigshVjpInfo,
+        vjp_info=kpairs.EigshVjpInfo,
         undefined=_always,
         refusal=(
             "A second derivative through eigsh was asked for. Its gradient comes from an iterative solve, which is not "

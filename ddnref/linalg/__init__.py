@@ -13,11 +13,9 @@ from ddnref.linalg._eigh import (
 )
 from ddnref.linalg._eigsh import (
     EigshInfo,
+    EigshVjpInfo,
     eigsh,
     eigsh_fwd,
-)
-from ddnref.linalg._eigsh_vjp import (
-    EigshVjpInfo,
     eigsh_vjp,
 )
 from ddnref.linalg._functions import (
