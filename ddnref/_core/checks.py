@@ -19,9 +19,7 @@ class Conformed(NamedTuple):
     """The length of each named axis."""
 
 
-def conform(
-    signature: str, /, *, real_only: bool = False, sizes: dict[str, int] | None = None, **arrays: Array | None
-) -> Conformed:
+def conform(signature: str, /, *, real_only: bool = False, **arrays: Array | None) -> Conformed:
     """Validate named arrays against a signature such as ``"(m,m),(m)r,(m,k)"``, one part for each array in order.
 
     The first array, which must be given, defines the dtype and the batch axes; each axis is defined by the first
@@ -35,8 +33,6 @@ def conform(
         the same precision; without one the dtype is that of the first array.
     real_only
         Refuse complex arrays: the operation is defined for real ones.
-    sizes
-        Lengths of axes that are known from elsewhere, such as an option.
     arrays
         In the order of the parts.
 
@@ -53,17 +49,18 @@ def conform(
     parts = _parsed(signature)
     first = next(iter(arrays.values()))
     assert first is not None  # noqa: S101
-    number = real_dtype(xp, first.dtype)
-    lengths = dict(sizes or {})
+    dtype, number = first.dtype, real_dtype(xp, first.dtype)
+    lengths: dict[str, int] = {}
     batch = tuple(first.shape[: max(first.ndim - len(parts[0].axes), 0)])
     for (name, array), (axes, not_empty, is_real) in zip(arrays.items(), parts, strict=True):
         if array is None:
             continue
-        shape, wanted = tuple(array.shape), number if is_real else first.dtype
-        if len(shape) >= len(axes):
-            for i, axis in enumerate(axes, len(shape) - len(axes)):
-                lengths.setdefault(axis, shape[i])
-        expected = (*batch, *[lengths.get(axis, -1) for axis in axes])
+        shape, wanted = tuple(array.shape), number if is_real else dtype
+        expected = batch
+        for i, axis in enumerate(axes, len(shape) - len(axes)):
+            if axis not in lengths and len(shape) >= len(axes):
+                lengths[axis] = shape[i]
+            expected += (lengths.get(axis, -1),)
         empty = bool(not_empty) and not all(map(lengths.get, not_empty))
         if shape != expected or empty:
             # Letters describe the first array, and one with too few axes; numbers are clearer for all others.

@@ -24,10 +24,11 @@ from ddnref._core.arrays import (
     namespace,
     namespace_of,
     nan_where,
+    real_dtype,
     refuse_non_finite,
     refuse_recording,
 )
-from ddnref._core.checks import check_square, conform
+from ddnref._core.checks import check_dtypes, check_shapes, check_square, conform
 from ddnref._core.selection import Columns, columns_of, take
 from ddnref._kernels.dense import adjoint, hermitian_part
 from ddnref._kernels.dense import eigh as _eigh
@@ -178,7 +179,7 @@ def eigh_vjp(
            [0., 0., 0.],
            [0., 0., 1.]])
     """
-    xp, columns = _conformed(w_bar, v_bar, w, v, index)
+    xp, columns = _checked(w_bar, v_bar, w, v, index)
     if 0 in v.shape:
         return xp.zeros_like(v)
     if gauge_rtol is None:
@@ -233,7 +234,7 @@ def gauge_residual(
     >>> float(ddnref.gauge_residual(np.asarray([1.0, 0.0, 0.0]), None, w, v))  # λ_1 alone
     1.0
     """
-    xp, columns = _conformed(w_bar, v_bar, w, v, index)
+    xp, columns = _checked(w_bar, v_bar, w, v, index)
     residual = full(w.shape[:-1], 0.0, w)
     if 0 in v.shape:
         return residual
@@ -250,18 +251,23 @@ def gauge_residual(
     return nan_where(missing, residual)
 
 
-def _conformed(
+def _checked(
     w_bar: Array | None, v_bar: Array | None, w: Array, v: Array, index: Sequence[int] | None
 ) -> tuple[Namespace, Columns]:
-    """Validate the arguments of a VJP; return their namespace and the columns that `index` chooses."""
+    """Validate the arguments of a VJP; return their namespace and the columns that `index` chooses.
+
+    By hand, because `conform` takes 6 µs more, a tenth of the whole VJP of five 32×32 matrices.
+    """
+    xp = namespace(w_bar=w_bar, v_bar=v_bar, w=w, v=v)
+    check_square("v", v)
+    real = real_dtype(xp, v.dtype)
+    check_dtypes(w=(w, real), w_bar=(w_bar, real), v_bar=(v_bar, v.dtype))
     if w_bar is None and v_bar is None:
         raise TypeError("w_bar and v_bar are both None: there is nothing to differentiate.")
-    if index is None:
-        xp, _, sizes = conform("(m,m),(m)r,(m)r,(m,m)", v=v, w=w, w_bar=w_bar, v_bar=v_bar)
-        return xp, range(sizes["m"])
-    columns = columns_of(index, conform("(m,m)", v=v).sizes["m"])
-    k = {"k": len(columns)}
-    return conform("(m,m),(m)r,(k)r,(m,k)", sizes=k, v=v, w=w, w_bar=w_bar, v_bar=v_bar).xp, columns
+    columns = columns_of(index, v.shape[-1])
+    k = len(columns)
+    check_shapes(w=(w, tuple(v.shape[:-1])), w_bar=(w_bar, (*v.shape[:-2], k)), v_bar=(v_bar, (*v.shape[:-1], k)))
+    return xp, columns
 
 
 def neighbours(xp: Namespace, w: Array, rtol: float | None) -> Array:
