@@ -36,8 +36,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple, NoReturn
 
 from ddnref._core.arrays import (
@@ -57,7 +55,7 @@ from ddnref._core.arrays import (
 from ddnref._core.checks import check_dtypes, check_shapes, check_square, conform
 from ddnref._core.loops import CHECK_EVERY, IterationInfo, WhileLoop, run
 from ddnref._core.noise import noise
-from ddnref._kernels.bordered import bordered, in_chunks, shifted, solve_each, solve_on_complement
+from ddnref._kernels.bordered import bordered, in_chunks, product_in_double, shifted, solve_each, solve_on_complement
 from ddnref._kernels.dense import eigh, hermitian_part, hermitian_sum, identity, matvec, outer, symmetrised
 from ddnref._kernels.eigh_vjp import exceeds
 from ddnref._kernels.public import public
@@ -655,8 +653,16 @@ def _implicit_vjp(
     if 0 in v.shape:
         return xp.zeros_like(x)
     form = _fixed_point if method == "fixed_point" else _bordered_symmetric if symmetric else _bordered
-    z = symmetrised(x) if symmetric else x
-    left, y, bad = in_chunks(partial(_left_factor, form, eps(xp, x.dtype)), w_bar, v_bar, v, z)
+    z, unit = symmetrised(x) if symmetric else x, eps(xp, x.dtype)
+
+    # Refine the pairs in float64: unit vectors, and Rayleigh quotients instead of rounded eigenvalues.
+    y = double(xp, v)
+    y = y / xp.sqrt(xp.sum(y * y, axis=-2, keepdims=True))
+    z_y = product_in_double(z, y)
+    rayleigh = xp.sum(y * z_y, axis=-2)
+    size = xp.max(xp.abs(rayleigh), axis=-1, keepdims=True)
+    left, growth, gauge = form(double(xp, w_bar), double(xp, v_bar), rayleigh, y, z, z_y, size, unit)
+    bad = ~(growth * size[..., 0] * (SAME_RTOL * unit) < 1) | gauge  # gap <= 16 eps size; also for NaN
     if throw and is_true(xp.any(bad & xp.isfinite(w[..., 0]))):
         raise GaugeError(
             "An eigenvalue is repeated to working precision, or the n-th cuts a cluster of equal ones, so that its "
@@ -665,45 +671,46 @@ def _implicit_vjp(
             "eigenvalues, or pass throw=False to get NaN for these items."
         )
     left = nan_where(bad[..., None, None], left)  # NaN in a whole factor makes all of X̄ NaN
-    return hermitian_sum(left / 2, y) if symmetric else left @ xp.matrix_transpose(y)
-
-
-def _left_factor(
-    form: Callable[..., tuple[Array, Array]], unit: float, w_bar: Array, v_bar: Array, v: Array, x: Array
-) -> tuple[Array, Array, Array]:
-    """L, the eigenvectors Y, both in the dtype of `x`, and which items have a gauge-dependent loss."""
-    xp = namespace_of(x)
-    y = double(xp, v)
-    y = y / xp.sqrt(xp.sum(y * y, axis=-2, keepdims=True))
-    x_y = double(xp, x) @ y
-    w = xp.sum(y * x_y, axis=-2)  # Rayleigh quotients, more accurate than eigenvalues rounded to float32
-    size = xp.max(xp.abs(w), axis=-1, keepdims=True)
-    left, bad = form(double(xp, w_bar), double(xp, v_bar), w, y, x, x_y, size, unit)
-    return xp.astype(left, x.dtype, copy=False), xp.astype(y, x.dtype, copy=False), bad
+    left, y = (xp.astype(a, x.dtype, copy=False) for a in (left / 2 if symmetric else left, y))
+    return hermitian_sum(left, y) if symmetric else left @ xp.matrix_transpose(y)
 
 
 def _bordered(
-    w_bar: Array, v_bar: Array, w: Array, y: Array, x: Array, _: Array, size: Array, unit: float
-) -> tuple[Array, Array]:
-    """W of ``X̄ = W Yᵀ`` for any real matrix, one pair at a time; the border is scaled like the matrix."""
+    w_bar: Array,
+    v_bar: Array,
+    w: Array,
+    y: Array,
+    x: Array,
+    _: Array,
+    size: Array,
+    unit: float,  # noqa: ARG001
+) -> tuple[Array, Array, bool]:
+    """W of ``X̄ = W Yᵀ`` for any real matrix, one pair at a time, and how much its systems amplify."""
     xp = namespace_of(x)
+
+    def solutions(w: Array, border: Array, right: Array, x: Array) -> tuple[Array, Array]:
+        x_t = xp.matrix_transpose(x)
+        systems = (bordered(shifted(x_t, w[..., i]), border[..., i : i + 1]) for i in range(w.shape[-1]))
+        return solve_each(systems, right)
+
+    # The border is scaled like the matrix.
     right = xp.concat([v_bar, (size * w_bar)[..., None, :]], axis=-2)
-    x_t, border = xp.matrix_transpose(x), size[..., None] * y
-    systems = (bordered(shifted(x_t, w[..., i]), border[..., i : i + 1]) for i in range(w.shape[-1]))
-    left, growth = solve_each(systems, right)
-    return left[..., :-1, :], _is_singular(growth, size, unit)
+    left, growth = in_chunks(solutions, w, size[..., None] * y, right, x)
+    return left[..., :-1, :], growth, False
 
 
 def _bordered_symmetric(
     w_bar: Array, v_bar: Array, w: Array, y: Array, x: Array, _: Array, size: Array, unit: float
-) -> tuple[Array, Array]:
-    """``W + Y K`` of ``X̄ = sym((W + Y K) Yᵀ)`` for a symmetric matrix, ``K = diag(λ̄) + ½ F ∘ (M − Mᵀ)``."""
+) -> tuple[Array, Array, Array | bool]:
+    """``W + Y K`` of ``X̄ = sym((W + Y K) Yᵀ)`` for a symmetric matrix, ``K = diag(λ̄) + ½ F ∘ (M − Mᵀ)``.
+
+    The third result says where the loss depends on the gauge of equal eigenvalues among the n.
+    """
     xp = namespace_of(x)
     m_ = xp.matrix_transpose(y) @ v_bar
-    left, growth = solve_on_complement(x, w, y, v_bar - y @ m_, size)
-    bad = _is_singular(growth, size, unit)
+    left, growth = solve_on_complement(w, y, v_bar - y @ m_, size, x)
     if w.shape[-1] == 1:  # no others inside: a third of the whole time at m = 32 on NumPy
-        return left + y * w_bar[..., None, :], bad
+        return left + y * w_bar[..., None, :], growth, False
 
     # Inside span(Y): F is zero between equal eigenvalues, where neither M nor λ̄ may differ.
     gap = w[..., None, :] - w[..., :, None]
@@ -712,28 +719,33 @@ def _bordered_symmetric(
     k = xp.where(same, zero, skew / xp.where(same, xp.ones_like(gap), gap))
     k = k + w_bar[..., None, :] * identity(w.shape[-1], w)
     jump = xp.where(same, w_bar[..., None, :] - w_bar[..., :, None], zero)
-    bad = bad | exceeds(largest(xp.where(same, skew, zero), 2), largest(m_, 2), unit**0.5)
-    return left + y @ k, bad | exceeds(largest(jump, 2), largest(w_bar), unit**0.5)
+    gauge = exceeds(largest(xp.where(same, skew, zero), 2), largest(m_, 2), unit**0.5)
+    return left + y @ k, growth, gauge | exceeds(largest(jump, 2), largest(w_bar), unit**0.5)
 
 
 def _fixed_point(
-    w_bar: Array, v_bar: Array, w: Array, y: Array, x: Array, x_y: Array, size: Array, unit: float
-) -> tuple[Array, Array]:
+    w_bar: Array,
+    v_bar: Array,
+    w: Array,
+    y: Array,
+    x: Array,
+    x_y: Array,
+    size: Array,
+    unit: float,  # noqa: ARG001
+) -> tuple[Array, Array, bool]:
     """``P q / λ + λ̄ y``, each pair by itself, from λ times its equation.
 
     It holds for every eigenvector, whether the iteration would find it or not.
     """
     xp = namespace_of(x)
-    x_t, y_t = xp.matrix_transpose(x), xp.matrix_transpose(y)
-    x_t_y = double(xp, x_t) @ y
+
+    def solutions(w: Array, y: Array, x_t_y: Array, right: Array, x: Array) -> tuple[Array, Array]:
+        x_t, y_t = xp.matrix_transpose(x), xp.matrix_transpose(y)
+        # λ I − XᵀP = λ I − (Xᵀ − Xᵀy yᵀ)
+        x_t_p = (x_t - x_t_y[..., i : i + 1] @ y_t[..., i : i + 1, :] for i in range(w.shape[-1]))
+        return solve_each((shifted(a, w[..., i]) for i, a in enumerate(x_t_p)), right)
+
+    x_t_y = product_in_double(xp.matrix_transpose(x), y)
     right = v_bar + w_bar[..., None, :] * (x_y + x_t_y)
-    # λ I − XᵀP = λ I − Xᵀ + (Xᵀy) yᵀ
-    systems = (shifted(x_t, w[..., i]) + x_t_y[..., i : i + 1] @ y_t[..., i : i + 1, :] for i in range(w.shape[-1]))
-    q, growth = solve_each(systems, right)
-    left = q - y * xp.sum(y * q, axis=-2, keepdims=True) + w_bar[..., None, :] * y
-    return left, _is_singular(growth, size, unit)
-
-
-def _is_singular(growth: Array, size: Array, unit: float) -> Array:
-    """Whether the amplification of a probe says ``gap <= 16 eps size``; also for NaN."""
-    return ~(growth * size[..., 0] * (SAME_RTOL * unit) < 1)
+    q, growth = in_chunks(solutions, w, y, x_t_y, right, x)
+    return q - y * xp.sum(y * q, axis=-2, keepdims=True) + w_bar[..., None, :] * y, growth, False
