@@ -645,6 +645,22 @@ def _check_vjp(
         _check_start(v0, x, tuple(v.shape[x.ndim - 1 :]))
 
 
+class _Refined(NamedTuple):
+    """Cotangents, eigenvalues and unit eigenvectors in float64, and their matrix as it was given."""
+
+    w_bar: Array
+    v_bar: Array
+    w: Array
+    y: Array
+    x: Array
+    x_y: Array
+    """``X Y``."""
+    size: Array
+    """The largest |λ| of each item, ``(..., 1)``."""
+    unit: float
+    """Machine epsilon of the dtype that was given."""
+
+
 def _implicit_vjp(
     w_bar: Array, v_bar: Array, w: Array, v: Array, x: Array, method: str, symmetric: bool, throw: bool
 ) -> Array:
@@ -661,7 +677,7 @@ def _implicit_vjp(
     z_y = product_in_double(z, y)
     rayleigh = xp.sum(y * z_y, axis=-2)
     size = xp.max(xp.abs(rayleigh), axis=-1, keepdims=True)
-    left, growth, gauge = form(double(xp, w_bar), double(xp, v_bar), rayleigh, y, z, z_y, size, unit)
+    left, growth, gauge = form(_Refined(double(xp, w_bar), double(xp, v_bar), rayleigh, y, z, z_y, size, unit))
     bad = ~(growth * size[..., 0] * (SAME_RTOL * unit) < 1) | gauge  # gap <= 16 eps size; also for NaN
     if throw and is_true(xp.any(bad & xp.isfinite(w[..., 0]))):
         raise GaugeError(
@@ -675,18 +691,9 @@ def _implicit_vjp(
     return hermitian_sum(left, y) if symmetric else left @ xp.matrix_transpose(y)
 
 
-def _bordered(
-    w_bar: Array,
-    v_bar: Array,
-    w: Array,
-    y: Array,
-    x: Array,
-    _: Array,
-    size: Array,
-    unit: float,  # noqa: ARG001
-) -> tuple[Array, Array, bool]:
+def _bordered(p: _Refined) -> tuple[Array, Array, bool]:
     """W of ``X̄ = W Yᵀ`` for any real matrix, one pair at a time, and how much its systems amplify."""
-    xp = namespace_of(x)
+    xp = namespace_of(p.x)
 
     def solutions(w: Array, border: Array, right: Array, x: Array) -> tuple[Array, Array]:
         x_t = xp.matrix_transpose(x)
@@ -694,50 +701,39 @@ def _bordered(
         return solve_each(systems, right)
 
     # The border is scaled like the matrix.
-    right = xp.concat([v_bar, (size * w_bar)[..., None, :]], axis=-2)
-    left, growth = in_chunks(solutions, w, size[..., None] * y, right, x)
+    right = xp.concat([p.v_bar, (p.size * p.w_bar)[..., None, :]], axis=-2)
+    left, growth = in_chunks(solutions, p.w, p.size[..., None] * p.y, right, p.x)
     return left[..., :-1, :], growth, False
 
 
-def _bordered_symmetric(
-    w_bar: Array, v_bar: Array, w: Array, y: Array, x: Array, _: Array, size: Array, unit: float
-) -> tuple[Array, Array, Array | bool]:
+def _bordered_symmetric(p: _Refined) -> tuple[Array, Array, Array | bool]:
     """``W + Y K`` of ``X̄ = sym((W + Y K) Yᵀ)`` for a symmetric matrix, ``K = diag(λ̄) + ½ F ∘ (M − Mᵀ)``.
 
     The third result says where the loss depends on the gauge of equal eigenvalues among the n.
     """
-    xp = namespace_of(x)
-    m_ = xp.matrix_transpose(y) @ v_bar
-    left, growth = solve_on_complement(w, y, v_bar - y @ m_, size, x)
+    xp, w_bar, w, y = namespace_of(p.x), p.w_bar, p.w, p.y
+    m_ = xp.matrix_transpose(y) @ p.v_bar
+    left, growth = solve_on_complement(w, y, p.v_bar - y @ m_, p.size, p.x)
     if w.shape[-1] == 1:  # no others inside: a third of the whole time at m = 32 on NumPy
         return left + y * w_bar[..., None, :], growth, False
 
     # Inside span(Y): F is zero between equal eigenvalues, where neither M nor λ̄ may differ.
     gap = w[..., None, :] - w[..., :, None]
-    same = xp.abs(gap) <= SAME_RTOL * unit * size[..., None]
+    same = xp.abs(gap) <= SAME_RTOL * p.unit * p.size[..., None]
     zero, skew = xp.zeros_like(gap), (m_ - xp.matrix_transpose(m_)) / 2
     k = xp.where(same, zero, skew / xp.where(same, xp.ones_like(gap), gap))
     k = k + w_bar[..., None, :] * identity(w.shape[-1], w)
     jump = xp.where(same, w_bar[..., None, :] - w_bar[..., :, None], zero)
-    gauge = exceeds(largest(xp.where(same, skew, zero), 2), largest(m_, 2), unit**0.5)
-    return left + y @ k, growth, gauge | exceeds(largest(jump, 2), largest(w_bar), unit**0.5)
+    gauge = exceeds(largest(xp.where(same, skew, zero), 2), largest(m_, 2), p.unit**0.5)
+    return left + y @ k, growth, gauge | exceeds(largest(jump, 2), largest(w_bar), p.unit**0.5)
 
 
-def _fixed_point(
-    w_bar: Array,
-    v_bar: Array,
-    w: Array,
-    y: Array,
-    x: Array,
-    x_y: Array,
-    size: Array,
-    unit: float,  # noqa: ARG001
-) -> tuple[Array, Array, bool]:
+def _fixed_point(p: _Refined) -> tuple[Array, Array, bool]:
     """``P q / λ + λ̄ y``, each pair by itself, from λ times its equation.
 
     It holds for every eigenvector, whether the iteration would find it or not.
     """
-    xp = namespace_of(x)
+    xp = namespace_of(p.x)
 
     def solutions(w: Array, y: Array, x_t_y: Array, right: Array, x: Array) -> tuple[Array, Array]:
         x_t, y_t = xp.matrix_transpose(x), xp.matrix_transpose(y)
@@ -745,7 +741,7 @@ def _fixed_point(
         x_t_p = (x_t - x_t_y[..., i : i + 1] @ y_t[..., i : i + 1, :] for i in range(w.shape[-1]))
         return solve_each((shifted(a, w[..., i]) for i, a in enumerate(x_t_p)), right)
 
-    x_t_y = product_in_double(xp.matrix_transpose(x), y)
-    right = v_bar + w_bar[..., None, :] * (x_y + x_t_y)
-    q, growth = in_chunks(solutions, w, y, x_t_y, right, x)
-    return q - y * xp.sum(y * q, axis=-2, keepdims=True) + w_bar[..., None, :] * y, growth, False
+    x_t_y = product_in_double(xp.matrix_transpose(p.x), p.y)
+    right = p.v_bar + p.w_bar[..., None, :] * (p.x_y + x_t_y)
+    q, growth = in_chunks(solutions, p.w, p.y, x_t_y, right, p.x)
+    return q - p.y * xp.sum(p.y * q, axis=-2, keepdims=True) + p.w_bar[..., None, :] * p.y, growth, False
