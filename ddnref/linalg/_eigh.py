@@ -86,10 +86,10 @@ def eigh(x: Array, /, *, check_finite: bool = False) -> tuple[Array, Array]:
     """
     namespace(x=x)
     check_square("x", x)
-    refuse_recording("eigh", x)
+    refuse_recording("eigh", x)  # PyTorch would record its own derivative beside ours
     if check_finite:
         refuse_non_finite("x", x)
-    return _eigh(hermitian_part(x))
+    return _eigh(hermitian_part(x))  # exactly Hermitian, so that every library reads the same matrix
 
 
 @public
@@ -180,12 +180,13 @@ def eigh_vjp(
            [0., 0., 1.]])
     """
     xp, columns = _checked(w_bar, v_bar, w, v, index)
-    if 0 in v.shape:
+    if 0 in v.shape:  # an empty matrix has no largest eigenvalue
         return xp.zeros_like(v)
     if gauge_rtol is None:
-        gauge_rtol = eps(xp, w.dtype) ** 0.5
+        gauge_rtol = eps(xp, w.dtype) ** 0.5  # half the digits, as for a difference quotient
     x_bar, bad = eigenpairs_vjp(w_bar, v_bar, w, v, columns, neighbours(xp, w, rtol), gauge_rtol)
     if throw and bad is not None and is_true(xp.any(bad)):
+        # Only now compute by how much, for the message.
         raise_gauge(gauge_residual(w_bar, v_bar, w, v, index=index, rtol=rtol), gauge_rtol)
     return x_bar
 
@@ -235,11 +236,11 @@ def gauge_residual(
     1.0
     """
     xp, columns = _checked(w_bar, v_bar, w, v, index)
-    residual = full(w.shape[:-1], 0.0, w)
+    residual = full(w.shape[:-1], 0.0, w)  # 0 for a loss that is well defined
     if 0 in v.shape:
         return residual
-    near = neighbours(xp, w, rtol)
-    missing = xp.any(xp.isnan(w), axis=-1)
+    near = neighbours(xp, w, rtol)  # clusters of equal eigenvalues
+    missing = xp.any(xp.isnan(w), axis=-1)  # NaN must not look like a small residual
     # Equal eigenvalues must have equal cotangents, or their order matters.
     if w_bar is not None:
         residual = xp.maximum(residual, ratio(*jump(w_bar, near, columns)))
@@ -275,7 +276,7 @@ def neighbours(xp: Namespace, w: Array, rtol: float | None) -> Array:
     if rtol is None:
         rtol = RTOL * eps(xp, w.dtype)
     size = xp.maximum(-w[..., :1], w[..., -1:])  # max|λ| of an ascending spectrum
-    return w[..., 1:] - w[..., :-1] <= rtol * size
+    return w[..., 1:] - w[..., :-1] <= rtol * size  # false for NaN
 
 
 def has_repeated(w: Array, rtol: float | None = None) -> Array:
@@ -293,6 +294,7 @@ def ratio(part: Array, whole: Array) -> Array:
 def raise_gauge(residual: Array, gauge_rtol: float) -> NoReturn:
     """Raise `GaugeError`, saying what a loss that is not well defined depends on, and by how much."""
     xp = namespace_of(residual)
+    # NaN items do not count here: they are reported by their result.
     worst = float(xp.max(xp.where(xp.isnan(residual), xp.zeros_like(residual), residual)))
     raise GaugeError(
         f"The loss depends on a choice that the matrix does not determine: gauge residual {worst:.1e} > gauge_rtol "
@@ -370,7 +372,7 @@ def eigh_topk_fwd(
         As `eigh_topk`.
     """
     w, v = eigh(x, check_finite=check_finite)
-    columns = _top(k, which, w.shape[-1])
+    columns = _top(k, which, w.shape[-1])  # a range, so that the columns are views
     return (take(w, columns, -1), take(v, columns, -1)), (w, v)
 
 
@@ -422,13 +424,13 @@ def eigh_topk_vjp(
            [0., 0., 0.]])
     """
     sizes = conform("(m,m),(m)r,(k)r,(m,k)", v_all=v_all, w_all=w_all, w=w, v=v).sizes
-    index = _top(sizes["k"], which, sizes["m"])
+    index = _top(sizes["k"], which, sizes["m"])  # the same columns as in the forward
     return eigh_vjp(w_bar, v_bar, w_all, v_all, index=index, rtol=rtol, gauge_rtol=gauge_rtol, throw=throw)
 
 
 def _top(k: int, which: str, m: int) -> range:
     """The columns of the k most wanted of m ascending eigenvalues, most wanted first."""
-    k = operator.index(k)
+    k = operator.index(k)  # TypeError for 1.5
     if which not in ("LA", "SA"):
         raise ValueError(f'which is {which!r}, expected "LA" (largest) or "SA" (smallest).')
     if not 1 <= k <= m:

@@ -212,10 +212,10 @@ def eigsh_fwd(
     ConvergenceError, GaugeError, TypeError, ValueError
         As `eigsh`.
     """
-    if isinstance(x, LinearOperator):
+    if isinstance(x, LinearOperator):  # PyTorch would record the iteration
         for parameter in x.params:
             refuse_recording("eigsh", parameter)
-    a = self_adjoint(x, "eigsh", v0)
+    a = self_adjoint(x, "eigsh", v0)  # one form for matrices and operators
     refuse_recording("eigsh", a.like)
     xp = namespace_of(a.like)
     p = _basis_size(operator.index(k), which, method, basis, a.m)
@@ -223,19 +223,19 @@ def eigsh_fwd(
     if method == "full" or (method == "auto" and cheaper(a.m, k, p, isinstance(x, LinearOperator))):
         (w, v), (w_rest, v_rest), scale, n_iter = _full(a, k, which)
         y = a.rows(v)
-        residual = norm(a.apply(y) - as_dtype(w, y)[..., None] * y)
+        residual = norm(a.apply(y) - as_dtype(w, y)[..., None] * y)  # recomputed, as the iteration does
         residual = residual / xp.where(scale > 0, scale, xp.ones_like(scale))[..., None]
-        converged = xp.all(residual < float("inf"), axis=-1)
+        converged = xp.all(residual < float("inf"), axis=-1)  # false for NaN
         n_products = n_iter + a.m
     else:
         # Iterate with A over a power of two, because squares of ‖A v‖ could leave the range of exponents.
         image = a.apply(xp.broadcast_to(noise(0, a.m, a.like), (*a.batch, 1, a.m)))
         size = power_of_two(image, 2)
         unit = a._replace(apply=lambda q: a.apply(q) / as_dtype(size, q)[..., None, None])
-        plan = Plan(k, which, p, (p + k) // 2, tol)
+        plan = Plan(k, which, p, (p + k) // 2, tol)  # a restart keeps half of the vectors beside the k
         options = LoopOptions(tol, MAXITER if maxiter is None else maxiter, check_every, while_loop)
         found = lanczos(unit, plan, v0, options)
-        w, w_rest = found.w * size[..., None], found.w_rest * size[..., None]
+        w, w_rest = found.w * size[..., None], found.w_rest * size[..., None]  # undo the scaling
         v, v_rest, scale = a.columns(found.rows), a.columns(found.rest), found.scale * size
         residual, converged, n_iter = found.residual, found.done, found.n_iter
         n_products = n_iter * (p - plan.l) + k + 2
@@ -255,7 +255,7 @@ def _basis_size(k: int, which: str, method: str, basis: int | None, m: int) -> i
         raise ValueError(f"k is {k}, expected 1 <= k <= {m} for vectors with {m} entries.")
     if basis is not None and not k + 3 <= basis:
         raise ValueError(f"basis is {basis}, expected at least k + 3 = {k + 3}.")
-    p = min(m, max(32, 3 * k) if basis is None else basis)
+    p = min(m, max(32, 3 * k) if basis is None else basis)  # the default of `basis`
     if method == "iterative" and p < k + 3:
         raise ValueError(f'{m} entries leave no room for an iteration with k = {k}; pass method="full".')
     return p
@@ -268,7 +268,7 @@ def cheaper(m: int, k: int, p: int, is_operator: bool) -> bool:
 
 def is_cut(w: Array, w_rest: Array, scale: Array, which: str, cluster_rtol: float | None) -> Array:
     """Whether the k-th eigenvalue equals the next one within `cluster_rtol`."""
-    if w_rest.shape[-1] == 0:
+    if w_rest.shape[-1] == 0:  # all eigenvalues are among the k: never, even for NaN
         return w[..., -1] != w[..., -1]
     rtol = CLUSTER_RTOL * eps(namespace_of(w), w.dtype) if cluster_rtol is None else cluster_rtol
     return preference(w, which)[..., -1] - preference(w_rest, which)[..., 0] <= rtol * scale
@@ -278,11 +278,12 @@ def _full(a: SelfAdjoint, k: int, which: str) -> tuple[tuple[Array, Array], tupl
     """From the whole spectrum: the pairs, the others, ‖A‖, and no iterations."""
     w, v = eigh(a.matrix())
     xp = namespace_of(w)
-    scale = xp.max(xp.abs(w), axis=-1)
+    scale = xp.max(xp.abs(w), axis=-1)  # ‖A‖
     if which == "LM":
         order = xp.argsort(xp.abs(w), axis=-1, descending=True, stable=True)
         w = xp.take_along_axis(w, order, axis=-1)
         v = xp.take_along_axis(v, xp.broadcast_to(order[..., None, :], v.shape), axis=-1)
+    # Eigh is ascending; "SA" and the order above are first to last.
     columns = range(a.m - 1, -1, -1) if which == "LA" else range(a.m)
     wanted, others = (
         (take(w, part, -1), xp.reshape(take(v, part, -1), (*a.batch, *a.shape, len(part))))
@@ -446,7 +447,7 @@ def eigsh_vjp(
            [0., 1., 0.],
            [0., 0., 0.]])
     """
-    g = _problem(w_bar, v_bar, w, v, saved_and_x, which, solver)
+    g = _problem(w_bar, v_bar, w, v, saved_and_x, which, solver)  # validated, vectors as rows
     xp = namespace_of(w)
     unit = eps(xp, w.dtype)
     tol = _Tolerances(
@@ -465,7 +466,7 @@ def eigsh_vjp(
     size = power_of_two_below(size)
     unit_v_bar = None if g.v_bar is None else g.v_bar / as_dtype(size, g.v_bar)[..., None, None]
     g = g._replace(w_bar=g.w_bar / size[..., None], v_bar=unit_v_bar)
-    half, info, bad = _half(g, tol, solver, loop)
+    half, info, bad = _half(g, tol, solver, loop)  # X̄ = B Vᴴ + V Bᴴ
     if throw:
         _raise_reverse(info, bad, tol)
     half = nan_where((bad | info.cut | ~info.converged)[..., None, None], half * as_dtype(size, half)[..., None, None])
@@ -500,7 +501,7 @@ def _problem(
     if isinstance(w_rest, LinearOperator) or isinstance(v_rest, LinearOperator):
         raise TypeError("x, the operator, comes last, after w_rest and v_rest.")
     of_x = {f"params[{i}]": p for i, p in enumerate(x.params)} if isinstance(x, LinearOperator) else {"x": x}
-    given(w=w, v=v, **of_x)
+    given(w=w, v=v, **of_x)  # they follow *, so that `public` cannot know them
     if len(saved_and_x) == 3:
         given(w_rest=w_rest, v_rest=v_rest)
     xp = namespace(w_bar=w_bar, v_bar=v_bar, w=w, v=v, w_rest=w_rest, v_rest=v_rest, **of_x)
@@ -520,7 +521,7 @@ def _problem(
         w=(w, (*a.batch, k)), v=(v, (*shape, k)), w_bar=(w_bar, (*a.batch, k)), v_bar=(v_bar, (*shape, k)),
         w_rest=(w_rest, (*a.batch, r)), v_rest=(v_rest, (*shape, r)),
     )  # fmt: skip
-    some = xp.zeros_like(w) if w_bar is None else w_bar
+    some = xp.zeros_like(w) if w_bar is None else w_bar  # every later step may use it
     rows = [None if u is None else a.rows(u) for u in (v_bar, v_rest)]
     return _Problem(a, which, w, a.rows(v), some, rows[0], w_rest, rows[1])
 
@@ -553,7 +554,7 @@ def _half(g: _Problem, tol: _Tolerances, solver: str, loop: LoopOptions) -> tupl
 def _check_pairs(g: _Problem, rtol: float) -> tuple[Array, Array]:
     """A lower bound of ‖A‖, and whether the pairs are eigenpairs, at the price of one iteration."""
     xp, m, k = namespace_of(g.w), g.a.m, g.w.shape[-1]
-    u = xp.broadcast_to(noise(0, m, g.v), (*g.a.batch, 1, m))
+    u = xp.broadcast_to(noise(0, m, g.v), (*g.a.batch, 1, m))  # the size of A u bounds ‖A‖ from below
     image = g.a.apply(xp.concat([g.v, u], axis=-2))
     scale = xp.maximum(largest(g.w), norm(image[..., k:, :])[..., 0])
     if g.w_rest is not None:
@@ -578,7 +579,7 @@ def _depends_on_cut(g: _Problem, same: Array, scale: Array, tol: _Tolerances) ->
     xp = namespace_of(g.w)
     if g.w_rest is None or g.w_rest.shape[-1] == 0:
         return scale < 0
-    inside = same[..., -1, :]
+    inside = same[..., -1, :]  # the cluster of the k-th
     zero = full((), 0.0, g.w)
     uses = exceeds(largest(xp.where(inside, g.w_bar, zero)), largest(g.w_bar), tol.gauge)
     if g.v_bar is not None:
@@ -591,7 +592,7 @@ def _solve(g: _Problem, tol: _Tolerances, solver: str, loop: LoopOptions, scale:
     """``W``, and how well its rows solve ``(λ_j I − X) w_j = P v̄_j``."""
     xp = namespace_of(g.w)
     sign = xp.sign(g.w) if g.which == "LM" else full(g.w.shape, 1.0 if g.which == "LA" else -1.0, g.w)
-    s = Shifted(g.a, g.w, g.v, sign, g.w_rest, g.rest)
+    s = Shifted(g.a, g.w, g.v, sign, g.w_rest, g.rest)  # definite with this sign: see the top
     # Right-hand sides that are only rounding count as zero.
     b = without(without(g.v_bar, g.v), g.v)
     b = xp.where((norm(b) > 8 * eps(xp, g.w.dtype) * norm(g.v_bar))[..., None], b, xp.zeros_like(b))
@@ -603,7 +604,7 @@ def _solve(g: _Problem, tol: _Tolerances, solver: str, loop: LoopOptions, scale:
         gap = xp.where(gap > 0, gap, full((), float("inf"), gap))
         y = (inner(b, g.rest) / as_dtype(gap, b)) @ g.rest
     elif solver == "direct":
-        y = direct(s, b)
+        y = direct(s, b)  # k factorisations
     else:
         y, n_iter, positive = cg(
             s, b, rtol=loop.rtol, maxiter=loop.maxiter, check_every=loop.check_every, while_loop=loop.while_loop
@@ -616,7 +617,7 @@ def _solve(g: _Problem, tol: _Tolerances, solver: str, loop: LoopOptions, scale:
     # ‖y‖ ≤ ‖b‖ / gap: a solution this large says that the next eigenvalue is the k-th.
     least = tol.cluster if g.w_rest is not None else ALONE * tol.cluster
     cut = xp.any((size > 0) & (size <= least * scale[..., None] * norm(y)), axis=-1)
-    relative = residual / xp.where(size > 0, size, xp.ones_like(size))
+    relative = residual / xp.where(size > 0, size, xp.ones_like(size))  # 0 for a right-hand side of 0
     return as_dtype(sign, y)[..., None] * y, EigshVjpInfo(xp.all(converged, axis=-1), n_iter, relative, cut)
 
 

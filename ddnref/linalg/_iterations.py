@@ -166,7 +166,7 @@ def power_iteration(
     (3.0, True)
     """
     xp, x, scale, bad, rtol = _prepare("power_iteration", x, symmetric, align, rtol)
-    one = full(x.shape[:-2], 1.0, x)
+    one = full(x.shape[:-2], 1.0, x)  # one number for each item
 
     def body(state: _Power) -> _Power:
         # v = ± z/‖z‖ and one product with it, by which it is judged.
@@ -177,7 +177,7 @@ def power_iteration(
         size = xp.where(in_range, size, one)
         residual = xp.where(in_range, norm(z - w[..., None] * v) / size, one)
         n_iter = state.n_iter + xp.astype(state.active, state.n_iter.dtype)
-        active = state.active & in_range & (residual > rtol)
+        active = state.active & in_range & (residual > rtol)  # false for NaN
         return _Power(v, z, w, xp.where(w < 0, -size, size), residual, n_iter, active)
 
     z = _start(v0, x, ())
@@ -185,9 +185,9 @@ def power_iteration(
     state = _Power(z, z, one, xp.where(size > 0, size, one), one, xp.zeros_like(one, dtype=xp.int32), ~bad)
     state = run(lambda s: s.active, body, state, maxiter=maxiter, check_every=check_every, while_loop=while_loop)
 
-    w, v = scale * state.w, state.v
+    w, v = scale * state.w, state.v  # undo the scaling; eigenvectors do not change with it
     if align is not None:
-        v = align_signs(v, reference, sign=align, axis=-1)
+        v = align_signs(v, reference, sign=align, axis=-1)  # the start vector determined the sign so far
     info = IterationInfo(~bad & (state.residual <= rtol), state.n_iter, nan_where(bad, state.residual))
     if throw and not is_true(xp.all(info.converged)):
         _raise(bad, info, maxiter, rtol)
@@ -290,11 +290,13 @@ def _power_unrolled_vjp(
     last = kept.pop()
     s_bar, bar = xp.zeros_like(x), xp.zeros_like(last)
     if v_bar is not None:
+        # The forward may have flipped the sign.
         bar = xp.where(xp.sum(last * v, axis=-1, keepdims=True) < 0, -v_bar, v_bar)
     if w_bar is not None:
         s_bar = s_bar + outer(w_bar[..., None] * last, last)
         bar = bar + w_bar[..., None] * (matvec(s, last) + matvec(xp.matrix_transpose(s), last))
     for before, length in zip(reversed(kept), reversed(signed_lengths), strict=True):
+        # Through the normalisation, then the product.
         z_bar = (bar - last * xp.sum(last * bar, axis=-1, keepdims=True)) / length
         s_bar = s_bar + outer(z_bar, before)
         bar, last = matvec(xp.matrix_transpose(s), z_bar), before
@@ -384,9 +386,9 @@ def simultaneous_iteration(
     one = full(x.shape[:-2], 1.0, x)
 
     def body(state: _Simultaneous) -> _Simultaneous:
-        q = xp.where(state.active[..., None, None], qr(state.z)[0], state.q)
+        q = xp.where(state.active[..., None, None], qr(state.z)[0], state.q)  # a frozen item keeps its basis
         z = x @ q
-        t = xp.matrix_transpose(q) @ z
+        t = xp.matrix_transpose(q) @ z  # X in the basis q
         size, left = norm(t, 2), norm(z - q @ t, 2)
         if not symmetric:
             left = left + norm(xp.tril(t, k=-1), 2)  # each column by itself: T is triangular
@@ -399,7 +401,7 @@ def simultaneous_iteration(
     state = _Simultaneous(z, z, t, float("inf") * one, xp.zeros_like(one, dtype=xp.int32), ~bad)
     state = run(lambda s: s.active, body, state, maxiter=maxiter, check_every=check_every, while_loop=while_loop)
 
-    w, u = _eigenpairs_of_t(xp, state.t, symmetric)
+    w, u = _eigenpairs_of_t(xp, state.t, symmetric)  # Rayleigh–Ritz in the basis
     v = state.q @ u
     if align is not None:
         v = align_signs(v, reference, sign=align)
@@ -498,9 +500,9 @@ def _simultaneous_unrolled_vjp(
 
     # T U = U Λ and V = Q U, in the order and with the signs of (w, v).
     values, u = eigh(hermitian_part(q_t @ s @ q))
-    ascending = xp.argsort(w, axis=-1)
+    ascending = xp.argsort(w, axis=-1)  # as eigh orders them
     ordered_v = xp.take_along_axis(v, ascending[..., None, :], axis=-1)
-    u = xp.where(xp.sum((q @ u) * ordered_v, axis=-2, keepdims=True) >= 0, u, -u)
+    u = xp.where(xp.sum((q @ u) * ordered_v, axis=-2, keepdims=True) >= 0, u, -u)  # signs as in v
     values_bar = None if w_bar is None else xp.take_along_axis(w_bar, ascending, axis=-1)
     u_bar, q_bar = None, xp.zeros_like(q)
     if v_bar is not None:
@@ -510,7 +512,7 @@ def _simultaneous_unrolled_vjp(
     q_bar, s_bar = q_bar + (s @ q + s_t @ q) @ t_bar, q @ t_bar @ q_t
 
     for (q, r), (before, _) in zip(reversed(kept[1:]), reversed(kept[:-1]), strict=True):
-        z_bar = qr_vjp(q_bar, None, q, r, throw=False)
+        z_bar = qr_vjp(q_bar, None, q, r, throw=False)  # through the orthogonalisation, then the product
         s_bar = s_bar + z_bar @ xp.matrix_transpose(before)
         q_bar = s_t @ z_bar
     return hermitian_part(s_bar) if symmetric else s_bar
@@ -538,7 +540,7 @@ def _prepare(
         raise ValueError(f'align is {align!r}, expected "positive", "negative" or None.')
     size = largest(x, 2)
     bad = ~xp.isfinite(size)  # NaN and infinity come through, which saves a pass over x
-    x = xp.where(bad[..., None, None], full((), 0.0, x), x)
+    x = xp.where(bad[..., None, None], full((), 0.0, x), x)  # they are inactive from the start
     if symmetric:
         x = symmetrised(x)
         size = largest(x, 2)
@@ -551,7 +553,7 @@ def _start(v0: Array | None, x: Array, columns: tuple[int, ...]) -> Array:
     """The given start, or fixed pseudo-random vectors, for every item of the batch: ``(..., m, *columns)``."""
     xp = namespace_of(x)
     if v0 is None:
-        v0 = noise(0, x.shape[-1], x)
+        v0 = noise(0, x.shape[-1], x)  # the same for every library
         if columns:
             v0 = xp.stack([noise(j, x.shape[-1], x) for j in range(*columns)], axis=-1)
     else:
@@ -570,7 +572,7 @@ def _check_start(v0: Array, x: Array, columns: tuple[int, ...]) -> None:
 def _eigenpairs_of_t(xp: Namespace, t: Array, symmetric: bool) -> tuple[Array, Array]:
     """Eigenpairs of the n×n matrix T, largest magnitude first."""
     if not symmetric:
-        return xp.linalg.diagonal(t), _triangular_eigenvectors(xp, t)
+        return xp.linalg.diagonal(t), _triangular_eigenvectors(xp, t)  # T is triangular, and ordered by the iteration
     w, u = eigh(hermitian_part(t))
     order = xp.argsort(-xp.abs(w), axis=-1, stable=True)
     return xp.take_along_axis(w, order, axis=-1), xp.take_along_axis(u, order[..., None, :], axis=-1)
@@ -586,12 +588,12 @@ def _triangular_eigenvectors(xp: Namespace, t: Array) -> Array:
     columns = []
     for k in range(n):
         u = [zero] * n
-        u[k] = one
+        u[k] = one  # the entry that fixes the scale
         for i in range(k - 1, -1, -1):
             total = zero
             for j in range(i + 1, k + 1):
                 total = total + t[..., i, j] * u[j]
-            gap = t[..., k, k] - t[..., i, i]
+            gap = t[..., k, k] - t[..., i, i]  # NaN for equal eigenvalues, which have no unique vectors
             u[i] = total / xp.where(gap == 0, full((), float("nan"), gap), gap)
         column = xp.stack(u, axis=-1)
         columns.append(column / norm(column)[..., None])
@@ -605,6 +607,7 @@ def _raise(bad: Array, info: IterationInfo, maxiter: int, rtol: float) -> NoRetu
             "x contains NaN or infinity. The most likely cause is a diverged step or a division by zero before this "
             "call. Pass throw=False to get NaN for these items of the batch and the right results for the others."
         )
+    # For the message.
     failed, items = int(xp.sum(xp.astype(~info.converged, xp.int32))), math.prod(info.converged.shape)
     worst = float(xp.max(info.residual_norm))
     raise ConvergenceError(
@@ -666,10 +669,10 @@ def _implicit_vjp(
 ) -> Array:
     """X̄ of n pairs, ``X̄ = L Yᵀ`` or its Hermitian part, with L from one of the systems."""
     xp = namespace_of(x)
-    if 0 in v.shape:
+    if 0 in v.shape:  # no pairs, no gradient
         return xp.zeros_like(x)
     form = _fixed_point if method == "fixed_point" else _bordered_symmetric if symmetric else _bordered
-    z, unit = symmetrised(x) if symmetric else x, eps(xp, x.dtype)
+    z, unit = symmetrised(x) if symmetric else x, eps(xp, x.dtype)  # on NumPy x itself where it is symmetric
 
     # Refine the pairs in float64: unit vectors, and Rayleigh quotients instead of rounded eigenvalues.
     y = double(xp, v)
@@ -696,7 +699,7 @@ def _bordered(p: _Refined) -> tuple[Array, Array, bool]:
     xp = namespace_of(p.x)
 
     def solutions(w: Array, border: Array, right: Array, x: Array) -> tuple[Array, Array]:
-        x_t = xp.matrix_transpose(x)
+        x_t = xp.matrix_transpose(x)  # left eigenvectors are those of Xᵀ
         systems = (bordered(shifted(x_t, w[..., i]), border[..., i : i + 1]) for i in range(w.shape[-1]))
         return solve_each(systems, right)
 
@@ -712,7 +715,7 @@ def _bordered_symmetric(p: _Refined) -> tuple[Array, Array, Array | bool]:
     The third result says where the loss depends on the gauge of equal eigenvalues among the n.
     """
     xp, w_bar, w, y = namespace_of(p.x), p.w_bar, p.w, p.y
-    m_ = xp.matrix_transpose(y) @ p.v_bar
+    m_ = xp.matrix_transpose(y) @ p.v_bar  # the part of the cotangent inside span(Y)
     left, growth = solve_on_complement(w, y, p.v_bar - y @ m_, p.size, p.x)
     if w.shape[-1] == 1:  # no others inside: a third of the whole time at m = 32 on NumPy
         return left + y * w_bar[..., None, :], growth, False
@@ -723,7 +726,7 @@ def _bordered_symmetric(p: _Refined) -> tuple[Array, Array, Array | bool]:
     zero, skew = xp.zeros_like(gap), (m_ - xp.matrix_transpose(m_)) / 2
     k = xp.where(same, zero, skew / xp.where(same, xp.ones_like(gap), gap))
     k = k + w_bar[..., None, :] * identity(w.shape[-1], w)
-    jump = xp.where(same, w_bar[..., None, :] - w_bar[..., :, None], zero)
+    jump = xp.where(same, w_bar[..., None, :] - w_bar[..., :, None], zero)  # equal eigenvalues have no order
     gauge = exceeds(largest(xp.where(same, skew, zero), 2), largest(m_, 2), p.unit**0.5)
     return left + y @ k, growth, gauge | exceeds(largest(jump, 2), largest(w_bar), p.unit**0.5)
 
@@ -741,7 +744,7 @@ def _fixed_point(p: _Refined) -> tuple[Array, Array, bool]:
         x_t_p = (x_t - x_t_y[..., i : i + 1] @ y_t[..., i : i + 1, :] for i in range(w.shape[-1]))
         return solve_each((shifted(a, w[..., i]) for i, a in enumerate(x_t_p)), right)
 
-    x_t_y = product_in_double(xp.matrix_transpose(p.x), p.y)
+    x_t_y = product_in_double(xp.matrix_transpose(p.x), p.y)  # Xᵀy
     right = p.v_bar + p.w_bar[..., None, :] * (p.x_y + x_t_y)
     q, growth = in_chunks(solutions, p.w, p.y, x_t_y, right, p.x)
     return q - p.y * xp.sum(p.y * q, axis=-2, keepdims=True) + p.w_bar[..., None, :] * p.y, growth, False

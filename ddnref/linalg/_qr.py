@@ -122,7 +122,7 @@ def qr_vjp(q_bar: Array | None, r_bar: Array | None, q: Array, r: Array, /, *, t
     xp, _, sizes = conform("(m,n),(n,n),(m,n),(n,n)", q=q, r=r, q_bar=q_bar, r_bar=r_bar)
     n = sizes["n"]
     q_bar = xp.zeros_like(q) if q_bar is None else q_bar
-    m_ = -adjoint(q_bar) @ q
+    m_ = -adjoint(q_bar) @ q  # M = R R̄ᴴ − Q̄ᴴ Q
     if r_bar is not None:
         m_ = m_ + r @ adjoint(xp.triu(r_bar))
     # copyltu(M): the lower triangle mirrored, the real part of the diagonal.

@@ -93,7 +93,7 @@ def solve_fwd(a: Array, b: Array, /, *, throw: bool = True) -> tuple[Array, tupl
     _batch("b", a, b)
     refuse_recording("solve", a)
     refuse_recording("solve", b)
-    lu, pivots, singular = lu_factor(a)
+    lu, pivots, singular = lu_factor(a)  # NaN in singular items
     x = _solved(lu, pivots, b, is_adjoint=False)
     if throw and is_true(xp.any(singular)):
         raise_singular(singular)
@@ -153,7 +153,7 @@ def solve_vjp(
     xp = namespace(x_bar=x_bar, x=x, lu=lu, b=b)
     check_square("lu", lu)
     check_dtypes(x_bar=(x_bar, lu.dtype), x=(x, lu.dtype), b=(b, lu.dtype))
-    library(lu=lu, pivots=pivots)
+    library(lu=lu, pivots=pivots)  # pivots are integers, so their dtype is not compared
     if not xp.isdtype(pivots.dtype, "integral"):
         raise TypeError(f"pivots has dtype {pivots.dtype}, expected the integers that solve_fwd saved.")
     check_shapes(pivots=(pivots, tuple(lu.shape[:-1])))
@@ -165,7 +165,7 @@ def solve_vjp(
     failed = xp.any(xp.isnan(xp.linalg.diagonal(lu)), axis=-1)  # how the forward marked singular items
     if throw and is_true(xp.any(failed)):
         raise_singular(failed)
-    y = _solved(lu, pivots, x_bar, is_adjoint=True)
+    y = _solved(lu, pivots, x_bar, is_adjoint=True)  # the same factorisation, transposed
     y = nan_where(xp.any(xp.isnan(x), axis=-1, keepdims=True), y)
     return _minus_outer(y, x, lu), y if b is None else summed_to(y, tuple(b.shape))
 
@@ -181,7 +181,7 @@ def saved_solve_vjp(lu_bar: Array, _: None, lu: Array, pivots: Array, *needed: A
 def summed_to(x: Array, shape: tuple[int, ...]) -> Array:
     """The transpose of broadcasting `shape` to that of `x`, a sum over the axes that were broadcast."""
     xp = namespace_of(x)
-    extra = x.ndim - len(shape)
+    extra = x.ndim - len(shape)  # axes that broadcasting put in front
     x = xp.sum(x, axis=tuple(range(extra))) if extra else x
     axes = tuple(i for i, n in enumerate(shape) if n == 1 and x.shape[i] != 1)
     return xp.sum(x, axis=axes, keepdims=True) if axes else x
@@ -190,7 +190,7 @@ def summed_to(x: Array, shape: tuple[int, ...]) -> Array:
 def check_source(name: str, b: Array, lead: tuple[int, ...], item: tuple[int, ...]) -> None:
     """Raise unless vectors ``(*lead, *item)`` can have come from `b` by broadcasting."""
     shape, extra = tuple(b.shape), len(lead) + len(item) - b.ndim
-    wanted = (*lead, *item)[max(extra, 0) :]
+    wanted = (*lead, *item)[max(extra, 0) :]  # the axes that b has itself
     own = zip(shape[: len(wanted) - len(item)], wanted[: len(wanted) - len(item)], strict=True)
     if extra < 0 or shape[len(shape) - len(item) :] != item or any(p not in (1, q) for p, q in own):
         raise ValueError(
@@ -212,7 +212,7 @@ def _batch(name: str, a: Array, b: Array) -> tuple[int, ...]:
 
 def _broadcast(name: str, batch: tuple[int, ...], lead: tuple[int, ...]) -> tuple[int, ...]:
     """The shape that batch axes and leading axes broadcast to."""
-    width = max(len(batch), len(lead))
+    width = max(len(batch), len(lead))  # missing axes count as 1
     pairs = list(zip((1,) * (width - len(batch)) + batch, (1,) * (width - len(lead)) + lead, strict=True))
     if any(p != q and 1 not in (p, q) for p, q in pairs):
         raise ValueError(f"the leading axes {lead} of {name} do not broadcast against the batch axes {batch} of a.")
@@ -234,7 +234,7 @@ def _solved(lu: Array, pivots: Array, b: Array, *, is_adjoint: bool) -> Array:
     xp = namespace_of(lu)
     batch = tuple(lu.shape[:-2])
     lead = _broadcast("b", batch, tuple(b.shape[:-1]))
-    if 0 in (*lead, b.shape[-1]):
+    if 0 in (*lead, b.shape[-1]):  # LAPACK takes no empty matrices
         return full((*lead, b.shape[-1]), 0.0, b)
     # Several right-hand sides of one matrix become columns of one solve.
     columns = _columns(b, batch, lead)
@@ -242,7 +242,7 @@ def _solved(lu: Array, pivots: Array, b: Array, *, is_adjoint: bool) -> Array:
     if tuple(items) != batch:
         lu = xp.broadcast_to(lu, (*items, *lu.shape[-2:]))
         pivots = xp.broadcast_to(pivots, (*items, pivots.shape[-1]))
-    bad = ~xp.all(xp.isfinite(columns), axis=-2, keepdims=True)
+    bad = ~xp.all(xp.isfinite(columns), axis=-2, keepdims=True)  # one bad vector must not spoil others of its matrix
     x = nan_where(bad, lu_solve(lu, pivots, columns, adjoint=is_adjoint))
     if columns.shape[-1] == 1 and len(lead) == len(batch):
         return x[..., 0]
