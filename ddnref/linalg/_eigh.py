@@ -183,7 +183,7 @@ def eigh_vjp(
     if 0 in v.shape:  # an empty matrix has no largest eigenvalue
         return xp.zeros_like(v)
     if gauge_rtol is None:
-        gauge_rtol = eps(xp, w.dtype) ** 0.5  # half the digits, as for a difference quotient
+        gauge_rtol = eps(xp, w.dtype) ** 0.5  # half of the digits
     x_bar, bad = eigenpairs_vjp(w_bar, v_bar, w, v, columns, neighbours(xp, w, rtol), gauge_rtol)
     if throw and bad is not None and is_true(xp.any(bad)):
         # Only now compute by how much, for the message.

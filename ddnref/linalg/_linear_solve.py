@@ -514,23 +514,19 @@ SOLVERS: dict[str, Solver] = {
 
 
 def _solver_of(operator: Array | LinearOperator, solver: str | Solver | None) -> Solver:
-    """The solver that was named or given, or else the default for the operator's flags."""
-    if solver is None:
-        return SOLVERS[_default(operator)]
+    """The solver that was named or given, or else the fastest that the shape and the flags of an operator allow."""
     if callable(solver):
         return solver
+    if solver is None:
+        a = as_operator(operator)
+        if a.size != math.prod(a.range_shape):
+            solver = "lsmr"  # least squares or the shortest solution
+        elif not isinstance(operator, LinearOperator) and a.size <= DIRECT_UP_TO:
+            solver = "direct"  # faster than any iteration, and its error does not depend on rtol
+        elif a.self_adjoint:
+            solver = "cg" if a.positive_definite else "minres"
+        else:
+            solver = "gmres"
     if not isinstance(solver, str) or solver not in SOLVERS:
         raise ValueError(f"solver is {solver!r}, expected {', '.join(map(repr, SOLVERS))}, a callable or None.")
     return SOLVERS[solver]
-
-
-def _default(operator: Array | LinearOperator) -> str:
-    """The fastest solver that the shape and the flags of an operator allow."""
-    a = as_operator(operator)
-    if a.size != math.prod(a.range_shape):
-        return "lsmr"  # least squares or the shortest solution
-    if not isinstance(operator, LinearOperator) and a.size <= DIRECT_UP_TO:
-        return "direct"  # faster than any iteration, and its error does not depend on rtol
-    if a.self_adjoint:
-        return "cg" if a.positive_definite else "minres"
-    return "gmres"

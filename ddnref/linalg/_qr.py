@@ -57,7 +57,7 @@ def qr(a: Array, /) -> tuple[Array, Array]:
     refuse_recording("qr", a)
     if a.ndim < 2 or a.shape[-2] < a.shape[-1]:
         raise ValueError(f"a has shape {tuple(a.shape)}, expected (..., m, n) with m >= n: pass its adjoint.")
-    # LAPACK may hang or raise on NaN, so such items are replaced and become NaN afterwards.
+    # Items that are not finite are replaced, and come out as NaN.
     finite = xp.all(xp.isfinite(a), axis=(-2, -1), keepdims=True)
     q, r = _qr(xp.where(finite, a, xp.ones_like(a)))
     # Turn each column of Q so that the diagonal of R is not negative.
