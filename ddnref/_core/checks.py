@@ -19,7 +19,9 @@ class Conformed(NamedTuple):
     """The length of each named axis."""
 
 
-def conform(signature: str, /, *, real_only: bool = False, **arrays: Array | None) -> Conformed:
+def conform(
+    signature: str, /, *, real_only: bool = False, sizes: dict[str, int] | None = None, **arrays: Array | None
+) -> Conformed:
     """Validate named arrays against a signature such as ``"(m,m),(m)r,(m,k)"``, one part for each array in order.
 
     The first array, which must be given, defines the dtype and the batch axes; each axis is defined by the first
@@ -33,6 +35,8 @@ def conform(signature: str, /, *, real_only: bool = False, **arrays: Array | Non
         the same precision; without one the dtype is that of the first array.
     real_only
         Refuse complex arrays: the operation is defined for real ones.
+    sizes
+        Lengths of axes that are known from elsewhere, such as an option.
     arrays
         In the order of the parts.
 
@@ -50,7 +54,7 @@ def conform(signature: str, /, *, real_only: bool = False, **arrays: Array | Non
     first = next(iter(arrays.values()))
     assert first is not None  # noqa: S101
     dtype, number = first.dtype, real_dtype(xp, first.dtype)
-    lengths: dict[str, int] = {}
+    lengths = dict(sizes or {})
     batch = tuple(first.shape[: max(first.ndim - len(parts[0].axes), 0)])
     for (name, array), (axes, not_empty, is_real) in zip(arrays.items(), parts, strict=True):
         if array is None:
