@@ -23,14 +23,10 @@ from ddnref.krylov._system import ITERATION_LIMIT
 class Solution(NamedTuple):
     """The solution of a bordered system; NaN in failed items."""
 
-    w: Array
-    """(..., n, k)."""
-    eta: Array
-    """(..., p, k)."""
-    singular: Array
-    """(...) flags."""
-    converged: Array
-    """(...) flags of the inner iteration."""
+    w: Array  # (..., n, k)
+    eta: Array  # (..., p, k)
+    singular: Array  # (...) flags
+    converged: Array  # (...) flags of the inner iteration
 
 
 def solve(h: Structure, a: Array) -> Solution:
