@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddnref._core.arrays import Array
-from ddnref._rules.contract import WARNING, Bound, Rule, failed
-from ddnref._rules.layout import Layout, on_arrays
+from ddnref._rules.binding import WARNING, Bound, Layout, failed, on_arrays
+from ddnref._rules.contract import Rule
 
 
 class NumpyPair(NamedTuple):

@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 
 from ddnref import testing
 from ddnref._core.arrays import Array
-from ddnref._rules.contract import Rule, as_tuple, options_of, plain_forward, plain_vjp
-from ddnref._rules.samples.common import Sample
+from ddnref._rules.binding import as_tuple, options_of, plain_forward, plain_vjp
+from ddnref._rules.contract import Rule
+from ddnref._rules.samples import Sample
+from ddnref._rules.table import TRIALS
 from ddnref.testing._checker import RTOL
 from ddnref.verify._backends import Backend
 
@@ -107,7 +109,7 @@ class Problem(NamedTuple):
 def cases(backend: Backend, rule: Rule, dtypes: tuple[str, ...]) -> list[Case]:
     """All problems for a rule."""
     sizes, batches = (SIZES, BATCHES) if backend.name == "numpy" else (FEW_SIZES, FEW_BATCHES)
-    taken = [dtype for dtype in dtypes if rule.is_complex or dtype not in COMPLEX]
+    taken = [dtype for dtype in dtypes if TRIALS[rule.name].is_complex or dtype not in COMPLEX]
     return [Case(rule, dtype, m, batch) for dtype in taken for m in sizes for batch in batches]
 
 
@@ -139,8 +141,7 @@ def pose(backend: Backend, case: Case, seed: int) -> Problem:
         array = np.asarray(values)
         return backend.convert(array.astype(kinds[array.dtype.kind]))
 
-    sample = rule.sample(convert, rng, case.batch, case.m, is_complex)
-    other = rule.sample(convert, rng, case.batch, case.m, is_complex)
+    sample, other = (TRIALS[rule.name].sample(convert, rng, case.batch, case.m, is_complex) for _ in range(2))
     forward_options, vjp_options = options_of(rule, sample.options, backend.while_loop)
     forward = backend.bind(plain_forward(rule), **forward_options)
     vjp = backend.bind(plain_vjp(rule), **vjp_options)
@@ -173,9 +174,10 @@ def finite_differences(p: Problem) -> Measured | None:
     if p.case.dtype not in DOUBLE.values():
         return None
     rule = p.case.rule
+    trial = TRIALS[rule.name]
     report = testing.check_vjp(
         p.forward, p.vjp, *p.sample.inputs, saves=True, needs=rule.needs, loss=p.sample.loss,
-        tangent=rule.tangent, symmetrises=rule.symmetrises, gap=p.sample.gap, rtol=RTOL, seed=p.seed,
+        tangent=trial.tangent, symmetrises=trial.symmetrises, gap=p.sample.gap, rtol=RTOL, seed=p.seed,
     )  # fmt: skip
     return report.error, RTOL
 
@@ -235,7 +237,7 @@ def batch_is_loop(p: Problem) -> Measured | None:
 
 def hermitian(p: Problem) -> Measured | None:
     """Exactly Hermitian: not to rounding, which a directional derivative could not see."""
-    if p.case.rule.tangent != "symmetric":
+    if TRIALS[p.case.rule.name].tangent != "symmetric":
         return None
     parts = [p.backend.to_numpy(x_bar) for x_bar in p.pull(p.bars)]
     return max(_largest(x_bar - np.conj(np.swapaxes(x_bar, -1, -2))) for x_bar in parts), 0.0
