@@ -18,8 +18,8 @@ collect_ignore = [
     f"ddnref/interop/{file}.py"
     for name, file in (
         ("torch", "torch"),
-        ("torch", "_torch_batch"),
-        ("torch", "_dlpack"),
+        ("torch", "_torch_vmap"),
+        ("torch", "_torch_foreign_kernels"),
         ("jax", "jax"),
         ("autograd", "autograd"),
         ("tensorflow", "tensorflow"),
