@@ -30,7 +30,7 @@ TRACED = [
     r"ignore:.*should not be instantiated.*:DeprecationWarning",
     r"ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",  # behind any break of a graph
 ]
-"""What PyTorch's own tracer says about code that it traces correctly."""
+"""Warnings of PyTorch's own tracer about code that it traces correctly."""
 
 settings.register_profile("ddnref", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("ddnref")
@@ -155,7 +155,7 @@ class Backend:
     device: Any = None
     jit: Callable[..., Any] = lambda f: f
     while_loop: Any = None
-    """What a compiled iteration needs."""
+    """The library's own loop, which a compiled iteration needs."""
 
     def asarray(self, values: Any) -> Any:
         values = np.array(values, order="C")  # a copy: PyTorch takes no negative strides

@@ -35,6 +35,7 @@ def only(monkeypatch, rule):
     monkeypatch.setattr(_rules, "RULES", {rule.name: rule})
 
 
+@pytest.mark.slow
 def test_numpy_passes_in_full_and_sums_up(capsys):
     assert main(["verify"]) == 0
     out = capsys.readouterr().out
