@@ -15,19 +15,16 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no log of how TensorFlow w
 
 import pytest  # noqa: E402
 
+# Modules that import a framework have doctests only where it is installed.
+NEEDED_BY = {
+    "torch": ["interop/torch.py", "interop/_torch_batch.py", "interop/_dlpack.py", "_kernels/torch.py"],
+    "jax": ["interop/jax.py", "_kernels/jax.py"],
+    "autograd": ["interop/autograd.py"],
+    "tensorflow": ["interop/tensorflow.py"],
+    "dask": ["interop/dask.py", "interop/_dask_blocks.py"],
+}
 collect_ignore = [
-    f"ddnref/interop/{file}.py"
-    for name, file in (
-        ("torch", "torch"),
-        ("torch", "_torch_batch"),
-        ("torch", "_dlpack"),
-        ("jax", "jax"),
-        ("autograd", "autograd"),
-        ("tensorflow", "tensorflow"),
-        ("dask", "dask"),
-        ("dask", "_dask_blocks"),
-    )
-    if importlib.util.find_spec(name) is None
+    f"ddnref/{path}" for name, paths in NEEDED_BY.items() if importlib.util.find_spec(name) is None for path in paths
 ]
 
 

@@ -67,7 +67,7 @@ def ci(*arguments):
 def test_ci_names_its_stages():
     done = ci("--list")
     assert done.returncode == 0
-    stages = {name: about for name, about in (line.split(maxsplit=1) for line in done.stdout.splitlines())}
+    stages = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert stages.keys() >= {"lint", "unit", "readme-report", "readme-tests", "docs", "package", "lowest", "tests"}
     source = (ROOT / ".ci/run").read_text(encoding="utf-8")
     assert all(re.search(rf"^{name}\(\) {{", source, re.MULTILINE) for name in stages)
