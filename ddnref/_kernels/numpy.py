@@ -30,7 +30,6 @@ NARROW = 128  # up to this width OpenBLAS takes twice as long for A Bᵀ as for 
 CHUNK = 2**18  # numbers in a chunk of a batch, 256 matrices of 32×32: smaller ones wait for the interpreter's lock
 BLAS_THREADS = 2**18  # multiplications from which OpenBLAS splits one product over threads
 PANEL = 16  # rows of a product that stays below that up to m = 128
-UNTHREADED = 2**13  # numbers of an inner product up to which OpenBLAS takes no threads; its own limit is 10,000
 WORTH_THREADS = 2**16  # numbers in a batch from which a second thread pays for waking it
 
 
@@ -130,21 +129,6 @@ def eigh_largest(s: Array, k: int) -> tuple[Array, Array]:
 def is_finite(s: Array) -> bool:
     """Whether a matrix has neither NaN nor infinity."""
     return bool(np.isfinite(s).all())
-
-
-def dots(y: Array, z: Array) -> Array:
-    """``yᴴ z`` of vectors, by BLAS without the array of products, in pieces for which it starts no thread.
-
-    A pool that has been used once spins for some 30 ms, and takes a core from whatever comes next. Measured on 256×256
-    points, two threads: a threaded inner product alone takes half the time of this one, conjugate gradients with it
-    1.03 times as long for a blur, 1.22 for a Laplacian.
-    """
-    n, k = y.shape[-1], y.shape[-1] // UNTHREADED
-    if n <= UNTHREADED:
-        return np.vecdot(y, z)  # type: ignore[no-any-return]
-    cut = k * UNTHREADED
-    whole = (v[..., :cut].reshape(*v.shape[:-1], k, UNTHREADED) for v in (y, z))
-    return np.vecdot(*whole).sum(axis=-1) + np.vecdot(y[..., cut:], z[..., cut:])  # type: ignore[no-any-return]
 
 
 def hermitian_product(a: Array, b: Array) -> Array:

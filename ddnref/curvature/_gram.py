@@ -19,20 +19,8 @@ from typing import Any
 
 import array_api_compat
 
-from ddnref._core.arrays import (
-    Array,
-    Namespace,
-    as_dtype,
-    check_dtypes,
-    check_shapes,
-    full,
-    given,
-    is_complex,
-    is_true,
-    namespace,
-    nan_where,
-    real_dtype,
-)
+from ddnref._core.arrays import Array, Namespace, as_dtype, full, is_complex, is_true, namespace, nan_where, real_dtype
+from ddnref._core.checks import check_dtypes, check_shapes, given
 from ddnref._core.selection import take
 from ddnref._kernels.dense import adjoint, eigh
 from ddnref._kernels.public import public

@@ -8,7 +8,7 @@ from typing import Any
 import array_api_compat
 
 from ddnref._core.arrays import Array, eps, is_true, namespace
-from ddnref._kernels.vectors import norms
+from ddnref._kernels.vectors import norm
 from ddnref.krylov._common import (
     BREAKDOWN,
     CONVERGED,
@@ -68,8 +68,8 @@ def direct(
 def _judged(r: Array, b: Array, finite: Array, rtol: float) -> tuple[Array, Array]:
     """The status of each right-hand side and its relative residual; NaN where there is no solution."""
     xp = array_api_compat.array_namespace(r)
-    size = norms(b)
-    size = norms(r) / xp.where(size > 0, size, xp.ones_like(size))
+    size = norm(b)
+    size = norm(r) / xp.where(size > 0, size, xp.ones_like(size))
     status = xp.zeros(r.shape[:-1], dtype=xp.int32, device=array_api_compat.device(r))
     for bad, code in ((size > SLACK * rtol, STAGNATION), (xp.isnan(size), BREAKDOWN), (~finite, NOT_FINITE)):
         status = xp.where(bad, xp.zeros_like(status) + code, status)

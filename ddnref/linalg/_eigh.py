@@ -18,9 +18,6 @@ import array_api_compat
 from ddnref._core.arrays import (
     Array,
     Namespace,
-    check_dtypes,
-    check_shapes,
-    check_square,
     eps,
     full,
     is_true,
@@ -30,6 +27,7 @@ from ddnref._core.arrays import (
     refuse_non_finite,
     refuse_recording,
 )
+from ddnref._core.checks import check_dtypes, check_shapes, check_square
 from ddnref._core.selection import Columns, columns_of, take
 from ddnref._kernels import numpy as _numpy
 from ddnref._kernels.dense import adjoint, hermitian_part, hermitian_product

@@ -13,18 +13,8 @@ from collections.abc import Callable
 
 import array_api_compat
 
-from ddnref._core.arrays import (
-    Array,
-    check_dtypes,
-    check_shapes,
-    check_square,
-    eps,
-    is_true,
-    library,
-    namespace,
-    real_dtype,
-    refuse_recording,
-)
+from ddnref._core.arrays import Array, eps, is_true, library, namespace, real_dtype, refuse_recording
+from ddnref._core.checks import check_dtypes, check_shapes, check_square
 from ddnref._kernels.dense import adjoint, eigh, hermitian_part, hermitian_product
 from ddnref._kernels.public import public
 from ddnref.errors import SingularError

@@ -28,19 +28,8 @@ from collections.abc import Callable, Iterable
 import array_api_compat
 import numpy as np
 
-from ddnref._core.arrays import (
-    Array,
-    Namespace,
-    check_dtypes,
-    check_shapes,
-    check_square,
-    double,
-    eps,
-    is_complex,
-    is_true,
-    namespace,
-    nan_where,
-)
+from ddnref._core.arrays import Array, Namespace, double, eps, is_complex, is_true, namespace, nan_where
+from ddnref._core.checks import check_dtypes, check_shapes, check_square
 from ddnref._kernels import numpy as _numpy
 from ddnref._kernels.dense import bordered, hermitian_sum, identity, solve, symmetrised, with_diagonal
 from ddnref._kernels.public import public

@@ -18,20 +18,8 @@ from typing import Any, NamedTuple, NoReturn
 import array_api_compat
 import numpy as np
 
-from ddnref._core.arrays import (
-    Array,
-    Namespace,
-    check_dtypes,
-    check_shapes,
-    check_square,
-    eps,
-    full,
-    is_complex,
-    is_true,
-    namespace,
-    nan_where,
-    refuse_recording,
-)
+from ddnref._core.arrays import Array, Namespace, eps, full, is_complex, is_true, namespace, nan_where, refuse_recording
+from ddnref._core.checks import check_dtypes, check_shapes, check_square
 from ddnref._core.loops import CHECK_EVERY, IterationInfo, WhileLoop, run
 from ddnref._kernels.dense import eigh, hermitian_part, matvec, symmetrised
 from ddnref._kernels.public import public

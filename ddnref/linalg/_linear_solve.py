@@ -18,7 +18,8 @@ from typing import Any
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, check_dtypes, check_shapes, namespace, nan_where, refuse_recording, with_axes
+from ddnref._core.arrays import Array, namespace, nan_where, refuse_recording, with_axes
+from ddnref._core.checks import check_dtypes, check_shapes
 from ddnref._core.loops import WhileLoop
 from ddnref._kernels import dense as _linalg
 from ddnref._kernels.public import public

@@ -13,16 +13,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ddnref._core.arrays import (
-    Array,
-    check_dtypes,
-    check_precision,
-    check_shapes,
-    full,
-    namespace,
-    nan_where,
-    with_axes,
-)
+from ddnref._core.arrays import Array, full, namespace, nan_where, with_axes
+from ddnref._core.checks import check_dtypes, check_precision, check_shapes
 from ddnref._core.loops import WhileLoop
 from ddnref._kernels.public import public
 from ddnref.krylov._common import SolveInfo

@@ -2,20 +2,8 @@
 
 from __future__ import annotations
 
-from ddnref._core.arrays import (
-    Array,
-    Namespace,
-    check_dtypes,
-    check_precision,
-    check_real,
-    check_shapes,
-    check_square,
-    conj,
-    full,
-    namespace,
-    nan_where,
-    real,
-)
+from ddnref._core.arrays import Array, Namespace, conj, full, namespace, nan_where, real
+from ddnref._core.checks import check_dtypes, check_precision, check_real, check_shapes, check_square
 from ddnref._kernels.public import public
 
 SIGNS = ("positive", "negative")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 
-from ddnref._core.arrays import Array, check_dtypes, check_shapes, namespace
+from ddnref._core.arrays import Array, namespace
+from ddnref._core.checks import check_dtypes, check_shapes
 from ddnref._core.selection import take
 from ddnref._kernels.public import public
 from ddnref.linalg._eigh import eigh, eigh_vjp

@@ -14,7 +14,8 @@ from typing import Any, Self
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, check_dtypes, check_real, namespace
+from ddnref._core.arrays import Array, namespace
+from ddnref._core.checks import check_dtypes, check_real
 from ddnref._kernels.public import public
 from ddnref.networks import _checks, _construct, _from_torch, _losses
 from ddnref.networks import _protocol as _sweeps

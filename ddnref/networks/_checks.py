@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, check_dtypes, check_shapes, given, is_true, library, namespace, nan_where
+from ddnref._core.arrays import Array, is_true, library, namespace, nan_where
+from ddnref._core.checks import check_dtypes, check_shapes, given
 from ddnref.networks import _protocol as _sweeps
 from ddnref.networks._losses import Loss
 from ddnref.networks._protocol import Layers

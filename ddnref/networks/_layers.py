@@ -16,7 +16,8 @@ from typing import NamedTuple, Self
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, check_dtypes, check_real, check_shapes, given, namespace
+from ddnref._core.arrays import Array, namespace
+from ddnref._core.checks import check_dtypes, check_real, check_shapes, given
 from ddnref.networks._activations import Activation, jet, resolve
 from ddnref.networks._protocol import LayerDerivatives, Params, Shape, add
 

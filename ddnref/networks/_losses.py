@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, check_dtypes, check_shapes, full
+from ddnref._core.arrays import Array, full
+from ddnref._core.checks import check_dtypes, check_shapes
 from ddnref._kernels import dense as _linalg
 from ddnref.networks._activations import sigmoid
 

@@ -17,8 +17,6 @@ from ddnref._kernels import numpy as _numpy
 from ddnref._rules.contract import as_tuple, options_of
 from ddnref._rules.table import RULES
 
-PIECE = _numpy.UNTHREADED
-
 
 def twin(w_bar, v_bar, w, v):
     """The same call on array-api-strict, which takes the standard-only form."""
@@ -66,19 +64,6 @@ def test_hermitian_product(m, is_complex, rng):
     x = _numpy.hermitian_product(a, a)
     assert relative(x, a @ np.conj(a.mT)) <= 1e-14
     assert np.array_equal(x, np.conj(x.mT))
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex64, np.complex128])
-@pytest.mark.parametrize("n", [1, PIECE, PIECE + 1, 2 * PIECE, 3 * PIECE - 1])
-@pytest.mark.parametrize("batch", [(), (3,), (2, 2), (0,)])
-def test_inner_products_in_pieces(batch, n, dtype, rng):
-    y, z = rng.standard_normal((2, *batch, n)).astype(dtype)
-    if np.dtype(dtype).kind == "c":
-        y, z = y * (1 + 2j), z * (2 - 1j)
-    found, scale = _numpy.dots(y, z), np.sum(np.abs(y) * np.abs(z), axis=-1)
-    assert found.dtype == dtype
-    assert found.shape == batch
-    assert np.all(np.abs(found - np.sum(y.conj() * z, axis=-1)) <= 4 * np.finfo(dtype).eps * scale)
 
 
 @pytest.mark.parametrize("m", [0, 1, 5, 128, 130, 300])

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, check_shapes, full, is_true
+from ddnref._core.arrays import Array, full, is_true
+from ddnref._core.checks import check_shapes
 from ddnref._kernels.public import public
 from ddnref.curvature._gram import inverse_roots
 from ddnref.curvature._gram_values import zero_tolerance
