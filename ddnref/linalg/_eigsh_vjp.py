@@ -29,12 +29,12 @@ from ddnref._core.loops import CHECK_EVERY, WhileLoop
 from ddnref._core.noise import noise
 from ddnref._kernels import numpy as _numpy
 from ddnref._kernels.dense import hermitian_product
+from ddnref._kernels.eigh_vjp import exceeds, masked
 from ddnref._kernels.public import public
-from ddnref._kernels.vectors import norm
+from ddnref._kernels.vectors import largest, norm
 from ddnref.errors import ConvergenceError, GaugeError
 from ddnref.linalg._deflated import Shifted, cg, direct, shifted
 from ddnref.linalg._eigsh import CLUSTER_RTOL, WHICH, is_cut
-from ddnref.linalg._gauge import exceeds, largest, masked
 from ddnref.operators import LinearOperator
 from ddnref.operators._blocks import SelfAdjoint, inner, self_adjoint, without
 
