@@ -68,7 +68,7 @@ def conform(
         if shape != expected or empty:
             # Letters describe the first array, and one with too few axes; numbers are clearer for all others.
             if array is first or -1 in expected:
-                least = f" with {' and '.join(axes)} at least 1" if empty else ""
+                least = f" with {' and '.join(not_empty)} at least 1" if empty else ""
                 square = ": square in its last two axes" if axes[:1] * 2 == axes else ""
                 raise ValueError(f"{name} has shape {shape}, expected (..., {', '.join(axes)}){least}{square}.")
             raise ValueError(f"{name} has shape {shape}, expected {expected}.")

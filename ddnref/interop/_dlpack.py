@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from ddnref._rules.contract import Bound, Rule
+from ddnref._rules.binding import Bound
+from ddnref._rules.contract import Rule
 from ddnref.interop import _torch_batch
 from ddnref.operators import LinearOperator
 

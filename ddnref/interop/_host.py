@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ddnref._core.arrays import Array
-from ddnref._rules.contract import WARNING, Bound, Rule, failed
-from ddnref._rules.layout import Layout, on_arrays
+from ddnref._rules.binding import WARNING, Bound, Layout, failed, on_arrays
+from ddnref._rules.contract import Rule
 
 FIRST_ORDER = (
     "A second derivative was taken through ddnref's bridge to {}, which gives first derivatives only. The bridges to "

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ddnref._rules.layout import Layout
+from ddnref._rules.binding import Layout
 from ddnref.operators import LinearOperator
 
 Tensor: TypeAlias = Any

@@ -15,8 +15,8 @@ from autograd.extend import Box, primitive
 from autograd.tracer import getval
 
 from ddnref._core.arrays import Array
-from ddnref._rules.contract import Bound, Rule, bind
-from ddnref._rules.layout import Layout, flatten, refuse_foreign
+from ddnref._rules.binding import Bound, Layout, bind, flatten, refuse_foreign
+from ddnref._rules.contract import Rule
 from ddnref._rules.table import rule_of
 from ddnref.interop._host import FIRST_ORDER, pair
 

@@ -17,8 +17,8 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from ddnref._core.arrays import Array
-from ddnref._rules.contract import WARNING, Bound, Rule, bind, failed, spread
-from ddnref._rules.layout import Layout, flatten, on_arrays, refuse_foreign
+from ddnref._rules.binding import WARNING, Bound, Layout, bind, failed, flatten, on_arrays, refuse_foreign, spread
+from ddnref._rules.contract import Rule
 from ddnref._rules.table import rule_of
 from ddnref.interop._kept import constant, kept
 

@@ -17,8 +17,19 @@ from typing import Any, TypeAlias
 import torch
 
 from ddnref._kernels.torch import is_eager
-from ddnref._rules.contract import WARNING, Bound, Rule, bind, failed, input_counts, spread
-from ddnref._rules.layout import Layout, flatten, on_arrays, refuse_foreign
+from ddnref._rules.binding import (
+    WARNING,
+    Bound,
+    Layout,
+    bind,
+    failed,
+    flatten,
+    input_counts,
+    on_arrays,
+    refuse_foreign,
+    spread,
+)
+from ddnref._rules.contract import Rule
 from ddnref._rules.table import rule_of
 from ddnref.errors import GaugeError
 from ddnref.interop._dlpack import elsewhere

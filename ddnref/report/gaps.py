@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 import ddnref
 from ddnref._core.arrays import Array
-from ddnref._rules.samples.common import random_spectrum
+from ddnref._rules.samples import random_spectrum
 from ddnref.report import peers
 from ddnref.report.content import Cell, Content, Context, Headline, Part, Picture, Section, Table, Text
 from ddnref.report.page import brief

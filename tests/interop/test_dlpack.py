@@ -11,8 +11,8 @@ from smooth import SMOOTH
 import ddnref
 from conftest import TRACED
 from ddnref import nodes, operators
-from ddnref._rules.contract import Bound
-from ddnref._rules.table import RULES
+from ddnref._rules.binding import Bound
+from ddnref._rules.table import RULES, TRIALS
 
 pytestmark = pytest.mark.framework("torch")
 
@@ -69,7 +69,7 @@ def loss_of(torch, differentiable, name, compute):
 @pytest.mark.parametrize("name", RULES)
 def test_gradients_are_those_of_the_bridge_that_stays_in_torch(name, torch, differentiable):
     torch.manual_seed(0)
-    for dtype in (torch.float64, torch.complex128)[: 1 + RULES[name].is_complex]:
+    for dtype in (torch.float64, torch.complex128)[: 1 + TRIALS[name].is_complex]:
         x = torch.randn(3, 4, 4, dtype=dtype, requires_grad=True)
         expected, loss = (loss_of(torch, differentiable, name, compute) for compute in (None, "numpy"))
         (theirs,) = torch.autograd.grad(expected(x), x)

@@ -10,7 +10,7 @@ from smooth import SMOOTH, bridged, cube, total
 
 import ddnref
 from conftest import TRACED
-from ddnref._rules.contract import options_of, plain_forward
+from ddnref._rules.binding import options_of, plain_forward
 from ddnref._rules.table import RULES
 
 pytestmark = pytest.mark.framework("torch")

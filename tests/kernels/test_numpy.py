@@ -14,8 +14,8 @@ from problems import relative, rotation, symmetric, with_spectrum
 import ddnref
 from ddnref._kernels import numpy as _numpy
 from ddnref._kernels.bordered import solve_dominant
-from ddnref._rules.contract import as_tuple, options_of
-from ddnref._rules.table import RULES
+from ddnref._rules.binding import as_tuple, options_of
+from ddnref._rules.table import RULES, TRIALS
 
 
 def twin(w_bar, v_bar, w, v):
@@ -179,7 +179,7 @@ def test_neighbours_of_a_nan_item_bit_for_bit_with_blas_on_one_thread():
 def test_no_array_waits_for_the_garbage_collector(name, rng):
     """A cycle (a closure that calls itself) keeps the arrays of a call, and a loop over blocks runs out of memory."""
     rule = RULES[name]
-    sample = rule.sample(np.asarray, rng, (300,), 8, False)
+    sample = TRIALS[rule.name].sample(np.asarray, rng, (300,), 8, False)
     forward, vjp = options_of(rule, sample.options)
 
     def both_ways():

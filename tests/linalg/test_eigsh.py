@@ -11,7 +11,7 @@ from conftest import backend
 from ddnref import ConvergenceError, GaugeError, operators
 from ddnref._kernels.dense import hermitian_part
 from ddnref._kernels.vectors import norm, normalised
-from ddnref._rules.samples.common import eigen_loss, random_spectrum
+from ddnref._rules.samples import eigen_loss, random_spectrum
 from ddnref.linalg import _lanczos
 from ddnref.operators import LinearOperator
 from ddnref.operators._blocks import inner, self_adjoint, without

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ddnref._rules.samples.common import Convert, Sample, is_double
+from ddnref._rules.samples import Convert, Sample, is_double
 
 Batch = tuple[int, ...]
 
@@ -14,7 +14,7 @@ Batch = tuple[int, ...]
 def sphere(
     convert: Convert, rng: np.random.Generator, batch: Batch, m: int, is_complex: bool, **options: Any
 ) -> Sample:
-    """Outside a sphere of any norm; half the entries in the support."""
+    """A point outside a sphere of any norm, half its entries in the support."""
     del is_complex
     norm, signs = options.get("norm", 2), rng.choice([-1.0, 1.0], (*batch, m))
     if norm == 1:
@@ -29,7 +29,7 @@ def sphere(
 
 
 def simplex(convert: Convert, rng: np.random.Generator, batch: Batch, m: int, is_complex: bool) -> Sample:
-    """Half the entries in the support."""
+    """A point with half its entries in the support."""
     del is_complex
     return Sample((convert(_around(rng, batch, m, rng.standard_normal())),), {}, None, 0.3 / m, 10.0 * m)
 
@@ -37,9 +37,9 @@ def simplex(convert: Convert, rng: np.random.Generator, batch: Batch, m: int, is
 def least_squares_on_sphere(
     convert: Convert, rng: np.random.Generator, batch: Batch, m: int, is_complex: bool
 ) -> Sample:
-    """Overdetermined, its free solution well outside. In one dimension nothing could move."""
+    """An overdetermined problem whose free solution lies well outside the sphere."""
     del is_complex
-    m = max(m, 2)
+    m = max(m, 2)  # in one dimension nothing could move
     a, b = rng.standard_normal((*batch, m + 2, m)), 3 * rng.standard_normal((*batch, m + 2))
     return Sample((convert(a), convert(b)), {}, None, 0.1, 1e3)
 
@@ -47,7 +47,7 @@ def least_squares_on_sphere(
 def weighted_least_squares(
     convert: Convert, rng: np.random.Generator, batch: Batch, m: int, is_complex: bool
 ) -> Sample:
-    """With ridge and bias."""
+    """An overdetermined problem with ridge and bias."""
     del is_complex
     a, b = rng.standard_normal((*batch, 2 * m + 2, m)), rng.standard_normal((*batch, 2 * m + 2))
     inputs = (a, b, rng.uniform(0.5, 1.5, b.shape), rng.uniform(0.5, 1.5, batch))
@@ -55,9 +55,9 @@ def weighted_least_squares(
 
 
 def sinkhorn(convert: Convert, rng: np.random.Generator, batch: Batch, m: int, is_complex: bool) -> Sample:
-    """Not square; the marginals may only move with their sums fixed. A single row would leave nothing to choose."""
-    m = max(m, 2)
+    """A cost that is not square; the marginals may only move with their sums fixed."""
     del is_complex
+    m = max(m, 2)  # a single row would leave nothing to choose
     p, q = rng.uniform(0.5, 1.5, (*batch, m)), rng.uniform(0.5, 1.5, (*batch, m + 1))
     p, q = p / np.sum(p, axis=-1, keepdims=True), q / np.sum(q, axis=-1, keepdims=True)
     inputs = tuple(convert(z) for z in (rng.uniform(0, 1, (*batch, m, m + 1)), p, q))
@@ -76,7 +76,7 @@ def robust_pool(
 
 
 def _around(rng: np.random.Generator, batch: Batch, m: int, theta: float) -> Any:
-    """Numbers that lie over and under θ, those over it by a total of one."""
+    """Numbers above and below θ, those above it by a total of one."""
     over = np.arange(m) % 2 == 0
     y = np.where(over, rng.uniform(0.5, 1.5, (*batch, m)), 0)
     return theta + y / np.sum(y, axis=-1, keepdims=True) - np.where(over, 0, rng.uniform(0.2, 0.8, (*batch, m)))
