@@ -1,0 +1,146 @@
+"""Show the results of a story: print them, or hand them to the runner that makes a page of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+
+from ddnref.verify._backends import Backend
+
+Cell: TypeAlias = str | int | float
+T = TypeVar("T")
+
+BLUE, ORANGE, GREEN, GREY = "#0067a5", "#c4501b", "#2b8a57", "#6b6b6b"
+LOOK: dict[str, Any] = {  # of every figure, in the gallery and in the report
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 2.0,
+    "legend.frameon": False,
+    "figure.dpi": 110,
+    "figure.facecolor": "white",
+}
+
+
+class Settings:
+    """The choices of whoever runs a story; the gallery uses these defaults."""
+
+    def __init__(self) -> None:
+        self.full: bool = False
+        """Whether to take the time for every size and seed."""
+        self.seed: int = 0
+        self.backend: Backend = Backend("numpy", np.__version__, np.asarray, np.asarray)
+        """The array library: ``settings.backend.convert(array)`` and ``.to_numpy(array)``."""
+
+
+class Recorder(Protocol):
+    """What a runner implements to receive the results of a story."""
+
+    def table(self, name: str, caption: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]],
+              format: str) -> None: ...  # fmt: skip
+    def picture(self, name: str, figure: Any, caption: str, alt: str, columns: Sequence[str],
+                rows: Sequence[Sequence[Cell]]) -> None: ...  # fmt: skip
+    def headline(self, label: str, values: tuple[str, ...]) -> None: ...
+    def check(self, label: str, error: float, limit: float) -> None: ...
+    def track(self, items: Iterable[T], label: str) -> Iterable[T]: ...
+
+
+class CheckError(Exception):
+    """A story measured an error above its limit."""
+
+
+settings = Settings()
+_recorder: Recorder | None = None
+
+
+@contextmanager
+def recording(recorder: Recorder, *, full: bool, seed: int, backend: Backend) -> Iterator[None]:
+    """Send the results of the stories that run inside this context to `recorder`, with these settings."""
+    global _recorder
+    before = _recorder, dict(vars(settings))
+    _recorder = recorder
+    vars(settings).update(full=full, seed=seed, backend=backend)
+    try:
+        yield
+    finally:
+        _recorder = before[0]
+        vars(settings).update(before[1])
+
+
+def shown(cell: Cell, spec: str) -> str:
+    """Format a cell for a reader: floats rounded, NaN by its name."""
+    if isinstance(cell, float):
+        return "NaN" if math.isnan(cell) else format(cell, spec)
+    return str(cell)
+
+
+def table(name: str, caption: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], format: str = ".1e") -> None:
+    """Print an aligned table; the report writes it to ``<story>-<name>.csv`` with all digits.
+
+    Parameters
+    ----------
+    name : str
+        End of the file name, unique within the story.
+    caption : str
+        One or two sentences; ``literals`` and mathematics as in the narrative.
+    columns : sequence of str
+    rows : sequence of sequences of str, int or float
+    format : str
+        Format of every float.
+    """
+    if _recorder is not None:
+        _recorder.table(name, caption, columns, rows, format)
+        return
+    cells = [list(columns), *([shown(cell, format) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    print(caption)
+    for row in cells:
+        first, *others = (f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
+        print("  ".join([f"{first.strip():<{widths[0]}}", *others]).rstrip())
+
+
+def picture(
+    name: str,
+    figure: Any,
+    caption: str,
+    alt: str,
+    columns: Sequence[str] = (),
+    rows: Sequence[Sequence[Cell]] = (),
+) -> None:
+    """Keep a finished figure; the report writes it to ``<story>-<name>.png`` and its numbers to a CSV file.
+
+    Outside the report the figure is shown by pyplot as any other. Call this after the last stroke of the figure.
+    """
+    if _recorder is not None:
+        _recorder.picture(name, figure, caption, alt, columns, rows)
+
+
+def headline(label: str, *values: str) -> None:
+    """State one of the few results that a reader should take away."""
+    if _recorder is not None:
+        _recorder.headline(label, values)
+    else:
+        print(f"{label}: {', '.join(values)}")
+
+
+def check(label: str, error: float, limit: float) -> None:
+    """State an error and raise `CheckError` unless it is at most `limit`; NaN is above every limit."""
+    if _recorder is not None:
+        _recorder.check(label, float(error), limit)
+    else:
+        print(f"{label}: {error:.1e}, at most {limit:.0e}")
+    if not error <= limit:
+        raise CheckError(f"{label}: {error:.1e} is more than {limit:.0e}.")
+
+
+def track(items: Iterable[T], label: str) -> Iterable[T]:
+    """Iterate over `items`; the report shows the progress."""
+    return items if _recorder is None else _recorder.track(items, label)
