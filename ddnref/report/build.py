@@ -21,7 +21,16 @@ from ddnref.verify._backends import Backend
 
 T = TypeVar("T")
 
-STORIES: tuple[str, ...] = ("whitening", "repeated_eigenvalues", "deblurring")
+STORIES: tuple[str, ...] = (
+    "subspaces",
+    "whitening",
+    "repeated_eigenvalues",
+    "ladder",
+    "iteration_digits",
+    "deblurring",
+    "ggn",
+    "hessian",
+)
 """The chapters of the report, in order: names of scripts in ``ddnref/examples``."""
 
 
