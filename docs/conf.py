@@ -84,7 +84,7 @@ sphinx_gallery_conf = {
     "examples_dirs": "../ddnref/examples",
     "gallery_dirs": "auto_gallery",
     "filename_pattern": r"/plot_",
-    "ignore_pattern": r"/_\w+\.py$",
+    "ignore_pattern": r"^_",
     "within_subsection_order": "ExampleTitleSortKey",
     "abort_on_example_error": False,
     "only_warn_on_example_error": False,

@@ -59,9 +59,8 @@ carried = (plan @ z) / np.sum(plan, axis=1, keepdims=True)
 
 fig, axes = plt.subplots(1, 3, figsize=(9, 2.4), layout="constrained")
 recoloured = carried[china_labels].reshape(china.shape)
-for ax, (title, image) in zip(
-    axes, {"photograph": china, "its colours from": flower, "recoloured": recoloured}.items(), strict=True
-):
+images = {"photograph": china, "its colours from": flower, "recoloured": recoloured}
+for ax, (title, image) in zip(axes, images.items(), strict=True):
     ax.imshow(np.clip(image, 0, 1))
     ax.set_title(title)
     ax.set_axis_off()
@@ -105,7 +104,7 @@ for name, rule in (("whole gradient", gradient), ("without the plan's part", dir
 # A step against the gradient moves every colour a little towards where its mass goes; divided by the mass, frequent
 # and rare colours move alike. The photograph takes on the other's colours bit by bit.
 
-moved, losses, frames = x.copy(), [], [china_labels]
+moved, losses = x.copy(), []
 pictures = [x]
 for step in range(12):
     losses.append(loss(moved))

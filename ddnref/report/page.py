@@ -6,9 +6,9 @@ import base64
 from collections.abc import Sequence
 from html import escape
 
-from ddnref.examples._show import Cell, shown
+from ddnref.examples._show import Cell, Check, Headline, Picture, Table, shown
 from ddnref.report.narrative import html
-from ddnref.report.runner import DPI, Check, Code, Headline, Narrative, Part, Picture, Printed, Table, Told
+from ddnref.report.runner import DPI, Code, Narrative, Part, Printed, Told
 
 STYLE = """
 :root { color-scheme: light; --ink: #1c1f23; --soft: #5a626b; --line: #dde1e6; --accent: #0067a5; }
@@ -108,8 +108,8 @@ def _part(part: Part, prefix: str) -> str:
         case Table():
             return _table(part)
         case Picture():
-            data = base64.b64encode(part.png).decode("ascii")
-            width = int.from_bytes(part.png[16:20], "big") * 96 // DPI  # the size that its fonts were chosen for
+            data = base64.b64encode(part.figure).decode("ascii")
+            width = int.from_bytes(part.figure[16:20], "big") * 96 // DPI  # the size that its fonts were chosen for
             return (
                 f'<figure><img alt="{escape(part.alt)}" style="max-width: {width}px" '
                 f'src="data:image/png;base64,{data}">'
