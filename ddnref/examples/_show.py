@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -15,7 +15,7 @@ Cell: TypeAlias = str | int | float
 T = TypeVar("T")
 
 BLUE, ORANGE, GREEN, GREY = "#0067a5", "#c4501b", "#2b8a57", "#6b6b6b"
-LOOK: dict[str, Any] = {  # of every figure, in the gallery and in the report
+LOOK: Any = {  # of every figure, in the gallery and in the report
     "font.size": 11,
     "axes.titlesize": 11,
     "axes.spines.top": False,
@@ -41,28 +41,16 @@ class Settings:
         """The array library: ``settings.backend.convert(array)`` and ``.to_numpy(array)``."""
 
 
-class Recorder(Protocol):
-    """What a runner implements to receive the results of a story."""
-
-    def table(self, name: str, caption: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]],
-              format: str) -> None: ...  # fmt: skip
-    def picture(self, name: str, figure: Any, caption: str, alt: str, columns: Sequence[str],
-                rows: Sequence[Sequence[Cell]]) -> None: ...  # fmt: skip
-    def headline(self, label: str, values: tuple[str, ...]) -> None: ...
-    def check(self, label: str, error: float, limit: float) -> None: ...
-    def track(self, items: Iterable[T], label: str) -> Iterable[T]: ...
-
-
 class CheckError(Exception):
     """A story measured an error above its limit."""
 
 
 settings = Settings()
-_recorder: Recorder | None = None
+_recorder: Any = None  # the runner's object with a method for each of the functions below
 
 
 @contextmanager
-def recording(recorder: Recorder, *, full: bool, seed: int, backend: Backend) -> Iterator[None]:
+def recording(recorder: Any, *, full: bool, seed: int, backend: Backend) -> Iterator[None]:
     """Send the results of the stories that run inside this context to `recorder`, with these settings."""
     global _recorder
     before = _recorder, dict(vars(settings))
@@ -143,4 +131,7 @@ def check(label: str, error: float, limit: float) -> None:
 
 def track(items: Iterable[T], label: str) -> Iterable[T]:
     """Iterate over `items`; the report shows the progress."""
-    return items if _recorder is None else _recorder.track(items, label)
+    if _recorder is None:
+        return items
+    tracked: Iterable[T] = _recorder.track(items, label)
+    return tracked

@@ -188,7 +188,7 @@ def test_the_capability_table_is_drawn_from_the_rules(monkeypatch):
 
 def test_gallery_comments_have_single_backslashes():
     """A comment is no string: a doubled backslash in it would be a line break in the formula."""
-    for path in (DOCS / "gallery").glob("plot_*.py"):
+    for path in (DOCS.parent / "ddnref/examples").glob("plot_*.py"):
         for line in path.read_text(encoding="utf-8").splitlines():
             assert not (line.startswith("#") and "\\\\" in line), f"{path.name}: {line}"
 
