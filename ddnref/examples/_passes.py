@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.datasets import load_sample_images
 
 import ddnref
 from ddnref import reference
@@ -90,6 +89,8 @@ EDGE = 16  # pixels of a patch
 
 def _photographs(rng: np.random.Generator, b: int, m: int) -> Matrix:
     """Return Gram matrices of m random patches each, from the two photographs that ship with scikit-learn."""
+    from sklearn.datasets import load_sample_images  # not at the top: most processes that measure do without it
+
     pixels = np.stack(load_sample_images().images) / 255  # (2, height, width, 3)
     patches = np.lib.stride_tricks.sliding_window_view(pixels, (EDGE, EDGE), axis=(1, 2))
     which, row, column = (rng.integers(size, size=(b, m)) for size in patches.shape[:3])
