@@ -12,6 +12,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 import ddnref
+from ddnref.examples import check
 
 images, labels = load_digits(return_X_y=True)
 images = images / 16  # 1797 images of 8×8 pixels, between 0 and 1
@@ -101,7 +102,7 @@ plt.show()
 # Is it right?
 # ------------
 # `ddnref.testing.check_vjp` compares with finite differences, in random directions and along the gradient itself.
-# The smallest gap that this loss can tell apart is the one between the last eigenvalue inside and the first outside.
+# The smallest gap that matters to this loss is the one between the last eigenvalue inside and the first outside.
 
 gap = saved[0][DIGIT][-K] - saved[0][DIGIT][-K - 1]
 report = ddnref.testing.check_vjp(
@@ -118,3 +119,4 @@ report = ddnref.testing.check_vjp(
     gap=gap,
 )
 print(report)
+check("gradient of the loss: error against finite differences", report.error, 1e-7)

@@ -2,7 +2,7 @@
 Newton's method on a network of 50 layers: where it helps and where it does not
 ===============================================================================
 
-With `ddnref.curvature.hessian_factor` an exact Newton step for all weights of a deep narrow network costs some fifteen
+With `ddnref.curvature.hessian_factor` an exact Newton step for all weights of a deep narrow network costs about fifteen
 gradients, so that textbook methods can be tried as they stand. Here are three of them in a few lines each, checked
 against a dense matrix: damped Newton, a trust region by the secular equation, saddle-free Newton. Then the training of
 50 layers on ten digits, against momentum and Adam, by steps and by time.
@@ -15,6 +15,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 import ddnref
+from ddnref.examples import BLUE, GREEN, GREY, ORANGE, check
 from ddnref.reference import network_hessian
 
 images, labels = load_digits(return_X_y=True)
@@ -80,7 +81,7 @@ def trust_region(chain, x, t, r, epsilon, trials=40):
 
 
 # %%
-# Saddle-free Newton turns the directions of negative curvature round: :math:`(|H| + \varepsilon I)^{-1} g`. That is the
+# Saddle-free Newton reverses the directions of negative curvature: :math:`(|H| + \varepsilon I)^{-1} g`. That is the
 # damped step with the parts along the eigenvectors of negative eigenvalues replaced. Those are counted by inertia and
 # found by shift and inversion; the ones above ``-cut`` are left as they are, which the cut says how much to trust.
 
@@ -106,9 +107,9 @@ w, V = np.linalg.eigh(H)
 print(f"{len(w)} parameters, {np.sum(w < -1e-9)} negative eigenvalues, the lowest {w[0]:.4f}")
 
 
-def compare(what, step, expected):
+def compare(label, step, expected):
     error = np.linalg.norm(np.concatenate([s.ravel() for s in step]) - expected) / np.linalg.norm(expected)
-    print(f"{what}: relative difference {error:.0e}")
+    check(label, error, 1e-9)
 
 
 compare("damped Newton", damped_newton(small, z, t[:6], 0.5), V @ (V.T @ g / (w + 0.5)))
@@ -175,7 +176,7 @@ def first_order(chain, steps, rate, adam, state=None):
 
 
 # %%
-# Momentum and Adam with two rates each, 600 steps; of each the rate with the lowest loss is drawn.
+# Momentum and Adam with two rates each, 600 steps; the picture has the rate with the lowest loss.
 
 courses = {}
 for name, rates in {"momentum": (1e-3, 1e-2), "Adam": (3e-4, 1e-3)}.items():
@@ -194,13 +195,12 @@ def draw(courses, colours):
         left.semilogy(np.arange(len(course)) + 1, course[:, 1], color=colour, label=name)
         right.semilogy(course[:, 0], course[:, 1], color=colour)
         each = course[-1, 0] / (len(course) - 1)
-        print(f"{name}: {1000 * each:.0f} ms a step, {course[-1, 1]:.4f} after {course[-1, 0]:.1f} s")
+        print(f"{name}: {1000 * each:.0f} ms per step, {course[-1, 1]:.4f} after {course[-1, 0]:.1f} s")
     left.set(xscale="log", xlabel="steps", ylabel="objective")
     right.set(xlabel="seconds of processor time")
     left.legend(fontsize=8)
 
 
-GREY, ORANGE, GREEN, BLUE = "#6b6b6b", "#c4501b", "#2b8a57", "#0067a5"
 draw(courses, (GREY, ORANGE, GREEN, BLUE))
 plt.show()
 
@@ -211,7 +211,7 @@ plt.show()
 #
 # Late in training
 # ----------------
-# Where the loss has stopped to fall fast, curvature is what holds it back. Cross-entropy with a weight decay of 1e-3,
+# Where the loss no longer falls fast, curvature is what holds it back. Cross-entropy with a weight decay of 1e-3,
 # after 1000 steps of Adam: Adam goes on, or Newton takes over. Weight decay is damping: the objective's Hessian is
 # :math:`H + \rho I`, for which nothing has to be built.
 
