@@ -21,7 +21,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 import ddnref
-from ddnref.examples import BLUE, GREY, ORANGE, _peers, check, headline, picture, settings, table, track
+from ddnref.examples import BLUE, GREY, ORANGE, _peers, check, headline, picture, settings, track
 from ddnref.reference import network_ggn
 from ddnref.reference.ggn import flat, like_params
 from ddnref.testing import numerical_jvp
@@ -127,7 +127,9 @@ print("ninth / tenth eigenvalue, step by step:", ", ".join(f"{gap:.1f}" for gap 
 # the slopes of the loss along them with finite differences.
 
 w, e = ddnref.curvature.ggn_eigh(ggns[LATE], k=LEADING, method="full")
-derivatives = {step: ddnref.curvature.ggn_directional_derivatives(ggn, k=N, method="full") for step, ggn in ggns.items()}
+derivatives = {
+    step: ddnref.curvature.ggn_directional_derivatives(ggn, k=N, method="full") for step, ggn in ggns.items()
+}
 
 chain = chains[LATE]
 e_flat, w = host(flat(e, LEADING)), host(w)
@@ -232,25 +234,16 @@ picture(
     [(k + 1, *(float(part[step][k]) for part in (ratios, inside) for step in (0, LATE))) for k in range(N)],
 )
 plt.show()
-table(
-    "numbers",
-    f"The curvature before learning and at step {LATE}.",
-    ("", "before", f"step {LATE}"),
-    [
-        ("held-out digits recognised", *(f"{accuracies[LOOKS.index(step)]:.1%}" for step in (0, LATE))),
-        ("ninth over tenth eigenvalue", *(f"{gaps[LOOKS.index(step)]:.1f}" for step in (0, LATE))),
-        ("directions in which the mean slope exceeds its standard error",
-         *(f"{np.sum(ratios[step] > 1 / TRAIN)} of {N}" for step in (0, LATE))),
-        ("squared gradient in the first nine directions", *(f"{inside[step][8]:.0%}" for step in (0, LATE))),
-        (f"squared gradient in all {N}", *(f"{inside[step][-1]:.0%}" for step in (0, LATE))),
-    ],
-)  # fmt: skip
+for step in (0, LATE):
+    print(
+        f"step {step}: the mean exceeds its standard error in {np.mean(ratios[step] > 1 / TRAIN):.0%} of directions; ",
+        end="",
+    )
+    print(f"{inside[step][8]:.0%} of the squared gradient in the first nine, {inside[step][-1]:.0%} in all {N}")
 
 # %%
 # At the start the samples agree most in the directions after the ninth, and that is where the gradient lies. Later they
 # pull in opposite ways in most directions, and more than half of the remaining gradient lies outside all of them.
-
-# %%
 # Damped Newton against gradient descent
 # --------------------------------------
 # The step :math:`s = -\sum_k \gamma_k / (\lambda_k + \delta)\, e_k` is zero outside the span of the eigenvectors. So
@@ -325,7 +318,6 @@ if _peers.installed("torch"):
 
     chain = ddnref.networks.Chain.from_torch(module, loss=nn.MSELoss())
     w, v = ddnref.curvature.ggn_eigh(chain, z, s, k=3)
-    print("eigenvalues:", np.round(w.numpy(), 5))
     print("an eigenvector, parameter by parameter:", [tuple(e.shape[1:]) for e in v])
 
     shared = all(p.data_ptr() == q.data_ptr() for p, q in zip(chain.params, module.parameters(), strict=True))

@@ -16,7 +16,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 import ddnref
-from ddnref.examples import BLUE, GREEN, GREY, ORANGE, check, headline, picture, settings, table, track
+from ddnref.examples import BLUE, GREEN, GREY, ORANGE, check, headline, picture, settings, track
 from ddnref.reference import tall_skinny_derivatives, tall_skinny_solve
 
 backend = settings.backend
@@ -120,6 +120,8 @@ last = max(KEPT)
 wrong = np.sum(np.abs(spectra[last] - count_densely(kept[last], x, t))) // 2
 check("eigenvalues in another bin than the dense matrix puts them, after training", wrong, uncertain[last])
 negative = {k: sum(counts[:n]) for k, counts in spectra.items()}
+for k, count in negative.items():
+    print(f"after {k} steps: {count} eigenvalues below {-SIZES[0]:g}, {uncertain[k]} too close to an edge to tell")
 headline(f"Eigenvalues of the Hessian below {-SIZES[0]:g}, while learning", f"{negative[0]} to {negative[last]}")
 
 # %%
@@ -257,19 +259,3 @@ plt.show()
 worst = max(error for _, refined in errors.values() for error in refined)
 check("largest backward error, refined", worst, 1e-14)
 headline("Solve with the Hessian: largest backward error", f"ddnref {worst:.0e}")
-
-# %%
-# In numbers
-# ----------
-
-table(
-    "numbers",
-    "The Hessian in numbers.",
-    ("", "value"),
-    [
-        ("parameters", total),
-        ("eigenvalues too close to an edge to tell their side, all counts", sum(uncertain.values())),
-        *((f"eigenvalues below {-SIZES[0]:g} after {k} steps", count) for k, count in negative.items()),
-        ("largest backward error, refined", worst),
-    ],
-)

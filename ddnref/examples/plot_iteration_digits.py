@@ -252,7 +252,9 @@ def draw(ax, curves, title):
     """Draw a line for each pass of ``{name: {m: value}}``; it ends where a pass was skipped."""
     for name, values in curves.items():
         colour, marker, line = LOOK.get(name.partition(",")[0], LOOK["bordered"]) if name not in LOOK else LOOK[name]
-        ax.plot(list(values), list(values.values()), color=colour, marker=marker, linestyle=line, linewidth=1.6, label=name)
+        ax.plot(
+            list(values), list(values.values()), color=colour, marker=marker, linestyle=line, linewidth=1.6, label=name
+        )
     ax.set_xscale("log", base=2)
     ax.set_xticks(WIDTHS, map(str, WIDTHS))
     ax.set(yscale="log", xlabel="m", title=title)
@@ -286,7 +288,14 @@ if settings.full:
         f"Difference of float32 eigenvalues λ (relative) and eigenvectors y (largest entry) from float64, m = {SMALL}.",
         ("matrices", *(f"{name}, {q}" for q in ("λ", "y") for name in ("eigh", "PI", "SI"))),
         [
-            (d, *(found.median(Key(d, SMALL, 1, "float32", name, q)) for q in ("λ", "y") for name in ("eigh", "PI", "SI")))
+            (
+                d,
+                *(
+                    found.median(Key(d, SMALL, 1, "float32", name, q))
+                    for q in ("λ", "y")
+                    for name in ("eigh", "PI", "SI")
+                ),
+            )
             for d in DISTRIBUTIONS
         ],
     )
@@ -305,14 +314,19 @@ if settings.full:
         "distributions",
         "Relative error of the gradient in float32 for every kind of matrix, random cotangents, n = 1.",
         ("pass", *DISTRIBUTIONS),
-        [(name, *(found.median(key._replace(distribution=d, quantity=name)) for d in DISTRIBUTIONS)) for name in errors],
+        [
+            (name, *(found.median(key._replace(distribution=d, quantity=name)) for d in DISTRIBUTIONS))
+            for name in errors
+        ],
     )
 
     fig, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
     for ax, quantity in zip(panels, ("eigen", "fixed point"), strict=True):
         for name, dtype in ((name, dtype) for name in ("AT", "PI", "SI") for dtype in DTYPES):
             one = Key("gaussian", SMALL, 1, dtype, name.replace("AT", "eigh"), quantity)
-            draw(ax, {f"{name} forward": {m: found.median(one._replace(m=m)) for m in measured}}, f"{quantity} residual")
+            draw(
+                ax, {f"{name} forward": {m: found.median(one._replace(m=m)) for m in measured}}, f"{quantity} residual"
+            )
     fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     picture(
         "residuals",
@@ -320,7 +334,11 @@ if settings.full:
         "Residuals of the eigenpairs, ‖Xy − λy‖/λ and ‖y − Xy/‖Xy‖‖, float32 above float64.",
         "Two residuals by size for eigh, power and simultaneous iteration, logarithmic",
         (*Key._fields, "median", "worst"),
-        [(*one, found.median(one), found.worst(one)) for one in found.errors if one.quantity in ("eigen", "fixed point")],
+        [
+            (*one, found.median(one), found.worst(one))
+            for one in found.errors
+            if one.quantity in ("eigen", "fixed point")
+        ],
     )
     plt.show()
 

@@ -187,7 +187,11 @@ def bytes_of(size):
 
 large = [size for size in SIZES if bytes_of(size) >= KIB * 1024]
 weighed = [
-    {key: value for key, value in seconds.items() if key[0] in BACKWARD and PASSES[key[0]][0] == name and key[1] in large}
+    {
+        key: value
+        for key, value in seconds.items()
+        if key[0] in BACKWARD and PASSES[key[0]][0] == name and key[1] in large
+    }
     for name in sources
 ]
 with ThreadPoolExecutor() as pool:  # unlike times, memory does not suffer from company
