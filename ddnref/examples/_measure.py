@@ -24,13 +24,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import ddnref
 
 Call: TypeAlias = Callable[[], Any]
 Size: TypeAlias = tuple[int, ...]
 """A batch of b matrices, m×m, as ``(b, m)``, followed by any further numbers that define a problem."""
+Passes: TypeAlias = Callable[[Size], dict[str, Call]]
 Figures: TypeAlias = dict[tuple[str, Size], float]
 """Measured values by name of the pass and size; skipped passes are absent."""
 
@@ -88,27 +89,19 @@ def peak(call: Call) -> int | None:
     until the process is as large as that record; any further growth then sets a new one.
     """
     gc.collect()
-    before = address_space()
-    if before is None:
+    if (before := address_space()) is None:
         return None
-    unused = before.peak - before.now
-    filler = mmap.mmap(-1, unused, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0) if unused else None
+    most, now = before
+    filler = mmap.mmap(-1, most - now, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0) if most > now else None
     call()
     after = address_space()
     if filler is not None:
         filler.close()
-    return None if after is None else after.peak - before.peak
+    return None if after is None else after[0] - most
 
 
-class Space(NamedTuple):
-    """The size of the address space in bytes, now and at most so far."""
-
-    peak: int
-    now: int
-
-
-def address_space() -> Space | None:
-    """Read the address space of this process from ``/proc``; ``None`` on systems without it."""
+def address_space() -> tuple[int, int] | None:
+    """Read the largest and the present size of this process's address space in bytes; ``None`` without ``/proc``."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
@@ -116,7 +109,7 @@ def address_space() -> Space | None:
     kilobytes = {name: text.split()[0] for name, _, text in (line.partition(":") for line in lines) if name[:2] == "Vm"}
     if not {"VmPeak", "VmSize"} <= kilobytes.keys():
         return None
-    return Space(int(kilobytes["VmPeak"]) * 1024, int(kilobytes["VmSize"]) * 1024)
+    return int(kilobytes["VmPeak"]) * 1024, int(kilobytes["VmSize"]) * 1024
 
 
 # --- the other process ------------------------------------------------------------------------------------------
@@ -126,14 +119,8 @@ def _ask(settings: dict[str, str], *question: Any) -> Figures:
     """Run this module in a fresh process, with the question on stdin and the answer in the last line of stdout."""
     folders = [str(Path(ddnref.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, **settings, "PYTHONPATH": os.pathsep.join(folders)}
-    done = subprocess.run(
-        [sys.executable, "-m", __name__],
-        input=json.dumps(question),
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command, given = [sys.executable, "-m", __name__], json.dumps(question)
+    done = subprocess.run(command, input=given, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"measuring {question[1]} ended with code {done.returncode}:\n{done.stderr}")
     return _figures(json.loads(done.stdout.splitlines()[-1]))
@@ -147,14 +134,7 @@ def _figures(flat: list[Any]) -> Figures:
     return {(name, tuple(size)): value for name, size, value in flat}
 
 
-def _answer_seconds(
-    passes: Callable[[Size], dict[str, Call]],
-    sizes: Sequence[Sequence[int]],
-    patience: float,
-    least: int,
-    repeat: float,
-    always: Sequence[str],
-) -> Figures:
+def _answer_seconds(passes: Passes, sizes: Any, patience: float, least: int, repeat: float, always: Any) -> Figures:
     found: Figures = {}
     for size in map(tuple, sizes):
         calls = passes(size)
@@ -173,7 +153,7 @@ def _answer_seconds(
     return found
 
 
-def _answer_peaks(passes: Callable[[Size], dict[str, Call]], timed: list[Any]) -> Figures:
+def _answer_peaks(passes: Passes, timed: list[Any]) -> Figures:
     known, found = _figures(timed), Figures()
     for size in dict.fromkeys(size for _, size in known):
         calls = passes(size)
@@ -185,13 +165,9 @@ def _answer_peaks(passes: Callable[[Size], dict[str, Call]], timed: list[Any]) -
     return found
 
 
-def _main() -> None:
+if __name__ == "__main__":
     kind, source, *options = json.load(sys.stdin)
     module, _, function = source.partition(":")
-    passes = getattr(importlib.import_module(module), function)
-    found = (_answer_seconds if kind == "seconds" else _answer_peaks)(passes, *options)
-    sys.stdout.write(f"\n{json.dumps(_flat(found))}\n")  # the last line, because a library may have printed before
-
-
-if __name__ == "__main__":
-    _main()
+    answer = _answer_seconds if kind == "seconds" else _answer_peaks
+    found = answer(getattr(importlib.import_module(module), function), *options)
+    print(f"\n{json.dumps(_flat(found))}")  # in a line by itself, because a library may have printed before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,55 +18,48 @@ Matrix: TypeAlias = NDArray[Any]
 # --- all eigenvectors: the ladder ---------------------------------------------------------------------------------
 
 
-class Problem(NamedTuple):
-    """Random symmetric float32 matrices, their eigenpairs, and a cotangent of the eigenvectors."""
-
-    x: Matrix
-    w: Matrix
-    v: Matrix
-    v_bar: Matrix
-
-
-def problem(size: Size, seed: int = 0) -> Problem:
-    """Return the problem of that size, the same for every library."""
+def problem(size: Size, seed: int = 0) -> tuple[Matrix, Matrix, Matrix, Matrix]:
+    """Draw symmetric float32 matrices x and a cotangent of their eigenvectors; return ``x, w, v, v_bar``."""
     b, m = size
     x, v_bar = np.random.default_rng(seed).standard_normal((2, b, m, m)).astype(np.float32)
     x = (x + np.swapaxes(x, -1, -2)) / 2
-    return Problem(x, *ddnref.eigh(x), v_bar)
+    return x, *ddnref.eigh(x), v_bar
 
 
 def numpy_ladder(size: Size) -> dict[str, Call]:
     """Return the four rungs and the forward pass in NumPy."""
-    p = problem(size)
+    x, w, v, v_bar = problem(size)
     return {
-        "NumPy forward": partial(ddnref.eigh, p.x),
-        "v1": partial(reference.eigh_vjp_v1, p.v_bar, p.x, p.w, p.v),
-        "v2": partial(reference.eigh_vjp_v2, p.v_bar, p.w, p.v),
-        "v3": partial(reference.eigh_vjp_v3, p.v_bar, p.w, p.v),
-        "final": partial(ddnref.eigh_vjp, None, p.v_bar, p.w, p.v),
+        "NumPy forward": partial(ddnref.eigh, x),
+        "v1": partial(reference.eigh_vjp_v1, v_bar, x, w, v),
+        "v2": partial(reference.eigh_vjp_v2, v_bar, w, v),
+        "v3": partial(reference.eigh_vjp_v3, v_bar, w, v),
+        "final": partial(ddnref.eigh_vjp, None, v_bar, w, v),
     }
 
 
 def torch_ladder(size: Size) -> dict[str, Call]:
     """Return PyTorch's ``eigh`` and its autograd."""
+    x, _, _, v_bar = problem(size)
+    forward, backward = _torch(x, v_bar)
+    return {"PyTorch forward": forward, "PyTorch": backward}
+
+
+def _torch(x: Matrix, v_bar: Matrix) -> tuple[Call, Call]:
     import torch
 
     torch.set_num_threads(THREADS)
-    p = problem(size)
-    x, v_bar = torch.tensor(p.x, requires_grad=True), torch.tensor(p.v_bar)
-    v = torch.linalg.eigh(x)[1]
-    return {
-        "PyTorch forward": partial(torch.linalg.eigh, x),
-        "PyTorch": partial(torch.autograd.grad, v, x, v_bar, retain_graph=True),
-    }
+    leaf = torch.tensor(x, requires_grad=True)
+    v = torch.linalg.eigh(leaf)[1][..., -v_bar.shape[-1] :]
+    backward = partial(torch.autograd.grad, v, leaf, torch.tensor(v_bar), retain_graph=True)
+    return partial(torch.linalg.eigh, leaf), backward
 
 
 def jax_ladder(size: Size) -> dict[str, Call]:
     """Return JAX's ``eigh`` and its autograd, compiled."""
     import jax
 
-    p = problem(size)
-    x, v_bar = jax.numpy.asarray(p.x), jax.numpy.asarray(p.v_bar)
+    x, _, _, v_bar = map(jax.numpy.asarray, problem(size))
     forward = jax.jit(lambda x: jax.numpy.linalg.eigh(x)[1])
     pull_back = jax.vjp(forward, x)[1]  # holds what the forward pass saved
     backward = jax.jit(lambda pull_back, v_bar: pull_back(v_bar))
@@ -76,11 +69,7 @@ def jax_ladder(size: Size) -> dict[str, Call]:
     }
 
 
-LADDER = {
-    "NumPy": f"{__name__}:numpy_ladder",
-    "PyTorch": f"{__name__}:torch_ladder",
-    "JAX": f"{__name__}:jax_ladder",
-}
+LADDER = {"NumPy": f"{__name__}:numpy_ladder", "PyTorch": f"{__name__}:torch_ladder", "JAX": f"{__name__}:jax_ladder"}
 
 # --- the tutorial's random matrices -------------------------------------------------------------------------------
 
@@ -159,24 +148,18 @@ def _implicit(method: str, v_bar: Matrix, x: Matrix, w: Matrix, v: Matrix) -> Ma
     return np.asarray(ddnref.simultaneous_iteration_vjp(None, v_bar, w, v, x, method=method, symmetric=True))
 
 
-class Backward(NamedTuple):
-    """A backward pass ``run(v_bar, x, w, v)``."""
-
-    run: Callable[..., Matrix]
-    jacobian: int = 0
-    """Bytes for each of the m×m² numbers of a Jacobian, where it stores one: measured, rounded up."""
-
-
-BACKWARD: dict[str, Backward] = {
-    "DDN-J": Backward(partial(reference.ddn_vjp_jacobian, mode="solve"), jacobian=24),
-    "DDN-E": Backward(partial(reference.ddn_vjp_schur, mode="solve")),
-    "DDN-E, pinv": Backward(partial(reference.ddn_vjp_schur, mode="pinv")),
-    "IFT-J": Backward(reference.ift_vjp_jacobian, jacobian=8),
-    "IFT-E, B stored": Backward(partial(reference.ift_vjp_structured, store_b=True), jacobian=8),
-    "IFT-E": Backward(reference.ift_vjp_structured),
-    "fixed_point": Backward(partial(_implicit, "fixed_point")),
-    "bordered": Backward(partial(_implicit, "bordered")),
+BACKWARD: dict[str, Callable[..., Matrix]] = {  # ``run(v_bar, x, w, v)``
+    "DDN-J": partial(reference.ddn_vjp_jacobian, mode="solve"),
+    "DDN-E": partial(reference.ddn_vjp_schur, mode="solve"),
+    "DDN-E, pinv": partial(reference.ddn_vjp_schur, mode="pinv"),
+    "IFT-J": reference.ift_vjp_jacobian,
+    "IFT-E, B stored": partial(reference.ift_vjp_structured, store_b=True),
+    "IFT-E": reference.ift_vjp_structured,
+    "fixed_point": partial(_implicit, "fixed_point"),
+    "bordered": partial(_implicit, "bordered"),
 }
+# Bytes for each of the m×m² numbers of a Jacobian, in the passes that store one: measured, rounded up.
+JACOBIANS = {"DDN-J": 24, "IFT-J": 8, "IFT-E, B stored": 8}
 
 
 def full_name(backward: str, n: int) -> str:
@@ -196,8 +179,7 @@ def expected_bytes(name: str, size: Size) -> float:
     """Estimate the memory of a pass that stores a Jacobian; 0 for the others."""
     b, m, n = size
     pairs = n if name.endswith("DDN-J") else 1  # the others take one pair at a time
-    each = next((one.jacobian for short, one in BACKWARD.items() if name == full_name(short, n)), 0)
-    return float(b * m**3 * pairs * each)
+    return float(b * m**3 * pairs * JACOBIANS.get(name[3:], 0))
 
 
 def numpy_passes(size: Size) -> dict[str, Call]:
@@ -210,24 +192,17 @@ def numpy_passes(size: Size) -> dict[str, Call]:
     for name in ("PI", "SI") if n == 1 else ("SI",):
         calls[f"{name} forward"] = partial(forward, name, x, n)
         calls[f"{name}-Unroll"] = partial(unrolled, name, v_bar, x, w, v)
-    for short, one in BACKWARD.items():
-        calls[full_name(short, n)] = partial(one.run, v_bar, x, w, v)
+    for short, run in BACKWARD.items():
+        calls[full_name(short, n)] = partial(run, v_bar, x, w, v)
     return {name: call for name, call in calls.items() if expected_bytes(name, size) <= MEMORY}
 
 
 def torch_passes(size: Size) -> dict[str, Call]:
     """Return PyTorch's ``eigh`` and its autograd, called AT in the tutorial."""
-    import torch
-
     b, m, n = size
-    torch.set_num_threads(THREADS)
-    x = torch.tensor(matrices("gaussian", b, m, seed=0), requires_grad=True)
-    v = torch.linalg.eigh(x)[1][..., -n:]
-    v_bar = torch.tensor(cotangent("random", (b, m, n), seed=0).astype(np.float32))
-    return {
-        "AT forward": partial(torch.linalg.eigh, x),
-        "AT": partial(torch.autograd.grad, v, x, v_bar, retain_graph=True),
-    }
+    v_bar = cotangent("random", (b, m, n), seed=0).astype(np.float32)
+    forward, backward = _torch(matrices("gaussian", b, m, seed=0), v_bar)
+    return {"AT forward": forward, "AT": backward}
 
 
 PASSES = {"NumPy": f"{__name__}:numpy_passes", "PyTorch": f"{__name__}:torch_passes"}

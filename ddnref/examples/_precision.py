@@ -12,17 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 import ddnref
-from ddnref.examples._passes import (
-    BACKWARD,
-    COTANGENTS,
-    DISTRIBUTIONS,
-    Matrix,
-    cotangent,
-    forward,
-    full_name,
-    matrices,
-    unrolled,
-)
+from ddnref.examples import _passes
+from ddnref.examples._passes import Matrix
 
 DTYPES = ("float32", "float64")
 BATCH = 5
@@ -50,13 +41,15 @@ class Precision(NamedTuple):
 
     def median(self, key: Key) -> float:
         """Return infinity where more than half are not finite, NaN where nothing was measured."""
-        values = np.asarray(self.errors.get(key, [np.nan]))
-        return float(np.median(np.where(np.isfinite(values), values, np.inf))) if key in self.errors else float("nan")
+        return float(np.median(self._values(key)))
 
     def worst(self, key: Key) -> float:
         """Return the largest; infinity where one is not finite, NaN where nothing was measured."""
-        values = np.asarray(self.errors.get(key, [np.nan]))
-        return float(np.max(np.where(np.isfinite(values), values, np.inf))) if key in self.errors else float("nan")
+        return float(np.max(self._values(key)))
+
+    def _values(self, key: Key) -> Matrix:
+        values = np.asarray(self.errors.get(key, []))
+        return np.where(np.isfinite(values), values, np.inf) if values.size else np.asarray([np.nan])
 
 
 def precision(sizes: Iterable[int], seeds: Sequence[int], *, full: bool, patience: float = PATIENCE) -> Precision:
@@ -74,7 +67,7 @@ def precision(sizes: Iterable[int], seeds: Sequence[int], *, full: bool, patienc
         for seed in seeds:
             cases = [("gaussian", 1)]
             if full and m == SMALL:
-                cases += [*((name, 1) for name in DISTRIBUTIONS if name != "gaussian"), ("gaussian", 4)]
+                cases += [*((name, 1) for name in _passes.DISTRIBUTIONS if name != "gaussian"), ("gaussian", 4)]
             for i, (distribution, n) in enumerate(cases):
                 start = time.perf_counter()
                 for key, values in compare(distribution, m, n, seed, full=full):
@@ -86,15 +79,15 @@ def precision(sizes: Iterable[int], seeds: Sequence[int], *, full: bool, patienc
 
 def compare(distribution: str, m: int, n: int, seed: int, *, full: bool) -> Iterator[tuple[Key, Matrix]]:
     """Yield the errors of eigenpairs, of their residuals and of all gradients, for one batch of matrices."""
-    x32 = matrices(distribution, BATCH, m, seed)
+    x32 = _passes.matrices(distribution, BATCH, m, seed)
     exact = x32.astype(np.float64)
-    w_exact, v_exact = forward("eigh", exact, n)
+    w_exact, v_exact = _passes.forward("eigh", exact, n)
     all_w, all_v = ddnref.eigh(exact)
     chosen = np.round(np.swapaxes(all_v, -1, -2) @ v_exact)  # which of all columns the n are, and their signs
     for dtype in DTYPES:
         x = x32.astype(dtype)
         for name in ("PI",) if not full else ("eigh", "PI", "SI") if n == 1 else ("eigh",):
-            w, v = forward(name, x, n, stop=False)
+            w, v = _passes.forward(name, x, n, stop=False)
             key = Key(distribution, m, n, dtype, name, "")
             yield key._replace(quantity="λ"), np.max(np.abs(w - w_exact) / np.abs(w_exact), axis=-1)
             yield key._replace(quantity="y"), np.max(np.abs(v - v_exact), axis=(-2, -1))
@@ -104,8 +97,8 @@ def compare(distribution: str, m: int, n: int, seed: int, *, full: bool) -> Iter
             yield key._replace(quantity="fixed point"), np.max(ddnref.fixed_point_residual(*wide), axis=-1)
             if n == 1 and name != "PI":
                 continue
-            for kind in COTANGENTS if full and distribution == "gaussian" else ("random",):
-                v_bar = cotangent(kind, v.shape, seed)
+            for kind in _passes.COTANGENTS if full and distribution == "gaussian" else ("random",):
+                v_bar = _passes.cotangent(kind, v.shape, seed)
                 right = np.asarray(ddnref.eigh_vjp(None, v_bar @ np.swapaxes(chosen, -1, -2), all_w, all_v))
                 for backward, found in _gradients(n, v_bar.astype(dtype), x, w, v):
                     error = np.linalg.norm(found - right, axis=(-2, -1)) / np.linalg.norm(right, axis=(-2, -1))
@@ -115,11 +108,11 @@ def compare(distribution: str, m: int, n: int, seed: int, *, full: bool) -> Iter
 def _gradients(n: int, v_bar: Matrix, x: Matrix, w: Matrix, v: Matrix) -> Iterator[tuple[str, Matrix]]:
     """Yield the gradient of every backward pass; those that store a Jacobian run at one size only."""
     if n == 1:
-        raw = unrolled("PI", v_bar, x, w, v, symmetric=False)
+        raw = _passes.unrolled("PI", v_bar, x, w, v, symmetric=False)
         yield "PI-Unroll, raw", raw
         yield "PI-Unroll", (raw + np.swapaxes(raw, -1, -2)) / 2
     else:
-        yield "SI-Unroll", unrolled("SI", v_bar, x, w, v)
-    for name, one in BACKWARD.items():
-        if x.shape[-1] == SMALL or not one.jacobian:
-            yield full_name(name, n), one.run(v_bar, x, w, v)
+        yield "SI-Unroll", _passes.unrolled("SI", v_bar, x, w, v)
+    for name, run in _passes.BACKWARD.items():
+        if x.shape[-1] == SMALL or name not in _passes.JACOBIANS:
+            yield _passes.full_name(name, n), run(v_bar, x, w, v)

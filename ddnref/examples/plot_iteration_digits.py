@@ -7,13 +7,15 @@ returns something else, and the gradient depends on which of the two is meant: t
 The second half of this page compares the ways of the tutorial on deep declarative networks to take that gradient.
 """
 
+from itertools import product
+
 import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.datasets import load_digits
 
 import ddnref
 from ddnref.examples import BLUE, GREEN, GREY, ORANGE, _measure, check, headline, picture, settings, table, track
-from ddnref.examples._passes import DISTRIBUTIONS, GIB, MEMORY, PASSES, expected_bytes, names
+from ddnref.examples._passes import COTANGENTS, DISTRIBUTIONS, GIB, MEMORY, PASSES, expected_bytes, names
 from ddnref.examples._peers import versions
 from ddnref.examples._precision import BATCH, DTYPES, SMALL, Key, precision
 
@@ -186,6 +188,9 @@ def state(name, size):
     return f"skipped: {_measure.expected(name, size, seconds):.2g} s expected, {PATIENCE:g} s allowed"
 
 
+UNITS = {"ms": (seconds, 1e3), "MiB": (peaks, 2.0**-20)}
+
+
 def cell(name, size, figures, factor):
     """A figure for a table, or why there is none."""
     reason = state(name, size).partition(":")[0].replace("measured", "unknown")
@@ -200,32 +205,28 @@ for m, guess in found.skipped.items():
     print(f"precision at m = {m} skipped: {guess:.0f} s per seed expected")
 
 key = Key("gaussian", SMALL, 1, "float32", "PI", "", "random")
-errors = {}
-for one in found.errors:
-    if one[:3] == key[:3] and one.forward == "PI" and one.cotangent == "random":
-        errors.setdefault(one.quantity, {})[one.dtype] = found.median(one)
-MS, MIB = 1e3, 2.0**-20
+gradients = list(dict.fromkeys(k.quantity for k in found.errors if k[:3] == key[:3] and k.cotangent))
 at = (BATCH, SMALL, 1)
+rows = []
+for name in ["PI-Unroll, raw", *names(1)]:
+    errors = [found.median(key._replace(dtype=dtype, quantity=name)) if name in gradients else "" for dtype in DTYPES]
+    costs = ["" if "raw" in name else cell(name, at, *unit) for unit in UNITS.values()]
+    rows.append((name, *errors, *costs))
 table(
     "passes",
-    f"Every pass through one eigenvector at m = {SMALL}, b = {BATCH}: relative error of the gradient (medians of {SEEDS} "
-    "seeds, random cotangents, eigenpairs from PI), time in ms and peak memory in MiB.",
-    ("pass", *DTYPES, "ms", "MiB"),
-    [
-        (name, *(errors.get(name, {}).get(dtype, "") for dtype in DTYPES),
-         *("" if "raw" in name else cell(name, at, figures, factor) for figures, factor in ((seconds, MS), (peaks, MIB))))
-        for name in ["PI-Unroll, raw", *names(1)]
-    ],
+    f"Every pass through one eigenvector at m = {SMALL}, b = {BATCH}: relative error of the gradient (medians of "
+    f"{SEEDS} seeds, random cotangents, eigenpairs from PI), time in ms and peak memory in MiB.",
+    ("pass", *DTYPES, *UNITS),
+    rows,
     ".2g",
-)  # fmt: skip
+)
 for name in ("PI-Unroll", "PI-DDN-E, pinv", "PI-IFT-E", "fixed_point", "bordered"):
     for dtype in DTYPES:
-        check(f"gradient by {name}, {dtype}", errors[name][dtype], 200 * float(np.finfo(dtype).eps))
-headline(
-    f"Gradient error of an eigenvector, float32, m = {SMALL}",
-    f"ddnref bordered {errors['bordered']['float32']:.0e}",
-    f"tutorial's DDN-E, solve {errors['PI-DDN-E']['float32']:.1g}",
-)
+        error = found.median(key._replace(dtype=dtype, quantity=name))
+        check(f"gradient by {name}, {dtype}", error, 200 * float(np.finfo(dtype).eps))
+bordered, ddn = (found.median(key._replace(quantity=name)) for name in ("bordered", "PI-DDN-E"))
+label = f"Gradient error of an eigenvector, float32, m = {SMALL}"
+headline(label, f"ddnref bordered {bordered:.0e}", f"tutorial's DDN-E, solve {ddn:.1g}")
 
 # %%
 # By size:
@@ -248,24 +249,31 @@ LOOK = {  # colour, marker and line of each pass
 }
 
 
-def draw(ax, curves, title):
-    """Draw a line for each pass of ``{name: {m: value}}``; it ends where a pass was skipped."""
-    for name, values in curves.items():
-        colour, marker, line = LOOK.get(name.partition(",")[0], LOOK["bordered"]) if name not in LOOK else LOOK[name]
-        ax.plot(
-            list(values), list(values.values()), color=colour, marker=marker, linestyle=line, linewidth=1.6, label=name
-        )
+def draw(ax, names, value, title):
+    """Draw ``value(name, m)`` by m, a line for each pass; it ends where a pass was skipped."""
+    for name in names:
+        colour, marker, line = LOOK[name]
+        heights = [value(name, m) for m in WIDTHS]
+        ax.plot(WIDTHS, heights, color=colour, marker=marker, linestyle=line, linewidth=1.6, label=name)
     ax.set_xscale("log", base=2)
     ax.set_xticks(WIDTHS, map(str, WIDTHS))
     ax.set(yscale="log", xlabel="m", title=title)
 
 
-measured = [m for m in WIDTHS if m not in found.skipped]
-compared = [name for name in LOOK if name in errors and name not in ("PI-DDN-J", "PI-IFT-J", "PI-IFT-E, B stored")]
+def numbers(*wanted):
+    """Median and worst of all errors of these quantities, for a CSV file."""
+    return [(*one, found.median(one), found.worst(one)) for one in found.errors if one.quantity in wanted]
+
+
+compared = [name for name in LOOK if name in gradients and name not in ("PI-DDN-J", "PI-IFT-J", "PI-IFT-E, B stored")]
 fig, panels = plt.subplots(1, 2, figsize=(9, 4.4), sharey=True, layout="constrained")
 for ax, dtype in zip(panels, DTYPES, strict=True):
-    keys = {name: {m: key._replace(m=m, dtype=dtype, quantity=name) for m in measured} for name in compared}
-    draw(ax, {name: {m: found.median(k) for m, k in by_m.items()} for name, by_m in keys.items()}, dtype)
+    draw(
+        ax,
+        compared,
+        lambda name, m, key=key._replace(dtype=dtype): found.median(key._replace(quantity=name, m=m)),
+        dtype,
+    )
 panels[0].set_ylabel("relative error")
 fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 picture(
@@ -274,7 +282,7 @@ picture(
     f"Error of the gradient on Gaussian matrices, medians of {SEEDS} seeds.",
     "Gradient error by size for each backward pass, float32 and float64, logarithmic",
     (*Key._fields, "median", "worst"),
-    [(*one, found.median(one), found.worst(one)) for one in found.errors if one.cotangent],
+    numbers(*gradients),
 )
 plt.show()
 
@@ -282,71 +290,60 @@ plt.show()
 # With ``--full``, all that the tutorial's comparison contains: the precision of the eigenpairs, gradients by
 # distribution and for four eigenvectors, and the cost of every pass at every size.
 
+
+def medians(name, caption, row, values, columns, key=key):
+    """Make a table of medians: a row fills in one part of the key, a column others."""
+    cells = [(v, *(found.median(key._replace(**{row: v}, **column)) for column in columns.values())) for v in values]
+    table(name, caption, (row, *columns), cells)
+
+
 if settings.full:
-    table(
+    medians(
         "pairs",
         f"Difference of float32 eigenvalues λ (relative) and eigenvectors y (largest entry) from float64, m = {SMALL}.",
-        ("matrices", *(f"{name}, {q}" for q in ("λ", "y") for name in ("eigh", "PI", "SI"))),
-        [
-            (
-                d,
-                *(
-                    found.median(Key(d, SMALL, 1, "float32", name, q))
-                    for q in ("λ", "y")
-                    for name in ("eigh", "PI", "SI")
-                ),
-            )
-            for d in DISTRIBUTIONS
-        ],
+        "distribution",
+        DISTRIBUTIONS,
+        {f"{name}, {q}": {"forward": name, "quantity": q} for q in ("λ", "y") for name in ("eigh", "PI", "SI")},
+        key._replace(cotangent=""),
     )
-    cases = [(dtype, kind) for dtype in DTYPES for kind in ("ones", "random")]
     for n, name in ((1, "PI"), (4, "eigh")):
-        table(
+        medians(
             f"gradients-{n}",
             f"Relative error of the gradient, n = {n}, by precision and cotangent, eigenpairs from {name}.",
-            ("pass", *(f"{dtype}, {kind}" for dtype, kind in cases)),
-            [
-                (one, *(found.median(Key("gaussian", SMALL, n, dtype, name, one, kind)) for dtype, kind in cases))
-                for one in dict.fromkeys(k.quantity for k in found.errors if k.n == n and k.m == SMALL and k.cotangent)
-            ],
+            "quantity",
+            dict.fromkeys(k.quantity for k in found.errors if k.n == n and k.cotangent),
+            {f"{dtype}, {kind}": {"dtype": dtype, "cotangent": kind} for dtype in DTYPES for kind in COTANGENTS},
+            key._replace(n=n, forward=name),
         )
-    table(
-        "distributions",
-        "Relative error of the gradient in float32 for every kind of matrix, random cotangents, n = 1.",
-        ("pass", *DISTRIBUTIONS),
-        [
-            (name, *(found.median(key._replace(distribution=d, quantity=name)) for d in DISTRIBUTIONS))
-            for name in errors
-        ],
-    )
+    caption = "Relative error of the gradient in float32 for every kind of matrix, random cotangents, n = 1."
+    medians("distributions", caption, "quantity", gradients, {d: {"distribution": d} for d in DISTRIBUTIONS})
 
-    fig, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
-    for ax, quantity in zip(panels, ("eigen", "fixed point"), strict=True):
-        for name, dtype in ((name, dtype) for name in ("AT", "PI", "SI") for dtype in DTYPES):
-            one = Key("gaussian", SMALL, 1, dtype, name.replace("AT", "eigh"), quantity)
-            draw(
-                ax, {f"{name} forward": {m: found.median(one._replace(m=m)) for m in measured}}, f"{quantity} residual"
-            )
-    fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    fig, panels = plt.subplots(2, 2, figsize=(9, 7), sharex=True, sharey=True, layout="constrained")
+    for ax, (dtype, quantity) in zip(panels.flat, product(DTYPES, ("eigen", "fixed point")), strict=True):
+        one = key._replace(dtype=dtype, quantity=quantity, cotangent="")
+        forward = {"AT forward": "eigh", "PI forward": "PI", "SI forward": "SI"}
+        draw(
+            ax,
+            forward,
+            lambda name, m, one=one, forward=forward: found.median(one._replace(m=m, forward=forward[name])),
+            f"{quantity} residual, {dtype}",
+        )
+    fig.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     picture(
         "residuals",
         fig,
-        "Residuals of the eigenpairs, ‖Xy − λy‖/λ and ‖y − Xy/‖Xy‖‖, float32 above float64.",
+        "Residuals of the eigenpairs, ‖Xy − λy‖/λ and ‖y − Xy/‖Xy‖‖.",
         "Two residuals by size for eigh, power and simultaneous iteration, logarithmic",
         (*Key._fields, "median", "worst"),
-        [
-            (*one, found.median(one), found.worst(one))
-            for one in found.errors
-            if one.quantity in ("eigen", "fixed point")
-        ],
+        numbers("eigen", "fixed point"),
     )
     plt.show()
 
-    for kind, unit, figures, factor in (("time", "ms", seconds, MS), ("memory", "MiB", peaks, MIB)):
+    for kind, unit in (("time", "ms"), ("memory", "MiB")):
+        figures, factor = UNITS[unit]
         fig, ax = plt.subplots(figsize=(7.2, 5.4), layout="constrained")
-        curves = {name: {m: factor * figures[name, (BATCH, m, 1)] for m in COSTS if (name, (BATCH, m, 1)) in figures}
-                  for name in LOOK}  # fmt: skip
-        draw(ax, curves, f"{kind} in {unit}, n = 1")
+        one_pair = {(name, size[1]): factor * value for (name, size), value in figures.items() if size[2] == 1}
+        draw(ax, LOOK, lambda name, m, known=one_pair: known.get((name, m), np.nan), f"{kind} in {unit}, n = 1")
         fig.legend(loc="outside lower center", ncols=3)
         picture(
             f"{kind}-by-size",
@@ -359,10 +356,6 @@ if settings.full:
         plt.show()
         for n in PAIRS:
             by_size = [size for size in sizes if size[-1] == n]
-            table(
-                f"{kind}-{n}",
-                f"{kind.capitalize()} in {unit}, n = {n}, by (b, m).",
-                ("pass", *(str(size[:2]) for size in by_size)),
-                [(name, *(cell(name, size, figures, factor) for size in by_size)) for name in names(n)],
-                ".3g",
-            )
+            cells = [(name, *(cell(name, size, figures, factor) for size in by_size)) for name in names(n)]
+            caption = f"{kind.capitalize()} in {unit}, n = {n}, by (b, m)."
+            table(f"{kind}-{n}", caption, ("pass", *(str(size[:2]) for size in by_size)), cells, ".3g")
