@@ -67,22 +67,16 @@ x, t = array(images[:TRAIN]), array(labels[:TRAIN])
 start = ddnref.networks.Chain.mlp(64, 32, 10, 3, gain=0.6, seed=settings.seed, like=x)
 gradient_at = compiled(lambda params: start.with_params(params).gradient(x, t, throw=False))
 
-
-def gauss_newton(chain):
-    """The Gram matrix of the first N samples, with the gradients of all."""
-    reducer = ddnref.curvature.ggn_reducer(chain, subsampling=range(N))
-    return reducer.finalise(reducer.update(reducer.init(), x, t))
-
-
 chain, velocity = start, [0.0 * p for p in start.params]
-spectra, accuracies, chains, ggns = [], [], {}, {}
+spectra, chains, ggns = [], {}, {}
 for step in track(range(LOOKS[-1] + 1), "Learning, and looking at the curvature"):
     if step in LOOKS:
-        ggn = gauss_newton(chain)
+        reducer = ddnref.curvature.ggn_reducer(chain, subsampling=range(N))
+        ggn = reducer.finalise(reducer.update(reducer.init(), x, t))  # of N samples, with the gradients of all
         spectra.append(host(ddnref.curvature.ggn_eigvalsh(ggn)))
         answers = np.argmax(host(chain.output(array(images[TRAIN:]))), axis=1)
-        accuracies.append(np.mean(answers == labels[TRAIN:]))
-        print(f"step {step:3}: loss {float(chain.loss(x, t)):.3f}, {accuracies[-1]:.1%} of held-out digits recognised")
+        right = np.mean(answers == labels[TRAIN:])
+        print(f"step {step:3}: loss {float(chain.loss(x, t)):.3f}, {right:.1%} of held-out digits recognised")
         if step in (0, LATE):
             chains[step], ggns[step] = chain, ggn
     velocity = [0.9 * v + g for v, g in zip(velocity, gradient_at(chain.params), strict=True)]
@@ -178,21 +172,16 @@ check("curvature of each sample against finite differences",
 change = p_dot.mean(axis=1)
 change /= np.take_along_axis(change, np.abs(change).argmax(axis=1)[:, None], axis=1)
 
-before, after = shares(0), shares(LATE)
+parts = {"share at step 0": shares(0), f"share at step {LATE}": shares(LATE), "change of probability": change}
+high = max(part.max() for part in parts.values() if part is not change)
 fig, axes = plt.subplots(1, 3, figsize=(10, 3.6), sharey=True, layout="constrained")
-for ax, part, colours, low, title in (
-    (axes[0], before, "Blues", 0, "share, step 0"),
-    (axes[1], after, "Blues", 0, f"share, step {LATE}"),
-    (axes[2], change, "RdBu_r", -1, f"change of probability, step {LATE}"),
-):
-    high = 1 if low else max(before.max(), after.max())
-    shown = ax.imshow(part, cmap=colours, vmin=low, vmax=high, aspect="auto")
+for ax, (title, part) in zip(axes, parts.items(), strict=True):
+    colours, low, top = ("RdBu_r", -1, 1) if part is change else ("Blues", 0, high)
+    shown = ax.imshow(part, cmap=colours, vmin=low, vmax=top, aspect="auto")
     ax.set(xticks=range(10), yticks=range(LEADING), title=title, xlabel="digit")
     ax.grid(visible=False)
-    if ax is not axes[0]:
-        fig.colorbar(shown, ax=ax)
+    fig.colorbar(shown, ax=ax)
 axes[0].set_yticklabels([f"$e_{{{k + 1}}}$" for k in range(LEADING)])
-parts = (("share before", before), (f"share at step {LATE}", after), ("change of probability", change))
 picture(
     "classes",
     fig,
@@ -200,7 +189,7 @@ picture(
     f"step {LATE}, and the change of the mean probability of each digit along the eigenvectors at that step.",
     "Shares of the digits in nine eigenvalues, before and during learning, and changes of their probabilities",
     ("quantity", "eigenvector", *(f"digit {digit}" for digit in range(10))),
-    [(name, k + 1, *map(float, row)) for name, part in parts for k, row in enumerate(part)],
+    [(name, k + 1, *map(float, row)) for name, part in parts.items() for k, row in enumerate(part)],
 )
 plt.show()
 
@@ -235,15 +224,14 @@ picture(
 )
 plt.show()
 for step in (0, LATE):
-    print(
-        f"step {step}: the mean exceeds its standard error in {np.mean(ratios[step] > 1 / TRAIN):.0%} of directions; ",
-        end="",
-    )
-    print(f"{inside[step][8]:.0%} of the squared gradient in the first nine, {inside[step][-1]:.0%} in all {N}")
+    clear, first, all_of_them = np.mean(ratios[step] > 1 / TRAIN), inside[step][8], inside[step][-1]
+    print(f"step {step}: the mean exceeds its standard error in {clear:.0%} of directions; {first:.0%} of the squared")
+    print(f"         gradient lies in the first nine, {all_of_them:.0%} in all {N}")
 
 # %%
 # At the start the samples agree most in the directions after the ninth, and that is where the gradient lies. Later they
 # pull in opposite ways in most directions, and more than half of the remaining gradient lies outside all of them.
+#
 # Damped Newton against gradient descent
 # --------------------------------------
 # The step :math:`s = -\sum_k \gamma_k / (\lambda_k + \delta)\, e_k` is zero outside the span of the eigenvectors. So
@@ -297,8 +285,8 @@ picture(
 plt.show()
 
 # %%
-# Counted in steps, Newton is first. But a step decomposes a matrix of 300 columns and costs many steps of the others: in
-# seconds, this small network learns sooner by gradient descent with momentum. The Gram matrix is worth its cost here
+# Counted in steps, Newton is first. But a step decomposes a matrix of 300 columns and costs many steps of the others.
+# In seconds, this small network learns sooner by gradient descent with momentum. The Gram matrix is worth its cost here
 # for what it shows of the curvature, not for the time it saves.
 
 # %%
@@ -320,8 +308,6 @@ if _peers.installed("torch"):
     w, v = ddnref.curvature.ggn_eigh(chain, z, s, k=3)
     print("an eigenvector, parameter by parameter:", [tuple(e.shape[1:]) for e in v])
 
-    shared = all(p.data_ptr() == q.data_ptr() for p, q in zip(chain.params, module.parameters(), strict=True))
-    print("weights shared with the module:", shared)
     weights = {name: p.detach() for name, p in module.named_parameters()}
     jacobian = torch.func.jacrev(lambda p: torch.func.functional_call(module, p, (z,)))(weights)
     rows = torch.cat([j.reshape(12, -1) for j in jacobian.values()], dim=1)

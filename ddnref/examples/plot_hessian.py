@@ -10,6 +10,7 @@ backward error of every way to factor.
 """
 
 import time
+from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -78,7 +79,7 @@ for k, chain in kept.items():
 
 n = len(EDGES) // 2 - 1  # the bins on each side of the one around zero
 total = sum(p.size for p in kept[0].params)
-bins = [f"{low:g} to {high:g}" for low, high in zip(EDGES[1:-2], EDGES[2:-1], strict=True)]
+bins = [f"{low:g} to {high:g}" for low, high in pairwise(EDGES[1:-1])]
 bins = [f"below {EDGES[1]:g}", *bins, f"above {EDGES[-2]:g}"]
 fig, axes = plt.subplots(len(kept), 1, figsize=(7.2, 7.4), sharex=True, layout="constrained", squeeze=False)
 for ax, (k, counts) in zip(axes[:, 0], spectra.items(), strict=True):
@@ -138,16 +139,11 @@ headline(f"Eigenvalues of the Hessian below {-SIZES[0]:g}, while learning", f"{n
 # out.
 
 TIMED = not (STRICT or backend.compiles)
-DEPTHS = {
-    "ddnref": (25, 50, 100, 200, 400, 800) if settings.full else (25, 50, 100, 200),
-    "textbook": (5, 10, 20, 40) if settings.full else (5, 10, 20),
-    "dense": (2, 4, 8) if settings.full else (2, 4),
-}
-WIDTHS = {
-    "ddnref": (16, 32, 64, 128, 256) if settings.full else (16, 32, 64, 128),
-    "textbook": (4, 8, 16, 24) if settings.full else (4, 8, 16),
-    "dense": (4, 8, 12),
-}
+DEPTHS = {"ddnref": (25, 50, 100, 200), "textbook": (5, 10, 20), "dense": (2, 4)}
+WIDTHS = {"ddnref": (16, 32, 64, 128), "textbook": (4, 8, 16), "dense": (4, 8, 12)}
+if settings.full:
+    DEPTHS = {"ddnref": (25, 50, 100, 200, 400, 800), "textbook": (5, 10, 20, 40), "dense": (2, 4, 8)}
+    WIDTHS = {"ddnref": (16, 32, 64, 128, 256), "textbook": (4, 8, 16, 24), "dense": (4, 8, 12)}
 
 
 def problem(depth, width, samples, gain=1.0):

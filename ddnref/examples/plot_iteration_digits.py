@@ -61,7 +61,7 @@ picture(
     fig,
     "Four eigen-digits as the iteration finds them.",
     "Four eigenvectors as images after 1 to 80 steps, with their residuals",
-    ("steps", "vector", "residual", *(f"pixel {i},{j}" for i in range(8) for j in range(8))),
+    ("steps", "vector", "residual", *(f"pixel {i}" for i in range(64))),
     shown,
 )
 plt.show()
@@ -249,15 +249,19 @@ LOOK = {  # colour, marker and line of each pass
 }
 
 
-def draw(ax, names, value, title):
-    """Draw ``value(name, m)`` by m, a line for each pass; it ends where a pass was skipped."""
-    for name in names:
+def draw(ax, curves, title):
+    """Draw lines ``{pass: values by m}``; they end where a pass was skipped."""
+    for name, values in curves.items():
         colour, marker, line = LOOK[name]
-        heights = [value(name, m) for m in WIDTHS]
-        ax.plot(WIDTHS, heights, color=colour, marker=marker, linestyle=line, linewidth=1.6, label=name)
+        ax.plot(WIDTHS, values, color=colour, marker=marker, linestyle=line, linewidth=1.6, label=name)
     ax.set_xscale("log", base=2)
     ax.set_xticks(WIDTHS, map(str, WIDTHS))
     ax.set(yscale="log", xlabel="m", title=title)
+
+
+def by_size(**parts):
+    """Medians for every m, of the errors with these parts of the key."""
+    return [found.median(key._replace(m=m, **parts)) for m in WIDTHS]
 
 
 def numbers(*wanted):
@@ -268,12 +272,7 @@ def numbers(*wanted):
 compared = [name for name in LOOK if name in gradients and name not in ("PI-DDN-J", "PI-IFT-J", "PI-IFT-E, B stored")]
 fig, panels = plt.subplots(1, 2, figsize=(9, 4.4), sharey=True, layout="constrained")
 for ax, dtype in zip(panels, DTYPES, strict=True):
-    draw(
-        ax,
-        compared,
-        lambda name, m, key=key._replace(dtype=dtype): found.median(key._replace(quantity=name, m=m)),
-        dtype,
-    )
+    draw(ax, {name: by_size(dtype=dtype, quantity=name) for name in compared}, dtype)
 panels[0].set_ylabel("relative error")
 fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 picture(
@@ -291,9 +290,10 @@ plt.show()
 # distribution and for four eigenvectors, and the cost of every pass at every size.
 
 
-def medians(name, caption, row, values, columns, key=key):
+def medians(name, caption, row, values, columns, **fixed):
     """Make a table of medians: a row fills in one part of the key, a column others."""
-    cells = [(v, *(found.median(key._replace(**{row: v}, **column)) for column in columns.values())) for v in values]
+    one = key._replace(**fixed)
+    cells = [(v, *(found.median(one._replace(**{row: v}, **part)) for part in columns.values())) for v in values]
     table(name, caption, (row, *columns), cells)
 
 
@@ -304,7 +304,7 @@ if settings.full:
         "distribution",
         DISTRIBUTIONS,
         {f"{name}, {q}": {"forward": name, "quantity": q} for q in ("λ", "y") for name in ("eigh", "PI", "SI")},
-        key._replace(cotangent=""),
+        cotangent="",
     )
     for n, name in ((1, "PI"), (4, "eigh")):
         medians(
@@ -313,21 +313,18 @@ if settings.full:
             "quantity",
             dict.fromkeys(k.quantity for k in found.errors if k.n == n and k.cotangent),
             {f"{dtype}, {kind}": {"dtype": dtype, "cotangent": kind} for dtype in DTYPES for kind in COTANGENTS},
-            key._replace(n=n, forward=name),
+            n=n,
+            forward=name,
         )
     caption = "Relative error of the gradient in float32 for every kind of matrix, random cotangents, n = 1."
     medians("distributions", caption, "quantity", gradients, {d: {"distribution": d} for d in DISTRIBUTIONS})
 
     fig, panels = plt.subplots(2, 2, figsize=(9, 7), sharex=True, sharey=True, layout="constrained")
     for ax, (dtype, quantity) in zip(panels.flat, product(DTYPES, ("eigen", "fixed point")), strict=True):
-        one = key._replace(dtype=dtype, quantity=quantity, cotangent="")
+        one = {"dtype": dtype, "quantity": quantity, "cotangent": ""}
         forward = {"AT forward": "eigh", "PI forward": "PI", "SI forward": "SI"}
-        draw(
-            ax,
-            forward,
-            lambda name, m, one=one, forward=forward: found.median(one._replace(m=m, forward=forward[name])),
-            f"{quantity} residual, {dtype}",
-        )
+        curves = {name: by_size(forward=short, **one) for name, short in forward.items()}
+        draw(ax, curves, f"{quantity} residual, {dtype}")
     fig.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     picture(
         "residuals",
@@ -342,8 +339,8 @@ if settings.full:
     for kind, unit in (("time", "ms"), ("memory", "MiB")):
         figures, factor = UNITS[unit]
         fig, ax = plt.subplots(figsize=(7.2, 5.4), layout="constrained")
-        one_pair = {(name, size[1]): factor * value for (name, size), value in figures.items() if size[2] == 1}
-        draw(ax, LOOK, lambda name, m, known=one_pair: known.get((name, m), np.nan), f"{kind} in {unit}, n = 1")
+        curves = {name: [factor * figures.get((name, (BATCH, m, 1)), np.nan) for m in WIDTHS] for name in LOOK}
+        draw(ax, curves, f"{kind} in {unit}, n = 1")
         fig.legend(loc="outside lower center", ncols=3)
         picture(
             f"{kind}-by-size",
@@ -355,7 +352,7 @@ if settings.full:
         )
         plt.show()
         for n in PAIRS:
-            by_size = [size for size in sizes if size[-1] == n]
-            cells = [(name, *(cell(name, size, figures, factor) for size in by_size)) for name in names(n)]
+            some = [size for size in sizes if size[-1] == n]
+            cells = [(name, *(cell(name, size, figures, factor) for size in some)) for name in names(n)]
             caption = f"{kind.capitalize()} in {unit}, n = {n}, by (b, m)."
-            table(f"{kind}-{n}", caption, ("pass", *(str(size[:2]) for size in by_size)), cells, ".3g")
+            table(f"{kind}-{n}", caption, ("pass", *(str(size[:2]) for size in some)), cells, ".3g")

@@ -187,7 +187,7 @@ gap = float(np.min(spectra[:, -COMPONENTS] - spectra[:, -COMPONENTS - 1]))
 options = {"directions": 4, "gap": gap, "seed": settings.seed}
 of_matrices = ddnref.testing.check_vjp(
     partial(ddnref.eigh_topk_fwd, k=COMPONENTS), ddnref.eigh_topk_vjp, data[0], saves=True,
-    loss=(lambda w, v: loss_of_pairs(w, v, u, one_hot), lambda w, v: (None, cotangents(v, u, one_hot)[0])),
+    loss=(lambda w, v: loss_of_pairs(w, v, u, one_hot), lambda _, v: (None, cotangents(v, u, one_hot)[0])),
     tangent="symmetric", symmetrises=True, **options,
 )  # fmt: skip
 of_weights = ddnref.testing.check_vjp(
