@@ -29,7 +29,8 @@ STRICT = backend.name == "array-api-strict"  # checks every operation, which is 
 # A network with more layers than its layers are wide (tanh, weights of gain 1.2), one image of each digit,
 # cross-entropy; Adam in a few lines.
 
-LAYERS, WIDTH = (3, 3) if STRICT else (30, 8) if settings.full else (20, 8)
+LAYERS = 3 if STRICT else 30 if settings.full else 20
+WIDTH = 3 if STRICT else 8
 KEPT = (0, 100, 1000) if settings.full else (0, 60, 600)  # steps after which the spectrum is counted
 
 images, labels = load_digits(return_X_y=True)
