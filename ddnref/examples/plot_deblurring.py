@@ -26,7 +26,8 @@ from ddnref.operators import add, adjoint, convolution, difference, normal, scal
 
 convert, to_numpy = settings.backend.convert, settings.backend.to_numpy
 xp = array_api_compat.array_namespace(convert(np.zeros(1)))
-SIDE, SIZE = 96, 9  # of the photographs and of the kernel
+SIDE = 96  # of the photographs
+SIZE = 9  # of the kernel
 
 # %%
 # The camera
@@ -108,7 +109,8 @@ headline("Gradient through the linear solver: error", f"ddnref {error:.0e}")
 # --------
 # Adam, with one rate for the kernel and one for the weight. Each solve starts from the solution of the last step.
 
-STEPS, RTOL = 60, 1e-6
+STEPS = 60
+RTOL = 1e-6
 RATES = 0.006, 0.3
 params, last = start, (None, None)
 means = [(0 * p, 0 * p) for p in params]

@@ -8,7 +8,7 @@ from html import escape
 
 from ddnref.examples._show import Cell, shown
 from ddnref.report.narrative import html
-from ddnref.report.runner import Check, Code, Headline, Narrative, Part, Picture, Printed, Table, Told
+from ddnref.report.runner import DPI, Check, Code, Headline, Narrative, Part, Picture, Printed, Table, Told
 
 STYLE = """
 :root { color-scheme: light; --ink: #1c1f23; --soft: #5a626b; --line: #dde1e6; --accent: #0067a5; }
@@ -27,6 +27,7 @@ p { margin: .9rem 0; }
   border-radius: 3px; }
 .literal { padding: .1em .3em; overflow-wrap: anywhere; }
 pre { padding: .6rem .8rem; margin: .9rem 0; overflow-x: auto; font-size: .8125rem; }
+.out { white-space: pre-wrap; }
 details { margin: .9rem 0; }
 summary { color: var(--soft); font-size: .875rem; cursor: pointer; }
 math[display="block"] { margin: 1.1rem 0; overflow-x: auto; overflow-y: hidden; }
@@ -100,7 +101,7 @@ def _part(part: Part, prefix: str) -> str:
         case Code(source):
             return f"<details><summary>Code</summary><pre>{escape(source)}</pre></details>"
         case Printed(text):
-            return f"<pre>{escape(text.rstrip())}</pre>"
+            return f'<pre class="out">{escape(text.rstrip())}</pre>'
         case Check(label, error, limit):
             verdict = '<span class="bad">✗' if not error <= limit else "<span>✓"
             return f'<p class="check">{verdict} {escape(label)}: {error:.1e}, at most {limit:.0e}</span></p>'
@@ -108,8 +109,10 @@ def _part(part: Part, prefix: str) -> str:
             return _table(part)
         case Picture():
             data = base64.b64encode(part.png).decode("ascii")
+            width = int.from_bytes(part.png[16:20], "big") * 96 // DPI  # the size that its fonts were chosen for
             return (
-                f'<figure><img alt="{escape(part.alt)}" src="data:image/png;base64,{data}">'
+                f'<figure><img alt="{escape(part.alt)}" style="max-width: {width}px" '
+                f'src="data:image/png;base64,{data}">'
                 f"<figcaption>{html(part.caption)}</figcaption></figure>"
             )
 
