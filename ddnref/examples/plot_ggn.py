@@ -39,8 +39,8 @@ x, t = array(rng.random((4, 7))), array(rng.random((4, 3)))
 small = ddnref.networks.Chain.mlp(
     7, 5, 3, 3, activation="relu", loss="mse", gain=math.sqrt(2), seed=settings.seed, like=x
 )  # fmt: skip
-gram = host(ddnref.curvature.ggn_eigvalsh(small, x, t))
-dense = np.linalg.eigvalsh(host(network_ggn(small, x, t)))[::-1]
+gram = host(compiled(lambda x, t: ddnref.curvature.ggn_eigvalsh(small, x, t, throw=False))(x, t))
+dense = np.linalg.eigvalsh(host(compiled(lambda x, t: network_ggn(small, x, t))(x, t)))[::-1]
 print("Gram, 12×12: ", " ".join(f"{w:8.1e}" for w in gram))
 print("dense, 88×88:", " ".join(f"{w:8.1e}" for w in dense[:12]), "...")
 spectrum_error = np.max(np.abs(gram - dense[:12])) / dense[0]
@@ -132,13 +132,14 @@ pairs_error = np.max(np.abs(product - w[:, None] * e_flat)) / w[0]
 check("eigenpairs: G e - λ e, over the largest eigenvalue", pairs_error, 1e-12)
 
 
-def along(function, k):
-    """The derivative of a function of the network along the k-th eigenvector, by finite differences."""
+def along(function):
+    """The derivatives of a function of the network along all eigenvectors, by finite differences."""
     at = compiled(lambda theta: function(chain.with_params(like_params(chain, theta))))
-    return host(numerical_jvp(at, flat(chain.params), flat(e, LEADING)[k, :]))
+    directions = flat(e, LEADING)
+    return np.stack([host(numerical_jvp(at, flat(chain.params), directions[k, :])) for k in range(LEADING)])
 
 
-slopes = [along(lambda chain: chain.loss(x, t, throw=False), k) for k in range(LEADING)]
+slopes = along(lambda chain: chain.loss(x, t, throw=False))
 gradient = {step: host(flat(each.gradient(x, t))) for step, each in chains.items()}
 slopes_error = np.max(np.abs(slopes - np.mean(host(derivatives[LATE].first)[:, :LEADING], axis=0)))
 slopes_error /= np.linalg.norm(gradient[LATE])
@@ -164,7 +165,7 @@ def shares(step):
 
 p = np.exp(host(chain.output(x[:N, ...])))
 p /= p.sum(axis=1, keepdims=True)
-y_dot = np.stack([along(lambda chain: chain.output(x[:N, ...]), k) for k in range(LEADING)])  # (9, N, 10)
+y_dot = along(lambda chain: chain.output(x[:N, ...]))  # (9, N, 10)
 p_dot = p * (y_dot - np.sum(p * y_dot, axis=-1, keepdims=True))
 second = host(derivatives[LATE].second)[:, :LEADING]
 check("curvature of each sample against finite differences",
