@@ -102,14 +102,11 @@ for i, colour in ((0, GREY), (len(LOOKS) // 2, BLUE), (-1, ORANGE)):
 right.axvline(9.5, color="black", linewidth=0.8, linestyle=":")
 right.set(xlabel="number, the largest first", title="all of them", ylim=(1e-9, None))
 right.legend(loc="lower left")
-picture(
-    "spectrum",
-    fig,
+picture("spectrum", fig,
     "Eigenvalues while the network learns.",
     "Eigenvalues over the steps of training, and all of them at three steps",
     ("step", "number", "eigenvalue"),
-    [(step, i + 1, float(w)) for step, row in zip(LOOKS, values, strict=True) for i, w in enumerate(row)],
-)
+    [(step, i + 1, float(w)) for step, row in zip(LOOKS, values, strict=True) for i, w in enumerate(row)])  # fmt: skip
 plt.show()
 gaps = values[:, 8] / values[:, 9]
 print("ninth / tenth eigenvalue, step by step:", ", ".join(f"{gap:.1f}" for gap in gaps))
@@ -183,15 +180,12 @@ for ax, (title, part) in zip(axes, parts.items(), strict=True):
     ax.grid(visible=False)
     fig.colorbar(shown, ax=ax)
 axes[0].set_yticklabels([f"$e_{{{k + 1}}}$" for k in range(LEADING)])
-picture(
-    "classes",
-    fig,
+picture("classes", fig,
     "The part of each of the first nine eigenvalues that is due to the images of each digit, before learning and at "
     f"step {LATE}, and the change of the mean probability of each digit along the eigenvectors at that step.",
     "Shares of the digits in nine eigenvalues, before and during learning, and changes of their probabilities",
     ("quantity", "eigenvector", *(f"digit {digit}" for digit in range(10))),
-    [(name, k + 1, *map(float, row)) for name, part in parts.items() for k, row in enumerate(part)],
-)
+    [(name, k + 1, *map(float, row)) for name, part in parts.items() for k, row in enumerate(part)])  # fmt: skip
 plt.show()
 
 # %%
@@ -215,14 +209,12 @@ left.axhline(1 / TRAIN, color="black", linewidth=0.8, linestyle=":")
 left.set(xlabel="direction, the most curved first", title="signal to noise of the slope")
 right.set(xlabel="directions, from the first on", title="share of the squared gradient", ylim=(0, 1))
 right.legend(loc="upper left")
-picture(
-    "noise",
-    fig,
+picture("noise", fig,
     "Signal to noise ratio of the slopes along each eigenvector, and the share of the squared gradient in the first.",
     "Signal to noise ratio of the slopes along the eigenvectors, and their share of the gradient",
     ("direction", "ratio before", f"ratio at step {LATE}", "share before", f"share at step {LATE}"),
     [(k + 1, *(float(part[step][k]) for part in (ratios, inside) for step in (0, LATE))) for k in range(N)],
-)
+)  # fmt: skip
 plt.show()
 for step in (0, LATE):
     clear, first, all_of_them = np.mean(ratios[step] > 1 / TRAIN), inside[step][8], inside[step][-1]
@@ -275,14 +267,12 @@ for (method, (losses, seconds)), colour in zip(courses.items(), (GREY, ORANGE, B
 left.set(xlabel="steps", ylabel="loss on the training set")
 right.set(xlabel="seconds of computation")
 left.legend()
-picture(
-    "newton",
-    fig,
+picture("newton", fig,
     "The loss over steps and over seconds.",
     "Loss of gradient descent, with and without momentum, and of damped Newton steps",
     ("method", "step", "loss", "seconds"),
     [(method, i, *row) for method, found in courses.items() for i, row in enumerate(zip(*found, strict=True))],
-)
+)  # fmt: skip
 plt.show()
 
 # %%

@@ -10,6 +10,7 @@ backward error of every way to factor.
 """
 
 import time
+from functools import partial
 from itertools import pairwise
 
 import matplotlib.pyplot as plt
@@ -73,9 +74,8 @@ def in_backend(chain, *arrays):
 
 spectra, uncertain = {}, {}
 for k, chain in kept.items():
-    spectra[k], info = ddnref.curvature.hessian_eigval_count(
-        *in_backend(chain, x, t), EDGES, method="riccati", throw=False
-    )
+    moved = in_backend(chain, x, t)
+    spectra[k], info = ddnref.curvature.hessian_eigval_count(*moved, EDGES, method="riccati", throw=False)
     uncertain[k] = sum(info.uncertain)
 
 n = len(EDGES) // 2 - 1  # the bins on each side of the one around zero
@@ -91,15 +91,12 @@ for ax, (k, counts) in zip(axes[:, 0], spectra.items(), strict=True):
     for i, count in enumerate(counts):
         ax.text(i, max(count, 0.5), f"{count}", ha="center", va="bottom", fontsize=9)
 ax.tick_params(axis="x", labelrotation=30)
-picture(
-    "spectrum",
-    fig,
+picture("spectrum", fig,
     f"All {total} eigenvalues of the Hessian while the network learns. Left of the middle, in orange: directions in "
     "which the loss curves down. The scale is logarithmic.",
     "Counts of eigenvalues in bins, at three times of training",
     ("steps", "loss", *bins),
-    [(k, losses[k], *counts) for k, counts in spectra.items()],
-)
+    [(k, losses[k], *counts) for k, counts in spectra.items()])  # fmt: skip
 plt.show()
 
 # %%
@@ -164,15 +161,10 @@ def textbook(chain, x, t):
     tall_skinny_solve(tall_skinny_derivatives(chain, x, t), g, 1e-3)
 
 
-def dense(chain, x, t):
-    ours(chain, x, t, "dense")
-
-
 def seconds(function, depth, width):
     """The best of three; of processor time for NumPy, which other work on the machine does not disturb."""
     clock = time.process_time if function is not ours or backend.name == "numpy" else time.perf_counter
-    arguments = problem(depth, width, 1)
-    arguments = in_backend(*arguments) if function is ours else arguments
+    arguments = in_backend(*problem(depth, width, 1)) if function is ours else problem(depth, width, 1)
     times = []
     for _ in range(3):
         begun = clock()
@@ -189,7 +181,7 @@ def slope(sizes, values):
 if TIMED:
     rows = []
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
-    ways = {"ddnref": (ours, BLUE), "textbook": (textbook, ORANGE), "dense": (dense, GREEN)}
+    ways = {"ddnref": (ours, BLUE), "textbook": (textbook, ORANGE), "dense": (partial(ours, method="dense"), GREEN)}
     for name, (function, colour) in track(list(ways.items()), "Timing solves with the Hessian"):
         for ax, depths, widths in (
             (left, DEPTHS[name], [16] * len(DEPTHS[name])),
@@ -203,14 +195,11 @@ if TIMED:
     right.set(xlabel="width")
     for ax in (left, right):
         ax.legend(fontsize=8)
-    picture(
-        "time",
-        fig,
+    picture("time", fig,
         "Seconds of one factorisation and one solve, against the number of layers and the width.",
         "Time of three ways to solve against depth and width, on logarithmic axes",
         ("method", "layers", "width", "seconds"),
-        rows,
-    )
+        rows)  # fmt: skip
     plt.show()
 else:
     print(f"Times are not measured with {backend.name}.")
@@ -244,14 +233,12 @@ for (path, (plain, refined)), colour in zip(errors.items(), (BLUE, ORANGE, GREEN
     ax.loglog(DAMPINGS, refined, "o-", ms=4, color=colour, label=path)
 ax.set(xlabel=r"damping $\varepsilon$", ylabel="backward error")
 ax.legend(fontsize=8)
-picture(
-    "errors",
-    fig,
+picture("errors", fig,
     "Backward error of each path, before (dotted) and after (solid) refinement.",
     "Backward error against damping for each factorisation",
     ("path", "damping", "unrefined", "refined"),
     [(path, float(e), *two) for path, found in errors.items() for e, *two in zip(DAMPINGS, *found, strict=True)],
-)
+)  # fmt: skip
 plt.show()
 worst = max(error for _, refined in errors.values() for error in refined)
 check("largest backward error, refined", worst, 1e-14)

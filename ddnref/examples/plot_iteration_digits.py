@@ -56,14 +56,11 @@ for row, steps in zip(axes, STEPS, strict=True):
         ax.set_title(f"{residual[k]:.0e}", fontsize="small")
         ax.set(xticks=[], yticks=[])
     row[0].set_ylabel(f"{steps} step{'s' * (steps > 1)}")
-picture(
-    "eigen-digits",
-    fig,
+picture("eigen-digits", fig,
     "Four eigen-digits as the iteration finds them.",
     "Four eigenvectors as images after 1 to 80 steps, with their residuals",
     ("steps", "vector", "residual", *(f"pixel {i}" for i in range(64))),
-    shown,
-)
+    shown)  # fmt: skip
 plt.show()
 
 # %%
@@ -125,14 +122,11 @@ for ax, errors, name in ((axes[0], to_limit, "eigenvectors"), (axes[1], to_itera
     ax.set(xlabel="steps", title=f"from the gradient of the {name}")
 axes[0].set_ylabel("relative error")
 axes[0].legend()
-picture(
-    "steps",
-    fig,
+picture("steps", fig,
     "Distance of three gradients from that of the eigenvectors and from that of the iterate.",
     "Errors of three methods against the number of steps, on logarithmic axes",
     ("method", "steps", "from the eigenvectors'", "from the iterate's"),
-    [(m, *row) for m in METHODS for row in zip(COUNTS, to_limit[m], to_iterate[m], strict=True)],
-)
+    [(m, *row) for m in METHODS for row in zip(COUNTS, to_limit[m], to_iterate[m], strict=True)])  # fmt: skip
 plt.show()
 
 # %%
@@ -275,14 +269,11 @@ for ax, dtype in zip(panels, DTYPES, strict=True):
     draw(ax, {name: by_size(dtype=dtype, quantity=name) for name in compared}, dtype)
 panels[0].set_ylabel("relative error")
 fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-picture(
-    "gradients",
-    fig,
+picture("gradients", fig,
     f"Error of the gradient on Gaussian matrices, medians of {SEEDS} seeds.",
     "Gradient error by size for each backward pass, float32 and float64, logarithmic",
     (*Key._fields, "median", "worst"),
-    numbers(*gradients),
-)
+    numbers(*gradients))  # fmt: skip
 plt.show()
 
 # %%
@@ -326,14 +317,11 @@ if settings.full:
         curves = {name: by_size(forward=short, **one) for name, short in forward.items()}
         draw(ax, curves, f"{quantity} residual, {dtype}")
     fig.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    picture(
-        "residuals",
-        fig,
+    picture("residuals", fig,
         "Residuals of the eigenpairs, ‖Xy − λy‖/λ and ‖y − Xy/‖Xy‖‖.",
         "Two residuals by size for eigh, power and simultaneous iteration, logarithmic",
         (*Key._fields, "median", "worst"),
-        numbers("eigen", "fixed point"),
-    )
+        numbers("eigen", "fixed point"))  # fmt: skip
     plt.show()
 
     for kind, unit in (("time", "ms"), ("memory", "MiB")):
@@ -342,14 +330,12 @@ if settings.full:
         curves = {name: [factor * figures.get((name, (BATCH, m, 1)), np.nan) for m in WIDTHS] for name in LOOK}
         draw(ax, curves, f"{kind} in {unit}, n = 1")
         fig.legend(loc="outside lower center", ncols=3)
-        picture(
-            f"{kind}-by-size",
-            fig,
+        picture(f"{kind}-by-size", fig,
             f"{kind.capitalize()} of every pass. Every backward pass but Unroll is the same for PI and SI.",
             f"{kind.capitalize()} of every pass by size, logarithmic",
             ("b", "m", "n", "pass", kind, "state"),
             [(*s, name, figures.get((name, s), ""), state(name, s)) for s in sizes for name in names(s[-1])],
-        )
+        )  # fmt: skip
         plt.show()
         for n in PAIRS:
             some = [size for size in sizes if size[-1] == n]

@@ -78,10 +78,9 @@ PASSES = {  # the library, the colours of edge and face; forward passes are outl
 BACKWARD = [name for name in PASSES if "forward" not in name]
 
 missing = [name for name, version in versions().items() if version is None]
-sources = {name: source for name, source in LADDER.items() if name not in missing}
-seconds = {}
-for source in track(list(sources.values()), "Timing the ladder"):
-    seconds |= _measure.seconds(source, SIZES, PATIENCE, always=(UNIT,))
+sources = [source for name, source in LADDER.items() if name not in missing]
+timed = [_measure.seconds(source, SIZES, PATIENCE, always=(UNIT,)) for source in track(sources, "Timing the ladder")]
+seconds = {key: value for found in timed for key, value in found.items()}
 
 
 def state(name, size):
@@ -122,27 +121,23 @@ def draw(names, sizes, ratios, label, log):
     ax.grid(visible=False, axis="x")
     ax.set_xticks(range(len(sizes)), map(str, sizes))
     ax.set(xlabel="(b, m): b matrices, m×m, float32", ylabel=label)
-    handles = []  # made by hand, so that a pass without bars keeps its colour
-    for name in names:
-        library, edge, face = PASSES[name]
-        text = f"{name}: not installed" if library in missing else name
-        handles.append(Patch(edgecolor=edge, facecolor=face, label=text))
+    # The legend is made by hand, so that a pass without bars keeps its colour.
+    looks = [(f"{name}: not installed" if PASSES[name][0] in missing else name, *PASSES[name][1:]) for name in names]
+    handles = [Patch(label=text, edgecolor=edge, facecolor=face) for text, edge, face in looks]
     fig.legend(handles=handles, loc="outside lower center", ncols=3)
     return fig
 
 
 relative = {(name, size): value / seconds[UNIT, size] for (name, size), value in seconds.items()}
 fig = draw(PASSES, SIZES, relative, "time / NumPy forward pass", log=True)
-picture(
-    "time",
-    fig,
+picture("time", fig,
     "Time of forward passes (outlines) and backward passes (filled), divided by the time of NumPy's forward pass at "
     "the same size, ``ddnref.eigh``, on the machine that made this page. PyTorch and JAX may call another LAPACK than "
     "NumPy, so their own forward passes are shown too.",
     "Time of forward and backward passes by size, logarithmic",
     ("b", "m", "pass", "seconds", f"{UNIT} = 1", "state"),
     [(*s, n, seconds.get((n, s), ""), relative.get((n, s), ""), state(n, s)) for s in SIZES for n in PASSES],
-)
+)  # fmt: skip
 plt.show()
 
 # %%
@@ -161,12 +156,9 @@ table(
     [(f"{UNIT}, in ms", *(1e3 * seconds[UNIT, size] for size in SIZES)), *rows(PASSES, SIZES, relative)],
     ".3g",
 )
-peers = {"ddnref": "final", "PyTorch": "PyTorch", "JAX": "JAX"}
-last = {label: rows([name], SIZES[-1:], relative)[0][1] for label, name in peers.items()}
-headline(
-    f"Backward pass, in NumPy forward passes, {SIZES[-1]} float32",
-    *(f"{label} {ratio if isinstance(ratio, str) else format(ratio, '.2g')}" for label, ratio in last.items()),
-)
+last = rows(("final", "PyTorch", "JAX"), SIZES[-1:], relative)
+said = [f"{name} {ratio if isinstance(ratio, str) else format(ratio, '.2g')}" for name, ratio in last]
+headline(f"Backward pass, in NumPy forward passes, {SIZES[-1]} float32", said[0].replace("final", "ddnref"), *said[1:])
 
 # %%
 # Memory
@@ -177,38 +169,26 @@ headline(
 # good, such as those of its BLAS, do not count. Inputs of less than 64 KiB are left out, because memory is counted in
 # pages of 4 KiB.
 
-KIB = 64
-
 
 def bytes_of(size):
     """Return the memory of the matrices that are decomposed, in float32."""
     return 4 * size[0] * size[1] ** 2
 
 
-large = [size for size in SIZES if bytes_of(size) >= KIB * 1024]
-weighed = [
-    {
-        key: value
-        for key, value in seconds.items()
-        if key[0] in BACKWARD and PASSES[key[0]][0] == name and key[1] in large
-    }
-    for name in sources
-]
+large = [size for size in SIZES if bytes_of(size) >= 64 * 1024]
+weighed = [{(n, s): t for (n, s), t in found.items() if n in BACKWARD and s in large} for found in timed]
 with ThreadPoolExecutor() as pool:  # unlike times, memory does not suffer from company
-    found = list(pool.map(_measure.peaks, sources.values(), weighed))
-peaks = {key: value for part in found for key, value in part.items()}
+    peaks = {key: value for found in pool.map(_measure.peaks, sources, weighed) for key, value in found.items()}
 in_inputs = {(name, size): value / bytes_of(size) for (name, size), value in peaks.items()}
 
 if peaks:
     fig = draw(BACKWARD, large, in_inputs, "peak memory / input", log=False)
-    picture(
-        "memory",
-        fig,
+    picture("memory", fig,
         "Peak memory of backward passes, divided by the memory of the matrices that were decomposed.",
         "Peak memory of backward passes by size, in units of the input",
         ("b", "m", "pass", "bytes", "input = 1", "state"),
         [(*s, n, peaks.get((n, s), ""), in_inputs.get((n, s), ""), state(n, s)) for s in large for n in BACKWARD],
-    )
+    )  # fmt: skip
     plt.show()
     table("peaks", "The numbers of the picture.", ("pass", *map(str, large)), rows(BACKWARD, large, in_inputs), ".3g")
 else:

@@ -60,15 +60,12 @@ ax.imshow(mosaic(np.stack([clean[shown], damaged[shown]])), cmap="gray_r", vmin=
 for digit in range(10):
     outline(ax, 9 * digit, 9, ORANGE)
 ax.set_axis_off()
-picture(
-    "digits",
-    fig,
+picture("digits", fig,
     "One held-out digit of each kind, and the same with the bad spot.",
     "Ten handwritten digits, clean and with noise in a block of nine pixels",
     ("images", "digit", *pixels),
     [(name, d, *map(float, row)) for name, rows in (("clean", clean), ("damaged", damaged))
-     for d, row in enumerate(rows[shown])],
-)  # fmt: skip
+     for d, row in enumerate(rows[shown])])  # fmt: skip
 plt.show()
 
 # %%
@@ -167,14 +164,11 @@ ax.axhline(16 * np.finfo(float).eps * size, color=ORANGE, linestyle="--", linewi
            label="equal to rounding below this line")  # fmt: skip
 ax.set(xlabel="number of the eigenvalue, largest first", ylabel="eigenvalue")
 ax.legend(loc="lower left")
-picture(
-    "spectra",
-    fig,
+picture("spectra", fig,
     "All eigenvalues of the ten second moments, one dot each.",
     "Eigenvalues of all classes, logarithmic scale",
     ("digit", "number, largest first", "eigenvalue"),
-    [(d, i + 1, float(value)) for d, w in enumerate(spectra) for i, value in enumerate(w[::-1])],
-)
+    [(d, i + 1, float(value)) for d, w in enumerate(spectra) for i, value in enumerate(w[::-1])])  # fmt: skip
 plt.show()
 
 # %%
@@ -250,14 +244,11 @@ top.set(ylabel="training loss", ylim=(0, None))
 bottom.plot(100 * np.asarray(accuracies), color=ORANGE)
 bottom.set(ylabel="recognised, %", xlabel="steps of gradient descent", ylim=(0, 100))
 fig.align_ylabels()
-picture(
-    "course",
-    fig,
+picture("course", fig,
     "The loss falls, and the accuracy on images that were not used for learning rises.",
     "Training loss and held-out accuracy against steps of gradient descent",
     ("step", "training loss", "held-out accuracy"),
-    [(i, *row) for i, row in enumerate(zip(losses, accuracies, strict=True))],
-)
+    [(i, *row) for i, row in enumerate(zip(losses, accuracies, strict=True))])  # fmt: skip
 plt.show()
 headline("Damaged digits recognised", f"{accuracies[0]:.1%} before learning", f"{accuracies[-1]:.1%} after")
 
@@ -294,14 +285,11 @@ shown = ax.imshow(np.log2(weights).reshape(8, 8), cmap="RdBu", vmin=-size, vmax=
 outline(ax)
 ax.set_axis_off()
 fig.colorbar(shown, ax=ax, label="weight of the pixel, as a power of two")
-picture(
-    "weights",
-    fig,
+picture("weights", fig,
     "The learned weight of every pixel.",
     "Learned weight of the 8 by 8 pixels, low inside the damaged block",
     ("row", "column", "weight", "damaged"),
-    [(i // 8, i % 8, float(weight), int(BLOCK.ravel()[i])) for i, weight in enumerate(weights)],
-)
+    [(i // 8, i % 8, float(weight), int(BLOCK.ravel()[i])) for i, weight in enumerate(weights)])  # fmt: skip
 plt.show()
 
 # %%
@@ -319,13 +307,10 @@ ax.imshow(mosaic(np.concatenate(list(parts.values()))), cmap="RdBu_r", vmin=-0.5
 ax.set_xticks(9 * np.arange(10) + 3.5, map(str, range(10)))
 ax.set_yticks(9 * np.arange(2 * SHOWN) + 3.5, [f"{when} {i + 1}" for when in parts for i in range(SHOWN)])
 ax.grid(visible=False)
-picture(
-    "eigen-digits",
-    fig,
+picture("eigen-digits", fig,
     f"The first {SHOWN} of {COMPONENTS} eigenvectors of every digit, before and after learning.",
     "Eigenvectors of the digit classes as images, before and after learning",
     ("when", "eigenvector", "digit", *pixels),
     [(when, i + 1, d, *map(float, row)) for when, v in parts.items()
-     for i, vectors in enumerate(v) for d, row in enumerate(vectors)],
-)  # fmt: skip
+     for i, vectors in enumerate(v) for d, row in enumerate(vectors)])  # fmt: skip
 plt.show()
