@@ -1,8 +1,7 @@
 """Measure the time and peak memory of calls in fresh processes, one library at a time.
 
-The thread pools of NumPy and PyTorch keep spinning after a product and slow each other down, so each library has its
-own process. Memory is measured in another process than time, because there malloc requests every array from the
-system, which is slow.
+The thread pools of NumPy and PyTorch keep spinning after a product and slow each other down, hence the processes.
+Memory is measured in another process than time, because there malloc requests every array from the system, slowly.
 
 Peak memory is the growth of the address space: its maximum during a call less its size before. This measure is the
 same for every library, whereas tracemalloc sees NumPy only. It is exact to a page and reproducible, whereas resident

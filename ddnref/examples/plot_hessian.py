@@ -191,10 +191,9 @@ if TIMED:
             times = [seconds(function, *size) for size in zip(depths, widths, strict=True)]
             rows += [(name, *row) for row in zip(depths, widths, times, strict=True)]
             ax.loglog(sizes, times, "o-", color=colour, label=f"{name}: slope {slope(sizes, times):.2f}")
+            ax.legend(fontsize=8)
     left.set(xlabel="layers, at width 16", ylabel="seconds")
     right.set(xlabel="width")
-    for ax in (left, right):
-        ax.legend(fontsize=8)
     picture("time", fig,
         "Seconds of one factorisation and one solve, against the number of layers and the width.",
         "Time of three ways to solve against depth and width, on logarithmic axes",

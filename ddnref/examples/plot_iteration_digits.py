@@ -219,8 +219,8 @@ for name in ("PI-Unroll", "PI-DDN-E, pinv", "PI-IFT-E", "fixed_point", "bordered
         error = found.median(key._replace(dtype=dtype, quantity=name))
         check(f"gradient by {name}, {dtype}", error, 200 * float(np.finfo(dtype).eps))
 bordered, ddn = (found.median(key._replace(quantity=name)) for name in ("bordered", "PI-DDN-E"))
-label = f"Gradient error of an eigenvector, float32, m = {SMALL}"
-headline(label, f"ddnref bordered {bordered:.0e}", f"tutorial's DDN-E, solve {ddn:.1g}")
+values = f"ddnref bordered {bordered:.0e}", f"tutorial's DDN-E, solve {ddn:.1g}"
+headline(f"Gradient error of an eigenvector, float32, m = {SMALL}", *values)
 
 # %%
 # By size:

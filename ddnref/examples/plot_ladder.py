@@ -170,16 +170,12 @@ headline(f"Backward pass, in NumPy forward passes, {SIZES[-1]} float32", said[0]
 # pages of 4 KiB.
 
 
-def bytes_of(size):
-    """Return the memory of the matrices that are decomposed, in float32."""
-    return 4 * size[0] * size[1] ** 2
-
-
-large = [size for size in SIZES if bytes_of(size) >= 64 * 1024]
+INPUTS = {size: 4 * size[0] * size[1] ** 2 for size in SIZES}  # bytes of the matrices, in float32
+large = [size for size in SIZES if INPUTS[size] >= 64 * 1024]
 weighed = [{(n, s): t for (n, s), t in found.items() if n in BACKWARD and s in large} for found in timed]
 with ThreadPoolExecutor() as pool:  # unlike times, memory does not suffer from company
     peaks = {key: value for found in pool.map(_measure.peaks, sources, weighed) for key, value in found.items()}
-in_inputs = {(name, size): value / bytes_of(size) for (name, size), value in peaks.items()}
+in_inputs = {(name, size): value / INPUTS[size] for (name, size), value in peaks.items()}
 
 if peaks:
     fig = draw(BACKWARD, large, in_inputs, "peak memory / input", log=False)

@@ -156,12 +156,11 @@ _, state = first = forward(equal, data)
 # zero by zero there.
 
 spectra = host(state[3][0])
-size = float(np.max(spectra))
 fig, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
 magnitudes = np.maximum(np.abs(spectra[:, ::-1]), 1e-19).T  # rounding makes some of the zeros negative
 ax.semilogy(np.arange(1, 65), magnitudes, ".", color=BLUE, alpha=0.45, markersize=5, markeredgewidth=0)
-ax.axhline(16 * np.finfo(float).eps * size, color=ORANGE, linestyle="--", linewidth=1.2,
-           label="equal to rounding below this line")  # fmt: skip
+rounding = 16 * np.finfo(float).eps * spectra.max()
+ax.axhline(rounding, color=ORANGE, linestyle="--", linewidth=1.2, label="equal to rounding below this line")
 ax.set(xlabel="number of the eigenvalue, largest first", ylabel="eigenvalue")
 ax.legend(loc="lower left")
 picture("spectra", fig,
@@ -211,8 +210,7 @@ table(
     rows,
 )
 headline("Error of the gradient that learning used", f"{of_weights.error:.0e}")
-headline("The same gradient by autograd eigh, ten digits",
-         *(f"{name} {nan[name]}" for name in others))  # fmt: skip
+headline("The same gradient by autograd eigh, ten digits", *(f"{name} {nan[name]}" for name in others))
 
 # %%
 # Learning

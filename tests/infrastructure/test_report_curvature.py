@@ -14,8 +14,8 @@ from ddnref.verify._backends import backend
 BRIEF = {"STEPS": {"gradient descent": 30, "with momentum": 30, "damped Newton": 6}, "SUBSAMPLE": 80}
 
 
-def story(**constants):
-    with threadpool_limits(1), backend("numpy") as library:
+def story(name="numpy", **constants):
+    with threadpool_limits(1), backend(name) as library:
         return run("ggn", library, 0, constants={**BRIEF, **constants})
 
 
@@ -141,6 +141,16 @@ def test_the_pictures(told):
     for picture in shown.values():
         assert all(len(row) == len(picture.columns) for row in picture.rows)
         assert picture.png.startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["array-api-strict", *(
+    pytest.param(name, marks=pytest.mark.framework(name)) for name in ("torch", "jax"))])  # fmt: skip
+def test_other_backends(name):
+    brief = {"LOOKS": (0, 1, 2), "LATE": 2, "N": 12, "SUBSAMPLE": 12, "STEPS": dict.fromkeys(BRIEF["STEPS"], 1)}
+    here, there = (story(library, **brief) for library in ("numpy", name))
+    assert not there.failed
+    for picture in ("spectrum", "noise"):
+        assert np.allclose(*(parts(told, Picture)[picture].rows for told in (here, there)), rtol=1e-9, atol=1e-9)
 
 
 def test_same_seed_same_bytes():
