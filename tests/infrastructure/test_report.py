@@ -26,14 +26,25 @@ from ddnref.report.runner import Code, Narrative, Printed, Told
 from ddnref.verify._backends import backend
 from ddnref.verify._cli import main
 
+STEPS = 12
+FEW = dict.fromkeys(("ddnref", "textbook", "dense"), (3, 6))
 SMALL = {
+    "subspaces": {"ITERATIONS": STEPS},
     "whitening": {},
     "repeated_eigenvalues": {},
+    "ladder": {"SIZES": ((2, 8), (1, 128))},
+    "iteration_digits": {"STEPS": (1, 20), "COUNTS": (160,), "WIDTHS": (8, 16), "SEEDS": 1},
     "deblurring": {"SIDE": 64},
-}
+    "ggn": {
+        "LOOKS": (0, 2, 4), "LATE": 4, "TRAIN": 200, "N": 20, "SUBSAMPLE": 30,
+        "STEPS": dict.fromkeys(("gradient descent", "with momentum", "damped Newton"), 2),
+    },
+    "hessian": {"LAYERS": 6, "KEPT": (0, 40), "HARD": (3, 5, 4), "DEPTHS": FEW, "WIDTHS": FEW},
+}  # fmt: skip
 """The stories of the report, with the constants that make each one quick."""
 
-TIMED = ("ladder", "iteration_digits", "hessian")
+TIMED = ("ladder", "iteration_digits", "ggn", "hessian")
+LEARN_BRIEFLY = {"ITERATIONS": 3}
 TEXTS = ("when", "photograph", "image")
 DEBLUR_BRIEFLY = {"SIDE": 24, "STEPS": 2, "RTOL": 1e-13}  # libraries are compared to 1e-9
 
@@ -68,6 +79,7 @@ def report(tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "new" / "folder"
     with pytest.MonkeyPatch.context() as patch:
         use(patch, SMALL)
+        patch.setattr("ddnref.examples._precision.SMALL", 16)
         code, printed = run(out, "--seed", "3")
     assert code == 0
     return out, printed
@@ -84,7 +96,7 @@ def alone(monkeypatch):
     """Nothing to compare with, few steps, and nothing timed, because times differ from run to run."""
     monkeypatch.setattr(_peers, "installed", lambda module: False)
     brief = {name: value for name, value in SMALL.items() if name not in TIMED}
-    use(monkeypatch, {**brief, "deblurring": DEBLUR_BRIEFLY})
+    use(monkeypatch, {**brief, "subspaces": LEARN_BRIEFLY, "deblurring": DEBLUR_BRIEFLY})
 
 
 def test_files(report):
@@ -94,6 +106,8 @@ def test_files(report):
     assert {
         "whitening-covariance", "whitening-digits", "whitening-photograph", "repeated_eigenvalues-error",
         "deblurring-photographs", "deblurring-kernels", "deblurring-course",
+        "subspaces-course", "subspaces-weights", "subspaces-eigen-digits", "ladder-time", "iteration_digits-gradients",
+        "ggn-spectrum", "hessian-spectrum", "hessian-time", "hessian-errors",
     } <= pictures  # fmt: skip
     assert pictures - numbers == {"whitening-photograph"}  # every other picture has its numbers beside it
     assert len(list(out.iterdir())) == len(pictures) + len(numbers) + 1
@@ -159,6 +173,26 @@ def test_console_says_where_and_what(report):
     assert printed.isascii()
 
 
+def test_learning_works(report):
+    out, _ = report
+    course = table(out / "subspaces-course.csv")
+    losses = [float(row["training loss"]) for row in course]
+    accuracies = [float(row["held-out accuracy"]) for row in course]
+    assert len(course) == STEPS + 1
+    assert losses[-1] < 0.4 < 1.5 < losses[0]
+    assert accuracies[0] < 0.5
+    assert 0.8 < accuracies[-1] < 1.0
+    shown = {row[""]: float(row["recognised"]) for row in table(out / "subspaces-accuracy.csv")}
+    assert shown["damaged images, equal weights"] == accuracies[0]
+    assert shown["damaged images, learned weights"] == accuracies[-1]
+    assert 0.97 < shown["clean images, equal weights"] < 1.0
+    weights = table(out / "subspaces-weights.csv")
+    bad = [float(row["weight"]) for row in weights if row["damaged"] == "1"]
+    good = [float(row["weight"]) for row in weights if row["damaged"] == "0"]
+    assert len(bad) == 9
+    assert max(bad) < np.median(good)
+
+
 def test_deblurring_finds_the_kernel(report):
     out, _ = report
     course = table(out / "deblurring-course.csv")
@@ -180,6 +214,9 @@ def test_deblurring_finds_the_kernel(report):
 
 def test_gradients_are_right(report):
     out, _ = report
+    rows = {row["gradient"]: row for row in table(out / "subspaces-gradients.csv")}
+    assert float(rows["ddnref, of the matrices"]["error"]) < 1e-7
+    assert float(rows["ddnref, of the pixel weights"]["error"]) < 1e-7
     numbers = {row[""]: row["value"] for row in table(out / "whitening-numbers.csv")}
     assert float(numbers["gradient, ddnref: error against finite differences"]) < 1e-7
     assert float(numbers["after: largest distance of the covariance from the identity"]) < 1e-10
@@ -206,6 +243,9 @@ def test_peers_are_really_there(report, name, module):
     out, _ = report
     rows = table(out / "repeated_eigenvalues-errors.csv")
     assert float(rows[0][f"{name}: worst error"]) < 1e-12  # the same loss: right where the gap is wide
+    compared = next(row for row in table(out / "subspaces-gradients.csv") if row["gradient"].startswith(name))
+    assert compared["NaN"].endswith("of 10")
+    assert compared["error"] == "nan" or float(compared["error"]) < 1e-10
     text, _ = parsed(out)
     assert f"{name} {_peers.versions()[name]}" in text
 
@@ -222,7 +262,13 @@ def test_same_seed_same_bytes_and_missing_peers_are_named(alone, tmp_path):
         assert run(tmp_path / name, "--seed", seed)[0] == 0
     first, again, other = (contents(tmp_path / name) for name in "abc")
     assert first == again
-    for name in ("repeated_eigenvalues-errors.csv", "deblurring-course.csv", "whitening-digits.csv", "index.html"):
+    for name in (
+        "repeated_eigenvalues-errors.csv",
+        "deblurring-course.csv",
+        "subspaces-course.csv",
+        "whitening-digits.csv",
+        "index.html",
+    ):
         assert first[name] != other[name]
     text, _ = parsed(tmp_path / "a")
     for name in ("PyTorch", "JAX"):
@@ -238,7 +284,7 @@ def test_other_backends(alone, tmp_path, name):
     assert code == 0
     text, _ = parsed(tmp_path / "other")
     assert f"Backend: {name} " in text
-    for path in ("whitening-digits.csv", "deblurring-photographs.csv"):
+    for path in ("subspaces-course.csv", "whitening-digits.csv", "deblurring-photographs.csv"):
         here, there = (
             [[float(cell) for key, cell in row.items() if key not in TEXTS] for row in table(tmp_path / folder / path)]
             for folder in ("numpy", "other")
@@ -281,6 +327,7 @@ def slightly_wrong(correct):
     ("repeated_eigenvalues", ddnref, "eigh_vjp", "exactly repeated eigenvalues"),
     ("deblurring", ddnref, "linear_solve_vjp", "gradient of kernel and weight"),
     ("deblurring", ddnref.nodes, "project_simplex_vjp", "gradient of kernel and weight"),
+    ("subspaces", ddnref, "eigh_topk_vjp", "gradient of the matrices"),
     ("eigen_digits", ddnref, "eigh_topk_vjp", "gradient of the loss"),
     ("eigsh_photograph", ddnref, "eigsh_vjp", "λ₂"),
     ("linear_solve", ddnref, "linear_solve_vjp", "b: linear_solve_vjp"),
