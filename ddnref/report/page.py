@@ -6,7 +6,7 @@ import base64
 from collections.abc import Sequence
 from html import escape
 
-from ddnref.examples._show import Cell, Check, Headline, Picture, Table, shown
+from ddnref.examples._show import Cell, Check, Picture, Table, shown
 from ddnref.report.narrative import html
 from ddnref.report.runner import DPI, Code, Narrative, Part, Printed, Told
 
@@ -70,7 +70,11 @@ LEAD = (
 
 def page(stories: Sequence[Told], facts: Sequence[tuple[str, str]]) -> str:
     """Return the whole page, with the versions and settings in `facts` at its end."""
-    headlines = "".join(_headline(headline) for story in stories for headline in story.headlines)
+    headlines = "".join(
+        f"<div><dt>{escape(headline.label)}</dt><dd>{'<br>'.join(map(escape, headline.values))}</dd></div>"
+        for story in stories
+        for headline in story.headlines
+    )
     links = "".join(f'<li><a href="#{story.name}">{escape(story.title)}</a></li>' for story in stories)
     made = "".join(f"{escape(name)} {escape(value)}<br>" for name, value in facts)
     return (
@@ -81,11 +85,6 @@ def page(stories: Sequence[Told], facts: Sequence[tuple[str, str]]) -> str:
         f"<dl>{headlines}</dl><nav><ol>{links}</ol></nav></header>\n"
         f"<main>{''.join(map(_chapter, stories))}</main>\n<footer><p>{made}</p></footer>\n</body></html>\n"
     )
-
-
-def _headline(headline: Headline) -> str:
-    lines = "<br>".join(map(escape, headline.values))
-    return f"<div><dt>{escape(headline.label)}</dt><dd>{lines}</dd></div>"
 
 
 def _chapter(story: Told) -> str:
@@ -129,8 +128,3 @@ def _table(table: Table) -> str:
 def _cell(cell: Cell, spec: str) -> str:
     text = shown(cell, spec)
     return f'<td class="bad">{text}</td>' if text.startswith("NaN") else f"<td>{escape(text)}</td>"
-
-
-def brief(value: float) -> str:
-    """Format a number with one digit; for the sections that are not stories yet."""
-    return f"{value:.0e}" if not value >= 0.01 else f"{value:.1g}"
