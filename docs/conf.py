@@ -58,7 +58,8 @@ linkcheck_anchors = True
 autosummary_generate = True
 autosummary_imported_members = False
 autodoc_typehints = "none"
-autodoc_mock_imports = [name for name in ("torch", "jax", "dask") if importlib.util.find_spec(name) is None]
+FRAMEWORKS = ("torch", "jax", "autograd", "tensorflow", "dask")
+autodoc_mock_imports = [name for name in FRAMEWORKS if importlib.util.find_spec(name) is None]
 numpydoc_show_class_members = False
 numpydoc_validation_checks: set[str] = set()
 
