@@ -83,7 +83,7 @@ def compare(distribution: str, m: int, n: int, seed: int, *, full: bool) -> Iter
     exact = x32.astype(np.float64)
     w_exact, v_exact = _passes.forward("eigh", exact, n)
     all_w, all_v = ddnref.eigh(exact)
-    chosen = np.round(np.swapaxes(all_v, -1, -2) @ v_exact)  # which of all columns the n are, and their signs
+    chosen = np.round(np.swapaxes(all_v, -1, -2) @ v_exact)  # selects the n columns and their signs
     for dtype in DTYPES:
         x = x32.astype(dtype)
         for name in ("PI",) if not full else ("eigh", "PI", "SI") if n == 1 else ("eigh",):

@@ -8,9 +8,9 @@ The generalised Gauss–Newton matrix of a network,
 
 has a row for each parameter of the network, but no larger rank than :math:`V` has columns: one for each sample and
 output. So its eigenvalues are those of the small Gram matrix :math:`V^T V`, and `ddnref.curvature.ggn_eigvalsh` forms
-that layer by layer, without :math:`V`. First a network so small that :math:`G` fits; then one that learns to read
-digits, and what its curvature tells: how the spectrum changes, which digits it comes from, whether the samples agree
-about the slopes, and what a Newton step costs.
+that layer by layer, without :math:`V`. The first example is a network so small that :math:`G` fits into memory. The
+second learns to read digits, and its curvature shows how the spectrum changes, which digits it comes from, whether the
+samples agree about the slopes, and what a Newton step costs.
 """
 
 import math

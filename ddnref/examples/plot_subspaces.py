@@ -271,7 +271,7 @@ table(
 )
 
 # %%
-# Red pixels count for less, blue ones for more. The black square marks the bad spot, of which nothing was told.
+# Red pixels count for less, blue ones for more. The black square marks the bad spot, which was never pointed out.
 
 weights = host(state[0])
 fig, ax = plt.subplots(figsize=(4.4, 3.4), layout="constrained")

@@ -149,8 +149,8 @@ def test_other_backends(name):
     brief = {"LOOKS": (0, 1, 2), "LATE": 2, "N": 12, "SUBSAMPLE": 12, "STEPS": dict.fromkeys(BRIEF["STEPS"], 1)}
     here, there = (story(library, **brief) for library in ("numpy", name))
     assert not there.failed
-    for picture in ("spectrum", "noise"):
-        assert np.allclose(*(parts(told, Picture)[picture].rows for told in (here, there)), rtol=1e-9, atol=1e-9)
+    for picture, rtol in (("spectrum", 1e-9), ("noise", 1e-6)):
+        assert np.allclose(*(parts(told, Picture)[picture].rows for told in (here, there)), rtol=rtol, atol=1e-9)
 
 
 def test_same_seed_same_bytes():
