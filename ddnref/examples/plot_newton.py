@@ -2,7 +2,7 @@
 Newton's method on a network of 50 layers: where it helps and where it does not
 ===============================================================================
 
-With `ddnref.curvature.hessian_factor` an exact Newton step for all weights of a deep narrow network costs some fifteen
+With `ddnref.curvature.hessian_factor` an exact Newton step for all weights of a deep narrow network costs about fifteen
 gradients, so that textbook methods can be tried as they stand. Here are three of them in a few lines each, checked
 against a dense matrix: damped Newton, a trust region by the secular equation, saddle-free Newton. Then the training of
 50 layers on ten digits, against momentum and Adam, by steps and by time.
@@ -15,6 +15,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 import ddnref
+from ddnref.examples import BLUE, GREEN, GREY, ORANGE, check
 from ddnref.reference import network_hessian
 
 images, labels = load_digits(return_X_y=True)
@@ -22,12 +23,12 @@ x, t = images[:10] / 16, np.eye(10)[labels[:10]]  # one of each digit; the squar
 x = x - x.mean(axis=0)
 
 
+def flat(u):
+    return np.concatenate([a.ravel() for a in u])
+
+
 def dot(u, v):
-    return sum(float(np.sum(a * b)) for a, b in zip(u, v, strict=True))
-
-
-def length(u):
-    return np.sqrt(dot(u, u))
+    return float(flat(u) @ flat(v))
 
 
 def minus(chain, step):
@@ -61,14 +62,11 @@ def trust_region(chain, x, t, r, epsilon, trials=40):
     g, low, high = chain.gradient(x, t), 0.0, np.inf
     for _ in range(trials):
         factor = ddnref.curvature.hessian_factor(chain, x, t, damping=epsilon)
-        negative = factor.inertia().negative
-        if negative:
-            print(f"  ε = {epsilon:.6f}: {negative} negative eigenvalues, below the largest pole")
+        if factor.inertia().negative:  # below the largest pole
             low, epsilon = epsilon, min(4 * epsilon, (epsilon + high) / 2)
             continue
         step, _ = factor.solve(g)
-        size = length(step)
-        print(f"  ε = {epsilon:.6f}: length {size:.9f}")
+        size = np.sqrt(dot(step, step))
         if abs(size - r) <= 1e-9 * r:
             break
         low, high = (low, epsilon) if size < r else (epsilon, high)
@@ -80,7 +78,7 @@ def trust_region(chain, x, t, r, epsilon, trials=40):
 
 
 # %%
-# Saddle-free Newton turns the directions of negative curvature round: :math:`(|H| + \varepsilon I)^{-1} g`. That is the
+# Saddle-free Newton reverses the directions of negative curvature: :math:`(|H| + \varepsilon I)^{-1} g`. That is the
 # damped step with the parts along the eigenvectors of negative eigenvalues replaced. Those are counted by inertia and
 # found by shift and inversion; the ones above ``-cut`` are left as they are, which the cut says how much to trust.
 
@@ -101,14 +99,13 @@ def saddle_free(chain, x, t, epsilon, cut):
 _, _, axes = np.linalg.svd(x, full_matrices=False)
 z = x[:6] @ axes[:6].T
 small = ddnref.networks.Chain.mlp(6, 6, 10, 8, gain=1.2, loss="mse")
-H, g = network_hessian(small, z, t[:6]), np.concatenate([p.ravel() for p in small.gradient(z, t[:6])])
+H, g = network_hessian(small, z, t[:6]), flat(small.gradient(z, t[:6]))
 w, V = np.linalg.eigh(H)
 print(f"{len(w)} parameters, {np.sum(w < -1e-9)} negative eigenvalues, the lowest {w[0]:.4f}")
 
 
-def compare(what, step, expected):
-    error = np.linalg.norm(np.concatenate([s.ravel() for s in step]) - expected) / np.linalg.norm(expected)
-    print(f"{what}: relative difference {error:.0e}")
+def compare(label, step, expected):
+    check(label, np.linalg.norm(flat(step) - expected) / np.linalg.norm(expected), 1e-9)
 
 
 compare("damped Newton", damped_newton(small, z, t[:6], 0.5), V @ (V.T @ g / (w + 0.5)))
@@ -175,15 +172,13 @@ def first_order(chain, steps, rate, adam, state=None):
 
 
 # %%
-# Momentum and Adam with two rates each, 600 steps; of each the rate with the lowest loss is drawn.
+# Momentum and Adam with two rates each, 600 steps; the picture has the rate with the lowest loss.
 
 courses = {}
 for name, rates in {"momentum": (1e-3, 1e-2), "Adam": (3e-4, 1e-3)}.items():
-    tried = {rate: first_order(start, 600, rate, name == "Adam")[0] for rate in rates}
-    for rate, course in tried.items():
-        print(f"{name}, rate {rate}: loss {course[-1, 1]:.4f}")
-    best = min(tried, key=lambda rate: tried[rate][:, 1].min())
-    courses[f"{name}, rate {best}"] = tried[best]
+    tried = {f"{name}, rate {rate}": first_order(start, 600, rate, name == "Adam")[0] for rate in rates}
+    best = min(tried, key=lambda label: tried[label][:, 1].min())
+    courses[best] = tried[best]
 courses["Gauss–Newton"] = second_order(start, 60, "ggn")
 courses["Newton"] = second_order(start, 60, "hessian")
 
@@ -194,13 +189,12 @@ def draw(courses, colours):
         left.semilogy(np.arange(len(course)) + 1, course[:, 1], color=colour, label=name)
         right.semilogy(course[:, 0], course[:, 1], color=colour)
         each = course[-1, 0] / (len(course) - 1)
-        print(f"{name}: {1000 * each:.0f} ms a step, {course[-1, 1]:.4f} after {course[-1, 0]:.1f} s")
+        print(f"{name}: {1000 * each:.0f} ms per step, {course[-1, 1]:.4f} after {course[-1, 0]:.1f} s")
     left.set(xscale="log", xlabel="steps", ylabel="objective")
     right.set(xlabel="seconds of processor time")
     left.legend(fontsize=8)
 
 
-GREY, ORANGE, GREEN, BLUE = "#6b6b6b", "#c4501b", "#2b8a57", "#0067a5"
 draw(courses, (GREY, ORANGE, GREEN, BLUE))
 plt.show()
 
@@ -211,7 +205,7 @@ plt.show()
 #
 # Late in training
 # ----------------
-# Where the loss has stopped to fall fast, curvature is what holds it back. Cross-entropy with a weight decay of 1e-3,
+# Where the loss no longer falls fast, curvature is what holds it back. Cross-entropy with a weight decay of 1e-3,
 # after 1000 steps of Adam: Adam goes on, or Newton takes over. Weight decay is damping: the objective's Hessian is
 # :math:`H + \rho I`, for which nothing has to be built.
 

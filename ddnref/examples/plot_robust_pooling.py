@@ -12,16 +12,17 @@ import numpy as np
 from sklearn.datasets import load_sample_image
 
 import ddnref
+from ddnref.examples import BLUE, GREEN, GREY, ORANGE, check
 
 KINDS = ("quadratic", "pseudo-huber", "huber", "welsch", "truncated")
-LOOKS = dict(zip(KINDS, ("#6b6b6b", "#0067a5", "#3a8f5c", "#c4501b", "#7a4ba0"), strict=True))
+LOOKS = dict(zip(KINDS, (GREY, BLUE, GREEN, ORANGE, "#7a4ba0"), strict=True))
 
 # %%
 # One outlier on its way out
 # --------------------------
-# Seven numbers lie together; an eighth leaves. The mean follows it for ever. Huber's penalties let it pull with a
-# constant force, those of Welsch and the truncated quadratic let it go. The gradient with respect to that number says
-# the same: it is what the number can still do.
+# Seven numbers lie together; an eighth leaves. The mean follows it forever. Huber's penalties let it pull with a
+# constant force; those of Welsch and the truncated quadratic let it go. The gradient with respect to that number says
+# the same.
 
 cluster = np.asarray([-0.8, -0.5, -0.2, 0.0, 0.1, 0.4, 0.7])
 away = np.linspace(0, 6, 200)
@@ -60,10 +61,9 @@ def patches(image):
 target = patches(clean).mean(axis=-1)
 pooled = {kind: ddnref.nodes.robust_pool(patches(damaged), kind=kind, alpha=0.2)[0] for kind in ("quadratic", "welsch")}
 
+images = {"damaged": trimmed, "mean": pooled["quadratic"], "Welsch": pooled["welsch"]}
 fig, axes = plt.subplots(1, 3, figsize=(9, 2.4), layout="constrained")
-for ax, (title, image) in zip(
-    axes, {"damaged": trimmed, "mean": pooled["quadratic"], "Welsch": pooled["welsch"]}.items(), strict=True
-):
+for ax, (title, image) in zip(axes, images.items(), strict=True):
     ax.imshow(image, cmap="gray", vmin=0, vmax=1)
     ax.set_title(title)
     ax.set_axis_off()
@@ -81,8 +81,6 @@ for kind in ("quadratic", "pseudo-huber", "welsch"):
     report = ddnref.testing.check_vjp(
         lambda x, kind=kind: ddnref.nodes.robust_pool(x, kind=kind, alpha=0.2)[0],
         lambda y_bar, y, x, kind=kind: ddnref.nodes.robust_pool_vjp(y_bar, y, x, kind=kind, alpha=0.2),
-        row,
-        needs=(0,),
-        gap=0.03,
-    )
-    print(f"{kind}: relative error {report.error:.0e}")
+        row, needs=(0,), gap=0.03,
+    )  # fmt: skip
+    check(f"{kind}: error of the gradient", report.error, 1e-7)
