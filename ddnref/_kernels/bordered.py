@@ -28,6 +28,7 @@ def in_chunks(part: Callable[..., tuple[Array, Array]], *arrays: Array) -> tuple
     x = arrays[-1]
     if not array_api_compat.is_numpy_array(x) or x.size <= CHUNK:
         return part(*arrays)
+    # Flatten the batch, so that a chunk is a slice.
     batch, step = x.shape[:-2], max(1, CHUNK // x.shape[-1] ** 2)
     flat = [a.reshape(-1, *a.shape[len(batch) :]) for a in arrays]
     parts = [part(*(a[i : i + step] for a in flat)) for i in range(0, len(flat[-1]), step)]
@@ -101,7 +102,7 @@ def solve_on_complement(w: Array, y: Array, right: Array, size: Array, x: Array)
 def _solve_bordered(w: Array, y: Array, right: Array, size: Array, x: Array) -> tuple[Array, Array]:
     """By LU, with a border that is scaled like the matrix."""
     xp, n = namespace_of(y), y.shape[-1]
-    border = size[..., None] * y
+    border = size[..., None] * y  # of the size of the matrix, or the condition number would suffer
     systems = (bordered(shifted(x, w[..., i]), border) for i in range(n))
     right = xp.concat([right, xp.zeros_like(right[..., :n, :])], axis=-2)
     left, growth = solve_each(systems, right)
@@ -125,7 +126,7 @@ def solve_dominant(w: Array, y: Array, right: Array, size: Array, x: Array) -> t
     diagonal, a_t = a.reshape(-1)[:: m + 1], a.T  # LAPACK reads by columns, and A is symmetric
     items = zip(x, y.mT, both.mT, sign.tolist(), np.abs(w).tolist(), (2 * size[:, 0]).tolist(), strict=True)
     for x_i, y_t, rows, signs, shifts, weight in items:
-        info = 0
+        info = 0  # LAPACK's flag: not positive definite
         for b, s, shift in zip(rows, signs, shifts, strict=True):
             np.multiply(x_i, -s, out=a)
             scipy.linalg.blas.dsyrk(weight, y_t, 1.0, a_t, trans=1, lower=1, overwrite_c=1)

@@ -113,7 +113,7 @@ def eigsh(
     method : {"auto", "iterative", "full"}
         "full" computes the whole spectrum (an operator as a matrix); "auto" takes the faster way by the rule in Notes.
     check_every : int, default 1
-        Cycles between two looks at the flag that ends the loop.
+        Cycles between two checks of the flag that ends the loop, each of which reads it on the host.
     throw : bool, default True
         Raise what `info` says. With ``False`` the values are returned as they are.
     while_loop : callable, optional
@@ -310,7 +310,7 @@ def _raise_forward(info: EigshInfo, rtol: float, k: int) -> None:
         f"{float(xp.max(info.residual_norm)):.1e} (rtol {rtol:.1e}) after {int(xp.max(info.n_iter))} cycles. The most "
         "likely cause is that the wanted eigenvalues are close to each other or to the next ones relative to the "
         "whole spectrum, that rtol is below rounding, or that the input is not finite. Pass a larger basis= or "
-        'maxiter=, a larger rtol=, or method="full"; or pass throw=False to get what there is and info.converged.'
+        'maxiter=, a larger rtol=, or method="full"; or pass throw=False to get the present values and info.converged.'
     )
 
 

@@ -539,7 +539,7 @@ def _prepare(
     if align is not None and align not in SIGNS:
         raise ValueError(f'align is {align!r}, expected "positive", "negative" or None.')
     size = largest(x, 2)
-    bad = ~xp.isfinite(size)  # NaN and infinity come through, which saves a pass over x
+    bad = ~xp.isfinite(size)  # the maximum keeps NaN and infinity, which saves a pass over x
     x = xp.where(bad[..., None, None], full((), 0.0, x), x)  # they are inactive from the start
     if symmetric:
         x = symmetrised(x)
@@ -601,6 +601,7 @@ def _triangular_eigenvectors(xp: Namespace, t: Array) -> Array:
 
 
 def _raise(bad: Array, info: IterationInfo, maxiter: int, rtol: float) -> NoReturn:
+    """Raise for items that are not finite, or else for those that have not converged."""
     xp = namespace_of(bad)
     if is_true(xp.any(bad)):
         raise NonFiniteError(

@@ -1,4 +1,4 @@
-"""Solutions of ``A(θ) x = b`` and their derivatives, by one more solve without storing anything of an iteration.
+"""Solutions of ``A(θ) x = b`` and their derivatives, from one more solve; no iterate is stored.
 
 From ``A ẋ = ḃ − Ȧ x``, with y the solution of the adjoint system:
 
@@ -93,7 +93,7 @@ def linear_solve(
     x0 : (..., \*domain_shape) array, optional
         Where to start. Not for wide operators, where the result would depend on it.
     rtol, maxiter, check_every, throw, while_loop
-        As in `cg`: a residual relative to ``‖b‖``, the most iterations, iterations between two looks at the flag,
+        As in `cg`: a residual relative to ``‖b‖``, the most iterations, iterations between two checks of the flag,
         whether to raise what `info` says, ``jax.lax.while_loop`` under ``jax.jit``.
 
     Returns
