@@ -62,7 +62,7 @@ def _repeated(*arrays: Array, rtol: float | None = None) -> Array:
 
 
 def _repeated_in_gram(*arrays: Array, rtol: float | None = None) -> Array:
-    """Items with repeated singular values; behind the saved arrays comes the factor, which the VJP needs."""
+    """Items with repeated singular values; the factor, which the VJP needs, follows the saved arrays."""
     return gram_values.has_repeated(arrays[-3], rtol)
 
 
