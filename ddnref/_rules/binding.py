@@ -44,7 +44,7 @@ def options_of(rule: Rule, options: dict[str, Any], while_loop: Any = None) -> t
 
 @cache
 def keywords(function: Callable[..., Any]) -> frozenset[str]:
-    """The names of its keyword options."""
+    """The names of the keyword options of a function."""
     parameters = inspect.signature(function).parameters.values()
     return frozenset(p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY)
 

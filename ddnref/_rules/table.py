@@ -12,7 +12,7 @@ from ddnref._rules.contract import Rule
 from ddnref._rules.samples import Trial, eigen, linear
 from ddnref._rules.samples import nodes as node_samples
 from ddnref._rules.texts import Texts
-from ddnref.curvature import _gram_values as gram_values
+from ddnref.curvature._gram_values import has_repeated as has_repeated_in_gram
 from ddnref.linalg._eigh import has_repeated
 from ddnref.linalg._solve import saved_solve_vjp
 
@@ -62,8 +62,8 @@ def _repeated(*arrays: Array, rtol: float | None = None) -> Array:
 
 
 def _repeated_in_gram(*arrays: Array, rtol: float | None = None) -> Array:
-    """Items with repeated singular values; behind the saved arrays comes the factor, which the VJP needs."""
-    return gram_values.has_repeated(arrays[-3], rtol)
+    """Items with repeated singular values; the factor, which the VJP needs, follows the saved arrays."""
+    return has_repeated_in_gram(arrays[-3], rtol)
 
 
 def _always(*arrays: Array, rtol: float | None = None) -> Array:  # noqa: ARG001

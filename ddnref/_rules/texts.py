@@ -1,4 +1,4 @@
-"""What pages say about each operation."""
+"""The texts about each operation in README and documentation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reverse passes through single eigenvectors as the deep declarative networks tutorial derives them.
+"""Reverse passes through single eigenvectors, derived as in the deep declarative networks tutorial.
 
 Each eigenpair (λ, y) of the real symmetric X is a solution of ``min −tr(uᵀXu) s.t. uᵀu = 1``:
 

@@ -25,7 +25,7 @@ class Sample(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """What tests, ``ddnref verify`` and benchmarks need to try an operation."""
+    """The record by which tests, ``ddnref verify`` and benchmarks try an operation."""
 
     sample: Callable[[Convert, np.random.Generator, Batch, int, bool], Sample]
     """``sample(convert, rng, batch, m, is_complex)``, with `convert` from NumPy to the library in question."""
@@ -74,5 +74,5 @@ def eigen_loss(convert: Convert, rng: np.random.Generator, shape: tuple[int, ...
 
 
 def is_double(x: Array) -> bool:
-    """Whether the dtype has double precision, by its name: the library may be any."""
+    """Whether the dtype has double precision, judged by its name because the library may be any."""
     return str(x.dtype).rpartition(".")[2] in ("float64", "complex128")
