@@ -112,7 +112,7 @@ def _round(system: System, start: Round, iterate: Callable[..., Any]) -> Result:
     """Steps from a residual that was computed afresh and that also serves as the shadow residual."""
     xp = namespace_of(start.r)
     one = as_dtype(xp.ones_like(start.size), start.r)
-    zeros = xp.zeros_like(start.r)
+    zeros = xp.zeros_like(start.r)  # so that the first direction is the residual
     first = _State(
         start.x, start.r, own(start.r), zeros, zeros, one, one, one, start.size, start.status, start.n_iter
     )  # fmt: skip
@@ -137,7 +137,7 @@ def _step(system: System, state: _State, go: Array) -> _State:
     p = axpy(own(state.p), go, -state.omega, state.v)
     p = xpay(state.r, beta, p)
     p_hat = p if system.precondition is None else system.precondition(p)
-    v = own(system.apply(p_hat))  # the next product may come in the same buffer
+    v = own(system.apply(p_hat))  # an operator may return the same buffer again
     sigma = dot(state.shadow, v)
     go, status = _divisor(go, status, sigma, tiny * shadow * norm(v))
     alpha = quotient(rho, sigma, go)
@@ -157,6 +157,7 @@ def _step(system: System, state: _State, go: Array) -> _State:
     flat = go & (((xp.abs(omega) == 0) & (size > system.options.rtol)) | (wild & (size < float("inf"))))
     status = mark(status, flat, BREAKDOWN)
     status = mark(status, go & ~flat & ~(size < float("inf")), NOT_FINITE)
+    # A frozen item keeps divisors of one.
     one = xp.ones_like(rho)
     return _State(
         x, r, state.shadow, p, v, xp.where(go, rho, one), xp.where(go, alpha, one),
@@ -167,6 +168,6 @@ def _step(system: System, state: _State, go: Array) -> _State:
 def _divisor(go: Array, status: Array, value: Array, smallest: Array) -> tuple[Array, Array]:
     """Where a step may divide by `value`, and the status where it may not."""
     size = namespace_of(value).abs(value)
-    small = go & (size <= smallest)
+    small = go & (size <= smallest)  # a restart may help
     wild = go & ~small & ~(size < float("inf"))
     return go & ~small & ~wild, mark(mark(status, small, BREAKDOWN), wild, NOT_FINITE)

@@ -115,6 +115,7 @@ def cg(
     >>> x, bool(info.converged)
     (array([1., 1.]), True)
     """
+    # shaped: vectors on a grid may keep their shape, where the library is faster with it
     system = prepare(
         "cg", operator, b, x0=x0, preconditioner=preconditioner, callback=callback, rtol=rtol, maxiter=maxiter,
         check_every=check_every, while_loop=while_loop, throw=throw, self_adjoint=True, shaped=True,
@@ -155,11 +156,13 @@ def solve_from_zero(
     with quiet():
         size = norm(b)
         zero, one, batch = size == 0, xp.ones_like(size), tuple(b.shape[:-1])
+        # A zero right-hand side has converged, and its norm must not divide.
         status = xp.zeros(batch, dtype=xp.int32, device=array_api_compat.device(b)) + RUNNING
         system = System(
             "cg", apply, apply, precondition, b, xp.where(zero, one, size), None, one, mark(status, zero, CONVERGED),
             batch, tuple(b.shape[-1:]), 1, options, project=project,
         )  # fmt: skip
+        # One round, judged by the residual of the recurrence
         last = _round(system, first_round(system), iterator(system))
         status = mark(last.status, (last.status == RUNNING) & (last.size <= options.rtol), CONVERGED)
         return last._replace(status=mark(status, status == RUNNING, ITERATION_LIMIT))
@@ -206,11 +209,13 @@ def _step(system: System, state: _State, go: Array) -> _State:
     # Freeze a vector in the step in which A turns out not to be positive definite.
     status = failure(state.status, go, pq, NOT_POSITIVE_DEFINITE)
     go = go & (status == RUNNING)
+    # Step to the minimum along p.
     alpha = quotient(state.rz, pq, go)
     x = axpy(state.x, go, alpha, state.p)
     r = axpy(state.r, go, -alpha, q)
     if system.project is not None:
         r = namespace_of(r).where(go[..., None], system.project(r), r)
+    # Precondition the residual.
     rr = real_dot(r, r, system.axes)
     z, rz = r, rr
     if system.precondition is not None:

@@ -133,6 +133,7 @@ def gmres(
 def _cycle(m: int, system: System, start: Round, iterate: Callable[..., Any]) -> Result:
     """At most m steps from a residual that was computed afresh, then the best x in the space that they span."""
     xp = namespace_of(start.r)
+    # The first basis vector is the residual; rows of the basis and columns of R are filled step by step.
     beta = norm(start.r)
     device = array_api_compat.device(start.r)
     rest = full((*system.batch, m, start.r.shape[-1]), 0.0, start.r)
@@ -160,7 +161,7 @@ def _cycle(m: int, system: System, start: Round, iterate: Callable[..., Any]) ->
     y = solve(last.triangle, g[..., None])[..., 0]
     step = (y[..., None, :] @ last.q[..., :m, :])[..., 0, :]
     step = step if system.precondition is None else system.precondition(step)
-    go = xp.any(last.used, axis=-1)
+    go = xp.any(last.used, axis=-1)  # leave x bit for bit as it is where no step was taken
     x = axpy(start.x, go, xp.ones_like(last.size), step)
     return Result(x, last.status, last.n_iter, last.size)
 
@@ -195,7 +196,7 @@ def _step(system: System, state: _State, go: Array, start: Array) -> _State:
     here, after = i == j, i == j + 1
     a = xp.sum(xp.where(here, h, xp.zeros_like(h)), axis=-1)
     rho = (real(conj(a) * a) + below * below) ** 0.5
-    singular = go & (rho <= unit * scale)
+    singular = go & (rho <= unit * scale)  # a zero column of R
     go, status = go & ~singular, mark(status, singular, BREAKDOWN)
     rotation = _rotated(state.rotation, go, here, after, a, below, rho)
 
@@ -215,6 +216,7 @@ def _rotated(rotation: Array, go: Array, here: Array, after: Array, a: Array, be
     xp = namespace_of(rotation)
     rho = xp.where(go, rho, xp.ones_like(rho))
     c, s = (as_dtype(1 / rho, a) * a)[..., None], as_dtype(below / rho, a)[..., None]
+    # Pick the two rows by masks, because j may be traced.
     zero = xp.zeros_like(rotation)
     first = xp.sum(xp.where(here[:, None], rotation, zero), axis=-2)
     second = xp.sum(xp.where(after[:, None], rotation, zero), axis=-2)

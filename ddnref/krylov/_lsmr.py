@@ -166,6 +166,7 @@ def _rounds(system: System) -> _Round:
     """Repeat rounds, each of which ends with both residuals computed afresh, until none can improve x."""
     xp = array_api_compat.array_namespace(system.b)
     rtol, maxiter = system.options.rtol, system.options.maxiter
+    # The size to which ‖Aᴴ r‖ is relative; 1 where Aᴴ b = 0, so that x = 0 is a solution
     norm_ab = norm(system.adjoint(system.b))
     norm_ab = xp.where(norm_ab > 0, norm_ab, xp.ones_like(norm_ab))
     iterate = iterator(system)
@@ -177,10 +178,12 @@ def _rounds(system: System) -> _Round:
     def body(last: _Round) -> _Round:
         first = _first(system, last, norm_ab)
         state = iterate(active, lambda s: _step(system, s, active(s), norm_ab), first, lambda s: s.size)
+        # The true residuals, two more products
         r = system.b - system.apply(state.x)
         size, normal = norm(r) / system.norm_b, norm(system.adjoint(r)) / norm_ab
         return _Round(state.x, r, size, normal, _judged(system, last, state, size, normal), state.n_iter)
 
+    # Right-hand sides for which x0 is a solution take no step.
     first = first_round(system)
     normal = norm(system.adjoint(first.r)) / norm_ab
     status = mark(first.status, (first.status == RUNNING) & (normal <= rtol), CONVERGED)
@@ -195,6 +198,7 @@ def _rounds(system: System) -> _Round:
 def _judged(system: System, last: _Round, state: _State, size: Array, normal: Array) -> Array:
     """The status after a round, as for the other methods, but by the better of two residuals."""
     tol = SLACK * system.options.rtol
+    # The first of these that holds decides.
     status = last.status
     for bad, code in (
         ((size <= tol) | (normal <= tol), CONVERGED),
@@ -211,6 +215,7 @@ def _first(system: System, start: _Round, norm_ab: Array) -> _State:
     xp = namespace_of(start.r)
     u, beta = _unit(start.r)
     v, alpha = _unit(system.adjoint(u))
+    # Both sequences of rotations start with the identity.
     zero, one = xp.zeros_like(beta), xp.ones_like(beta)
     return _State(
         x=start.x, u=u, v=v, h=v, hbar=xp.zeros_like(v), alpha=alpha, alphabar=alpha, rho=one, rhobar=one, cbar=one,
@@ -236,15 +241,18 @@ def _step(system: System, state: _State, go: Array, norm_ab: Array) -> _State:
     finite = (rho < float("inf")) & (rhobar < float("inf"))
     status = mark(state.status, go & ~finite, NOT_FINITE)
     go = go & finite & (rho > 0) & (rhobar > 0)
+    # h̄ ← h − (θ̄ ρ / ρ_old ρ̄_old) h̄,  x ← x + (ζ / ρ ρ̄) h̄,  h ← v − (θ / ρ) h
     hbar = state.h - column(quotient(thetabar * rho, state.rho * state.rhobar, go), v) * state.hbar
     x = axpy(state.x, go, quotient(zeta, rho * rhobar, go), hbar)
     h = v - column(quotient(thetanew, rho, go), v) * state.h
 
     # Estimate ‖r‖ by a third sequence of rotations; ‖Aᴴ r‖ is the last entry of the rotated right-hand side.
     betahat, betadd = c * state.betadd, -s * state.betadd
+    # ρ̃ rotates the lower bidiagonal matrix R̄ᵀ to an upper one.
     ctilde, stilde, rhotilde = _rotation(state.rhod, thetabar)
     thetatilde, rhod = stilde * rhobar, ctilde * rhobar
     betad = -stilde * state.betad + ctilde * betahat
+    # τ solves the triangular system that the estimate needs.
     tautilde = quotient(state.zeta - state.thetatilde * state.tautilde, rhotilde, rhotilde > 0)
     taud = quotient(zeta - thetatilde * tautilde, rhod, rhod != 0)
     size = ((betad - taud) ** 2 + betadd * betadd) ** 0.5 / system.norm_b
@@ -267,5 +275,5 @@ def _rotation(a: Array, b: Array) -> tuple[Array, Array, Array]:
     """``c, s, r`` with ``c a + s b = r`` and ``c b = s a``; c = 1 where both vanish."""
     xp = namespace_of(a)
     r = (a * a + b * b) ** 0.5
-    positive = r > 0
+    positive = r > 0  # else c = 1, s = 0
     return xp.where(positive, quotient(a, r, positive), xp.ones_like(a)), quotient(b, r, positive), r

@@ -137,6 +137,7 @@ def _round(system: System, start: Round, iterate: Callable[..., Any]) -> Result:
     rz = real_dot(start.r, z)
     running = start.status == RUNNING
     status = failure(start.status, running, rz, PRECONDITIONER_NOT_POSITIVE_DEFINITE)
+    # β_1 v_1 = r, measured in the inner product of M; the first reflection is c = −1, s = 0.
     beta = xp.where(rz > 0, rz, xp.ones_like(rz)) ** 0.5
     zero, one = xp.zeros_like(beta), xp.ones_like(beta)
     vector = xp.zeros_like(start.r)
@@ -164,7 +165,7 @@ def _step(system: System, state: _State, go: Array) -> _State:
     after = y - column(alpha / state.beta, y) * state.now
     z = after if system.precondition is None else system.precondition(after)
     rz = real_dot(after, z)
-    finite = rz < float("inf")
+    finite = rz < float("inf")  # false for NaN
     rounding = (16 * eps(xp, v.dtype)) ** 2 * state.norm2  # a smaller β² shows that the space is invariant
     status = failure(state.status, go & ~(xp.abs(rz) <= rounding), rz, PRECONDITIONER_NOT_POSITIVE_DEFINITE)
     go = go & (status == RUNNING)
@@ -175,6 +176,7 @@ def _step(system: System, state: _State, go: Array) -> _State:
     gbar = state.s * state.dbar - state.c * alpha
     epsilon, dbar = state.s * beta, -state.c * beta
     gamma = (gbar * gbar + beta * beta) ** 0.5
+    # A column of the tridiagonal matrix is not longer than ‖A‖.
     norm2 = xp.maximum(state.norm2, alpha * alpha + beta * beta)
     # ‖A r‖ = ‖r‖ ‖(γ̄, d̄)‖; where it is this small a step along w would amplify rounding by 1/√eps and more [2].
     left = (gbar * gbar + dbar * dbar) ** 0.5

@@ -63,6 +63,7 @@ def first_round(system: System) -> Round:
     """The state at x0, or at zero, where the residual is b."""
     xp = array_api_compat.array_namespace(system.b)
     n_iter = xp.zeros(system.batch, dtype=xp.int32, device=array_api_compat.device(system.b))
+    # From zero no product is needed.
     if system.x0 is None:
         shape = system.domain_shape if system.axes > 1 else (math.prod(system.domain_shape),)
         x = full((*system.batch, *shape), 0.0, system.b)
@@ -70,6 +71,7 @@ def first_round(system: System) -> Round:
         return Round(x, own(system.b), size, system.status, n_iter)
     r = system.b - system.apply(system.x0)
     size = norm(r, system.axes) / system.norm_b
+    # A start that meets the tolerance is returned as it is.
     go = system.status == RUNNING
     status = mark(system.status, go & (size <= system.options.rtol), CONVERGED)
     return Round(own(system.x0), r, size, mark(status, go & ~(size < float("inf")), NOT_FINITE), n_iter)
@@ -89,6 +91,7 @@ def rounds(
     iterate = iterator(system)
 
     def body(last: Round) -> Round:
+        # Iterate by recurrence, then judge x by its true residual.
         new = method(system, last, iterate)
         r = system.b - system.apply(new.x)
         size = norm(r, system.axes) / system.norm_b
@@ -113,6 +116,7 @@ def _judged(system: System, last: Round, new: Result, size: Array, fall: float, 
     limit = new.n_iter >= system.options.maxiter
     status = xp.where(running, xp.where(failed & ~good & finite, new.status, xp.zeros_like(new.status) + RUNNING),
                       last.status)  # fmt: skip
+    # The first of these that holds decides.
     for bad, code in ((good, CONVERGED), (~finite, NOT_FINITE), (limit, ITERATION_LIMIT), (~helps, STAGNATION)):
         status = mark(status, (status == RUNNING) & bad, code)
     return status
@@ -142,8 +146,8 @@ def iterator(system: System) -> Callable[..., Any]:
             seen[1] += 1
             return body(state)
 
-        seen[:] = [sum(seen), 0]
-        plain = callback is None
+        seen[:] = [sum(seen), 0]  # a new round begins
+        plain = callback is None  # then nothing has to be counted
         return run(
             active if plain else watched, body if plain else counted, state,
             maxiter=options.maxiter if maxiter is None else maxiter, check_every=options.check_every,
@@ -156,6 +160,7 @@ def iterator(system: System) -> Callable[..., Any]:
 def finish(system: System, last: Round) -> tuple[Array, SolveInfo]:
     """The solution in its own shape and scale, and how it ended; raises if the options say so."""
     with quiet():
+        # Where a NaN or infinity was met, neither x nor its residual says anything.
         bad = last.status == NOT_FINITE
         info = SolveInfo(last.status == CONVERGED, last.n_iter, nan_where(bad, last.size), last.status)
     return unscaled(system, last.x, bad, info), info

@@ -119,10 +119,13 @@ def prepare(
     `self_adjoint` and `rectangular` say which operators the method takes, `shaped` that its vectors may keep their
     shape.
     """
+    # Compute once what does not depend on x, such as the spectrum of a kernel.
     a = as_operator(operator)
     if a is not operator and a.domain_shape == a.range_shape:
         a = a._replace(self_adjoint=True)  # whether a matrix is symmetric is not checked
     a = a.prepared()
+
+    # Validate everything that does not depend on values.
     params = {f"params[{i}]": parameter for i, parameter in enumerate(a.params)}
     xp = namespace(b=b, x0=x0, **params)
     check_precision(xp, b=b, **params)
@@ -149,6 +152,7 @@ def prepare(
         raise ValueError(f"x0 has shape {tuple(x0.shape)}, expected (..., *{tuple(a.domain_shape)}).")
     of_operator, image = batch_axes(a, zeros(a.domain_shape, b))
     check_dtypes(**{"operator.apply(params, x)": (image, b.dtype)})
+    # Batch axes are those of b, of x0 and of the image of one vector, which the parameters bring in.
     others = [tuple(b.shape[: b.ndim - n])] + ([] if x0 is None else [tuple(x0.shape[: x0.ndim - k])])
     try:
         batch = np.broadcast_shapes(of_operator, *others)
@@ -185,6 +189,7 @@ def prepare(
     zero = size == 0
     status = xp.zeros(batch, dtype=xp.int32, device=array_api_compat.device(b)) + RUNNING
     status = mark(mark(status, zero & finite, CONVERGED), ~finite, NOT_FINITE)
+    # A zero right-hand side has the solution zero, whatever x0 is.
     if x0 is not None:
         x0 = xp.where(with_axes(zero, axes), xp.zeros_like(x0), x0 / column(scale, x0))
     norm_b = xp.where(zero, xp.ones_like(size), size)
@@ -220,9 +225,11 @@ def _options(
     throw: bool,
 ) -> LoopOptions:
     """Replace the options that were not given by their defaults, and check the others."""
+    # √eps is reached up to condition 1/√eps.
     rtol = eps(namespace_of(b), b.dtype) ** 0.5 if rtol is None else rtol
     if not 0 <= rtol < 1:
         raise ValueError(f"rtol is {rtol}, expected 0 <= rtol < 1: the tolerance is relative to ‖b‖.")
+    # How often the stopping rule is evaluated depends on what a look costs the library.
     limit = default_maxiter(math.prod(a.domain_shape)) if maxiter is None else maxiter
     every = steps_between_looks(b) if check_every is None else check_every
     if limit < 0 or every < 1:
@@ -249,6 +256,7 @@ def _precondition(
         raise ValueError(
             f"preconditioner has domain_shape {tuple(preconditioner.domain_shape)}, expected {tuple(a.range_shape)}."
         )
+    # The preconditioner sees residuals in the shape of the range, all right-hand sides at once.
     shape = (*batch, *a.range_shape)
     m = preconditioner.prepared() if isinstance(preconditioner, LinearOperator) else preconditioner
 
@@ -267,13 +275,14 @@ def _precondition(
 
 def mark(status: Array, bad: Array, code: int) -> Array:
     """`status` with `code` where `bad`, which may be set for running items only."""
+    # The status was RUNNING, so that adding the difference gives the code.
     return status + namespace_of(status).astype(bad, status.dtype) * (code - RUNNING)
 
 
 def failure(status: Array, go: Array, value: Array, code: int) -> Array:
     """`status` with `code` where `value` is not positive, and NOT_FINITE where it is NaN or infinite."""
     if are_surely_set(((value > 0) & (value < float("inf"))) | ~go):
-        return status
+        return status  # the usual case, in which nothing has failed
     low = go & (value <= 0)
     return mark(mark(status, low, code), go & ~low & ~(value < float("inf")), NOT_FINITE)
 
@@ -319,12 +328,14 @@ def raise_if_failed(function: str, info: Any, options: LoopOptions) -> None:
     xp = array_api_compat.array_namespace(info.status)
     if is_true(xp.all(info.converged)):
         return
+    # Name each failure that occurred, with its number of right-hand sides and what to do about it.
     parts = []
     for code, (event, cause) in ADVICE.items():
         number = int(xp.sum(xp.astype(info.status == code, xp.int32)))
         if number:
             parts.append(f"{number} of {math.prod(info.status.shape)} right-hand sides "
                          f"{event.format(maxiter=options.maxiter)}. The most likely cause is {cause}.")  # fmt: skip
+    # Right-hand sides that have converged must not hide the size of the failure.
     worst = float(xp.max(xp.where(info.converged, xp.zeros_like(info.residual_norm), info.residual_norm)))
     raise ConvergenceError(
         f"{function} did not converge: {' '.join(parts)} Largest residual ‖b − A x‖/‖b‖ {worst:.1e} (rtol "

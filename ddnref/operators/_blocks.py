@@ -55,6 +55,7 @@ class SelfAdjoint(NamedTuple):
     def matrix(self) -> Array:
         """The map as a matrix ``(..., m, m)``, exactly Hermitian."""
         xp = array_api_compat.array_namespace(self.like)
+        # The image of the identity has the columns of A as rows.
         eye = identity(self.m, self.like)
         return hermitian_part(xp.matrix_transpose(self.apply(xp.broadcast_to(eye, (*self.batch, self.m, self.m)))))
 
@@ -83,6 +84,7 @@ def _of_operator(a: LinearOperator, function: str, like: Array | None) -> SelfAd
             f"{a.domain_shape}, range_shape {a.range_shape}. Set self_adjoint=True only if A = Aᴴ for all parameters."
         )
     namespace(**{f"params[{i}]": parameter for i, parameter in enumerate(a.params)}, v0=like)
+    # One product shows the batch axes and the dtype of all images.
     n = len(a.domain_shape)
     if like is not None and tuple(like.shape[like.ndim - n :]) != tuple(a.domain_shape):
         raise ValueError(f"A vector has shape {tuple(like.shape)}, expected (..., *{tuple(a.domain_shape)}).")
@@ -159,12 +161,14 @@ def _tall_pieces(pieces: Pieces, names: list[str], join: Callable[[Pieces], Any]
     if any(piece.ndim < 2 for piece in pieces):
         shapes = " and ".join(str(tuple(piece.shape)) for piece in pieces)
         raise ValueError(f"factor has shape {shapes}, expected (..., D, n): vectors are columns.")
+    # All pieces have the batch axes, the columns and the dtype of the first.
     batch, n = tuple(pieces[0].shape[:-2]), pieces[0].shape[-1]
     for name, piece in zip(names, pieces, strict=True):
         check_shapes(**{name: (piece, (*batch, piece.shape[-2], n))})
         check_dtypes(**{name: (piece, pieces[0].dtype)})
 
     def gram() -> Array:
+        # One piece takes half the flops, because only one triangle of its product is computed.
         if len(pieces) == 1:
             return hermitian_product(adjoint(pieces[0]), adjoint(pieces[0]))
         return hermitian_part(times_adjoint(pieces))
@@ -174,6 +178,7 @@ def _tall_pieces(pieces: Pieces, names: list[str], join: Callable[[Pieces], Any]
         return sum(terms[1:], terms[0])
 
     def split(vectors: Any, name: str) -> Pieces:
+        # A bare array for a bare factor, else one array for each piece
         given = (vectors,) if join is None else tuple(vectors)
         if len(given) != len(pieces):
             raise ValueError(f"{name} has {len(given)} pieces, the factor {len(pieces)}.")
@@ -186,6 +191,7 @@ def _tall_pieces(pieces: Pieces, names: list[str], join: Callable[[Pieces], Any]
     def apply(u: Array) -> Pieces:
         return tuple(v @ u for v in pieces)
 
+    # The caller's form of vectors: as many arrays as the factor was given
     joined = (lambda pieces: pieces[0]) if join is None else join
     return Tall(
         n=n,
@@ -208,6 +214,7 @@ def _tall_operator(v: LinearOperator) -> Tall:
     xp = namespace(**{f"factor.params[{i}]": parameter for i, parameter in enumerate(v.params)})
     n, rows = v.size, math.prod(v.range_shape)
     batch, like = batch_axes(v, name="factor")
+    # The columns of the identity, of which products with V are made
     eye = xp.broadcast_to(identity(n, like), (*batch, n, n))
 
     def leading(u: Array, shape: tuple[int, ...]) -> Array:
@@ -224,6 +231,7 @@ def _tall_operator(v: LinearOperator) -> Tall:
         return columns(v.adjoint(v.params, leading(e, v.range_shape)))
 
     def gram() -> Array:
+        # A few columns at a time bound the memory.
         blocks = [times_adjoint(apply(eye[..., i : min(i + COLUMNS, n)])) for i in range(0, n, COLUMNS)]
         return hermitian_part(blocks[0] if len(blocks) == 1 else xp.concat(blocks, axis=-1))
 
@@ -235,7 +243,7 @@ def _tall_operator(v: LinearOperator) -> Tall:
         namespace(**{name: vectors, "factor": like})
         k = vectors.shape[-1] if vectors.ndim else 0
         check_shapes(**{name: (vectors, (*batch, *v.range_shape, k))})
-        return (xp.reshape(vectors, (*batch, rows, k)),)
+        return (xp.reshape(vectors, (*batch, rows, k)),)  # an operator is a single piece
 
     return Tall(
         n=n,

@@ -110,6 +110,7 @@ def check_operator(
     ['adjoint']
     """
     given = _given(operator, x, np.random.default_rng(seed), rtol, vjp_rtol)
+    # Stop where a basic claim fails: the checks of later ones would raise.
     checks: list[OperatorCheck] = []
     for claim, is_basic in CLAIMS:
         found = list(claim(given))
@@ -135,6 +136,7 @@ def _given(a: LinearOperator, x: Array | None, rng: np.random.Generator, rtol: f
             f"{', '.join(str(p.dtype) for p in arrays)}: finite differences in single precision show nothing. Check "
             "the same operator in double precision."
         )
+    # Vectors are complex if a parameter is, and random in any case.
     if x is None:
         x = zeros(tuple(a.domain_shape), a.params[0])
     if any(is_complex(p) for p in arrays):
@@ -189,6 +191,7 @@ def _norm(z: Array) -> float:
 
 def _off(z: Array, wanted: Array, size: float | None = None) -> float:
     """``‖z − wanted‖`` relative to `size`, or to the larger of both."""
+    # Relative to zero there is only an absolute error.
     size = max(_norm(z), _norm(wanted)) if size is None else size
     difference = _norm(z - wanted)
     return difference / size if size > 0 else difference
@@ -206,6 +209,7 @@ def _shapes(g: Given) -> Iterator[OperatorCheck]:
         ("apply", g.apply, g.x, g.a.range_shape),
         ("adjoint", g.adjoint, None, g.a.domain_shape),
     ):
+        # A vector of the range has the batch axes of an image.
         x = zeros((*batch, *g.a.range_shape), g.x) if x is None else x
         y = product(x)
         held = tuple(y.shape[max(0, y.ndim - len(target)) :]) == tuple(target)
@@ -225,6 +229,7 @@ def _dtypes(g: Given) -> Iterator[OperatorCheck]:
     """Products keep the library and the precision, and complex vectors stay complex."""
     y = g.apply(g.x)
     for name, product, x in (("apply", g.apply, g.x), ("adjoint", g.adjoint, y)):
+        # A real vector may have a complex image, not the other way round.
         z = product(x)
         wanted = (g.xp.complex128,) if is_complex(x) else (g.xp.float64, g.xp.complex128)
         held = type(z) is type(x) and z.dtype in wanted
@@ -243,6 +248,7 @@ def _arguments(g: Given) -> Iterator[OperatorCheck]:
     def same(z: Array, b: Array) -> bool:
         return bool(xp.all((z == b) | ((z != z) & (b != b))))  # NaN is not a change
 
+    # Compare all arguments with copies from before the products.
     y = g.apply(g.x)
     arrays = (*g.a.params, g.x, y)
     before = [xp.asarray(z, copy=True) for z in arrays]
@@ -256,6 +262,7 @@ def _linear(g: Given) -> Iterator[OperatorCheck]:
     """``A (αx + βz) = α A x + β A z``, α and β complex where vectors are."""
     alpha, beta = (0.7 - 0.4j, -1.3 + 0.2j) if is_complex(g.x) else (0.7, -1.3)
     for name, product, x in (("apply", g.apply, g.x), ("adjoint", g.adjoint, g.random(g.apply(g.x)))):
+        # Relative to the terms, because their sum may cancel.
         z = g.random(x)
         p, q = product(x), product(z)
         error = _off(product(times(alpha, x, 0) + times(beta, z, 0)), times(alpha, p, 0) + times(beta, q, 0),
@@ -275,6 +282,7 @@ def _adjoint(g: Given) -> Iterator[OperatorCheck]:
     y = g.random(a_x)
     x = _in_batch(g)
     a_y = g.adjoint(y)
+    # Relative to the lengths, because both inner products may be small.
     size = _norm(a_x) * _norm(y) + _norm(x) * _norm(a_y)
     error = abs(_dot(a_x, y) - _dot(x, a_y))
     yield _check(
@@ -300,10 +308,12 @@ def _batch(g: Given) -> Iterator[OperatorCheck]:
     three, images = xp.stack([x, g.random(x), g.random(x)]), xp.stack([a_x, g.random(a_x), g.random(a_x)])
     message = "{name} of several right-hand sides, one more leading axis, is not that of each: off by {{error:.1e}}."
     for name, product, many in (("apply", g.apply, three), ("adjoint", g.adjoint, images)):
+        # One product for all, and one for each
         alone = xp.stack([product(many[i, ...]) for i in range(3)])
         together = product(many)
         error = _off(together, alone) if together.shape == alone.shape else math.inf
         yield _check(f"batch of {name}", error, g.rtol, message.format(name=name))
+    # A parameter that the right-hand sides share gets the sum of their gradients.
     alone_bars = [g.a.params_vjp(g.a.params, images[i, ...], three[i, ...]) for i in range(3)]
     for i, bar in enumerate(g.a.params_vjp(g.a.params, images, three)):
         wanted = alone_bars[0][i] + alone_bars[1][i] + alone_bars[2][i]
@@ -328,6 +338,7 @@ def _params_vjp(g: Given) -> Iterator[OperatorCheck]:
     if not counted:
         return
     for i, (p, bar) in enumerate(zip(g.a.params, bars, strict=True)):
+        # The gradient has the shape and the dtype of the parameter.
         fits = tuple(bar.shape) == tuple(p.shape) and bar.dtype == p.dtype
         name = f"params_vjp[{i}]"
         if not fits:
@@ -336,6 +347,7 @@ def _params_vjp(g: Given) -> Iterator[OperatorCheck]:
             )
             yield _fact(name, False, f"{message}: sum over a batch, and take the real part for a real parameter.")
             continue
+        # The finite differences of the product as a function of this parameter alone
         seed = int(g.rng.integers(2**31))  # of cotangents that are independent of x
         report = check_vjp(*_partial(g, i), p, rtol=g.vjp_rtol, seed=seed)
         yield _check(
@@ -371,6 +383,7 @@ def _self_adjoint(g: Given) -> Iterator[OperatorCheck]:
         f"positive_definite is {g.a.positive_definite}, self_adjoint {g.a.self_adjoint}, domain_shape "
         f"{g.a.domain_shape}, range_shape {g.a.range_shape}; both flags need equal shapes, the first the second.",
     )
+    # On any vector, since ⟨A x, z⟩ = ⟨x, A z⟩ for all x and z follows from the adjoint that has been checked.
     if held:
         y = g.random(g.apply(g.x))
         yield _check(
@@ -414,11 +427,13 @@ def _positive_definite(g: Given) -> Iterator[OperatorCheck]:
 
 def _hooks(g: Given) -> Iterator[OperatorCheck]:
     """``prepare`` and ``gram`` agree with the products that they replace."""
+    # The prepared operator: both products
     a_x = g.apply(g.x)
     if g.a.prepare is not None:
         fast = g.a.prepare(g.a.params)
         error = max(_off(fast.apply(fast.params, g.x), a_x), _off(fast.adjoint(fast.params, a_x), g.adjoint(a_x)))
         yield _check("prepare", error, g.rtol, "the prepared operator differs by {error:.1e} (rtol {rtol:.0e}).")
+    # AᴴA with and without a shift, against two products
     if g.a.gram is not None:
         wanted = g.adjoint(a_x)
         for shift in (None, 0.75):

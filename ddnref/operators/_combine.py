@@ -68,6 +68,7 @@ def scaled(
     >>> ddnref.operators.scaled(np.eye(2), np.asarray(3.0))(np.ones(2))
     array([3., 3.])
     """
+    # Only operators without arrays are closed over, so that parameters can be traced and replaced.
     a = as_operator(operator)
     c = coefficient("c", c, a.params)
     n, parameter = len(a.range_shape), is_array(c)
@@ -83,16 +84,19 @@ def scaled(
 
     def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
         p, c = split(params)
+        # vjp(conj(c) ȳ, x),  c̄ = Σ ȳ conj(A x)
         p_bar = bare.params_vjp(p, times(_conj(c), y_bar, n), x)
         return (*p_bar, coefficient_bar(y_bar, bare.apply(p, x), c, n)) if parameter else p_bar
 
     def params_jvp(params: Params, params_dot: Params, x: Array) -> Array:
         (p, c), (p_dot, c_dot) = split(params), split(params_dot)
+        # c Ȧ x + ċ A x
         moved = times(c, bare.params_jvp(p, p_dot, x), n)  # type: ignore[misc]
         return moved + times(c_dot, bare.apply(p, x), n) if parameter else moved
 
     def adjoint_jvp(params: Params, params_dot: Params, y: Array) -> Array:
         (p, c), (p_dot, c_dot) = split(params), split(params_dot)
+        # conj(c) Ȧᴴ y + conj(ċ) Aᴴ y
         moved = bare.adjoint_jvp(p, p_dot, times(_conj(c), y, n))  # type: ignore[misc]
         return moved + bare.adjoint(p, times(_conj(c_dot), y, n)) if parameter else moved
 
@@ -142,6 +146,7 @@ def adjoint(operator: Array | LinearOperator, /) -> LinearOperator:
     def prepare(params: Params) -> LinearOperator:
         return adjoint(bare._replace(params=params).prepared())
 
+    # A and Aᴴ exchange their products, shapes and forward modes.
     flags = a.self_adjoint, a.positive_definite
     return LinearOperator(
         a.params, a.adjoint, a.apply, params_vjp, a.range_shape, a.domain_shape, *flags, prepare=prepare,
@@ -198,6 +203,7 @@ def normal(
 
     def apply(params: Params, x: Array) -> Array:
         p, rho = split(params)
+        # AᴴA x + ρ x, by the cheaper form where A has one
         if bare.gram is not None:
             fast = bare.gram(p, rho)
             return fast.apply(fast.params, x)
@@ -209,6 +215,7 @@ def normal(
         p, rho = split(params)
         left, right = bare.params_vjp(p, bare.apply(p, y_bar), x), bare.params_vjp(p, bare.apply(p, x), y_bar)
         p_bar = tuple(u + v for u, v in zip(left, right, strict=True))
+        # ρ̄ = Re Σ ȳ conj(x)
         return (*p_bar, coefficient_bar(y_bar, x, rho, n)) if parameter else p_bar
 
     def params_jvp(params: Params, params_dot: Params, x: Array) -> Array:
@@ -282,6 +289,7 @@ def add(*operators: Array | LinearOperator, positive_definite: bool | None = Non
     def adjoint_jvp(params: Params, params_dot: Params, y: Array) -> Array:
         return _sum(a.adjoint_jvp(p, d, y) for a, p, d in bare.moving(params, params_dot))
 
+    # A sum has a property if all terms have it.
     flag = all(a.self_adjoint for a in parts.operators)
     positive = all(a.positive_definite for a in parts.operators) if positive_definite is None else positive_definite
 
@@ -417,7 +425,7 @@ def stack(*operators: Array | LinearOperator) -> LinearOperator:
     for i, a in enumerate(parts.operators):
         _same(f"operators[{i}]", "domain_shape", a.domain_shape, domain)
     bare, ranges = parts.bare(), [a.range_shape for a in parts.operators]
-    equal = len(set(ranges)) == 1
+    equal = len(set(ranges)) == 1  # then the images are stacked, else flattened and joined
 
     def apply(params: Params, x: Array) -> Array:
         return _joined([a.apply(p, x) for a, p in bare.of(params)], ranges, equal)
@@ -446,6 +454,7 @@ def stack(*operators: Array | LinearOperator) -> LinearOperator:
         return stack(*bare.prepared(params))
 
     target = (len(ranges), *ranges[0]) if equal else (sum(map(math.prod, ranges)),)
+    # The sum of Gram operators is worth it if one of them is cheaper than two products.
     some = any(a.gram is not None for a in parts.operators)
     return LinearOperator(
         parts.params, apply, adjoint, params_vjp, domain, target, gram=gram if some else None, prepare=prepare,
@@ -486,6 +495,7 @@ def _parts(function: str, given: tuple[Array | LinearOperator, ...]) -> _Parts:
         raise TypeError(f"{function} needs at least one operator.")
     operators = tuple(as_operator(a, f"operators[{i}]") for i, a in enumerate(given))
     check_params(**{f"operators[{i}].params[{j}]": p for i, a in enumerate(operators) for j, p in enumerate(a.params)})
+    # The parameters of operator i start at the sum of the counts before it.
     counts = [len(a.params) for a in operators]
     return _Parts(operators, tuple(sum(counts[:i]) for i in range(len(counts) + 1)))
 
@@ -502,6 +512,7 @@ def _joined(parts: list[Array], ranges: list[tuple[int, ...]], equal: bool) -> A
     xp = array_api_compat.array_namespace(*parts)
     leads = [tuple(y.shape[: y.ndim - len(shape)]) for y, shape in zip(parts, ranges, strict=True)]
     lead = broadcast_shape(*leads)
+    # The new axis of equal ranges lies behind the batch axes.
     whole = [xp.broadcast_to(y, (*lead, *shape)) for y, shape in zip(parts, ranges, strict=True)]
     if equal:
         return xp.stack(whole, axis=len(lead))
@@ -512,6 +523,7 @@ def _parted(y: Array, ranges: list[tuple[int, ...]], equal: bool) -> list[Array]
     """The inverse of `_joined`."""
     if equal:
         return [y[(..., i, *(slice(None),) * len(ranges[0]))] for i in range(len(ranges))]
+    # Cut the last axis into vectors, and give each its shape.
     xp, sizes = array_api_compat.array_namespace(y), [math.prod(shape) for shape in ranges]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [

@@ -65,6 +65,7 @@ def dense(a: Array, /, *, self_adjoint: bool = False, positive_definite: bool = 
     >>> a(np.asarray([1.0, 1.0]))
     array([3., 1.])
     """
+    # A positive definite matrix is self-adjoint, and a self-adjoint one is square.
     n, m = _sizes("a", a)
     if (self_adjoint or positive_definite) and n != m:
         raise ValueError(f"a has shape {tuple(a.shape)}; only a square matrix can be self-adjoint.")
@@ -107,6 +108,7 @@ def _rows_times(x: Array, a: Array) -> Array:
     xp = array_api_compat.array_namespace(x)
     x, a = _alike(x, a)
     batch = a.ndim - 2
+    # One vector, or one for each item
     if x.ndim == 1 and batch == 0:
         return x @ a
     if x.ndim - 1 <= batch:
@@ -119,6 +121,7 @@ def _rows_times(x: Array, a: Array) -> Array:
 def _rows(x: Array, batch: int) -> Array:
     """Reshape ``(..., *batch, m)`` to ``(*batch, j, m)``, where j counts the vectors in front of the batch axes."""
     xp = array_api_compat.array_namespace(x)
+    # Flatten the axes in front, then move them next to the vectors.
     lead = tuple(x.shape[: max(0, x.ndim - 1 - batch)])
     flat = xp.reshape(x, (math.prod(lead), *x.shape[len(lead) :]))
     return move_axis(flat, 0, -2)
@@ -206,6 +209,7 @@ def mask(m: Array, /, shape: tuple[int, ...] | int | None = None) -> LinearOpera
     >>> ddnref.operators.mask(np.asarray([True, False]))(np.asarray([3.0, 3.0]))
     array([3., 0.])
     """
+    # Boolean entries become numbers, because a mask is multiplied with.
     if array_api_compat.is_array_api_obj(m):
         xp = library(m=m)
         if xp.isdtype(m.dtype, "bool"):
@@ -257,7 +261,7 @@ def as_operator(a: Array | LinearOperator, name: str = "operator") -> LinearOper
             f"{name} is a {type(a).__qualname__}, expected a LinearOperator or an array (..., n, m). "
             "SciPy's and CuPy's operators and sparse matrices are wrapped by ddnref.operators.from_scipy."
         )
-    _sizes(name, a)
+    _sizes(name, a)  # names the argument in the message
     return dense(a)
 
 
@@ -272,6 +276,7 @@ def coefficient(name: str, c: Any, params: Params, real: bool = False) -> Any:
         if real and isinstance(c, complex):
             raise TypeError(f"{name} is {c!r}, expected a real number or a real array.")
         return c
+    # An array must go together with the parameters.
     c = np.asarray(c) if isinstance(c, np.generic) else c
     arrays = {name: c, **{f"params[{i}]": parameter for i, parameter in enumerate(params)}}
     check_precision(namespace(**arrays), **arrays)

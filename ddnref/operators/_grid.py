@@ -78,6 +78,7 @@ def convolution(
     >>> np.round(blur(np.asarray([0.0, 4.0, 0.0, 0.0])), 12) + 0
     array([1., 2., 1., 0.])
     """
+    # The trailing axes of the kernel belong to the grid, those in front to a batch.
     namespace(kernel=kernel)
     sizes = as_shape("shape", shape)
     n = len(sizes)
@@ -94,6 +95,7 @@ def convolution(
     def spectrum(params: Params) -> Array:
         return transform(_embed(params[0], small, sizes), n)
 
+    # ŷ = k̂ ∘ x̂, and conj(k̂) for the adjoint
     def apply(params: Params, x: Array) -> Array:
         return filtered(x, multiplier(spectrum(params), sizes), sizes, not is_complex(params[0]))
 
@@ -131,6 +133,7 @@ def _filter(
     def adjoint(params: Params, y: Array) -> Array:
         return filtered(y, params[-1], shape, is_real)
 
+    # A real spectrum belongs to a self-adjoint map and needs no conjugate.
     factor = multiplier(spectrum, shape)
     params = (factor, conj(factor)) if is_complex(spectrum) else (factor,)
     return LinearOperator(params, apply, adjoint, no_params_vjp, shape, shape, self_adjoint, positive_definite)
@@ -144,6 +147,7 @@ def _embed(k: Array, small: tuple[int, ...], shape: tuple[int, ...]) -> Array:
         c = small[axis] // 2
         index = (..., slice(c, None)), (..., slice(None, c))
         after, before = (k[(*i, *(slice(None),) * (n - 1 - axis))] for i in index)
+        # The centre and what follows it come first, then zeros, then the entries before the centre.
         gap = list(k.shape)
         gap[axis - n] = shape[axis] - small[axis]
         k = xp.concat([after, zeros(tuple(gap), k), before], axis=axis - n)
@@ -164,9 +168,11 @@ def _crop(g: Array, small: tuple[int, ...], shape: tuple[int, ...]) -> Array:
 def _correlation(y_bar: Array, x: Array, k: Array, shape: tuple[int, ...]) -> Array:
     """``Σ_i ȳ_i conj(x_{i − j})`` for all j of the grid, summed over the batch in Fourier space."""
     n = len(shape)
+    # Half spectra will do if everything is real.
     if is_complex(k) or is_complex(x) or is_complex(y_bar):
         y_bar, x = as_complex(y_bar), as_complex(x)
     is_real = not is_complex(x)
+    # Sum over the batch before the inverse transform, which is linear.
     product = transform(y_bar, n) * conj(transform(x, n))
     like = zeros((*k.shape[: k.ndim - n], *product.shape[product.ndim - n :]), product)
     return inverse(cotangent(product, like), shape, is_real)
@@ -231,6 +237,7 @@ def difference(
     def adjoint(params: Params, y: Array) -> Array:  # noqa: ARG001
         if single:
             return backward(y, axes[0], boundary)
+        # Dᵀ y is the sum over the components.
         components = [y[(..., j, *(slice(None),) * n)] for j in range(len(axes))]
         return sum(backward(y_j, i, boundary) for y_j, i in zip(components, axes, strict=True))
 
@@ -240,6 +247,7 @@ def difference(
     def gram(params: Params, shift: Array | float | None) -> LinearOperator:  # noqa: ARG001
         return _laplacian(axes, boundary, sizes, shift)
 
+    # One axis given as an int adds no axis of components.
     target = sizes if single else (len(axes), *sizes)
     return LinearOperator((), apply, adjoint, params_vjp, sizes, target, gram=gram, **no_motions(apply, adjoint))
 

@@ -98,6 +98,7 @@ class LinearOperator(NamedTuple):
             like = self.params[0]
         xp = array_api_compat.array_namespace(like)
         batch, _ = batch_axes(self, zeros(self.domain_shape, like))
+        # All unit vectors are right-hand sides of one product; their images are the columns.
         eye = xp.reshape(identity(self.size, like), (self.size, *(1,) * len(batch), *self.domain_shape))
         y = self.apply(self.params, eye)
         columns = xp.reshape(y, (self.size, *batch, math.prod(self.range_shape)))
@@ -143,6 +144,7 @@ def no_params_vjp(params: Params, y_bar: Array, x: Array) -> NoReturn:  # noqa: 
 
 def check_vector(name: str, x: Array, shape: tuple[int, ...], params: Params) -> None:
     """Raise unless `x` is ``(..., *shape)``, floating, and of the precision of the parameters."""
+    # The shape first, because its message is more helpful than that of a failed product.
     xp = namespace(**{name: x})
     if tuple(x.shape[max(0, x.ndim - len(shape)) :]) != shape:
         wanted = ", ".join(["...", *map(str, shape)])
@@ -181,7 +183,7 @@ def over(c: Array, ndim: int) -> Array:
 def times(c: Array | float | complex, y: Array, ndim: int) -> Array:
     """``c y``, one number for each item of a batch times vectors with `ndim` axes."""
     if isinstance(c, complex) and not is_complex(y):
-        y = as_complex(y)
+        y = as_complex(y)  # a complex constant makes a real vector complex
     return over(c, ndim) * y
 
 
@@ -196,6 +198,7 @@ def cotangent(gradient: Array, like: Array) -> Array:
     As the pairing is ``Re Σ conj(ȳ) · ẏ``, a real parameter gets the real part.
     """
     xp = array_api_compat.array_namespace(like)
+    # A real parameter gets the real part, a complex one a complex gradient.
     if is_complex(gradient) != is_complex(like):
         gradient = xp.astype(gradient, like.dtype) if is_complex(like) else xp.real(gradient)
     if gradient.shape == like.shape:
@@ -216,6 +219,7 @@ def cotangent(gradient: Array, like: Array) -> Array:
 def coefficient_bar(y_bar: Array, z: Array, c: Array, ndim: int) -> Array:
     """``Σ ȳ conj(z)``, the gradient of ``Re Σ conj(ȳ) · c z`` with respect to one number c for each item."""
     xp = array_api_compat.array_namespace(z)
+    # Sum over the axes of a vector, then over the batch axes that the coefficient lacks.
     product = y_bar * conj(z)
     shape = tuple(product.shape[: product.ndim - ndim])
     product = xp.reshape(product, (*shape, math.prod(product.shape[product.ndim - ndim :])))

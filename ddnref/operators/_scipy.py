@@ -1,4 +1,4 @@
-"""Operators of SciPy, CuPy and PyLops taken in, and ours handed to ``scipy.sparse.linalg``.
+"""Wrap operators of SciPy, CuPy and PyLops, and hand ours to ``scipy.sparse.linalg``.
 
 sparse matrix  y = A x      Ā_e = Σ ȳ_{row(e)} conj(x_{col(e)})  for each stored entry e
 """
@@ -33,34 +33,34 @@ def from_scipy(
     Parameters
     ----------
     operator : sparse matrix or array, or object with ``shape``, ``matvec``, ``rmatvec``
-        The latter as ``scipy.sparse.linalg.LinearOperator`` has them; ``matmat`` and ``rmatmat`` are used where they
-        exist. PyLops operators tell the shapes of their grids (``dims``, ``dimsd``), which are taken over.
+        Products as those of ``scipy.sparse.linalg.LinearOperator``; ``matmat`` and ``rmatmat`` are used where they
+        exist. From PyLops operators the shapes of their grids (``dims``, ``dimsd``) are taken over.
     domain_shape, range_shape : tuple of int, optional
         Shapes of vectors, with as many entries as `operator` has columns and rows.
     self_adjoint, positive_definite : bool, default False
-        What is known of it.
+        Properties of the operator.
 
     Returns
     -------
     operator : LinearOperator
-        For NumPy arrays, or CuPy's if `operator` is of CuPy. A sparse matrix has one parameter, its stored values
-        ``.data`` (those of ``.tocsr()`` for formats other than CSR and CSC), and its gradient has their
-        sparsity. Any other operator has none: what it depends on cannot be seen from outside.
+        An operator on NumPy arrays, or on CuPy's if `operator` belongs to CuPy. A sparse matrix has one parameter, its
+        stored values ``.data`` (those of ``.tocsr()`` for formats other than CSR and CSC), and its gradient has their
+        sparsity. Any other operator has none, because its parameters cannot be seen from outside.
 
     Raises
     ------
     TypeError
-        If `operator` has none of these; in a product, if a vector is of another library: nothing is moved.
+        If `operator` has none of these; in a product, if a vector belongs to another library.
     ValueError
         If the shapes do not fit.
     NotImplementedError
-        In a product with the adjoint, by SciPy, if its operator was made without ``rmatvec``.
+        Raised by SciPy in a product with the adjoint if its operator was made without ``rmatvec``.
 
     Notes
     -----
-    Such an operator runs its own code: it cannot be traced by ``jax.jit`` or ``torch.compile``. To differentiate with
-    respect to what a foreign operator depends on, write a `LinearOperator` around its products with the
-    ``params_vjp`` that you know, and hold it against `check_operator`.
+    Such an operator runs its own code, which ``jax.jit`` and ``torch.compile`` cannot trace. To differentiate with
+    respect to the parameters of a foreign operator, write a `LinearOperator` around its products with a ``params_vjp``
+    of your own, and test it with `check_operator`.
 
     Examples
     --------
@@ -76,6 +76,7 @@ def from_scipy(
             f"operator is a {type(operator).__qualname__}, expected a sparse matrix, or an object with shape, matvec "
             "and rmatvec as scipy.sparse.linalg.LinearOperator has them. Arrays go to ddnref.operators.dense."
         )
+    # Shapes of grids: those given, those that PyLops knows, or flat vectors
     n, m = (int(k) for k in operator.shape)
     domain = _grid("domain_shape", domain_shape, getattr(operator, "dims", None), m)
     target = _grid("range_shape", range_shape, getattr(operator, "dimsd", None), n)
@@ -115,6 +116,7 @@ def _by_columns(x: Array, n: int, size: int, shape: tuple[int, ...], product: Ca
 
 
 def _sparse(matrix: Any, domain: tuple[int, ...], target: tuple[int, ...], flags: tuple[bool, bool]) -> LinearOperator:
+    # Other formats have no array of values in a fixed order.
     matrix = matrix if matrix.format in ("csr", "csc") else matrix.tocsr()
     if matrix.data.dtype.char not in "fdFD":
         raise TypeError(f"operator has dtype {matrix.data.dtype}; convert it to a floating dtype first.")
@@ -138,6 +140,7 @@ def _sparse(matrix: Any, domain: tuple[int, ...], target: tuple[int, ...], flags
         return _by_columns(y, len(target), n, domain, lambda z: conj(filled(params).T @ conj(z)))
 
     def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
+        # Ā_e = Σ ȳ_{row(e)} conj(x_{col(e)}), summed over the right-hand sides
         (data,) = params
         lead = np.broadcast_shapes(y_bar.shape[: y_bar.ndim - len(target)], x.shape[: x.ndim - len(domain)])
         xp = array_api_compat.array_namespace(data)
@@ -161,6 +164,7 @@ def _products(
     n, m = math.prod(target), math.prod(domain)
 
     def columns(one: str, many: str) -> Callable[[Array], Array]:
+        # All columns at once where the operator can, else one by one
         if hasattr(operator, many):
             return lambda z: getattr(operator, many)(z)
         vector = getattr(operator, one)
@@ -196,12 +200,13 @@ def to_scipy(operator: LinearOperator, /, *, dtype: Any = None) -> Any:
     operator : LinearOperator
         With NumPy or CuPy parameters, or none; without batch axes.
     dtype : dtype, optional
-        Of the vectors; that of the parameters by default, float64 without parameters.
+        Dtype of the vectors; that of the parameters by default, float64 without parameters.
 
     Returns
     -------
     operator : scipy.sparse.linalg.LinearOperator
-        Of shape ``(n, m)``, on flattened vectors. What does not depend on the vector is computed once.
+        An operator of shape ``(n, m)`` on flattened vectors. Everything that does not depend on the vector is computed
+        once.
 
     Raises
     ------
@@ -228,6 +233,7 @@ def to_scipy(operator: LinearOperator, /, *, dtype: Any = None) -> Any:
     else:
         import numpy as xp
         import scipy.sparse.linalg as linalg
+    # One product shows the dtype, and whether there are batch axes.
     a = operator.prepared()
     n, m = math.prod(a.range_shape), operator.size
     kind = dtype or xp.result_type(*(p.dtype for p in operator.params), xp.float32 if operator.params else xp.float64)
@@ -235,9 +241,10 @@ def to_scipy(operator: LinearOperator, /, *, dtype: Any = None) -> Any:
     if tuple(image.shape) != tuple(a.range_shape):
         raise ValueError(
             f"The image of one vector has shape {tuple(image.shape)}, expected {tuple(a.range_shape)}: the parameters "
-            "have batch axes, which SciPy's operators have not. Hand over one item."
+            "have batch axes, which SciPy's operators do not have. Pass the parameters of a single item."
         )
 
+    # SciPy's blocks have vectors as columns, ours as leading axes.
     def matmat(z: Array) -> Array:
         y = a.apply(a.params, z.T.reshape(-1, *a.domain_shape))
         return y.reshape(-1, n).T

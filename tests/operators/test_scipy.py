@@ -199,5 +199,5 @@ def test_what_cannot_be_handed_over():
 
     with pytest.raises(TypeError, match="parameters of array_api_strict"):
         operators.to_scipy(operators.diagonal(array_api_strict.ones(3, dtype=array_api_strict.float64)))
-    with pytest.raises(ValueError, match="batch axes, which SciPy's operators have not"):
+    with pytest.raises(ValueError, match="batch axes, which SciPy's operators do not have"):
         operators.to_scipy(operators.diagonal(np.ones((2, 3))))
