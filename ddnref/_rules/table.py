@@ -19,7 +19,6 @@ from ddnref._rules.samples import common as samples
 from ddnref._rules.samples import linear as linear_samples
 from ddnref._rules.samples import nodes as node_samples
 from ddnref.curvature import _gram as gram
-from ddnref.curvature import _gram_values as gram_values
 from ddnref.krylov._common import SolveInfo
 from ddnref.linalg import _eigsh as kpairs
 from ddnref.linalg import _eigsh_vjp as kpairs_vjp
@@ -56,7 +55,7 @@ def _saved_eigh_vjp(w_bar: Array | None, v_bar: Array | None, w: Array, v: Array
 
 
 def _repeated_in_gram(*arrays: Array, rtol: float | None = None) -> Array:
-    return gram_values.has_repeated(arrays[-3], rtol)
+    return gram.has_repeated(arrays[-3], rtol)
 
 
 def _saved_gram_vjp(w_bar: Array | None, u_bar: Array | None, w_all: Array, u_all: Array, factor: Array) -> Array:
@@ -216,7 +215,7 @@ _TABLE = (
         cost="k systems by conjugate gradients",
     ),
     _gram_rule(
-        gram_values,
+        gram,
         "gram_eigvalsh",
         outputs=1,
         signature="(m,n)->(k)r->(n)r,(n,n)",

@@ -4,19 +4,11 @@ from ddnref.curvature._gram import (
     gram_eigh,
     gram_eigh_fwd,
     gram_eigh_vjp,
-)
-from ddnref.curvature._gram_values import (
     gram_eigvalsh,
     gram_eigvalsh_fwd,
     gram_eigvalsh_vjp,
 )
-from ddnref.curvature._reducers import (
-    GramState,
-    Reducer,
-    SumState,
-    gram_reducer,
-    sum_reducer,
-)
+from ddnref.curvature._reducers import GramState, Reducer, SumState, gram_reducer, sum_reducer
 from ddnref.curvature.ggn._directional import (
     DirectionalDerivatives,
     ggn_damped_newton,
