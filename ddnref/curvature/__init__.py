@@ -23,23 +23,15 @@ from ddnref.curvature.ggn._state import (
     GgnState,
     ggn_reducer,
 )
-from ddnref.curvature.hessian._factor import (
-    HessianFactor,
-    Inertia,
-)
-from ddnref.curvature.hessian._result import (
-    HessianSolveInfo,
-)
 from ddnref.curvature.hessian._solve import (
+    HessianFactor,
+    HessianSolveInfo,
+    Inertia,
     hessian_factor,
     hessian_solve,
     hessian_solve_vjp,
 )
-from ddnref.curvature.hessian._spectrum import (
-    EigvalCountInfo,
-    hessian_eigval_count,
-    hessian_eigvals,
-)
+from ddnref.curvature.hessian._spectrum import EigvalCountInfo, hessian_eigval_count, hessian_eigvals
 
 __all__ = [
     "DirectionalDerivatives",
