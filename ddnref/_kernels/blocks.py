@@ -47,10 +47,8 @@ def matmul(a: Array, b: Array) -> Array:
 class Lu(NamedTuple):
     """LU factors of a symmetric block D, with row exchanges."""
 
-    factors: Array
-    """L and U in one matrix."""
-    swaps: Array
-    """Step k exchanged row k with this row, counted from 0."""
+    factors: Array  # L and U in one matrix
+    swaps: Array  # step k exchanged row k with this row, counted from 0
 
 
 def lu(d: Array) -> Lu:

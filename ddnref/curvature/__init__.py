@@ -9,20 +9,9 @@ from ddnref.curvature._gram import (
     gram_eigvalsh_vjp,
 )
 from ddnref.curvature._reducers import GramState, Reducer, SumState, gram_reducer, sum_reducer
-from ddnref.curvature.ggn._directional import (
-    DirectionalDerivatives,
-    ggn_damped_newton,
-    ggn_directional_derivatives,
-)
-from ddnref.curvature.ggn._functions import (
-    ggn_eigh,
-    ggn_eigvalsh,
-)
-from ddnref.curvature.ggn._state import (
-    Ggn,
-    GgnState,
-    ggn_reducer,
-)
+from ddnref.curvature.ggn._directional import DirectionalDerivatives, ggn_damped_newton, ggn_directional_derivatives
+from ddnref.curvature.ggn._functions import ggn_eigh, ggn_eigvalsh
+from ddnref.curvature.ggn._state import Ggn, GgnState, ggn_reducer
 from ddnref.curvature.hessian._solve import (
     HessianFactor,
     HessianSolveInfo,

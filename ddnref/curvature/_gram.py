@@ -1,16 +1,12 @@
-"""Eigenvalues and eigenpairs of ``G = V Vᴴ`` through the Gram matrix ``K = Vᴴ V``, and their VJPs to the factor V.
+"""Eigenvalues and eigenpairs of ``G = V Vᴴ`` through the Gram matrix ``K = VᴴV``, and their VJPs to the tall factor V.
 
-``K = U Λ Uᴴ`` is n×n where G is D×D. Both have the same non-zero eigenvalues, and ``e_i = V u_i / √λ_i``.
-G is never formed. A loss of the eigenvalues alone has ``V̄ = 2 V U diag(λ̄) Uᴴ``. For one of the eigenpairs, with
-``Ḡ`` Hermitian, ``V̄ = 2 Ḡ V`` and
+``K = U Λ Uᴴ`` is n×n where G is D×D. Both have the same non-zero eigenvalues, and ``e_i = V u_i / √λ_i``. The gradients
+are those of the eigenpairs of G, which is never formed: with ``Ḡ`` Hermitian, ``V̄ = 2 Ḡ V`` and
 
     Ḡ = ½ (A Eᴴ + E Aᴴ) + E diag(λ̄) Eᴴ,    a_i = (λ_i I − G)⁺ ē_i
 
-Directions outside the range of V have the eigenvalue 0 of G: ``1/λ_i`` of ē_i there, ``1/(λ_i − λ_j)`` along e_j.
-Written with ``M = Uᴴ Vᴴ Ē``, the only eigenvalues that are divided by are those asked for:
-
-    A = (Ē + V U T) / λ,    T_ji = M_ji / (λ_i − λ_j),  inside a cluster −M_ji / λ_j
-    V̄ = A diag(√λ) U_Kᴴ + E (Fᴴ Uᴴ + 2 diag(λ̄ √λ) U_Kᴴ),    F = T outside clusters, 0 inside
+Directions outside the range of V have the eigenvalue 0 of G: ``1/λ_i`` of ē_i there, ``1/(λ_i − λ_j)`` along e_j. The
+form in the notes of `gram_eigh_vjp` divides only by the eigenvalues that are asked for.
 """
 
 from __future__ import annotations
@@ -44,8 +40,6 @@ from ddnref.linalg._eigh import cluster_mask, eigh_vjp, neighbours
 from ddnref.linalg._gauge import exceeds, jump, masked, raise_gauge, ratio
 from ddnref.operators import LinearOperator
 from ddnref.operators._factor import Factor, Tall, tall
-
-# --- eigenvalues ------------------------------------------------------------------------------------------------------
 
 
 @public
@@ -157,7 +151,7 @@ def gram_eigvalsh_vjp(
     Raises
     ------
     GaugeError
-        If the loss tells equal eigenvalues apart (only with ``throw=True``).
+        If the loss treats equal eigenvalues differently (only with ``throw=True``).
     TypeError, ValueError
         As `gram_eigvalsh`; shapes that do not fit.
 
@@ -197,9 +191,6 @@ def has_repeated(w_all: Array, rtol: float | None = None) -> Array:
     xp = array_api_compat.array_namespace(w_all)
     zero = w_all <= zero_tolerance(xp, w_all, w_all.shape[-1], None) * w_all[..., -1:]
     return xp.any(neighbours(xp, w_all, rtol) & ~zero[..., 1:], axis=-1)
-
-
-# --- eigenpairs -------------------------------------------------------------------------------------------------------
 
 
 @public
@@ -411,16 +402,15 @@ def _quotients(xp: Namespace, m_: Array, same: Array, w_all: Array, columns: ran
     f = xp.where(same, xp.zeros_like(t), t)  # F = T outside clusters
     if not is_complex(m_):
         return t, f
+    # F_ii = (M_ii − conj M_ii) / (−2 λ_i), the phase
     i = xp.arange(w_all.shape[-1], device=array_api_compat.device(m_))
     diagonal = i[:, None] == take(i, columns, -1)[None, :]
     return t, xp.where(diagonal, (m_ - xp.conj(m_)) / as_dtype(2 * own, m_), f)
 
 
-# --- shared by both ---------------------------------------------------------------------------------------------------
-
-
 def _gram(factor: Factor, function: str, check_finite: bool) -> tuple[Tall, Array]:
     """Split the factor into pieces, unless PyTorch records it, and form its Gram matrix."""
+    # A tensor that requires grad would be recorded with PyTorch's derivative.
     arrays = factor.params if isinstance(factor, LinearOperator) else factor
     v = tall(factor)
     for array in arrays if isinstance(arrays, (list, tuple)) else (arrays,):
@@ -464,21 +454,19 @@ def zero_tolerance(xp: Namespace, w: Array, n: int, zero_rtol: float | None) -> 
 def inverse_roots(w: Array, top: Array, n: int, zero_rtol: float | None, throw: bool) -> Array:
     """Return ``1/√λ``; NaN, or `SingularError`, for eigenvalues that count as zero."""
     xp = array_api_compat.array_namespace(w)
+    # An eigenvalue below the rounding of the largest one is zero: its eigenvector is not in the range of V.
     zero = w <= zero_tolerance(xp, w, n, zero_rtol) * top
     if throw and is_true(xp.any(zero)):
-        rank, k = int(xp.min(xp.sum(xp.astype(~zero, xp.int32), axis=-1))), w.shape[-1]
+        rank = int(xp.min(xp.sum(xp.astype(~zero, xp.int32), axis=-1)))
+        found = f"only {rank} eigenvalue(s) are not zero" if rank else "all eigenvalues are zero"
+        cause = "dependent columns of the factor (a repeated sample, dead units)"
         if rank == 0:
-            raise SingularError(
-                f"k = {k} eigenvectors were asked for, but all eigenvalues are zero, and the eigenvector of a zero "
-                "eigenvalue is not in the range of the factor. The most likely cause is a factor of zeros (inputs of "
-                "zeros, dead units), or a zero_rtol= of one or more. Ask for the eigenvalues alone, or pass "
-                "throw=False to get NaN for these eigenvectors."
-            )
+            cause = "a factor of zeros (inputs of zeros, dead units), or a zero_rtol= of one or more"
+        remedy = f"Pass k={rank}, a smaller zero_rtol=," if rank else "Ask for the eigenvalues alone,"
         raise SingularError(
-            f"k = {k} eigenvectors were asked for, but only {rank} eigenvalue(s) are not zero. The eigenvector of a "
-            "zero eigenvalue is not in the range of the factor, and V u / √λ would divide by zero. The most likely "
-            "cause is dependent columns of the factor (a repeated sample, dead units). Pass "
-            f"k={rank}, a smaller zero_rtol=, or throw=False to get NaN for these eigenvectors."
+            f"k = {w.shape[-1]} eigenvectors were asked for, but {found}: the eigenvector of a zero eigenvalue is not "
+            f"in the range of the factor, and V u / √λ would divide by zero. The most likely cause is {cause}. "
+            f"{remedy} or pass throw=False to get NaN for these eigenvectors."
         )
     return 1 / xp.sqrt(xp.where(zero, full((), float("nan"), w), w))
 
@@ -487,9 +475,7 @@ def _gauge_check(residuals: list[tuple[Array, Array]], gauge_rtol: float | None,
     """Return which items have an ill-defined loss, by residuals ``(part, whole)``, or raise `GaugeError`."""
     xp = array_api_compat.array_namespace(residuals[0][0])
     rtol = eps(xp, residuals[0][0].dtype) ** 0.5 if gauge_rtol is None else gauge_rtol
-    bad, worst = exceeds(*residuals[0], rtol), ratio(*residuals[0])
-    for residual in residuals[1:]:
-        bad, worst = bad | exceeds(*residual, rtol), xp.maximum(worst, ratio(*residual))
+    bad = xp.any(xp.stack([exceeds(*residual, rtol) for residual in residuals]), axis=0)
     if throw and is_true(xp.any(bad)):
-        raise_gauge(worst, rtol)
+        raise_gauge(xp.max(xp.stack([ratio(*residual) for residual in residuals]), axis=0), rtol)
     return bad

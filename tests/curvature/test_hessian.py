@@ -141,12 +141,14 @@ def test_inertia_and_determinant_of_the_tridiagonal_matrix(n, rng):
         offsets = np.cumsum([0] + [layer.c.size for layer in terms.layers])
         matrix = np.zeros((offsets[-1], offsets[-1]))
         for i, here in enumerate(inputs):
-            row = _tridiagonal.row(np, here, inputs[i + 1] if i + 1 < len(inputs) else None, terms.curvature, damping)
+            diagonal, below = _tridiagonal.row(
+                np, here, inputs[i + 1] if i + 1 < len(inputs) else None, terms.curvature, damping
+            )
             own = slice(offsets[i], offsets[i + 1])
-            matrix[own, own] = row.diagonal
-            if row.below is not None:
+            matrix[own, own] = diagonal
+            if below is not None:
                 after = slice(offsets[i + 1], offsets[i + 2])
-                matrix[after, own], matrix[own, after] = row.below, row.below.T
+                matrix[after, own], matrix[own, after] = below, below.T
         np.testing.assert_allclose(matrix, matrix.T, atol=1e-13 * np.max(np.abs(matrix)))
         rest = sum(b.rest for b in bases)
         w, w_t = np.linalg.eigvalsh(h) + damping, np.linalg.eigvalsh(matrix)

@@ -21,29 +21,21 @@ import array_api_compat
 
 from ddnref._core.arrays import Array, Namespace, double, full, namespace_of, own
 from ddnref._kernels.dense import identity
-from ddnref._kernels.vectors import dot
 from ddnref.networks._activations import jet
 from ddnref.networks._blocks import Frozen, Residual
 from ddnref.networks._chain import Chain
 from ddnref.networks._layers import Dense, Flatten
 from ddnref.networks._protocol import LayerDerivatives
 
-# --- the expansion ----------------------------------------------------------------------------------------------------
-
 
 class Layer(NamedTuple):
     """One affine map with its activation, at the current weights."""
 
-    weight: Array
-    """W, (a_out, a_in), without the bias."""
-    z: Array
-    """Input, (N, a_in), or (N, a_in + 1) with a last column of ones where there is a bias."""
-    beta: Array
-    """β, (N, a_out): gradient of the loss with respect to s."""
-    c: Array
-    """c, (N, a_out)."""
-    slope: Array
-    """f, (N, a_out)."""
+    weight: Array  # W, (a_out, a_in), without the bias
+    z: Array  # Input, (N, a_in), or (N, a_in + 1) with a last column of ones where there is a bias
+    beta: Array  # β, (N, a_out): gradient of the loss with respect to s
+    c: Array  # c, (N, a_out)
+    slope: Array  # f, (N, a_out)
 
 
 OPEN, CLOSE = "open", "close"
@@ -55,36 +47,21 @@ Step: TypeAlias = "Layer | str"
 class Expansion(NamedTuple):
     """The second-order expansion of the loss in the weights."""
 
-    steps: tuple[Step, ...]
-    """Layers in order, with marks where residual blocks begin and end."""
-    curvature: Array
-    """S, (N, C, C): Hessian of the loss in the outputs, with the factor of the reduction."""
+    steps: tuple[Step, ...]  # layers in order, with marks where residual blocks begin and end
+    curvature: Array  # S, (N, C, C): Hessian of the loss in the outputs, with the factor of the reduction
 
     @property
     def layers(self) -> list[Layer]:
         """The layers without the marks."""
         return [step for step in self.steps if isinstance(step, Layer)]
 
-    def gauss_newton(self) -> Expansion:
-        """Drop the curvature of the network, β and c, and keep that of the loss."""
-        xp = namespace_of(self.curvature)
-        steps: list[Step] = []
-        for step in self.steps:
-            if isinstance(step, Layer):
-                zero = xp.zeros_like(step.c)
-                step = step._replace(beta=zero, c=zero)
-            steps.append(step)
-        return self._replace(steps=tuple(steps))
-
 
 class Basis(NamedTuple):
     """A layer and an orthonormal basis of its inputs, ``z = Rᵀ Qᵀ``."""
 
     layer: Layer
-    q: Array
-    """(ã, r), r = min(N, ã)."""
-    r: Array
-    """(r, N)."""
+    q: Array  # (ã, r), r = min(N, ã)
+    r: Array  # (r, N)
 
     @property
     def rest(self) -> int:
@@ -106,20 +83,14 @@ def basis(xp: Namespace, layer: Layer) -> Basis:
 
 # --- vectors of all weights -------------------------------------------------------------------------------------------
 
+# A vector of all weights: one (k, a_out, a_in [+ 1]) array for each layer, k vectors at once.
 Blocks: TypeAlias = list[Array]
-"""A vector of all weights: one (k, a_out, a_in [+ 1]) array for each layer, k vectors at once."""
 
 
 def flat(v: Blocks) -> Array:
     """Join the blocks of k vectors to (k, p)."""
     xp = namespace_of(v[0])
     return xp.concat([xp.reshape(block, (block.shape[0], -1)) for block in v], axis=-1)
-
-
-def norm(v: Blocks) -> Array:
-    """Euclidean norm of each vector, (k,)."""
-    xp = namespace_of(v[0])
-    return xp.sqrt(xp.sum(xp.stack([dot(block, block, 2) for block in v]), axis=0))
 
 
 def combine(u: Blocks, factor: Array | float, v: Blocks) -> Blocks:
@@ -132,17 +103,23 @@ def combine(u: Blocks, factor: Array | float, v: Blocks) -> Blocks:
     return found
 
 
-def repeated(xp: Namespace, x: Array, k: int) -> Array:
-    """One matrix for each of k vectors, ``(k, ...)``; not by ``broadcast_to`` for one vector, which takes 6 µs."""
-    return x[None, ...] if k == 1 else xp.broadcast_to(x, (k, *x.shape))
+def sum_of_products(xp: Namespace, k: int, lefts: list[Array], rights: list[Array]) -> Array:
+    """Return ``Σ Lᵀ R`` for each of k vectors as one product, because writing the result takes most of the time.
+
+    Factors are (k, m, n) arrays, or (m, n) where they are the same for all vectors.
+    """
+
+    def repeated(x: Array) -> Array:
+        if x.ndim == 3:
+            return x
+        return x[None, ...] if k == 1 else xp.broadcast_to(x, (k, *x.shape))  # which takes 6 µs
+
+    return xp.concat(list(map(repeated, lefts)), axis=1).mT @ xp.concat(list(map(repeated, rights)), axis=1)
 
 
 def extended(xp: Namespace, dz: Array, width: int) -> Array:
     """Append a zero column to dz where there is a bias, because its input of ones does not move."""
     return dz if dz.shape[-1] == width else xp.concat([dz, xp.zeros_like(dz[..., :1])], axis=-1)
-
-
-# --- products ---------------------------------------------------------------------------------------------------------
 
 
 def product(e: Expansion, v: Blocks) -> Blocks:
@@ -153,6 +130,7 @@ def product(e: Expansion, v: Blocks) -> Blocks:
     saved: list[tuple[Layer, Array, Array, Array | None]] = []
     for step in e.steps:
         if isinstance(step, Layer):
+            # ds = z Vᵀ + dz Wᵀ,  dz⁺ = f∘ds
             v_l = next(v_of)
             ds = step.z @ v_l.mT
             if dz is not None:
@@ -190,10 +168,8 @@ def _back(xp: Namespace, layer: Layer, v: Array, ds: Array, dz: Array | None, q:
     back = sigma @ layer.weight + layer.beta @ v[..., : layer.weight.shape[1]]
     if dz is None:
         return back, sigma.mT @ layer.z
-    # One product instead of two, because writing H V takes most of the time.
-    left = xp.concat([sigma, repeated(xp, layer.beta, v.shape[0])], axis=1)
-    right = xp.concat([repeated(xp, layer.z, v.shape[0]), extended(xp, dz, layer.z.shape[-1])], axis=1)
-    return back, left.mT @ right
+    dz = extended(xp, dz, layer.z.shape[-1])
+    return back, sum_of_products(xp, v.shape[0], [sigma, layer.beta], [layer.z, dz])
 
 
 # --- the Hessian of a chain -------------------------------------------------------------------------------------------
@@ -202,33 +178,21 @@ def _back(xp: Namespace, layer: Layer, v: Array, ds: Array, dz: Array | None, q:
 class NetworkHessian(NamedTuple):
     """The Hessian of a network's loss: products with it, and its expansion if all layers have one."""
 
-    expansion: Expansion | None
-    """``None`` where the chain has a layer of a type that the eliminations do not take."""
-    refused: str
-    """The name of that type."""
-    sizes: list[int]
-    """Parameters of each layer, or of the whole network as one."""
-    product: Callable[[Blocks], Blocks]
-    """``H V``."""
+    expansion: Expansion | None  # ``None`` where the chain has a layer of a type that the eliminations do not take
+    refused: str  # the name of that type
+    total: int  # parameters of the network
+    sizes: list[int]  # parameters of each layer, or of the whole network as one
+    product: Callable[[Blocks], Blocks]  # ``H V``
+    # Convert lists like the chain's parameters, with a leading axis on every entry, to double precision blocks.
     blocks: Callable[[Sequence[Array]], Blocks]
-    """Convert lists like the chain's parameters, with a leading axis on every entry, to double precision blocks."""
-    params: Callable[[Blocks], list[Array]]
-    """Convert blocks to lists like the chain's parameters, in their dtype."""
-    bases: Callable[[], list[Basis]]
-    """Return orthonormal bases of the inputs of all layers, computed once."""
-    like: Array
-    """An array on the device and of the dtype that is computed in."""
-    weights: list[Array]
-    """The chain's parameters, for their shapes and dtype."""
-
-    @property
-    def total(self) -> int:
-        """Parameters of the network."""
-        return sum(self.sizes)
+    params: Callable[[Blocks], list[Array]]  # convert blocks to lists like the chain's parameters, in their dtype
+    bases: Callable[[], list[Basis]]  # return orthonormal bases of the inputs of all layers, computed once
+    like: Array  # an array on the device and of the dtype that is computed in
+    weights: list[Array]  # the chain's parameters, for their shapes and dtype
 
     def matrix(self, chunk: int = 2**22) -> Array:
         """Form the whole matrix from products with the columns of the identity."""
-        xp, p = namespace_of(self.like), self.total
+        xp, p = namespace_of(self.like), self.total  # a few columns at a time
         eye, width = identity(p, self.like), max(1, chunk // p)
         h = xp.concat([flat(self.product(self.from_rows(eye[i : min(i + width, p), :]))) for i in range(0, p, width)])
         return (h + h.mT) / 2
@@ -253,18 +217,20 @@ def hessian_of(chain: Chain, x: Array, t: Array, curvature: str) -> NetworkHessi
     """
     weights = chain.params
     dtype = weights[0].dtype
+    # Everything from here on is computed with copies in double precision.
     chain = type(chain)([_own(layer) for layer in chain.layers], chain.criterion, chain.reduction)
     x, t = exact_copy(x), exact_copy(t)
     refused = _refused(chain.layers)
     if refused:
         return _by_products(chain, x, t, curvature, weights, refused)
+    # The derivatives of each layer, and of the loss in the outputs, make the expansion.
     records = chain.layer_derivatives(x, t)
     s = chain.scale(x.shape[0]) * chain.criterion.hessian(records[-1].z_out, t)
     xp = namespace_of(s)
-    expansion = Expansion(tuple(_steps(xp, chain.layers, records)), s)
-    if curvature == "ggn":
-        expansion = expansion.gauss_newton()
+    expansion = Expansion(tuple(_steps(xp, chain.layers, records, curvature)), s)
     layers = expansion.layers
+    sizes = [layer.weight.shape[0] * layer.z.shape[1] for layer in layers]
+    # A bias is the last column of its layer's block.
     biased = [layer.z.shape[1] > layer.weight.shape[1] for layer in layers]
 
     def blocks(v: Sequence[Array]) -> Blocks:
@@ -285,7 +251,8 @@ def hessian_of(chain: Chain, x: Array, t: Array, curvature: str) -> NetworkHessi
     return NetworkHessian(
         expansion,
         "",
-        [layer.weight.shape[0] * layer.z.shape[1] for layer in layers],
+        sum(sizes),
+        sizes,
         lambda v: product(expansion, v),
         blocks,
         params,
@@ -295,20 +262,23 @@ def hessian_of(chain: Chain, x: Array, t: Array, curvature: str) -> NetworkHessi
     )
 
 
-def _steps(xp: Namespace, layers: Sequence[Any], records: Sequence[LayerDerivatives]) -> list[Step]:
+def _steps(xp: Namespace, layers: Sequence[Any], records: Sequence[LayerDerivatives], curvature: str) -> list[Step]:
     """Collect the coefficients of every layer, between marks for residual blocks."""
     steps: list[Step] = []
     for layer, record in zip(layers, records, strict=True):
         if isinstance(layer, Residual):
-            steps += [OPEN, *_steps(xp, layer.layers, record.inner), CLOSE]
+            steps += [OPEN, *_steps(xp, layer.layers, record.inner, curvature), CLOSE]
         elif isinstance(layer, Dense):
-            _, slope, curvature = jet(layer.phi, record.s, 2)
+            # f = φ'(s), β = b∘f, c = b∘φ''(s); an activation of ``None`` has slope 1 and no curvature.
+            _, slope, second = jet(layer.phi, record.s, 2)
             slope = xp.ones_like(record.b) if slope is None else slope
-            c = xp.zeros_like(record.b) if curvature is None else record.b * curvature
+            beta, c = record.b * slope, xp.zeros_like(record.b) if second is None else record.b * second
+            if curvature == "ggn":  # keeps the curvature of the loss, and drops that of the network
+                beta, c = xp.zeros_like(beta), xp.zeros_like(c)
             z = record.z_in
             if layer.bias is not None:
                 z = xp.concat([z, full((z.shape[0], 1), 1.0, z)], axis=1)
-            steps.append(Layer(layer.weight, z, record.b * slope, c, slope))
+            steps.append(Layer(layer.weight, z, beta, c, slope))
     return steps
 
 
@@ -317,6 +287,7 @@ def _by_products(
 ) -> NetworkHessian:
     """A network with other layers, known by its products alone: all parameters are one block."""
     xp = namespace_of(x)
+    # Rows of all parameters, one after the other, are split where the chain takes them.
     times = chain.hvp if curvature == "hessian" else chain.ggnvp
     shapes = [tuple(p.shape) for p in weights]
 
@@ -336,7 +307,7 @@ def _by_products(
 
     total = sum(map(math.prod, shapes))
     return NetworkHessian(
-        None, refused, [total], lambda v: blocks(times(x, t, split(v))), blocks, params, list, x, weights
+        None, refused, total, [total], lambda v: blocks(times(x, t, split(v))), blocks, params, list, x, weights
     )
 
 
@@ -352,7 +323,7 @@ def _refused(layers: Sequence[Any]) -> str:
 def exact_copy(array: Array) -> Array:
     """Copy an array; floating numbers in double precision."""
     xp = namespace_of(array)
-    exact = double(xp, array) if xp.isdtype(array.dtype, "real floating") else array
+    exact = double(xp, array) if xp.isdtype(array.dtype, "real floating") else array  # integers are classes
     return own(array) if exact is array else exact
 
 
@@ -360,6 +331,6 @@ def _own(layer: Any) -> Any:
     """Copy a layer with its arrays, frozen ones included."""
     if isinstance(layer, Residual):
         return replace(layer, layers=[_own(inner) for inner in layer.layers])
-    if isinstance(layer, Frozen):
+    if isinstance(layer, Frozen):  # its arrays are no parameters
         return replace(layer, layer=_own(layer.layer))
     return layer.with_params(tuple(exact_copy(p) for p in layer.params))

@@ -36,20 +36,16 @@ from ddnref.curvature.hessian._expansion import Basis, Blocks, Expansion, Layer,
 from ddnref.curvature.hessian._riccati import block_diagonal, coupling, push, samples, slogdet_sum, to_u, units
 from ddnref.errors import ConvergenceError
 
-THETA = 1e-3
-"""Directions of a pivot are delayed below this multiple of their coupling to the next layer."""
+THETA = 1e-3  # directions of a pivot are delayed below this multiple of their coupling to the next layer
 
 
 class Frame(NamedTuple):
     """One layer's coordinates."""
 
     basis: Basis
-    free: Array
-    """Q⊥, (ã, ã − r)."""
-    q_b: Array
-    """(a_out, r_B)."""
-    r_b: Array
-    """(r_B, N)."""
+    free: Array  # Q⊥, (ã, ã − r)
+    q_b: Array  # (a_out, r_B)
+    r_b: Array  # (r_B, N)
 
     @property
     def u(self) -> int:
@@ -82,17 +78,9 @@ class Joint(NamedTuple):
 
     frames: list[Frame]
     diagonal: list[Array]
-    below: list[Array]
-    """Rows of layer l + 1, columns of layer l."""
-    tangents: list[int]
-    """Entries of x⁺ of each layer; as many multipliers."""
-
-
-class _Dynamics(NamedTuple):
-    u: Array
-    """J: U to x⁺."""
-    x: Array
-    """F: x to x⁺; ``None`` in the first layer."""
+    below: list[Array]  # rows of layer l + 1, columns of layer l
+    tangents: list[int]  # entries of x⁺ of each layer; as many multipliers
+    damping: Array | float
 
 
 def joint(e: Expansion, damping: Array | float) -> Joint:
@@ -100,21 +88,21 @@ def joint(e: Expansion, damping: Array | float) -> Joint:
     xp = namespace_of(e.curvature)
     frames = [frame(xp, layer) for layer in e.layers]
     dynamics = _dynamics(xp, e, frames)
-    quadratics = [_quadratic(xp, f, 0 if d.x is None else d.x.shape[1]) for f, d in zip(frames, dynamics, strict=True)]
+    quadratics = [_quadratic(xp, f, 0 if i == 0 else dynamics[i][1].shape[1]) for i, f in enumerate(frames)]
     # The quadratic of a layer in its input x belongs to the block before, where x is x⁺.
     x_x = [*(q[2] for q in quadratics[1:]), block_diagonal(xp, e.curvature)]
     diagonal, below = [], []
-    for i, (f, d) in enumerate(zip(frames, dynamics, strict=True)):
+    for i, (j_u, f_x) in enumerate(dynamics):
         u_u, u_x, _ = quadratics[i]
-        diagonal.append(_diagonal_block(xp, f, d, u_u, x_x[i], damping))
+        diagonal.append(_diagonal_block(xp, frames[i], j_u, u_u, x_x[i], damping))
         if i:
-            below.append(_below_block(xp, f, d, u_x, frames[i - 1]))
-    return Joint(frames, diagonal, below, [d.u.shape[0] for d in dynamics])
+            below.append(_below_block(xp, frames[i], f_x, u_x, frames[i - 1]))
+    return Joint(frames, diagonal, below, [j_u.shape[0] for j_u, _ in dynamics], damping)
 
 
-def _dynamics(xp: Namespace, e: Expansion, frames: list[Frame]) -> list[_Dynamics]:
-    """Compute J and F of every layer, including the marks that follow it."""
-    found: list[_Dynamics] = []
+def _dynamics(xp: Namespace, e: Expansion, frames: list[Frame]) -> list[tuple[Array, Array]]:
+    """Compute J and F of every layer, including the marks that follow it; F is ``None`` in the first layer."""
+    found: list[tuple[Array, Array]] = []
     frames_of = iter(frames)
     size = n = waiting = 0  # blocks opened before the first layer keep an input that does not move
     for step in e.steps:
@@ -123,8 +111,8 @@ def _dynamics(xp: Namespace, e: Expansion, frames: list[Frame]) -> list[_Dynamic
                 waiting += 1
                 continue
             u, x = found[-1]
-            found[-1] = _Dynamics(push(xp, step, u, n), None if x is None else push(xp, step, x, n))
-            size = found[-1].u.shape[0]
+            found[-1] = push(xp, step, u, n), None if x is None else push(xp, step, x, n)
+            size = found[-1][0].shape[0]
             continue
         f, n_in = next(frames_of), step.c.shape[0] * step.weight.shape[1]
         n = step.c.shape[0] * step.c.shape[1]
@@ -138,7 +126,7 @@ def _dynamics(xp: Namespace, e: Expansion, frames: list[Frame]) -> list[_Dynamic
         if found:
             eye = identity(size, j)
             x = xp.concat([slope * units(xp, step.weight, eye[:n_in, :]), eye[n_in:, :]])
-        found.append(_Dynamics(j, x))
+        found.append((j, x))
         size = j.shape[0]
     return found
 
@@ -161,29 +149,30 @@ def _padded(xp: Namespace, m: Array, columns: int) -> Array:
     return xp.concat([m, full((m.shape[0], columns - m.shape[1]), 0.0, m)], axis=1)
 
 
-def _diagonal_block(xp: Namespace, f: Frame, d: _Dynamics, u_u: Array, x_x: Array, damping: Array | float) -> Array:
-    m, v = d.u.shape[0], f.v
+def _diagonal_block(xp: Namespace, f: Frame, j: Array, u_u: Array, x_x: Array, damping: Array | float) -> Array:
+    """Form the matrix of the module's docstring for one layer."""
+    m, v = j.shape[0], f.v
     eye_x = identity(m, u_u)
 
     def zeros(rows: int, columns: int) -> Array:
         return full((rows, columns), 0.0, u_u)
 
     rows = [
-        [u_u + damping * identity(f.u, u_u), zeros(f.u, v), zeros(f.u, m), -d.u.mT],
+        [u_u + damping * identity(f.u, u_u), zeros(f.u, v), zeros(f.u, m), -j.mT],
         [zeros(v, f.u), damping * identity(v, u_u), zeros(v, m), zeros(v, m)],
         [zeros(m, f.u), zeros(m, v), x_x, eye_x],
-        [-d.u, zeros(m, v), eye_x, zeros(m, m)],
+        [-j, zeros(m, v), eye_x, zeros(m, m)],
     ]
     return xp.concat([xp.concat(r, axis=1) for r in rows])
 
 
-def _below_block(xp: Namespace, f: Frame, d: _Dynamics, u_x: Array, before: Frame) -> Array:
+def _below_block(xp: Namespace, f: Frame, f_x: Array, u_x: Array, before: Frame) -> Array:
     """Form the rows (U, v, x⁺, λ) of a layer in the columns of the one before, of which only x takes part."""
-    size, m = u_x.shape[1], d.u.shape[0]
+    size, m = u_x.shape[1], f_x.shape[0]
     n, a_in = f.basis.layer.c.shape[0], f.basis.layer.weight.shape[1]
     free_t = f.free[:a_in, :].mT
     v_x = xp.reshape(f.r_b[:, None, :, None] * free_t[None, :, None, :], (f.v, n * a_in)) if f.v else u_x[:0, :a_in]
-    moving = xp.concat([u_x, _padded(xp, v_x, size), full((m, size), 0.0, u_x), -d.x])
+    moving = xp.concat([u_x, _padded(xp, v_x, size), full((m, size), 0.0, u_x), -f_x])
     left, right = (full((moving.shape[0], columns), 0.0, moving) for columns in (before.u + before.v, size))
     return xp.concat([left, moving, right], axis=1)
 
@@ -194,23 +183,13 @@ def _below_block(xp: Namespace, f: Frame, d: _Dynamics, u_x: Array, before: Fram
 class Row(NamedTuple):
     """One block row of the triangular factor."""
 
-    q: Array
-    """Square, of this block and the next."""
+    q: Array  # Square, of this block and the next
     r: Array
     next: Array | None
-    second: Array | None
-    """What fills in, two blocks to the right."""
+    second: Array | None  # what fills in, two blocks to the right
 
 
-class Qr(NamedTuple):
-    """The factorisation, and the coordinates it is in."""
-
-    joint: Joint
-    rows: tuple[Row, ...]
-    damping: Array | float
-
-
-def factor(e: Expansion, damping: Array | float) -> Qr:
+def factor(e: Expansion, damping: Array | float) -> tuple[Joint, list[Row]]:
     """Factor from the first layer to the last."""
     j = joint(e, damping)
     xp = namespace_of(e.curvature)
@@ -226,15 +205,15 @@ def factor(e: Expansion, damping: Array | float) -> Qr:
         d, right = first[n:, :], None if second is None else second[n:, :]
     q, r = xp.linalg.qr(d, mode="complete")
     rows.append(Row(q, r, None, None))
-    return Qr(j, tuple(rows), damping)
+    return j, rows
 
 
-def solve(f: Qr, g: Blocks) -> Blocks:
+def solve(j: Joint, rows: list[Row], g: Blocks) -> Blocks:
     """Return ``(H + εI)⁻¹ G``."""
     xp = namespace_of(g[0])
-    b = _rights(xp, f.joint, g)
+    b = _rights(xp, j, g)
     # Apply Qᵀ from the first layer to the last.
-    for i, row in enumerate(f.rows):
+    for i, row in enumerate(rows):
         n = row.r.shape[0]
         if row.next is None:
             b[i] = row.q.mT @ b[i]
@@ -243,13 +222,13 @@ def solve(f: Qr, g: Blocks) -> Blocks:
             b[i], b[i + 1] = both[:n, :], both[n:, :]
     # Substitute from the last layer to the first.
     y: list[Array] = []
-    for row, right in zip(reversed(f.rows), reversed(b), strict=True):
+    for row, right in zip(reversed(rows), reversed(b), strict=True):
         if row.next is not None:
             right = right - row.next @ y[-1]
         if row.second is not None:
             right = right - row.second @ y[-2]
         y.append(solve_triangular(row.r, right, lower=False))
-    return _weights(xp, f.joint, y[::-1], g, f.damping)
+    return _weights(xp, j, y[::-1], g)
 
 
 def _rights(xp: Namespace, j: Joint, g: Blocks) -> list[Array]:
@@ -261,7 +240,7 @@ def _rights(xp: Namespace, j: Joint, g: Blocks) -> list[Array]:
     return found
 
 
-def _weights(xp: Namespace, j: Joint, y: list[Array], g: Blocks, damping: Array | float) -> Blocks:
+def _weights(xp: Namespace, j: Joint, y: list[Array], g: Blocks) -> Blocks:
     """Return ``dW = Uᵀ Qᵀ + Q_B v Q⊥ᵀ + (I − Q_B Q_Bᵀ) G Q⊥ Q⊥ᵀ / ε``."""
     found = []
     for f, y_l, g_l in zip(j.frames, y, g, strict=True):
@@ -273,21 +252,21 @@ def _weights(xp: Namespace, j: Joint, y: list[Array], g: Blocks, damping: Array 
             part = f.q_b @ v
             if f.rest:
                 g_free = g_l @ f.free
-                part = part + (g_free - f.q_b @ (f.q_b.mT @ g_free)) / damping
+                part = part + (g_free - f.q_b @ (f.q_b.mT @ g_free)) / j.damping
             dw = dw + part @ f.free.mT
         found.append(dw)
     return found
 
 
-def slogdet(f: Qr) -> tuple[Array, Array]:
+def slogdet(j: Joint, rows: list[Row]) -> tuple[Array, Array]:
     """Return sign and ``log|det(H + εI)|``: the joint matrix has ``(−1)^tangents`` times that determinant."""
-    xp = namespace_of(f.rows[0].r)
+    xp = namespace_of(rows[0].r)
     parts = []
-    for row in f.rows:
+    for row in rows:
         sign, log = triangular_slogdet(row.r)
         parts.append((sign * xp.linalg.slogdet(row.q)[0], log))
-    sign, log = slogdet_sum(parts, sum(frame.rest for frame in f.joint.frames), f.damping)
-    return (-sign if sum(f.joint.tangents) % 2 else sign), log
+    sign, log = slogdet_sum(parts, sum(frame.rest for frame in j.frames), j.damping)
+    return (-sign if sum(j.tangents) % 2 else sign), log
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------

@@ -16,8 +16,7 @@ STABLE = ("qr", "dense")
 INDEPENDENT = 1e-3
 """Smallest diagonal entry of R, relative to the largest, at which the samples of a layer count as independent: their
 Gram matrix, which the fast form inverts, then has a condition below 1e6."""
-DENSE_LIMIT = 6000
-"""Parameters up to which the whole matrix is formed without being asked for: 0.3 GB."""
+DENSE_LIMIT = 6000  # parameters up to which the whole matrix is formed without being asked for: 0.3 GB
 
 # Measured on two cores with NumPy and OpenBLAS over L in 1..20, a in 4..16, N in 1..16; only ratios matter.
 FLOPS_PER_SECOND = 2e10
@@ -59,12 +58,12 @@ def build(name: str, h: NetworkHessian, damping: Array | float) -> Path:
         )
     if name == "tridiagonal":
         f = _tridiagonal.factor(h.bases(), h.expansion, damping)
-        return Path(name, lambda g: _tridiagonal.solve(f, g), lambda: _tridiagonal.slogdet(f), f)
+        return Path(name, lambda g: _tridiagonal.solve(f, g, damping), lambda: _tridiagonal.slogdet(f, damping), f)
     if name == "riccati":
         r = _riccati.factor(h.expansion, damping)
         return Path(name, lambda g: _riccati.solve(r, g), lambda: _riccati.slogdet(r), r)
     q = _joint.factor(h.expansion, damping)
-    return Path(name, lambda g: _joint.solve(q, g), lambda: _joint.slogdet(q), q)
+    return Path(name, lambda g: _joint.solve(*q, g), lambda: _joint.slogdet(*q), q)
 
 
 def count_negative(name: str, h: NetworkHessian, damping: float) -> int:
@@ -86,45 +85,38 @@ def count_negative(name: str, h: NetworkHessian, damping: float) -> int:
 # --- the rule ---------------------------------------------------------------------------------------------------------
 
 
-class Cost(NamedTuple):
-    """Estimated cost of a factorisation."""
-
-    flops: float
-    numbers: float
-    """Floating-point numbers kept."""
-
-
-def cost(name: str, h: NetworkHessian) -> Cost:
-    """Estimate the cost from the shapes alone."""
+def cost(name: str, h: NetworkHessian) -> tuple[float, float]:
+    """Estimate the flops of a factorisation and the numbers that it keeps, from the shapes alone."""
     if name == "dense" or h.expansion is None:
-        return Cost(2 / 3 * h.total**3 + 8.0 * h.total**2, 2.0 * h.total**2)
+        return 2 / 3 * h.total**3 + 8.0 * h.total**2, 2.0 * h.total**2
     flops = numbers = 0.0
     for layer in h.expansion.layers:
         a, n, width = layer.weight.shape[0], layer.z.shape[0], layer.z.shape[1]
         r, x = min(n, width), n * width
         u = r * a
         if name == "qr":
+            # Householder QR of two stacked blocks of weights, tangents and multipliers
             block = u + min(n, a) * (width - r) + 2 * n * a
             flops, numbers = flops + 16.0 * block**3, numbers + 7.0 * block**2
         else:
+            # LU of a pivot, solution of its coupling, Schur complement, and the products that form them
             products = 2.0 * a * width * (width if name == "tridiagonal" else n * n * (a + 2 * width))
             flops += 2 / 3 * u**3 + 2.0 * u * u * x + 2.0 * u * x * x + products
             numbers += u * u + u * x
-    return Cost(flops, numbers)
+    return flops, numbers
 
 
 def seconds(name: str, h: NetworkHessian) -> float:
     """Estimate the time of a factorisation."""
     formed = SECONDS_PER_ENTRY * h.total**2 if name == "dense" else 0.0
-    return cost(name, h).flops / FLOPS_PER_SECOND + SECONDS_PER_LAYER[name] * len(h.sizes) + formed
+    return cost(name, h)[0] / FLOPS_PER_SECOND + SECONDS_PER_LAYER[name] * len(h.sizes) + formed
 
 
 def order(h: NetworkHessian, method: str, damping: Array | float) -> list[str]:
     """List the methods to try, the one expected to be fastest first.
 
-    A fast elimination (pre-activations where the samples are independent in every layer and fewer than its inputs,
-    the general form elsewhere) unless forming the matrix is cheaper; then, where its refined solution misses the
-    backward error, the cheaper of block QR and the dense matrix. Without damping only these two.
+    A fast elimination unless forming the matrix is cheaper, then, for solutions that miss the backward error, the
+    cheaper of block QR and the dense matrix. Without damping only these two.
     """
     e = h.expansion
     if method == "tridiagonal" and e is not None and not _tridiagonal.supported(e):
@@ -144,6 +136,7 @@ def order(h: NetworkHessian, method: str, damping: Array | float) -> list[str]:
         )
     if e is None or is_true(damping == 0):
         return stable
+    # Fast forms are tried only where forming the matrix would take longer.
     limit = seconds("dense", h) if stable[0] == "dense" else float("inf")
     fast = [name for name in ("tridiagonal", "riccati") if seconds(name, h) <= limit]
     plain = "tridiagonal" in fast and _tridiagonal.supported(e)

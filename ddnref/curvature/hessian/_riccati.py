@@ -59,15 +59,11 @@ def coupling(xp: Namespace, b: Basis) -> Array:
     return xp.reshape(q_t[:, None, None, :] * beta_t[None, :, :, None], (r * a_out, n * a_in))
 
 
-# --- residual blocks --------------------------------------------------------------------------------------------------
-
-
 class Value(NamedTuple):
     """``½ xᵀ P x`` of all that follows: current tangent first, then those kept for residual blocks."""
 
     p: Array
-    n: int
-    """Entries of the current tangent."""
+    n: int  # entries of the current tangent
 
 
 def pull(xp: Namespace, step: Step, value: Value) -> Value:
@@ -92,16 +88,12 @@ def push(xp: Namespace, step: Step, x: Array, n: int) -> Array:
     return xp.concat([x[:n, ...] + x[rest:, ...], x[n:rest, ...]])
 
 
-# --- factorisation ----------------------------------------------------------------------------------------------------
-
-
 class Pivot(NamedTuple):
     """What the elimination of one layer's weights has to know."""
 
     basis: Basis
     q_uu: Array
-    q_ux: Array | None
-    """``None`` in the first layer, whose input does not move."""
+    q_ux: Array | None  # ``None`` in the first layer, whose input does not move
     q_xx: Array | None
 
 
@@ -154,8 +146,7 @@ class Kept(NamedTuple):
 
     basis: Basis
     lu: Lu
-    gain: Array | None
-    """``Q_UU⁻¹ Q_Ux``."""
+    gain: Array | None  # ``Q_UU⁻¹ Q_Ux``
 
 
 class Riccati(NamedTuple):
@@ -163,8 +154,7 @@ class Riccati(NamedTuple):
 
     steps: tuple[Kept | str, ...]
     damping: Array | float
-    outputs: int
-    """Entries of the network's outputs."""
+    outputs: int  # entries of the network's outputs
 
 
 def sweep(e: Expansion, damping: Array | float) -> Iterator[tuple[Pivot | str, Lu | None, Array | None]]:
@@ -172,7 +162,7 @@ def sweep(e: Expansion, damping: Array | float) -> Iterator[tuple[Pivot | str, L
     xp = namespace_of(e.curvature)
     last = block_diagonal(xp, e.curvature)
     value = Value(last, last.shape[0])
-    first = e.layers[0]
+    first = e.layers[0]  # its input does not move, so that nothing is handed on
     for step in reversed(e.steps):
         if not isinstance(step, Layer):
             value = pull(xp, step, value)
@@ -200,9 +190,6 @@ def factor(e: Expansion, damping: Array | float) -> Riccati:
     return Riccati(tuple(kept[::-1]), damping, e.curvature.shape[0] * e.curvature.shape[1])
 
 
-# --- solution ---------------------------------------------------------------------------------------------------------
-
-
 def solve(f: Riccati, g: Blocks) -> Blocks:
     """Return ``(H + εI)⁻¹ G``: one sweep back for the right-hand sides, one forward for the weights."""
     xp, k = namespace_of(g[0]), g[0].shape[0]
@@ -217,9 +204,11 @@ def solve(f: Riccati, g: Blocks) -> Blocks:
             continue
         layer, g_l = kept.basis.layer, g_of.pop()
         n = layer.c.shape[0] * layer.c.shape[1]
+        # From the layer's output to its pre-activation, then to U; kept tangents pass by.
         m = xp.concat([xp.reshape(layer.slope, (-1, 1)) * value[:n, :], value[n:, :]])
         g_u = to_u(xp, kept.basis, g_l) + samples(xp, kept.basis.r, m[:n, :])
         saved.append((kept, g_u))
+        # What is left for the input of the layer goes to the one before.
         if kept.gain is not None:
             p = units(xp, layer.weight.mT, m[:n, :]) - _free_rows(xp, kept.basis, g_l, f.damping)
             value = xp.concat([p, m[n:, :]]) - kept.gain.mT @ g_u

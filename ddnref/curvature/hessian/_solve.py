@@ -13,8 +13,9 @@ from ddnref._core.checks import check_real, check_shapes
 from ddnref._core.noise import noise
 from ddnref._kernels.dense import eigvalsh
 from ddnref._kernels.public import public
+from ddnref._kernels.vectors import norm_of_pieces
 from ddnref.curvature.hessian import _methods
-from ddnref.curvature.hessian._expansion import Blocks, NetworkHessian, combine, exact_copy, hessian_of, norm
+from ddnref.curvature.hessian._expansion import Blocks, NetworkHessian, combine, exact_copy, hessian_of
 from ddnref.curvature.hessian._joint import count_below
 from ddnref.errors import ConvergenceError, NonFiniteError, SingularError
 from ddnref.networks._chain import Chain
@@ -22,19 +23,15 @@ from ddnref.networks._checks import like_params
 
 REFINEMENTS = 8
 """Most refinement steps that "auto" takes."""
-SINGULAR = 2**-5
-"""Times 1/eps: the amplification from which a system counts as singular to working precision."""
-ZERO = 3e-10
-"""Eigenvalues of H + εI below this, relative to ‖H‖, count as zero."""
+SINGULAR = 2**-5  # times 1/eps: the amplification from which a system counts as singular to working precision
+ZERO = 3e-10  # eigenvalues of H + εI below this, relative to ‖H‖, count as zero
+# Largest backward error, relative to ‖H‖, at which an elimination's pivots are trusted: well below `ZERO`.
 BACKWARD = 1e-11
-"""Largest backward error, relative to ‖H‖, at which an elimination's pivots are trusted: well below `ZERO`."""
 LEAST = 1e-5
 """Smallest damping, relative to ‖H‖, at which the fast forms count: they divide by it, and an error of eps ‖H‖²/ε in
 what they leave of the Hessian must stay well below `ZERO`."""
-SLOGDET = 1e-11
-"""Largest error of a solution at which the determinant of that factorisation is trusted."""
-COUNT = 1e-3
-"""Largest error of a solution at which the signs of the pivots are trusted."""
+SLOGDET = 1e-11  # largest error of a solution at which the determinant of that factorisation is trusted
+COUNT = 1e-3  # largest error of a solution at which the signs of the pivots are trusted
 
 
 class HessianSolveInfo(NamedTuple):
@@ -67,12 +64,10 @@ class _Solution(NamedTuple):
     """A solution that refinement may improve."""
 
     x: Blocks
-    r: Blocks
-    """``b − (H + εI) x``."""
+    r: Blocks  # ``b − (H + εI) x``
     size_x: Array
     size_r: Array
-    error: Array
-    """Backward error."""
+    error: Array  # backward error
     steps: Array
     path: str
 
@@ -83,9 +78,6 @@ def _select(first: Array, a: _Solution, b: _Solution) -> _Solution:
     x, r = ([xp.where(flags, p, q) for p, q in zip(u, v, strict=True)] for u, v in ((a.x, b.x), (a.r, b.r)))
     size_x, size_r, error, steps = (xp.where(first, p, q) for p, q in zip(a[2:6], b[2:6], strict=True))
     return _Solution(x, r, size_x, size_r, error, steps, a.path)
-
-
-# --- the factorisation ------------------------------------------------------------------------------------------------
 
 
 class HessianFactor:
@@ -113,61 +105,39 @@ class HessianFactor:
     """
 
     def __init__(self, hessian: NetworkHessian, damping: Array | float, method: str = "auto") -> None:
-        self._hessian, self.damping = hessian, damping
+        self._hessian, self.damping, self.total = hessian, damping, hessian.total
+        self._xp = namespace_of(hessian.like)
+        self._eps = eps(self._xp, hessian.like.dtype)
         self._order = _methods.order(hessian, method, damping)
         self._built: dict[str, _methods.Path] = {}
         self._norm: Array | None = None
         self._w: Array | None = None
-        self._path(self._order[0])
+        self.path = self._order[0]
+        self.flops, numbers = _methods.cost(self.path, hessian)
+        self.nbytes = numbers * 8
+        # The rounding of the products that measure the error grows with the square root of the number of layers.
+        self.rtol = 4.5 * self._eps * math.sqrt(max(1.0, len(hessian.sizes) / 20))
+        self._path(self.path)
 
     def __repr__(self) -> str:
         return f"HessianFactor({self.total} parameters, {self.path}, damping={self.damping})"
 
     @property
-    def path(self) -> str:
-        """The factorisation tried first."""
-        return self._order[0]
-
-    @property
-    def total(self) -> int:
-        """Parameters of the network."""
-        return self._hessian.total
-
-    @property
-    def flops(self) -> float:
-        """Estimated floating-point operations of the factorisation."""
-        return _methods.cost(self.path, self._hessian).flops
-
-    @property
-    def nbytes(self) -> float:
-        """Estimated bytes that the factorisation holds."""
-        return _methods.cost(self.path, self._hessian).numbers * 8
-
-    @property
-    def rtol(self) -> float:
-        """Largest backward error of a solution that counts as converged."""
-        # The rounding of the products by which it is measured grows with the square root of the number of layers.
-        return 4.5 * self._eps * math.sqrt(max(1.0, len(self._hessian.sizes) / 20))
-
-    @property
-    def _eps(self) -> float:
-        return eps(namespace_of(self._hessian.like), self._hessian.like.dtype)
-
-    @property
     def norm(self) -> Array:
         """``‖H‖₂``, a lower estimate from two products."""
         if self._norm is None:
-            xp, e = namespace_of(self._hessian.like), self._hessian.expansion
+            xp, e = self._xp, self._hessian.expansion
             # Start from noise and the gradient, which leans towards the largest eigenvectors.
             v = self._hessian.from_rows(noise(0, self.total, self._hessian.like)[None, :])
             if e is not None:
                 gradient = [(layer.beta.mT @ layer.z)[None, :, :] for layer in e.layers]
-                size = norm(gradient)
+                size = norm_of_pieces(gradient, 2)
                 v = combine(v, 1 / xp.where(size > 0, size, xp.ones_like(size)), gradient)
-            size = norm(v)
+            # Two steps of the power method.
+            size = norm_of_pieces(v, 2)
             for _ in range(2):
                 v, before = self._hessian.product(v), size
-                size = norm(v)
+                size = norm_of_pieces(v, 2)
             self._norm = (size / xp.where(before > 0, before, xp.ones_like(before)))[0]
         return self._norm
 
@@ -217,15 +187,17 @@ class HessianFactor:
         Cost: ``4 p`` flops and a product for each step, p the parameters, and ``O(L (N a)²)``. A right-hand side that
         is zero gives exact zeros.
         """
+        # Validate, and convert to blocks in double precision with one leading axis.
         self.check("b", b, finite=throw)
         if refine != "auto" and not (isinstance(refine, int) and refine >= 0):
             raise ValueError(f'refine is {refine!r}, expected "auto" or a number of steps.')
         single = b[0].ndim == self._hessian.weights[0].ndim
         g = self._hessian.blocks([entry[None, ...] for entry in b] if single else b)
-        size_g = norm(g)
+        # Solve and refine, then judge the result.
+        size_g = norm_of_pieces(g, 2)
         found = self._best(g, size_g, refine)
         info = self._status(found, size_g)
-        if throw and not is_true(namespace_of(size_g).all(info.converged)):
+        if throw and not is_true(self._xp.all(info.converged)):
             _raise_failed(info, self.rtol, self._eps)
         x = self._hessian.params(found.x)
         if single:
@@ -235,11 +207,11 @@ class HessianFactor:
 
     def inverse(self, g: Blocks) -> Blocks:
         """Return ``(H + εI)⁻¹`` of blocks, refined as `solve` does, whether converged or not."""
-        return self._best(g, norm(g), "auto").x
+        return self._best(g, norm_of_pieces(g, 2), "auto").x
 
     def _best(self, g: Blocks, size_g: Array, refine: str | int) -> _Solution:
         """Solve by the first path, then by the stable ones while the backward error is too large."""
-        xp = namespace_of(size_g)
+        xp = self._xp
         found = self._refined(self.path, g, size_g, refine)
         for name in self._order[1:] if refine == "auto" else ():
             if is_true(xp.all(found.error <= self.rtol)):
@@ -253,7 +225,7 @@ class HessianFactor:
 
     def _refined(self, name: str, g: Blocks, size_g: Array, refine: str | int) -> _Solution:
         """Repeat ``x ← x + (H + εI)⁻¹ r`` with exact residuals r while the backward error falls."""
-        xp, path = namespace_of(size_g), self._path(name)
+        xp, path = self._xp, self._path(name)
         state = self._measured(path.solve(g), g, size_g, name)
         for _ in range(REFINEMENTS if refine == "auto" else int(refine)):
             if refine == "auto" and is_true(xp.all(state.error <= 4 * self._eps)):
@@ -269,11 +241,12 @@ class HessianFactor:
 
     def _measured(self, x: Blocks, g: Blocks, size_g: Array, path: str) -> _Solution:
         """Measure the backward error of a solution by an exact product."""
-        xp = namespace_of(size_g)
+        xp = self._xp
         epsilon = self.damping if isinstance(self.damping, float) else self.damping[None]
         hx = combine(self._hessian.product(x), epsilon, x)
+        # ‖r‖ / (‖H‖ ‖x‖ + ‖g‖) with r = g − (H + εI) x; infinite where anything is not finite
         r = [a - b for a, b in zip(g, hx, strict=True)]
-        size_x, size_r = norm(x), norm(r)
+        size_x, size_r = norm_of_pieces(x, 2), norm_of_pieces(r, 2)
         size = self.norm * size_x + size_g
         error = size_r / xp.where(size > 0, size, xp.ones_like(size))
         error = xp.where(xp.isfinite(error), error, full((), float("inf"), error))
@@ -282,7 +255,7 @@ class HessianFactor:
 
     def _status(self, found: _Solution, size_g: Array) -> HessianSolveInfo:
         """Judge a solution by its backward error and by how much it amplifies its right-hand side."""
-        xp = namespace_of(size_g)
+        xp = self._xp
         safe = xp.where(size_g > 0, size_g, xp.ones_like(size_g))
         amplification = (self.norm + abs(self.damping)) * found.size_x / safe
         amplification = xp.where(xp.isfinite(amplification), amplification, full((), float("inf"), safe))
@@ -321,6 +294,7 @@ class HessianFactor:
             interval, from the pivots of an elimination that has solved a random system well, else from blocks with
             delayed pivots (see the page on the Hessian).
         """
+        # Count the eigenvalues below both ends of the interval around zero.
         width, damping, name = ZERO * float(self.norm), float(self.damping), self.counted_by
         if name == "dense":
             self._w = eigvalsh(self._path(name).saved) if self._w is None else self._w
@@ -333,6 +307,7 @@ class HessianFactor:
     @property
     def counted_by(self) -> str:
         """The factorisation whose pivots are counted."""
+        # The fast forms divide by the damping, and do not count where it is small.
         name = self._trusted(COUNT)
         if name in _methods.STABLE or abs(float(self.damping)) >= LEAST * float(self.norm):
             return name
@@ -346,11 +321,11 @@ class HessianFactor:
                 return name
             with quiet():
                 path = self._path(name)
-                found = self._measured(path.solve(g), g, norm(g), name)
+                found = self._measured(path.solve(g), g, norm_of_pieces(g, 2), name)
                 # The residual says how far the factors are from the matrix; one more solve turns it into an error.
                 backward = found.size_r <= BACKWARD * (self.norm + abs(self.damping)) * found.size_x
-                forward = norm(path.solve(found.r)) <= rtol * found.size_x
-            if is_true(namespace_of(forward).all(backward & forward)):
+                forward = norm_of_pieces(path.solve(found.r), 2) <= rtol * found.size_x
+            if is_true(self._xp.all(backward & forward)):
                 return name
         return "qr"
 
@@ -372,9 +347,6 @@ def _raise_failed(info: HessianSolveInfo, rtol: float, eps: float) -> NoReturn:
         'activations that explode with depth, or (c) a method that cannot take this damping. Pass method="auto" or '
         '"qr", a larger damping, or throw=False to get the solution with its info.backward_error.'
     )
-
-
-# --- public functions -------------------------------------------------------------------------------------------------
 
 
 @public
@@ -478,6 +450,7 @@ def prepared(chain: Chain, x: Array, t: Array, curvature: str) -> NetworkHessian
     chain.loss(x, t)  # raises for shapes, dtypes and targets that do not fit
     hessian = hessian_of(chain, x, t, curvature)
     if hessian.expansion is not None:
+        # NaN or infinity in anything would spread over all of the solution.
         xp, e = namespace_of(x), hessian.expansion
         arrays = [e.curvature, *(layer.beta for layer in e.layers), *(layer.z for layer in e.layers)]
         if not is_true(xp.all(xp.stack([xp.all(xp.isfinite(array)) for array in arrays]))):
@@ -490,24 +463,22 @@ def prepared(chain: Chain, x: Array, t: Array, curvature: str) -> NetworkHessian
 
 def _checked_damping(damping: float | Array, x: Array) -> float | Array:
     """Validate the damping, and copy it if it is an array."""
-    if array_api_compat.is_array_api_obj(damping):
-        xp = namespace(damping=damping, x=x)
+    is_array = array_api_compat.is_array_api_obj(damping)
+    if is_array:
+        namespace(damping=damping, x=x)
         check_real(damping=damping)
         check_shapes(damping=(damping, ()))
-        finite = is_true(xp.isfinite(damping))
-    elif isinstance(damping, (int, float)):
-        damping = float(damping)
-        finite = math.isfinite(damping)
-    else:
+    elif not isinstance(damping, (int, float)):
         raise TypeError(f"damping is a {type(damping).__name__}, expected a number or an array without axes.")
-    if not finite:
+    if not math.isfinite(damping):
         raise ValueError(f"damping is {float(damping)}, expected a finite number.")
-    return damping if isinstance(damping, float) else exact_copy(damping)
+    return exact_copy(damping) if is_array else float(damping)
 
 
 def refuse_null_space(hessian: NetworkHessian, name: str, instead: str) -> None:
     """Raise `SingularError` for a shift of zero where a layer has more inputs and outputs than there are samples."""
     layers = [] if hessian.expansion is None else hessian.expansion.layers
+    # Weights between directions that no sample's input and no sample's β sees have the eigenvalue zero.
     free = sum(max(0, z.weight.shape[0] - z.z.shape[0]) * max(0, z.z.shape[1] - z.z.shape[0]) for z in layers)
     if free:
         raise SingularError(

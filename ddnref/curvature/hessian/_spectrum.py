@@ -18,8 +18,7 @@ from ddnref.linalg._eigsh import EigshInfo, eigsh
 from ddnref.networks._chain import Chain
 from ddnref.operators import LinearOperator
 
-AT_ONCE = 24
-"""Eigenpairs that one shift is asked for."""
+AT_ONCE = 24  # eigenpairs that one shift is asked for
 
 
 class EigvalCountInfo(NamedTuple):
@@ -107,6 +106,7 @@ def _counts(
             uncertain.append(0)
             paths.append("none")
             continue
+        # Eigenvalues of H below the edge are the negative ones of H − edge·I.
         factor = HessianFactor(hessian, -edge, method)
         found = factor.inertia()
         if found.zero and throw:
@@ -188,6 +188,7 @@ def hessian_eigvals(
         raise ValueError("Pass either k or interval: how many eigenvalues, or between which numbers.")
     if sigma is not None and not math.isfinite(sigma):
         raise ValueError(f"sigma is {sigma}, expected a finite number; which= asks for the extreme eigenvalues.")
+    # Find the eigenpairs with rows of all parameters, and return them as lists like the parameters.
     hessian = prepared(chain, x, t, curvature)
     if sigma == 0 and throw:
         refuse_null_space(hessian, "sigma", "Pass a sigma beside it, such as 1e-6 times the largest eigenvalue.")
@@ -231,6 +232,7 @@ def _between(
 ) -> tuple[tuple[Array, Array], EigvalCountInfo]:
     """Cut the interval into slices with few eigenvalues, and find those nearest to the middle of each slice."""
     xp = namespace_of(hessian.like)
+    # Infinite or far ends would make the first slices too wide.
     low, high = _clipped(hessian, edges[0], edges[-1])
     counts, info = _counts(hessian, [low, high], "auto", throw)
     found_w, found_v = [full((0,), 0.0, hessian.like)], [full((hessian.total, 0), 0.0, hessian.like)]
@@ -243,6 +245,7 @@ def _between(
             (left, right), _ = _counts(hessian, [a, middle, b], "auto", False)
             waiting += [(middle, b, right), (a, middle, left)]
         elif count:
+            # The eigenvalues nearest to the middle are those in the slice, if as many as were counted lie there.
             (w, v), _ = _nearest(hessian, count, (a + b) / 2, rtol, throw)
             inside = int(xp.sum(xp.astype((w >= a) & (w <= b), xp.int64)))
             if inside != count and throw:
@@ -263,6 +266,7 @@ def _clipped(hessian: NetworkHessian, low: float, high: float) -> tuple[float, f
     Where the spectrum ends is counted, because the estimated norm is too low.
     """
     reach = 1.5 * float(HessianFactor(hessian, 1.0).norm) or 1.0
+    # Double each end until no eigenvalue lies beyond it.
     above = max(reach, 2 * low)
     while above < high:
         found = HessianFactor(hessian, -above).inertia()

@@ -25,10 +25,8 @@ from ddnref._core.arrays import Array, Namespace, namespace_of
 from ddnref._kernels.blocks import Lu, add_diagonal, lu, lu_and_solution, lu_slogdet, lu_solve, matmul
 from ddnref._kernels.dense import identity
 from ddnref._kernels.dense import solve as solve_dense
-from ddnref.curvature.hessian._expansion import Basis, Blocks, Expansion, extended, repeated
+from ddnref.curvature.hessian._expansion import Basis, Blocks, Expansion, extended, sum_of_products
 from ddnref.curvature.hessian._riccati import block_diagonal, slogdet_sum
-
-# --- where the form applies -------------------------------------------------------------------------------------------
 
 
 def supported(e: Expansion) -> bool:
@@ -45,17 +43,12 @@ def independent(bases: list[Basis], least: float) -> Array:
     return xp.all((xp.min(size, axis=-1) > least * largest) & (largest > 0))
 
 
-# --- factorisation ----------------------------------------------------------------------------------------------------
-
-
 class Inputs(NamedTuple):
     """A layer, the basis of its inputs, and what takes their place."""
 
     basis: Basis
-    pseudo: Array
-    """z⁺ = K z, (N, ã)."""
-    k: Array
-    """K, (N, N)."""
+    pseudo: Array  # z⁺ = K z, (N, ã)
+    k: Array  # K, (N, N)
 
 
 def inputs(b: Basis) -> Inputs:
@@ -64,16 +57,10 @@ def inputs(b: Basis) -> Inputs:
     return Inputs(b, r_inverse @ b.q.mT, r_inverse @ r_inverse.mT)
 
 
-class Row(NamedTuple):
-    """One block row of T."""
-
-    diagonal: Array
-    below: Array
-    """``T_{l',l}``; ``None`` in the last layer."""
-
-
-def row(xp: Namespace, here: Inputs, after: Inputs | None, curvature: Array, damping: Array | float) -> Row:
-    """Form ``T_ll`` and ``T_{l',l}``."""
+def row(
+    xp: Namespace, here: Inputs, after: Inputs | None, curvature: Array, damping: Array | float
+) -> tuple[Array, Array]:
+    """Return ``T_ll`` and ``T_{l',l}``, which is ``None`` in the last layer."""
     layer = here.basis.layer
     n, a = layer.c.shape
     f, c, k = xp.reshape(layer.slope, (-1,)), xp.reshape(layer.c, (-1,)), damping * here.k
@@ -85,9 +72,9 @@ def row(xp: Namespace, here: Inputs, after: Inputs | None, curvature: Array, dam
     # T_ll = diag(c) + ε K⊗I + f [ … ] f
     d = f[:, None] * inside * f
     if n == 1:
-        return Row(add_diagonal(d, c + k[0, 0]), below)
+        return add_diagonal(d, c + k[0, 0]), below
     d = d + xp.reshape(k[:, None, :, None] * identity(a, d)[:, None, :], d.shape)
-    return Row(add_diagonal(d, c), below)
+    return add_diagonal(d, c), below
 
 
 def _next(xp: Namespace, after: Inputs, damping: Array | float) -> tuple[Array, Array]:
@@ -119,99 +106,85 @@ class Kept(NamedTuple):
 
     inputs: Inputs
     lu: Lu
-    gain: Array
-    """``D'⁻¹ T_{l',l}``, of the layer after this one; ``None`` in the last layer."""
-
-
-class Tridiagonal(NamedTuple):
-    """Block LU of T, from the last layer to the first."""
-
-    blocks: tuple[Kept, ...]
-    damping: Array | float
+    gain: Array  # ``D'⁻¹ T_{l',l}``, of the layer after this one; ``None`` in the last layer
 
 
 def sweep(bases: list[Basis], e: Expansion, damping: Array | float) -> Iterator[tuple[Kept, Array]]:
     """Eliminate from the last layer to the first; yields what is kept of each, and its pivot."""
     xp, here = namespace_of(e.curvature), inputs(bases[-1])
-    pivot, gain = row(xp, here, None, e.curvature, damping).diagonal, None
+    pivot, gain = row(xp, here, None, e.curvature, damping)[0], None
     for b in reversed(bases[:-1]):
         before = inputs(b)
-        found = row(xp, before, here, e.curvature, damping)
-        factors, coupled = lu_and_solution(pivot, found.below)
+        diagonal, below = row(xp, before, here, e.curvature, damping)
+        factors, coupled = lu_and_solution(pivot, below)
         yield Kept(here, factors, gain), pivot
         here, gain = before, coupled
         # The pivot of a layer is the Schur complement of all layers after it.
-        pivot = found.diagonal - matmul(found.below.mT, gain)
+        pivot = diagonal - matmul(below.mT, gain)
         pivot = (pivot + pivot.mT) / 2
     yield Kept(here, lu(pivot), gain), pivot
 
 
-def factor(bases: list[Basis], e: Expansion, damping: Array | float) -> Tridiagonal:
-    """Factor all pivots; 4.7 (N a)³ flops for each layer, and 2 a³ for WᵀW."""
-    kept = [kept for kept, _ in sweep(bases, e, damping)]
-    return Tridiagonal(tuple(kept[::-1]), damping)
+def factor(bases: list[Basis], e: Expansion, damping: Array | float) -> list[Kept]:
+    """Factor all pivots, returned in the order of the layers; 4.7 (N a)³ flops for each, and 2 a³ for WᵀW."""
+    return [kept for kept, _ in sweep(bases, e, damping)][::-1]
 
 
-# --- solution ---------------------------------------------------------------------------------------------------------
-
-
-def solve(f: Tridiagonal, g: Blocks) -> Blocks:
+def solve(f: list[Kept], g: Blocks, damping: Array | float) -> Blocks:
     """Return ``(H + εI)⁻¹ G``: right-hand sides of T, block substitution, and the weights from the pre-activations."""
     xp = namespace_of(g[0])
-    rights = _rights(xp, f, g)
+    rights = _rights(xp, f, g, damping)
     # Substitute backward: each layer passes its right-hand side to the one before.
     for i in range(len(rights) - 2, -1, -1):
-        rights[i] = rights[i] - f.blocks[i].gain.mT @ rights[i + 1]
+        rights[i] = rights[i] - f[i].gain.mT @ rights[i + 1]
     # Substitute forward, where ds of a layer gives its weights and the tangent of the next input.
     found: Blocks = []
     ds: Array | None = None
     dz: Array | None = None
-    for i, (kept, right) in enumerate(zip(f.blocks, rights, strict=True)):
+    for i, (kept, right) in enumerate(zip(f, rights, strict=True)):
         new = lu_solve(kept.lu, right)
-        ds = new if ds is None else new - f.blocks[i - 1].gain @ ds
+        ds = new if ds is None else new - f[i - 1].gain @ ds
         rows = xp.reshape(ds.mT, (g[0].shape[0], *kept.inputs.basis.layer.c.shape))
-        found.append(_weights(xp, kept.inputs, rows, dz, g[i], f.damping))
+        found.append(_weights(xp, kept.inputs, rows, dz, g[i], damping))
         dz = kept.inputs.basis.layer.slope * rows
     return found
 
 
-def _rights(xp: Namespace, f: Tridiagonal, g: Blocks) -> list[Array]:
+def _rights(xp: Namespace, f: list[Kept], g: Blocks, damping: Array | float) -> list[Array]:
     """Return ``z⁺ Gᵀ`` of the layer itself minus ``f (z⁺ Gᵀ W + β G (I − QQᵀ)/ε)`` of the next, as rows (n, j)."""
     found: list[Array] = []
     passed: Array | None = None
-    for kept, g_l in zip(reversed(f.blocks), reversed(g), strict=True):
+    for kept, g_l in zip(reversed(f), reversed(g), strict=True):
         layer, q = kept.inputs.basis.layer, kept.inputs.basis.q
         own = kept.inputs.pseudo @ g_l.mT  # (k, N, a_out)
         right = own if passed is None else own - layer.slope * passed
         found.append(xp.reshape(right, (g_l.shape[0], -1)).mT)
         y = layer.beta @ g_l
-        y = (y - (y @ q) @ q.mT) / f.damping
+        y = (y - (y @ q) @ q.mT) / damping
         passed = own @ layer.weight + y[..., : layer.weight.shape[1]]
     return found[::-1]
 
 
 def _weights(xp: Namespace, i: Inputs, ds: Array, dz: Array | None, g: Array, damping: Array | float) -> Array:
     """Return ``dW = (ds − dz Wᵀ)ᵀ z⁺ + (G − βᵀ dz̃)(I − QQᵀ)/ε``, as G/ε and one product: two passes over memory."""
-    layer, q, k = i.basis.layer, i.basis.q, g.shape[0]
+    layer, q = i.basis.layer, i.basis.q
     gq = (g @ q).mT
     left, right = [], []
     if dz is not None:
         wide = extended(xp, dz, q.shape[0])
         ds = ds - dz @ layer.weight.mT
         gq = gq - (wide @ q).mT @ layer.beta
-        left, right = [repeated(xp, layer.beta / -damping, k)], [wide]
-    left += [ds, gq / -damping]
-    right += [repeated(xp, i.pseudo, k), repeated(xp, q.mT, k)]
-    found = xp.concat(left, axis=1).mT @ xp.concat(right, axis=1)
+        left, right = [layer.beta / -damping], [wide]
+    found = sum_of_products(xp, g.shape[0], [*left, ds, gq / -damping], [*right, i.pseudo, q.mT])
     found += g / damping  # in place where the library can
     return found
 
 
-def slogdet(f: Tridiagonal) -> tuple[Array, Array]:
+def slogdet(f: list[Kept], damping: Array | float) -> tuple[Array, Array]:
     """Return sign and ``log|det(H + εI)|``, by the identity above."""
-    bases = [kept.inputs.basis for kept in f.blocks]
+    bases = [kept.inputs.basis for kept in f]
     xp = namespace_of(bases[0].r)
-    sign, log = slogdet_sum([lu_slogdet(kept.lu) for kept in f.blocks], sum(b.rest for b in bases), f.damping)
+    sign, log = slogdet_sum([lu_slogdet(kept.lu) for kept in f], sum(b.rest for b in bases), damping)
     for b in bases:  # log det(z zᵀ) = 2 log|det R|
         log = log + 2 * b.layer.weight.shape[0] * xp.sum(xp.log(xp.abs(xp.linalg.diagonal(b.r))))
     return sign, log
