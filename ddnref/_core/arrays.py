@@ -193,13 +193,14 @@ def refuse_recording(function: str, x: Array) -> None:
         )
 
 
-def is_recorded(x: Array) -> bool:
-    """Return whether PyTorch records operations on `x`."""
-    if sys.modules.get("torch") is not None and array_api_compat.is_torch_array(x) and x.requires_grad:
-        import torch
+def requires_grad(x: Array) -> bool:
+    """Return whether `x` is a PyTorch tensor that requires grad."""
+    return "torch" in sys.modules and array_api_compat.is_torch_array(x) and bool(x.requires_grad)
 
-        return bool(torch.is_grad_enabled())
-    return False
+
+def is_recorded(x: Array) -> bool:
+    """Return whether PyTorch records operations on `x` at present."""
+    return requires_grad(x) and bool(sys.modules["torch"].is_grad_enabled())
 
 
 def is_true(flag: Array) -> bool:
@@ -238,6 +239,15 @@ def power_of_two_below(size: Array) -> Array:
 def own(x: Array) -> Array:
     """Return a copy that may be overwritten and does not change with `x`."""
     return namespace_of(x).asarray(x, copy=True)
+
+
+def keep(x: Array) -> Array:
+    """Return `x` as it is now, whatever its owner writes to it later: a copy, unless it is read from a file."""
+    if array_api_compat.is_torch_array(x):
+        return x.clone()  # a copy by asarray would hide that the tensor requires grad
+    if isinstance(x, np.memmap) and x.mode == "r":
+        return x  # mapped read-only: a copy would load the file
+    return own(x)
 
 
 def with_axes(x: Array, count: int) -> Array:

@@ -117,29 +117,6 @@ def identity(n: int, like: Array) -> Array:
     return xp.astype(i[:, None] == i[None, :], like.dtype)
 
 
-def bordered(x: Array, y: Array) -> Array:
-    """Return ``[[−X, Y], [Yᵀ, 0]]`` of real ``(..., m, m)`` and ``(..., m, n)``, in the precision of `y`."""
-    if array_api_compat.is_numpy_array(x):
-        return _numpy.bordered(x, y)
-    xp = array_api_compat.array_namespace(x)
-    n = y.shape[-1]
-    corner = full((*y.shape[:-2], n, n), 0.0, y)
-    above = xp.concat([-xp.astype(x, y.dtype, copy=False), y], axis=-1)
-    return xp.concat([above, xp.concat([xp.matrix_transpose(y), corner], axis=-1)], axis=-2)
-
-
-def with_diagonal(a: Array, d: Array) -> Array:
-    """Return `a` with its leading diagonal entries replaced by ``(..., m)``; on NumPy `a` itself is overwritten."""
-    if array_api_compat.is_numpy_array(a):
-        return _numpy.with_diagonal(a, d)
-    xp = array_api_compat.array_namespace(a)
-    n, m = a.shape[-1], d.shape[-1]
-    i = xp.arange(n, device=array_api_compat.device(a))
-    leading = (i[:, None] == i[None, :]) & (i[:, None] < m)
-    d = xp.concat([d, xp.zeros_like(a[..., m:, 0])], axis=-1)
-    return xp.where(leading, d[..., None, :], a)
-
-
 def qr(a: Array) -> tuple[Array, Array]:
     """Return the reduced QR factors of finite, tall ``(..., m, n)``; their signs depend on the library."""
     if array_api_compat.is_cupy_array(a):

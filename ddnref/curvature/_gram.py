@@ -33,13 +33,13 @@ from ddnref._core.arrays import (
 from ddnref._core.checks import check_dtypes, check_shapes
 from ddnref._core.selection import take
 from ddnref._kernels.dense import adjoint, eigh, eigvalsh
+from ddnref._kernels.eigh_vjp import cluster_mask, exceeds, jump, masked
 from ddnref._kernels.public import public
 from ddnref._kernels.vectors import largest, safe_norm
 from ddnref.errors import SingularError
-from ddnref.linalg._eigh import cluster_mask, eigh_vjp, neighbours
-from ddnref.linalg._gauge import exceeds, jump, masked, raise_gauge, ratio
+from ddnref.linalg._eigh import eigh_vjp, neighbours, raise_gauge, ratio
 from ddnref.operators import LinearOperator
-from ddnref.operators._factor import Factor, Tall, tall
+from ddnref.operators._blocks import Factor, Tall, tall
 
 
 @public
