@@ -12,7 +12,7 @@ from ddnref._rules.contract import Rule
 from ddnref._rules.samples import Trial, eigen, linear
 from ddnref._rules.samples import nodes as node_samples
 from ddnref._rules.texts import Texts
-from ddnref.curvature._gram_values import has_repeated as has_repeated_in_gram
+from ddnref.curvature._gram import has_repeated as has_repeated_in_gram
 from ddnref.linalg._eigh import has_repeated
 from ddnref.linalg._solve import saved_solve_vjp
 

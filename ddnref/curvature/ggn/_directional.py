@@ -18,8 +18,7 @@ import array_api_compat
 from ddnref._core.arrays import Array, full, is_true
 from ddnref._core.checks import check_shapes
 from ddnref._kernels.public import public
-from ddnref.curvature._gram import inverse_roots
-from ddnref.curvature._gram_values import zero_tolerance
+from ddnref.curvature._gram import inverse_roots, zero_tolerance
 from ddnref.curvature.ggn._functions import Batches, Progress, each, resolve, top
 from ddnref.curvature.ggn._state import Ggn, adjoint, apply, choices, cross
 from ddnref.errors import SingularError
