@@ -33,7 +33,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    require("rich", "matplotlib", "sklearn", extra="report", what="ddnref report")
+    require("docutils", "matplotlib", "sklearn", "threadpoolctl", extra="report", what="ddnref report")
     # The report is a later layer: load it by name, and only now, because Matplotlib takes a second to import.
     build = importlib.import_module("ddnref.report.build").build
 
@@ -43,8 +43,8 @@ def _report(arguments: argparse.Namespace) -> int:
         except OSError as error:
             sys.stderr.write(f"ddnref: the folder for the report cannot be made: {error}\n")
             return 2
-        build(library, arguments.out, arguments.seed, full=arguments.full)
-    return 0
+        _, passed = build(library, arguments.out, arguments.seed, full=arguments.full)
+    return 0 if passed else 1
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -196,7 +196,7 @@ def test_bridges_are_documented_without_their_frameworks():
 
 def test_gallery_comments_have_single_backslashes():
     """In a comment, unlike in a string, a doubled backslash would be a line break in the formula."""
-    for path in (DOCS / "gallery").glob("plot_*.py"):
+    for path in (DOCS.parent / "ddnref/examples").glob("plot_*.py"):
         for line in path.read_text(encoding="utf-8").splitlines():
             assert not (line.startswith("#") and "\\\\" in line), f"{path.name}: {line}"
 

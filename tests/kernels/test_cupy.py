@@ -231,14 +231,14 @@ def test_under_pytorch(name, xp, rng, monkeypatch):
     """On CUDA tensors; over the emulation on the CPU's, with a stand-in for PyTorch's stream."""
     import torch
 
-    from ddnref.interop import _dlpack
+    from ddnref.interop import _torch_foreign_kernels
     from ddnref.interop.torch import differentiable
 
     device = "cuda"
     if hasattr(cupy := pytest.importorskip("cupy"), "EMULATED"):
         device = "cpu"
-        library = _dlpack.LIBRARIES["cupy"]._replace(device="cpu", load=lambda: cupy)
-        monkeypatch.setitem(_dlpack.LIBRARIES, "cupy", library)
+        library = _torch_foreign_kernels.LIBRARIES["cupy"]._replace(device="cpu", load=lambda: cupy)
+        monkeypatch.setitem(_torch_foreign_kernels.LIBRARIES, "cupy", library)
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     sample = TRIALS[name].sample(np.asarray, rng, (3,), 4, False)

@@ -30,6 +30,7 @@ from ddnref.networks._losses import LOSSES
 from ddnref.testing import check_vjp
 
 ELSEWHERE = (
+    "ddnref.examples",
     "ddnref.interop",
     "ddnref.report",
     "ddnref.reference",

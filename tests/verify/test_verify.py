@@ -207,7 +207,7 @@ def test_missing_backend(monkeypatch, capsys, name, module, extras):
             assert f'pip install "ddnref[{extra}]"' in error
 
 
-@pytest.mark.parametrize("module", ["rich", "matplotlib", "sklearn"])
+@pytest.mark.parametrize("module", ["docutils", "matplotlib", "sklearn"])
 def test_missing_report_extra(monkeypatch, capsys, module):
     hide(monkeypatch, module)
     assert main(["report"]) == 2
@@ -236,7 +236,7 @@ def test_cupy_without_a_gpu(monkeypatch, capsys):
     assert "ddnref[cuda12]" in error
 
 
-EXTRAS = ("rich", "matplotlib", "sklearn", "threadpoolctl")
+EXTRAS = ("docutils", "matplotlib", "sklearn", "threadpoolctl")
 
 
 def test_verify_needs_no_extra():
