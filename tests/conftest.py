@@ -98,7 +98,7 @@ class Summary:
         for reason, count in Counter(reason for name, reason in found if not name).items():
             terminalreporter.write_line(f"skipped: {count} {reason}")
         if self.left_out and config.option.markexpr == "not slow" and not config.option.keyword:
-            terminalreporter.write_line(f'left out: {self.left_out} slow tests (all tests: python -m pytest -m "")')
+            terminalreporter.write_line(f'slow tests left out: {self.left_out} (all tests: python -m pytest -m "")')
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -133,6 +133,14 @@ def cell(request: pytest.FixtureRequest, record_property: Callable[[str, object]
             assert documented[matrix.Cell(section, column, operation)] == outcome, f"run {matrix.COMMAND}"
 
     return record
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark all tests of the report as slow, because most of them run its stories."""
+    for item in items:
+        if item.path.name.startswith("test_report"):
+            item.add_marker("slow")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

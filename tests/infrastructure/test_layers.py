@@ -17,7 +17,7 @@ LAYERS = (
 RANK = {package: rank for rank, layer in enumerate(LAYERS) for package in layer}
 
 KNOW_LIBRARIES = ("ddnref._kernels.", "ddnref.interop.", "ddnref._core.arrays", "ddnref.operators._scipy")
-"""Where an array may be asked for its library: the kernels, the bridges, what a namespace is, and wrapping of SciPy."""
+"""Modules that may ask an array for its library: kernels, bridges, the definition of a namespace, wrappers of SciPy."""
 
 LIBRARY_TESTS = re.compile(r"is_(numpy|cupy|torch|jax|dask|pydata_sparse)_(array|namespace)")
 ARRAY_TYPES = {"np.ndarray", "np.generic", "numpy.ndarray", "torch.Tensor", "jax.Array", "cupy.ndarray"}

@@ -49,7 +49,7 @@ def test_no_peak_where_the_system_does_not_tell(monkeypatch):
 
 @needs_proc
 def test_other_process_agrees_with_tracemalloc(monkeypatch):
-    """Where tracemalloc sees everything: v1 asks LAPACK, whose workspace it does not see."""
+    """Compare the rungs whose memory tracemalloc sees in full; v1 uses LAPACK's workspace, which it does not see."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # each thread has buffers, and how they overlap is chance
     size = (5, 128)
     calls = _passes.numpy_ladder(size)
