@@ -17,7 +17,7 @@ import pytest  # noqa: E402
 
 # Modules that import a framework have doctests only where it is installed.
 NEEDED_BY = {
-    "torch": ["interop/torch.py", "interop/_torch_batch.py", "interop/_dlpack.py", "_kernels/torch.py"],
+    "torch": ["interop/torch.py", "interop/_torch_vmap.py", "interop/_torch_foreign_kernels.py", "_kernels/torch.py"],
     "jax": ["interop/jax.py", "_kernels/jax.py"],
     "autograd": ["interop/autograd.py"],
     "tensorflow": ["interop/tensorflow.py"],

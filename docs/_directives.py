@@ -17,6 +17,7 @@ from sphinx.util.docutils import SphinxDirective, SphinxRole
 import ddnref
 from ddnref import curvature, implicit, interop, krylov, networks, operators, reference, testing
 from ddnref._rules import table as _rules
+from ddnref._rules.texts import capability_table
 
 
 def list_table(markdown: str) -> str:
@@ -30,12 +31,12 @@ def list_table(markdown: str) -> str:
 
 
 class CapabilityTable(SphinxDirective):
-    """Show the table of ``ddnref._rules.table.capability_table()`` as it is when the pages are built."""
+    """Show ``ddnref._rules.texts.capability_table(...)`` as it is when the pages are built."""
 
     def run(self) -> list[nodes.Node]:
         """Parse the table into nodes at the place of the directive."""
         self.env.note_dependency(str(Path(_rules.__file__)))
-        source = StringList(list_table(_rules.capability_table()).splitlines(), source="capability_table()")
+        source = StringList(list_table(capability_table(_rules.TEXTS)).splitlines(), source="capability_table()")
         return self.parse_text_to_nodes("\n".join(source))
 
 

@@ -1,8 +1,8 @@
-"""In-place forms for NumPy arrays, each the twin of a standard-only form and there for a measured reason.
+"""In-place forms for NumPy arrays, each with a measured reason.
 
-The standard-only forms in ``dense.py`` and ``eigh_vjp.py`` write a fresh m×m array for every step. On a CPU those
-passes over memory, most of all the transposed ones, cost as much as the matrix products up to m = 512; buffers
-that stay in cache and tiles do not. ``tests/kernels/test_numpy.py`` holds every form here to its twin.
+The standard forms in ``dense.py`` and ``eigh_vjp.py`` write a fresh m×m array in every step. On a CPU these passes over
+memory, most of all the transposed ones, cost as much as the matrix products up to m = 512. Buffers that stay in cache
+and tiles do not. ``tests/kernels/test_numpy.py`` compares every form here with its standard one.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ WORTH_THREADS = 2**16  # numbers in a batch from which a second thread pays for 
 
 
 def adjoint(x: Array) -> Array:
-    """Conjugate transpose; a view where `x` is real."""
+    """Return the conjugate transpose, a view where `x` is real."""
     return np.conj(x.mT) if x.dtype.kind == "c" else x.mT
 
 
 def _diagonal(x: Array) -> Array:
-    """The diagonal of the matrices of a contiguous batch, as a writable view."""
+    """Return the diagonals of a contiguous batch of matrices as a writable view."""
     m = x.shape[-1]
     return x.reshape(*x.shape[:-2], m * m)[..., :: m + 1]
 
@@ -47,22 +47,23 @@ def _blocks(m: int, width: int) -> list[slice]:
 
 
 def threads() -> int:
-    """Threads that a batch may use: the cores of this process, or fewer if OMP_NUM_THREADS asks for fewer."""
+    """Return how many threads a batch may use: the cores of this process, or fewer if OMP_NUM_THREADS says so."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return min(cores, int(asked)) if asked.isdigit() and int(asked) > 0 else cores
 
 
 @lru_cache(maxsize=1)
-def _pool(process: int, size: int) -> ThreadPoolExecutor:  # noqa: ARG001 - a forked child must not inherit the pool
+def _pool(process: int, size: int) -> ThreadPoolExecutor:  # noqa: ARG001
+    """Return a pool for this process: a forked child must not inherit its parent's."""
     return ThreadPoolExecutor(size, thread_name_prefix="ddnref")
 
 
 def for_parts(run: Callable[[slice], None], count: int, m: int) -> None:
     """Call `run` on slices of a batch of `count` m×m matrices: chunks that stay in cache, on several threads.
 
-    Measured at (1000, 32) float32: chunks on two threads take 0.5 of the time of the batch at once. Wide matrices
-    run as one part, because there BLAS uses the threads itself and the two would wait for each other.
+    At (1000, 32) in float32, chunks on two threads take 0.5 of the time of the whole batch in one call. Wide matrices
+    run as one part, because BLAS uses the threads itself there and the two pools would wait for each other.
     """
     if count * m * m < WORTH_THREADS:
         run(slice(0, count))
@@ -75,6 +76,7 @@ def for_parts(run: Callable[[slice], None], count: int, m: int) -> None:
         for part in parts:
             run(part)
         return
+    # All threads, this one included, take the next part from one iterator until none is left.
     tasks = iter(parts)
 
     def work() -> None:
@@ -88,10 +90,10 @@ def for_parts(run: Callable[[slice], None], count: int, m: int) -> None:
 
 
 def eigh(s: Array) -> tuple[Array, Array]:
-    """LAPACK over a batch, in parallel; an item on which it fails comes out as NaN and leaves the others alone.
+    """Decompose a batch in parallel; an item on which LAPACK fails comes out as NaN and leaves the others alone.
 
-    Eigenvectors are stored one after the other, as LAPACK has them: then no product of the VJP is of the form
-    ``A Bᵀ``, at which OpenBLAS is slow up to m = 128.
+    Each eigenvector is contiguous, as LAPACK stores it. Then no product of the VJP has the form ``A Bᵀ``, which is slow
+    in OpenBLAS up to m = 128.
     """
     m = s.shape[-1]
     flat = s.reshape(math.prod(s.shape[:-2]), m, m)
@@ -102,11 +104,15 @@ def eigh(s: Array) -> tuple[Array, Array]:
 
 
 def _eigh_part(flat: Array, w: Array, v_t: Array, part: slice) -> None:
-    """Not a closure that calls itself: such a cycle would keep the arrays until the garbage collector comes."""
+    """Decompose a part of the batch.
+
+    This is not a closure, because one that calls itself would keep the arrays alive until the garbage collector runs.
+    """
     try:
         w[part], v = np.linalg.eigh(flat[part])
         v_t[part] = v.mT
     except np.linalg.LinAlgError:
+        # NumPy does not say which item failed: try them one by one.
         if part.stop - part.start > 1:
             for item in _blocks(part.stop, 1)[part.start :]:
                 _eigh_part(flat, w, v_t, item)
@@ -115,9 +121,9 @@ def _eigh_part(flat: Array, w: Array, v_t: Array, part: slice) -> None:
 
 
 def eigh_largest(s: Array, k: int) -> tuple[Array, Array]:
-    """The k largest eigenpairs of one matrix, descending, from LAPACK's reduction without the other eigenvectors.
+    """Return the k largest eigenpairs of one matrix, descending, without computing the other eigenvectors.
 
-    Measured for k = 10 of m = 576 in float32, one thread: 0.23 of the time of all.
+    For k = 10 of m = 576 in float32 on one thread this takes 0.23 of the time of all pairs.
     """
     m = s.shape[-1]
     w, v = scipy.linalg.eigh(s, subset_by_index=(m - k, m - 1), check_finite=False)
@@ -125,15 +131,15 @@ def eigh_largest(s: Array, k: int) -> tuple[Array, Array]:
 
 
 def is_finite(s: Array) -> bool:
-    """Whether a matrix has neither NaN nor infinity."""
+    """Return whether a matrix has neither NaN nor infinity."""
     return bool(np.isfinite(s).all())
 
 
 def hermitian_product(a: Array, b: Array) -> Array:
-    """``A Bᴴ``, known to be Hermitian up to rounding, made exactly so.
+    """Return ``A Bᴴ``, which is known to be Hermitian up to rounding, made exactly Hermitian.
 
-    Wide matrices: only the lower block triangle is multiplied, then mirrored. Measured at m = 1024: 0.63 of the
-    time of the full product, and the pass over memory that symmetrises it is saved as well.
+    Of wide matrices only the lower block triangle is multiplied, then mirrored. At m = 1024 this takes 0.63 of the time
+    of the full product, and saves the pass over memory that symmetrises it.
     """
     x = np.empty((*a.shape[:-1], a.shape[-2]), dtype=a.dtype)
     _hermitian_product(a, adjoint(b), x)
@@ -141,8 +147,10 @@ def hermitian_product(a: Array, b: Array) -> Array:
 
 
 def _hermitian_product(a: Array, b_h: Array, x: Array, width: int = BLOCK) -> None:
+    """Write the product to `x`, one block row at a time."""
     for rows in _blocks(a.shape[-2], width):
         np.matmul(a[..., rows, :], b_h[..., : rows.stop], out=x[..., rows, : rows.stop])
+        # Symmetrise the diagonal block, and mirror what is left of it.
         block = x[..., rows, rows]
         block = block + adjoint(block)
         block *= 0.5
@@ -152,10 +160,10 @@ def _hermitian_product(a: Array, b_h: Array, x: Array, width: int = BLOCK) -> No
 
 
 def symmetrised(x: Array) -> Array:
-    """``½ (X + Xᴴ)`` of wide matrices, or `x` itself where it is Hermitian already, in tiles that stay in cache.
+    """Return ``½ (X + Xᴴ)``, or `x` itself if it is Hermitian already, in tiles that stay in cache.
 
-    Measured at m = 2048: 0.5 of the time of two passes, 0.15 where nothing has to be written. For an iteration of a
-    few products either is a large part of the whole.
+    At m = 2048 this takes 0.5 of the time of two passes, and 0.15 where nothing has to be written. For an iteration of
+    a few products either is a large part of the whole.
     """
     tiles = list(combinations_with_replacement(_blocks(x.shape[-1], TILE), 2))
     if all(np.array_equal(x[..., i, j], adjoint(x[..., j, i])) for i, j in tiles):
@@ -169,9 +177,9 @@ def symmetrised(x: Array) -> Array:
 
 
 def hermitian_sum(b: Array, v: Array) -> Array:
-    """``B Vᴴ + V Bᴴ`` for a few columns as one product, exactly Hermitian.
+    """Return ``B Vᴴ + V Bᴴ`` for a few columns as one product, exactly Hermitian.
 
-    What is written is all that counts: measured at m = 128 to 2048, 0.2 to 0.8 of the time of two products a tile.
+    Writing the result is all that counts: this takes 0.2 to 0.8 of the time of two products per tile at m = 128…2048.
     """
     left, right_h = np.concatenate([b, v], axis=-1), adjoint(np.concatenate([v, b], axis=-1))
     if b.shape[-2] < NARROW:

@@ -121,8 +121,8 @@ def _array(name: str, value: Any) -> None:
 
 CHECKS: dict[str, Callable[[str, Any], None]] = {
     **dict.fromkeys(("rtol", "atol", "gauge_rtol", "cluster_rtol", "check_rtol", "zero_rtol", "vjp_rtol"), _tolerance),
-    **dict.fromkeys(("radius", "total", "alpha", "eps", "sigma"), _finite),
-    "step": _step,
+    **dict.fromkeys(("step", "radius", "total", "alpha", "eps"), _step),
+    "sigma": _finite,
     "gap": _positive,
     **dict.fromkeys(("maxiter", "n_iter", "seed", "equalities"), _from(0)),
     **dict.fromkeys(("check_every", "restart", "directions", "mc_samples"), _from(1)),

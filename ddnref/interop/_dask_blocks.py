@@ -21,7 +21,8 @@ from dask.array.utils import meta_from_array
 
 from ddnref._core.arrays import Array, namespace, real_dtype
 from ddnref._core.checks import check_dtypes
-from ddnref._rules.contract import Rule, input_counts
+from ddnref._rules.binding import input_counts
+from ddnref._rules.contract import Rule
 from ddnref._rules.table import RULES, rule_of
 
 DTYPES = {"b": np.dtype(bool), "i": np.dtype(np.int32), "l": np.dtype(np.int64)}

@@ -1,6 +1,6 @@
-"""HIPS autograd: ``differentiable(op)`` makes an operation use our VJP; NumPy arrays, first derivatives.
+"""HIPS autograd: ``differentiable(op)`` makes an operation on NumPy arrays use our VJP, for first derivatives.
 
-autograd's convention for complex gradients is the conjugate of ours; the bridge converts.
+A complex gradient of autograd is the conjugate of ours; the bridge converts.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from autograd.extend import Box, primitive
 from autograd.tracer import getval
 
 from ddnref._core.arrays import Array
-from ddnref._rules.contract import Bound, Rule, bind
-from ddnref._rules.layout import Layout, flatten, refuse_foreign
+from ddnref._rules.binding import Bound, Layout, bind, flatten, refuse_foreign
+from ddnref._rules.contract import Rule
 from ddnref._rules.table import rule_of
-from ddnref.interop._host import FIRST_ORDER, pair
+from ddnref.interop._numpy_pair import numpy_pair, refuse_second_derivative
 
 
 def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -34,7 +34,8 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     Returns
     -------
     function : callable
-        Takes arrays or boxes, returns what the operation returns; gradients follow ``autograd.grad``'s convention.
+        Takes arrays or autograd's boxes and returns the same values as the operation. Gradients follow the convention
+        of ``autograd.grad``.
 
     Raises
     ------
@@ -46,8 +47,8 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     Notes
     -----
     Where no gradient exists (a gauge-dependent loss, a singular matrix), that item's gradient is NaN and a warning
-    says why. The status of an iteration is a plain array. An operator is made of plain arrays first; then
-    ``operator.with_params(...)`` takes autograd's boxes.
+    says why. The status of an iteration is a plain array. Make an operator from plain arrays first; its method
+    ``with_params(...)`` then takes autograd's boxes.
 
     Examples
     --------
@@ -67,6 +68,7 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
         refuse_foreign(rule, inputs, lambda x: isinstance(x, np.ndarray | np.generic | Box), "a NumPy array")
         layout, arrays = flatten(inputs)
         flat = operate(layout)(*arrays)
+        # The status has no gradient, so it leaves autograd here.
         info = tuple(_bare(flat[i]) for i in range(len(flat) - fields, len(flat)))
         return bound.result(tuple(flat[i] for i in range(n)), info)
 
@@ -76,11 +78,12 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
 
 
 def _operation(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., Any]:
-    """Outputs, saved arrays and status in one tuple, as a primitive of arrays."""
-    host = pair(rule, bound, layout)
+    """A primitive of the arrays of a layout, which returns outputs, saved arrays and status in one tuple."""
+    host = numpy_pair(rule, bound, layout)
     operate = primitive(host.forward)
     needs, n, fields = layout.places(rule.needs), rule.outputs, rule.info_fields
 
+    # The VJP is a primitive too, so that its own derivative can be refused.
     @primitive
     def reverse(*arrays: Array) -> tuple[Array, ...]:
         gradients = host.reverse(tuple(map(np.conj, arrays[:n])), arrays[n:])
@@ -92,6 +95,7 @@ def _operation(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., Any]:
         def cotangents(bars: Any) -> Iterator[Any]:
             arrays = *results, *(inputs[i] for i in needs if i < len(inputs))
             found = reverse(*(bars[i] for i in range(n)), *arrays)
+            # Without any cotangent the VJP returns nothing at all, and autograd wants zeros.
             for i in argnums:
                 x_bar = found[i] if i < len(found) else None
                 yield np.zeros_like(_bare(inputs[i])) if x_bar is None else x_bar
@@ -99,16 +103,12 @@ def _operation(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., Any]:
         return cotangents
 
     defvjp_argnums(operate, pull)
-    defvjp_argnums(reverse, _refuse)
+    defvjp_argnums(reverse, refuse_second_derivative("autograd"))
     return operate  # type: ignore[no-any-return]
 
 
-def _refuse(*_: Any) -> Any:
-    raise NotImplementedError(FIRST_ORDER.format("autograd"))
-
-
 def _bare(value: Any) -> Any:
-    """The value under all of autograd's boxes."""
+    """The array inside all of autograd's boxes."""
     while isinstance(value, Box):
         value = getval(value)
     return value

@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 
 from ddnref import testing
 from ddnref._core.arrays import Array
-from ddnref._rules.contract import Rule, as_tuple, options_of, plain_forward, plain_vjp
-from ddnref._rules.samples.common import Sample
+from ddnref._rules.binding import as_tuple, options_of, plain_forward, plain_vjp
+from ddnref._rules.contract import Rule
+from ddnref._rules.samples import Sample
+from ddnref._rules.table import TRIALS
 from ddnref.testing._checker import RTOL
 from ddnref.verify._backends import Backend
 
@@ -109,7 +111,7 @@ class Problem(NamedTuple):
 def cases(backend: Backend, rule: Rule, dtypes: tuple[str, ...]) -> list[Case]:
     """List the cases in which a rule is checked."""
     sizes, batches = (SIZES, BATCHES) if backend.name == "numpy" else (FEW_SIZES, FEW_BATCHES)
-    taken = [dtype for dtype in dtypes if rule.is_complex or dtype not in COMPLEX]
+    taken = [dtype for dtype in dtypes if TRIALS[rule.name].is_complex or dtype not in COMPLEX]
     return [Case(rule, dtype, m, batch) for dtype in taken for m in sizes for batch in batches]
 
 
@@ -142,8 +144,7 @@ def pose(backend: Backend, case: Case, seed: int) -> Problem:
         return backend.convert(array.astype(kinds[array.dtype.kind]))
 
     # The second sample supplies other cotangents for the check of linearity.
-    sample = rule.sample(convert, rng, case.batch, case.m, is_complex)
-    other = rule.sample(convert, rng, case.batch, case.m, is_complex)
+    sample, other = (TRIALS[rule.name].sample(convert, rng, case.batch, case.m, is_complex) for _ in range(2))
     # Bind the options, so that the library compiles functions of arrays only.
     forward_options, vjp_options = options_of(rule, sample.options, backend.while_loop)
     forward = backend.bind(plain_forward(rule), **forward_options)
@@ -178,9 +179,10 @@ def finite_differences(p: Problem) -> Measured | None:
     if p.case.dtype not in DOUBLE.values():
         return None
     rule = p.case.rule
+    trial = TRIALS[rule.name]
     report = testing.check_vjp(
         p.forward, p.vjp, *p.sample.inputs, saves=True, needs=rule.needs, loss=p.sample.loss,
-        tangent=rule.tangent, symmetrises=rule.symmetrises, gap=p.sample.gap, rtol=RTOL, seed=p.seed,
+        tangent=trial.tangent, symmetrises=trial.symmetrises, gap=p.sample.gap, rtol=RTOL, seed=p.seed,
     )  # fmt: skip
     return report.error, RTOL
 
@@ -245,7 +247,7 @@ def batch_is_loop(p: Problem) -> Measured | None:
 
 def hermitian(p: Problem) -> Measured | None:
     """Check that the cotangent is exactly Hermitian, which symmetric directional derivatives cannot see."""
-    if p.case.rule.tangent != "symmetric":
+    if TRIALS[p.case.rule.name].tangent != "symmetric":
         return None
     parts = [p.backend.to_numpy(x_bar) for x_bar in p.pull(p.bars)]
     return max(_largest(x_bar - np.conj(np.swapaxes(x_bar, -1, -2))) for x_bar in parts), 0.0

@@ -46,5 +46,7 @@ def test_axes_that_may_not_be_empty_and_real_operations():
     assert conform("(m)", x=np.ones(0)).sizes == {"m": 0}
     with pytest.raises(ValueError, match=r"expected \(..., m\) with m at least 1"):
         conform("(m+)", x=np.ones(0))
+    with pytest.raises(ValueError, match=r"expected \(..., m, n\) with n at least 1\."):
+        conform("(m,n+)", x=np.ones((2, 0)))
     with pytest.raises(TypeError, match="real arrays only"):
         conform("(m)", real_only=True, x=np.ones(2, complex))

@@ -9,7 +9,7 @@ from problems import adjoint, projector_gradient, relative, rotation, symmetric
 
 import ddnref
 from ddnref import GaugeError, NonFiniteError, SingularError, curvature, operators
-from ddnref._rules.samples.common import eigen_loss
+from ddnref._rules.samples import eigen_loss
 from ddnref.operators import LinearOperator
 from ddnref.testing import assert_vjp, check_vjp
 
@@ -156,7 +156,7 @@ def test_an_operator_is_its_matrix(batch, is_complex, rng):
 def test_an_operator_is_multiplied_in_blocks(rng, monkeypatch):
     v = draw(rng, 9, 5)
     whole = curvature.gram_eigvalsh(as_operator(v))
-    monkeypatch.setattr("ddnref.operators._factor.COLUMNS", 2)
+    monkeypatch.setattr("ddnref.operators._blocks.COLUMNS", 2)
     np.testing.assert_allclose(curvature.gram_eigvalsh(as_operator(v)), whole, rtol=1e-13)
 
 

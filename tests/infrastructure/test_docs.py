@@ -15,6 +15,7 @@ import pytest
 import ddnref
 from ddnref import curvature, implicit, interop, krylov, networks, nodes, operators, reference, testing
 from ddnref._rules import table as _rules
+from ddnref._rules.texts import capability_table
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -176,7 +177,7 @@ def test_the_capability_table_is_drawn_from_the_rules(monkeypatch):
     pytest.importorskip("markdown_it", reason="the directive needs markdown-it-py")
     monkeypatch.syspath_prepend(str(DOCS))
     directives = importlib.import_module("_directives")
-    table = directives.list_table(_rules.capability_table())
+    table = directives.list_table(capability_table(_rules.TEXTS))
     assert table.count("* -") == 1 + len(_rules.RULES)
     for name in _rules.RULES:
         assert f"`{name}`" in table

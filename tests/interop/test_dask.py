@@ -17,8 +17,8 @@ from public_names import PUBLIC
 
 import ddnref
 from ddnref import curvature, networks, nodes, operators
-from ddnref._rules.contract import as_tuple, options_of
-from ddnref._rules.table import RULES
+from ddnref._rules.binding import as_tuple, options_of
+from ddnref._rules.table import RULES, TRIALS
 
 pytestmark = pytest.mark.framework("dask")
 dask = pytest.importorskip("dask", reason='pip install "ddnref[dask]"')  # CI fails where anything is skipped
@@ -29,7 +29,7 @@ from ddnref.interop._dask_blocks import leaves  # noqa: E402
 from ddnref.interop.dask import map_gradients, map_items, reduce_blocks  # noqa: E402
 
 CASES = [(name, is_complex) for name, rule in RULES.items() for is_complex in (False, True)
-         if rule.is_complex or not is_complex]  # fmt: skip
+         if TRIALS[rule.name].is_complex or not is_complex]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +69,7 @@ def assert_same(found, expected, rtol=0.0):
 @pytest.mark.parametrize(("name", "is_complex"), CASES)
 def test_the_numbers_of_the_plain_functions(name, is_complex, rng):
     rule = RULES[name]
-    sample = rule.sample(np.asarray, rng, (3, 2), 5, is_complex)
+    sample = TRIALS[rule.name].sample(np.asarray, rng, (3, 2), 5, is_complex)
     forward_options, vjp_options = options_of(rule, sample.options)
     inputs = [chunked(x, 2, 1) for x in sample.inputs]
     expected = rule.function(*sample.inputs, **forward_options)
@@ -92,7 +92,7 @@ def test_the_numbers_of_the_plain_functions(name, is_complex, rng):
 def test_fused_gradients(name, rng):
     """The same as forward and VJP by hand, and the numbers that the loss returned."""
     rule = RULES[name]
-    sample = rule.sample(np.asarray, rng, (5,), 5, False)
+    sample = TRIALS[rule.name].sample(np.asarray, rng, (5,), 5, False)
     forward_options, vjp_options = options_of(rule, sample.options)
     result = rule.forward(*sample.inputs, **forward_options)
     outputs, saved = result[0] if rule.info is not None else result

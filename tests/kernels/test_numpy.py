@@ -14,8 +14,8 @@ from problems import relative, rotation, symmetric, with_spectrum
 import ddnref
 from ddnref._kernels import numpy as _numpy
 from ddnref._kernels.bordered import solve_dominant
-from ddnref._rules.contract import as_tuple, options_of
-from ddnref._rules.table import RULES
+from ddnref._rules.binding import as_tuple, options_of
+from ddnref._rules.table import RULES, TRIALS
 
 
 def twin(w_bar, v_bar, w, v):
@@ -98,7 +98,7 @@ def test_cholesky_of_dominant_pairs(batch, m, n, dtype, rng):
 def test_pairs_that_do_not_dominate_take_the_other_way_item_by_item(rng):
     x, w, v = (np.stack(both) for both in zip(*(dominant_pairs(rng, 9, 2, (), first) for first in (0, 3)), strict=True))
     size = np.ones((2, 1))
-    *_, failed = solve_dominant(x, w, v, np.ones((2, 9, 2)), size)
+    *_, failed = solve_dominant(w, v, np.ones((2, 9, 2)), size, x)
     assert failed.tolist() == [False, True]
     w_bar, v_bar = rng.standard_normal(w.shape), rng.standard_normal(v.shape)
     x_bar = ddnref.simultaneous_iteration_vjp(w_bar, v_bar, w, v, x, symmetric=True)
@@ -179,7 +179,7 @@ def test_neighbours_of_a_nan_item_bit_for_bit_with_blas_on_one_thread():
 def test_no_array_waits_for_the_garbage_collector(name, rng):
     """A cycle (a closure that calls itself) keeps the arrays of a call, and a loop over blocks runs out of memory."""
     rule = RULES[name]
-    sample = rule.sample(np.asarray, rng, (300,), 8, False)
+    sample = TRIALS[rule.name].sample(np.asarray, rng, (300,), 8, False)
     forward, vjp = options_of(rule, sample.options)
 
     def both_ways():
