@@ -35,15 +35,12 @@ covariance = np.stack([centred(d).T @ centred(d) / np.sum(labels == d) for d in 
 print(covariance.shape, w.shape, v.shape)
 
 fig, axes = plt.subplots(K, 10, figsize=(9, 3.9), layout="constrained")
-for k in range(K):
-    for digit in range(10):
-        image = v[digit, :, k].reshape(8, 8)
-        size = np.abs(image).max()
-        axes[k, digit].imshow(image, cmap="RdBu_r", vmin=-size, vmax=size)
-        axes[k, digit].set_axis_off()
 for digit in range(10):
-    share = w[digit].sum() / np.trace(covariance[digit])
-    axes[0, digit].set_title(f"{digit}\n{share:.0%}")
+    axes[0, digit].set_title(f"{digit}\n{w[digit].sum() / np.trace(covariance[digit]):.0%}")
+    for ax, image in zip(axes[:, digit], v[digit].T, strict=True):
+        size = np.abs(image).max()
+        ax.imshow(image.reshape(8, 8), cmap="RdBu_r", vmin=-size, vmax=size)
+        ax.set_axis_off()
 fig.suptitle(f"The {K} leading eigen-digits of each digit, and the share of the variance they hold")
 plt.show()
 
@@ -54,7 +51,7 @@ plt.show()
 # eigenvectors and :math:`P = V_K V_K^T` the projector on their span,
 #
 # .. math:: L = \tfrac12 \| a - P a \|^2 = \tfrac12 \left( a^T a - a^T P a \right), \qquad
-#           \bar V_K = -\, a\, (a^T V_K).
+#           {\bar V}_K = -\, a\, (a^T V_K).
 #
 # The loss sees the eigenvectors only through :math:`P`, so it does not matter which sign each has, nor whether two of
 # the eigenvalues are equal. The flat pair: cotangents first, then what the forward returned.

@@ -38,15 +38,8 @@ def minus(chain, step):
 # %%
 # Three steps
 # -----------
-# A damped Newton step takes one factorisation and one solve.
-
-
-def damped_newton(chain, x, t, epsilon, curvature="hessian"):
-    factor = ddnref.curvature.hessian_factor(chain, x, t, damping=epsilon, curvature=curvature)
-    return factor.solve(chain.gradient(x, t))[0]
-
-
-# %%
+# A damped Newton step takes one factorisation and one solve, ``hessian_factor(...).solve(g)``.
+#
 # A trust region asks for the step of a given length :math:`r`, that is for the root of the *secular equation*
 # :math:`\|(H + \varepsilon I)^{-1} g\| = r` above all poles, where :math:`H + \varepsilon I` is positive definite.
 # Newton's method for :math:`1/r - 1/\|s(\varepsilon)\|`, which is nearly straight there, finds it in a few trials, with
@@ -108,7 +101,8 @@ def compare(label, step, expected):
     check(label, np.linalg.norm(flat(step) - expected) / np.linalg.norm(expected), 1e-9)
 
 
-compare("damped Newton", damped_newton(small, z, t[:6], 0.5), V @ (V.T @ g / (w + 0.5)))
+damped = ddnref.curvature.hessian_factor(small, z, t[:6], damping=0.5)
+compare("damped Newton", damped.solve(small.gradient(z, t[:6]))[0], V @ (V.T @ g / (w + 0.5)))
 step, epsilon = trust_region(small, z, t[:6], r=0.5, epsilon=0.01)
 compare(f"trust region, ε = {epsilon:.6f} > {-w[0]:.6f}", step, V @ (V.T @ g / (w + epsilon)))
 step, turned = saddle_free(small, z, t[:6], 0.5, 1e-3)
@@ -159,15 +153,13 @@ def first_order(chain, steps, rate, adam, state=None):
     for k in range(done + 1, done + steps + 1):
         loss, g = objective(chain)
         course.append((time.process_time() - begun, float(loss)))
+        m = [0.9 * a + b for a, b in zip(m, g, strict=True)]
         if adam:
-            m = [0.9 * a + 0.1 * b for a, b in zip(m, g, strict=True)]
             v = [0.999 * a + 0.001 * b**2 for a, b in zip(v, g, strict=True)]
-            first, second = rate / (1 - 0.9**k), 1 - 0.999**k
-            step = [first * a / (np.sqrt(b / second) + 1e-8) for a, b in zip(m, v, strict=True)]
+            first, second = 0.1 * rate / (1 - 0.9**k), 1 - 0.999**k
+            chain = minus(chain, [first * a / (np.sqrt(b / second) + 1e-8) for a, b in zip(m, v, strict=True)])
         else:
-            m = [0.9 * a + b for a, b in zip(m, g, strict=True)]
-            step = [rate * a for a in m]
-        chain = minus(chain, step)
+            chain = minus(chain, [rate * a for a in m])
     return np.array(course), (chain, (m, v, k))
 
 
