@@ -58,7 +58,8 @@ linkcheck_anchors = True
 autosummary_generate = True
 autosummary_imported_members = False
 autodoc_typehints = "none"
-autodoc_mock_imports = [name for name in ("torch", "jax", "dask") if importlib.util.find_spec(name) is None]
+FRAMEWORKS = ("torch", "jax", "autograd", "tensorflow", "dask")
+autodoc_mock_imports = [name for name in FRAMEWORKS if importlib.util.find_spec(name) is None]
 numpydoc_show_class_members = False
 numpydoc_validation_checks: set[str] = set()
 
@@ -84,7 +85,7 @@ sphinx_gallery_conf = {
     "examples_dirs": "../ddnref/examples",
     "gallery_dirs": "auto_gallery",
     "filename_pattern": r"/plot_",
-    "ignore_pattern": r"/_\w+\.py$",
+    "ignore_pattern": r"^_",
     "within_subsection_order": "ExampleTitleSortKey",
     "abort_on_example_error": False,
     "only_warn_on_example_error": False,

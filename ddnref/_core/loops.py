@@ -1,4 +1,4 @@
-"""Loops that a GPU need not wait for: one flag is read every few steps, or none where the library loops by itself."""
+"""Loops that rarely make a GPU wait: one flag is read every few steps, or none where the library has its own loop."""
 
 from __future__ import annotations
 
@@ -16,6 +16,21 @@ WhileLoop: TypeAlias = Callable[[Callable[[Any], Array], Callable[[Any], Any], A
 CHECK_EVERY = 10
 
 
+class LoopOptions(NamedTuple):
+    """The options that every iterative solver has."""
+
+    rtol: float
+    """Relative tolerance on the stated residual."""
+    maxiter: int
+    """Steps after which an item that has not converged is given up."""
+    check_every: int = CHECK_EVERY
+    """Steps between two looks at the flag of active items; each look waits for the device."""
+    while_loop: WhileLoop | None = None
+    """The library's own loop, such as ``jax.lax.while_loop``, with which nothing is read on the host."""
+    throw: bool = True
+    """Whether an item that has not converged raises."""
+
+
 def run(
     active: Callable[[State], Array],
     body: Callable[[State], State],
@@ -25,11 +40,11 @@ def run(
     check_every: int = CHECK_EVERY,
     while_loop: WhileLoop | None = None,
 ) -> State:
-    """Apply `body` while a flag of ``active(state)`` is set, at most `maxiter` times.
+    """Apply `body` while any flag of ``active(state)`` is set, at most `maxiter` times.
 
-    `state` is a flat tuple of arrays. ``active`` returns one flag per item, ``(...)``; `body` must leave the items
-    that are no longer active as they are, because up to ``check_every - 1`` steps follow before that is seen. With
-    `while_loop` nothing is read: the library's own loop evaluates the condition, after each step.
+    `state` is a flat tuple of arrays. ``active`` returns one flag per item, ``(...)``. `body` must not change items
+    that are no longer active, because up to ``check_every - 1`` more steps follow before their flags are read. With
+    `while_loop` nothing is read on the host: the library's own loop evaluates the condition after each step.
     """
     if maxiter < 0 or check_every < 1:
         raise ValueError(f"maxiter is {maxiter} and check_every {check_every}; expected at least 0 and 1.")
@@ -64,7 +79,7 @@ def _any(flags: Array) -> Array:
 
 
 class IterationInfo(NamedTuple):
-    """How an iteration ended, for each item of the batch."""
+    """How an iteration ended for each item of the batch."""
 
     converged: Array
     """(...) bool: whether the stated residual reached its tolerance."""

@@ -1,6 +1,6 @@
 """In-place forms for NumPy arrays, each the twin of a standard-only form and there for a measured reason.
 
-The standard-only forms in ``_linalg.py`` and ``_eigh.py`` write a fresh m×m array for every step. On a CPU those
+The standard-only forms in ``dense.py`` and ``eigh_vjp.py`` write a fresh m×m array for every step. On a CPU those
 passes over memory, most of all the transposed ones, cost as much as the matrix products up to m = 512; buffers
 that stay in cache and tiles do not. ``tests/kernels/test_numpy.py`` holds every form here to its twin.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import combinations_with_replacement
@@ -25,12 +25,9 @@ WHOLE = 256  # up to this width a matrix and its buffers stay in the second-leve
 TILE = 128  # wider: antisymmetrise and divide in tiles
 BLOCK = 256  # wider: block rows of the last product
 STRIP = 64  # its width where only a few columns are multiplied, so that mirroring it costs the most
-SMALL = 2**13  # numbers in a batch below which the fewest calls win
 NARROW = 128  # up to this width OpenBLAS takes twice as long for A Bᵀ as for A B and a copy
 CHUNK = 2**18  # numbers in a chunk of a batch, 256 matrices of 32×32: smaller ones wait for the interpreter's lock
 BLAS_THREADS = 2**18  # multiplications from which OpenBLAS splits one product over threads
-PANEL = 16  # rows of a product that stays below that up to m = 128
-UNTHREADED = 2**13  # numbers of an inner product up to which OpenBLAS takes no threads; its own limit is 10,000
 WORTH_THREADS = 2**16  # numbers in a batch from which a second thread pays for waking it
 
 
@@ -132,21 +129,6 @@ def is_finite(s: Array) -> bool:
     return bool(np.isfinite(s).all())
 
 
-def dots(y: Array, z: Array) -> Array:
-    """``yᴴ z`` of vectors, by BLAS without the array of products, in pieces for which it starts no thread.
-
-    A pool that has been used once spins for some 30 ms, and takes a core from whatever comes next. Measured on 256×256
-    points, two threads: a threaded inner product alone takes half the time of this one, conjugate gradients with it
-    1.03 times as long for a blur, 1.22 for a Laplacian.
-    """
-    n, k = y.shape[-1], y.shape[-1] // UNTHREADED
-    if n <= UNTHREADED:
-        return np.vecdot(y, z)  # type: ignore[no-any-return]
-    cut = k * UNTHREADED
-    whole = (v[..., :cut].reshape(*v.shape[:-1], k, UNTHREADED) for v in (y, z))
-    return np.vecdot(*whole).sum(axis=-1) + np.vecdot(y[..., cut:], z[..., cut:])  # type: ignore[no-any-return]
-
-
 def hermitian_product(a: Array, b: Array) -> Array:
     """``A Bᴴ``, known to be Hermitian up to rounding, made exactly so.
 
@@ -199,184 +181,3 @@ def hermitian_sum(b: Array, v: Array) -> Array:
     for item in np.ndindex(b.shape[:-2]):
         _hermitian_product(left[item], right_h[item], x[item], STRIP)
     return x
-
-
-def bordered(x: Array, y: Array) -> Array:
-    """``[[−X, Y], [Yᵀ, 0]]``, each block written once: the standard form writes twice and converts before."""
-    m, n = y.shape[-2:]
-    a = np.empty((*x.shape[:-2], m + n, m + n), dtype=y.dtype)
-    np.negative(x, out=a[..., :m, :m])
-    a[..., :m, m:], a[..., m:, :m], a[..., m:, m:] = y, y.mT, 0
-    return a
-
-
-def with_diagonal(a: Array, d: Array) -> Array:
-    """`a` itself with other leading diagonal entries: m numbers are written where the standard form writes m²."""
-    _diagonal(a)[..., : d.shape[-1]] = d
-    return a
-
-
-def product_in_double(x: Array, y: Array) -> Array:
-    """``X Y`` of float32 and float64, converted a matrix at a time: measured from m = 512 on, 0.5 of ``x @ y``."""
-    if x.dtype == y.dtype or x.shape[-1] <= WHOLE:
-        return x @ y
-    product, a = np.empty(y.shape), np.empty(x.shape[-2:])
-    for item in np.ndindex(x.shape[:-2]):
-        np.copyto(a, x[item])
-        np.matmul(a, y[item], out=product[item])
-    return product
-
-
-def dominant_solve(w: Array, y: Array, size: Array, right: Array, x: Array) -> tuple[Array, Array]:
-    """``(λ_i I − X + 2 σ_i |λ_max| Y Yᵀ)⁻¹`` times the rows ``(items, n, r, m)``, and the items where that failed.
-
-    Times ``σ_i = sign λ_i`` it is positive definite where Y spans all eigenvectors of larger magnitude than the rest.
-    Cholesky's half of the flops, without pivots, in one buffer: measured at m = 32 to 1024, 0.3 to 0.7 of the time
-    of `numpy.linalg.solve`. A failed item is not overwritten by anything useful.
-    """
-    blas, lapack = scipy.linalg.blas, scipy.linalg.lapack
-    sign = np.where(w < 0, -1.0, 1.0)
-    z = right * sign[..., None, None]
-    a = np.empty(x.shape[-2:])
-    diagonal, a_t, failed = _diagonal(a), a.T, []
-    pairs = zip(x, y.mT, z.mT, sign.tolist(), np.abs(w).tolist(), (2 * size[:, 0]).tolist(), strict=True)
-    for x_i, y_t, rows, signs, shifts, weight in pairs:
-        info = 0
-        for b, s, shift in zip(rows, signs, shifts, strict=True):
-            np.multiply(x_i, -s, out=a)
-            blas.dsyrk(weight, y_t, 1.0, a_t, trans=1, lower=1, overwrite_c=1)
-            diagonal += shift
-            info |= lapack.dposv(a_t, b, lower=1, overwrite_a=1, overwrite_b=1)[2]
-        failed.append(info != 0)
-    return z, np.asarray(failed)
-
-
-def eigh_vjp(
-    w_bar: Array | None, v_bar: Array, w: Array, v: Array, near: Array
-) -> tuple[Array, tuple[Array, Array] | None]:
-    """``X̄ = V (diag(λ̄) + ½ F ∘ (M − Mᴴ)) Vᴴ``, and the largest entries of ``M − Mᴴ`` inside clusters and of ``M``.
-
-    `near` says which neighbouring eigenvalues count as equal. ``None`` comes back where no gauge is left to check:
-    nothing was masked, and real eigenvectors have no phase.
-    """
-    cluster: Array | None = None
-    if near.any():
-        cluster = np.zeros(w.shape, dtype=np.int64)
-        np.cumsum(~near, axis=-1, out=cluster[..., 1:])
-    m, lead = w.shape[-1], w.shape[:-1]
-    count = math.prod(lead)
-    x_bar, masked, largest = np.empty(v.shape, v.dtype), np.zeros(lead, w.dtype), np.zeros(lead, w.dtype)
-    kernel: Callable[..., None] = _whole if m <= WHOLE else _tiled
-    vectors: tuple[Any, ...] = (w_bar, w, cluster)
-    matrices: tuple[Any, ...] = (v_bar, v, x_bar)
-    scalars: tuple[Any, ...] = (masked, largest)
-    if len(lead) != 1:
-        vectors = tuple(None if a is None else a.reshape(count, m) for a in vectors)
-        matrices, scalars = tuple(a.reshape(count, m, m) for a in matrices), tuple(a.reshape(count) for a in scalars)
-
-    def run(part: slice) -> None:
-        with np.errstate(all="ignore"):  # non-finite items come out non-finite: that is their report
-            kernel(*(None if a is None else a[part] for a in (*vectors, *matrices, *scalars)))
-
-    for_parts(run, count, m)
-    return x_bar, None if cluster is None and v.dtype.kind != "c" else (masked, largest)
-
-
-def _product(a: Array, b: Array, out: Array) -> Array:
-    """``A B``, by row panels where BLAS would split one product over threads that the batch is using already."""
-    m, panel = b.shape[-1], PANEL
-    if m**3 <= BLAS_THREADS or m >= WHOLE or m % panel or a.shape[0] * m * m < WORTH_THREADS // 2:
-        return np.matmul(a, b, out=out)
-    panels = (a.shape[0], m // panel, panel, m)
-    np.matmul(a.reshape(panels), b[:, None], out=out.reshape(panels))
-    return out
-
-
-def _gap(w: Array, out: Array) -> Array:
-    """``2 (λ_j − λ_i)``; for many as a product of rank two, exact like the subtraction and in a quarter of its time."""
-    if out.size < SMALL:
-        twice = 2 * w
-        np.subtract(twice[..., None, :], twice[..., :, None], out=out)
-        return out
-    left, right = np.empty((*w.shape, 2), w.dtype), np.empty((*w.shape[:-1], 2, w.shape[-1]), w.dtype)
-    np.multiply(w, -2, out=left[..., 0])
-    left[..., 1] = right[..., 0, :] = 1
-    np.multiply(w, 2, out=right[..., 1, :])
-    return np.matmul(left, right, out=out)
-
-
-def _whole(
-    w_bar: Array | None,
-    w: Array,
-    cluster: Array | None,
-    v_bar: Array,
-    v: Array,
-    x_bar: Array,
-    masked: Array,
-    largest: Array,
-) -> None:
-    """One pass for matrices that stay in cache: the sum with the adjoint comes last, from a buffer."""
-    m_ = _product(adjoint(v), v_bar, np.empty(v.shape, v.dtype))
-    gap = _gap(w, np.empty(v.shape, w.dtype))
-    if cluster is not None:
-        same = cluster[..., None, :] == cluster[..., :, None]
-        masked[...] = np.max(np.abs(m_ - adjoint(m_)), axis=(-2, -1), initial=0, where=same)
-        largest[...] = np.max(np.abs(m_), axis=(-2, -1), initial=0)
-        gap[same] = np.inf
-    else:
-        if m_.dtype.kind == "c":
-            masked[...] = np.max(2 * np.abs(_diagonal(m_).imag), axis=-1, initial=0)
-            largest[...] = np.max(np.abs(m_), axis=(-2, -1), initial=0)
-        _diagonal(gap)[...] = np.inf
-    m_ /= gap
-    if w_bar is not None:
-        diagonal = _diagonal(m_)
-        diagonal += 0.5 * w_bar
-    t = _product(v, m_, gap if gap.dtype == v.dtype else np.empty(v.shape, v.dtype))
-    v_h = adjoint(v)
-    if v.shape[-1] <= NARROW:
-        v_h = np.ascontiguousarray(v_h)  # as it is where `eigh` made it
-    x = _product(t, v_h, m_)
-    np.add(x, adjoint(x), out=x_bar)
-
-
-def _tiled(
-    w_bar: Array | None,
-    w: Array,
-    cluster: Array | None,
-    v_bar: Array,
-    v: Array,
-    x_bar: Array,
-    masked: Array,
-    largest: Array,
-) -> None:
-    """Wide matrices: tiles in place, and only the lower block triangle of the last product."""
-    m_ = np.matmul(adjoint(v), v_bar, out=x_bar)
-    if cluster is not None or m_.dtype.kind == "c":
-        largest[...] = np.max(np.abs(m_), axis=(-2, -1), initial=0)
-    _antisymmetric_quotient(m_, w, cluster, masked)
-    if w_bar is not None:
-        diagonal = _diagonal(m_)
-        diagonal += w_bar
-    t = np.matmul(v, m_)
-    _hermitian_product(t, adjoint(v), x_bar)
-
-
-def _antisymmetric_quotient(m_: Array, w: Array, cluster: Array | None, masked: Array) -> None:
-    """Overwrite ``M`` with ``½ (M − Mᴴ) ∘ F``, tile by tile, and `masked` with the largest entry taken out."""
-    tiles: Iterable[tuple[slice, slice]] = combinations_with_replacement(_blocks(w.shape[-1], TILE), 2)
-    for upper, lower in tiles:
-        q = m_[..., lower, upper] - adjoint(m_[..., upper, lower])
-        gap = 2 * (w[..., None, upper] - w[..., lower, None])
-        same = None
-        if cluster is not None:
-            same = cluster[..., None, upper] == cluster[..., lower, None]
-        elif lower == upper:
-            same = np.broadcast_to(np.eye(q.shape[-1], dtype=bool), q.shape)
-        if same is not None:
-            np.maximum(masked, np.max(np.abs(q), axis=(-2, -1), initial=0, where=same), out=masked)
-            gap[same] = np.inf
-        q /= gap
-        m_[..., lower, upper] = q
-        if lower != upper:
-            m_[..., upper, lower] = adjoint(q)

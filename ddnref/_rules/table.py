@@ -10,8 +10,6 @@ import array_api_compat
 
 import ddnref.linalg._eigh as eigen
 import ddnref.linalg._functions as spectral
-import ddnref.linalg._matrix_functions as matrix_functions
-import ddnref.linalg._topk as topk
 from ddnref._core.arrays import Array
 from ddnref._core.loops import IterationInfo
 from ddnref._rules.contract import Rule
@@ -23,7 +21,6 @@ from ddnref.curvature import _gram_values as gram_values
 from ddnref.krylov._common import SolveInfo
 from ddnref.linalg import _eigsh as kpairs
 from ddnref.linalg import _eigsh_vjp as kpairs_vjp
-from ddnref.linalg import _iteration_vjp as iteration_vjp
 from ddnref.linalg import _iterations as iteration
 from ddnref.linalg import _linear_solve as linear
 from ddnref.linalg import _qr as factorisation
@@ -99,12 +96,11 @@ def _nothing_saved_iterative(function: Callable[..., Any]) -> Callable[..., Any]
 
 
 def _spectral_rule(name: str, docs: str, singular: str, **options: Any) -> Rule:
-    module = spectral if hasattr(spectral, name) else matrix_functions
     return Rule(
         name=name,
-        function=getattr(module, name),
-        forward=getattr(module, f"{name}_fwd"),
-        vjp=getattr(module, f"{name}_vjp"),
+        function=getattr(spectral, name),
+        forward=getattr(spectral, f"{name}_fwd"),
+        vjp=getattr(spectral, f"{name}_vjp"),
         sample=partial(samples.spectral, **options),
         outputs=1,
         cost="4 products",
@@ -122,7 +118,7 @@ def _iteration_rule(name: str, signature: str, docs: str) -> Rule:
         name=name,
         function=function,
         forward=_nothing_saved_iterative(function),
-        vjp=getattr(iteration_vjp, f"{name}_vjp"),
+        vjp=getattr(iteration, f"{name}_vjp"),
         sample=getattr(samples, name),
         outputs=2,
         needs=(0,),
@@ -181,9 +177,9 @@ _TABLE = (
     ),
     Rule(
         name="eigh_topk",
-        function=topk.eigh_topk,
-        forward=topk.eigh_topk_fwd,
-        vjp=topk.eigh_topk_vjp,
+        function=eigen.eigh_topk,
+        forward=eigen.eigh_topk_fwd,
+        vjp=eigen.eigh_topk_vjp,
         sample=samples.eigh_topk,
         outputs=2,
         cost="3 k/m products",

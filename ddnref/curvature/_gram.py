@@ -19,27 +19,16 @@ from typing import Any
 
 import array_api_compat
 
-from ddnref._core.arrays import (
-    Array,
-    Namespace,
-    as_dtype,
-    check_dtypes,
-    check_shapes,
-    full,
-    given,
-    is_complex,
-    is_true,
-    namespace,
-    nan_where,
-    real_dtype,
-)
+from ddnref._core.arrays import Array, Namespace, as_dtype, full, is_complex, is_true, namespace, nan_where, real_dtype
+from ddnref._core.checks import check_dtypes, check_shapes, given
 from ddnref._core.selection import take
 from ddnref._kernels.dense import adjoint, eigh
+from ddnref._kernels.eigh_vjp import cluster_mask, jump, masked
 from ddnref._kernels.public import public
+from ddnref._kernels.vectors import largest
 from ddnref.curvature._gram_values import columns_of, count, gauge_check, gram_matrix, ready, zero_tolerance
 from ddnref.errors import SingularError
-from ddnref.linalg._eigh import cluster_mask, neighbours
-from ddnref.linalg._gauge import jump, largest, masked
+from ddnref.linalg._eigh import neighbours
 from ddnref.operators._factor import Factor, Pieces, Tall, tall
 
 

@@ -9,10 +9,7 @@ import array_api_compat
 from ddnref._core.arrays import (
     Array,
     Namespace,
-    check_dtypes,
-    check_shapes,
     eps,
-    given,
     is_true,
     namespace,
     nan_where,
@@ -20,11 +17,12 @@ from ddnref._core.arrays import (
     refuse_non_finite,
     refuse_recording,
 )
+from ddnref._core.checks import check_dtypes, check_shapes, given
 from ddnref._core.selection import take
 from ddnref._kernels.dense import eigh, eigvalsh
+from ddnref._kernels.eigh_vjp import exceeds, jump
 from ddnref._kernels.public import public
-from ddnref.linalg._eigh import eigh_vjp, neighbours
-from ddnref.linalg._gauge import exceeds, jump, raise_gauge, ratio
+from ddnref.linalg._eigh import eigh_vjp, neighbours, raise_gauge, ratio
 from ddnref.operators import LinearOperator
 from ddnref.operators._factor import Factor, Tall, tall
 

@@ -30,17 +30,8 @@ def autograd_gradients(
 ) -> dict[str, NDArray[Any] | None]:
     """Differentiate ``loss(*eigh(x), *constants)`` by PyTorch's and by JAX's own autograd.
 
-    Parameters
-    ----------
-    loss : callable
-        A scalar function of eigenvalues, eigenvectors and constants, written in the array API standard.
-    x : (..., m, m) NumPy array
-    *constants : NumPy arrays
-
-    Returns
-    -------
-    dict
-        The symmetrised gradient by the framework's name, ``None`` where it is not installed.
+    `x` is a NumPy array of matrices, `loss` a scalar function in the array API standard. Returns the symmetrised
+    gradient by the framework's name, ``None`` where it is not installed.
     """
     found: dict[str, NDArray[Any] | None] = {}
     for (name, module), run in zip(MODULES.items(), (_torch, _jax), strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -41,12 +41,48 @@ class Settings:
         """The array library: ``settings.backend.convert(array)`` and ``.to_numpy(array)``."""
 
 
+class Table(NamedTuple):
+    """Numbers, shown rounded and written to a CSV file in full."""
+
+    name: str
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    format: str
+
+
+class Picture(NamedTuple):
+    """A figure, in the report as PNG, with the numbers that it shows."""
+
+    name: str
+    figure: Any
+    caption: str
+    alt: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+
+class Headline(NamedTuple):
+    """One of the few results that a reader should take away."""
+
+    label: str
+    values: tuple[str, ...]
+
+
+class Check(NamedTuple):
+    """A measured error and the limit that it has to keep."""
+
+    label: str
+    error: float
+    limit: float
+
+
 class CheckError(Exception):
     """A story measured an error above its limit."""
 
 
 settings = Settings()
-_recorder: Any = None  # the runner's object with a method for each of the functions below
+_recorder: Any = None  # the runner: ``add(result)`` keeps a result, ``track(items, label)`` shows progress
 
 
 @contextmanager
@@ -71,21 +107,9 @@ def shown(cell: Cell, spec: str) -> str:
 
 
 def table(name: str, caption: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], format: str = ".1e") -> None:
-    """Print an aligned table; the report writes it to ``<story>-<name>.csv`` with all digits.
-
-    Parameters
-    ----------
-    name : str
-        End of the file name, unique within the story.
-    caption : str
-        One or two sentences; ``literals`` and mathematics as in the narrative.
-    columns : sequence of str
-    rows : sequence of sequences of str, int or float
-    format : str
-        Format of every float.
-    """
+    """Print an aligned table, every float in `format`; the report writes ``<story>-<name>.csv`` with all digits."""
     if _recorder is not None:
-        _recorder.table(name, caption, columns, rows, format)
+        _recorder.add(Table(name, caption, columns, rows, format))
         return
     cells = [list(columns), *([shown(cell, format) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
@@ -96,25 +120,20 @@ def table(name: str, caption: str, columns: Sequence[str], rows: Sequence[Sequen
 
 
 def picture(
-    name: str,
-    figure: Any,
-    caption: str,
-    alt: str,
-    columns: Sequence[str] = (),
-    rows: Sequence[Sequence[Cell]] = (),
+    name: str, figure: Any, caption: str, alt: str, columns: Sequence[str] = (), rows: Sequence[Sequence[Cell]] = ()
 ) -> None:
-    """Keep a finished figure; the report writes it to ``<story>-<name>.png`` and its numbers to a CSV file.
+    """Keep a finished figure; the report writes ``<story>-<name>.png`` and its numbers to a CSV file.
 
-    Outside the report the figure is shown by pyplot as any other. Call this after the last stroke of the figure.
+    Outside the report pyplot shows the figure. Captions are written as the narrative. Call this after the last change.
     """
     if _recorder is not None:
-        _recorder.picture(name, figure, caption, alt, columns, rows)
+        _recorder.add(Picture(name, figure, caption, alt, columns, rows))
 
 
 def headline(label: str, *values: str) -> None:
     """State one of the few results that a reader should take away."""
     if _recorder is not None:
-        _recorder.headline(label, values)
+        _recorder.add(Headline(label, values))
     else:
         print(f"{label}: {', '.join(values)}")
 
@@ -122,7 +141,7 @@ def headline(label: str, *values: str) -> None:
 def check(label: str, error: float, limit: float) -> None:
     """State an error and raise `CheckError` unless it is at most `limit`; NaN is above every limit."""
     if _recorder is not None:
-        _recorder.check(label, float(error), limit)
+        _recorder.add(Check(label, float(error), limit))
     else:
         print(f"{label}: {error:.1e}, at most {limit:.0e}")
     if not error <= limit:

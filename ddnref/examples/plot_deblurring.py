@@ -62,21 +62,19 @@ flower, temple = photograph("flower.jpg", 160, 240), photograph("china.jpg", 60,
 smoothness = normal(difference((SIDE, SIDE)))
 
 
-def kernel_of(theta):
-    return xp.reshape(ddnref.nodes.project_simplex(theta), (SIZE, SIZE))
-
-
-def system_of(blur, rho):
-    return add(normal(blur), scaled(smoothness, rho), positive_definite=True)
+def restore(theta, log_rho, blurred, **options):
+    kernel, rho = xp.reshape(ddnref.nodes.project_simplex(theta), (SIZE, SIZE)), xp.exp(log_rho)
+    blur = convolution(kernel, blurred.shape)
+    system = add(normal(blur), scaled(smoothness, rho), positive_definite=True)
+    x, info = ddnref.linear_solve(system, adjoint(blur)(blurred), **options)
+    return x, info, system, adjoint(blur), kernel, rho
 
 
 def loss_and_gradient(theta, log_rho, sharp, blurred, rtol, x0=None, y0=None):
-    kernel, rho = kernel_of(theta), xp.exp(log_rho)
-    blur = convolution(kernel, sharp.shape)
-    blur_t, system = adjoint(blur), system_of(blur, rho)
-    x, forward = ddnref.linear_solve(system, blur_t(blurred), x0=x0, rtol=rtol)
+    x, forward, system, blur_t, kernel, rho = restore(theta, log_rho, blurred, rtol=rtol, x0=x0)
     loss = xp.mean((x - sharp) ** 2)
 
+    # Back through the solve, through the two places of the kernel, and through its projection.
     x_bar = 2 / SIDE**2 * (x - sharp)
     ((kernel_bar, rho_bar), b_bar), backward = ddnref.linear_solve_vjp(x_bar, x, system, y0=y0, rtol=rtol)
     kernel_bar = kernel_bar + blur_t.params_vjp(blur_t.params, b_bar, blurred)[0]
@@ -131,82 +129,52 @@ left.axhline(losses[0], color=GREY, linewidth=1, linestyle=":")
 left.set(xlabel="steps", ylabel="mean squared error", ylim=(0, None))
 right.plot(rhos, color=ORANGE)
 right.set(xlabel="steps", ylabel=r"smoothness $\rho$", ylim=(0, None))
-picture(
-    "course",
-    fig,
-    "The error of the restored photograph and the weight of smoothness while they are learned.",
-    "Loss and weight over the steps",
-    ["step", "loss", "rho", "iterations forward", "iterations backward"],
-    course,
-)
-plt.show()
+picture("course", fig, "The error of the restored photograph and the weight of smoothness while they are learned.",
+        "Loss and weight over the steps", ["step", "loss", "rho", "iterations forward", "iterations backward"],
+        course)  # fmt: skip
 
 # %%
 # The kernel that was found. Nothing was told about the camera's.
 
-learned = to_numpy(kernel_of(params[0]))
-kernels = {"at the start": to_numpy(kernel_of(start[0])), "learned": learned, "the camera's": shake}
+first, learned = (to_numpy(ddnref.nodes.project_simplex(p[0])).reshape(SIZE, SIZE) for p in (start, params))
+kernels = {"at the start": first, "learned": learned, "the camera's": shake}
 fig, axes = plt.subplots(1, 3, figsize=(8, 2.8), layout="constrained")
 for ax, (title, kernel) in zip(axes, kernels.items(), strict=True):
     ax.imshow(kernel, cmap="gray_r", vmin=0, vmax=max(map(np.max, kernels.values())))
     ax.set(title=title, xticks=[], yticks=[])
-    ax.grid(visible=False)
-picture(
-    "kernels",
-    fig,
-    "The blur: where the light of one point went.",
-    "Three kernels: at the start, learned, and the camera's",
-    ["kernel", "row", *(f"column {j}" for j in range(SIZE))],
-    [(title, j, *row) for title, kernel in kernels.items() for j, row in enumerate(kernel)],
-)
-plt.show()
-distance = np.sum(np.abs(learned - shake))
-table(
-    "numbers",
-    "The solves.",
-    ("", "value"),
-    [
-        ("unknowns of each system", SIDE**2),
-        ("iterations forward and backward, first step", f"{forward[0]:.0f} and {backward[0]:.0f}"),
-        ("later steps, on average", f"{forward[1:].mean():.0f} and {backward[1:].mean():.0f}"),
-        ("distance of the learned kernel from the camera's (0 to 2)", distance),
-    ],
-    format=".2f",
-)
+picture("kernels", fig, "The blur: where the light of one point went.",
+        "Three kernels: at the start, learned, and the camera's",
+        ["kernel", "row", *(f"column {j}" for j in range(SIZE))],
+        [(title, j, *row) for title, kernel in kernels.items() for j, row in enumerate(kernel)])  # fmt: skip
+rows = [
+    ("unknowns of each system", SIDE**2),
+    ("iterations forward and backward, first step", f"{forward[0]:.0f} and {backward[0]:.0f}"),
+    ("later steps, on average", f"{forward[1:].mean():.0f} and {backward[1:].mean():.0f}"),
+    ("distance of the learned kernel from the camera's (0 to 2)", np.sum(np.abs(learned - shake))),
+]
+table("numbers", "The solves.", ("", "value"), rows, format=".2f")
 
 # %%
 # Before and after
 # ----------------
 # In decibels: peak signal to noise ratio, higher is better.
 
-
-def restore(theta, log_rho, blurred):
-    blur = convolution(kernel_of(theta), blurred.shape)
-    return ddnref.linear_solve(system_of(blur, xp.exp(log_rho)), adjoint(blur)(blurred), rtol=RTOL)[0]
-
-
 rows = []
 fig, axes = plt.subplots(2, 4, figsize=(8, 4.5), layout="constrained")
 for line, (label, (sharp, blurred)) in zip(axes, {"learned from": flower, "held out": temple}.items(), strict=True):
-    images = {"as taken": blurred, "restored, before": restore(*start, blurred)}
-    images |= {"restored, learned": restore(*params, blurred), "sharp": sharp}
+    before, after = (restore(*p, blurred, rtol=RTOL)[0] for p in (start, params))
+    images = {"as taken": blurred, "restored, before": before, "restored, learned": after, "sharp": sharp}
     for ax, (title, image) in zip(line, images.items(), strict=True):
         ax.imshow(to_numpy(image), cmap="gray", vmin=0, vmax=1)
         ax.set(xticks=[], yticks=[])
-        ax.grid(visible=False)
         if title != "sharp":
             rows.append((label, title, -10 * np.log10(float(xp.mean((image - sharp) ** 2)))))
             title = f"{title}\n{rows[-1][2]:.1f} dB"
         ax.set_title(title, fontsize=9)
     line[0].set_ylabel(label)
-picture(
-    "photographs",
-    fig,
-    "The photograph from which kernel and weight were learned, and another one, taken with the same shake.",
-    "Two photographs, blurred, restored and sharp",
-    ["photograph", "image", "decibels"],
-    rows,
-)
+picture("photographs", fig,
+        "The photograph from which kernel and weight were learned, and another one, taken with the same shake.",
+        "Two photographs, blurred, restored and sharp", ["photograph", "image", "decibels"], rows)  # fmt: skip
 plt.show()
 headline("Held-out photograph, as taken and restored", f"{rows[3][2]:.1f} dB", f"{rows[5][2]:.1f} dB")
 

@@ -105,18 +105,10 @@ plt.show()
 # The smallest gap that matters to this loss is the one between the last eigenvalue inside and the first outside.
 
 gap = saved[0][DIGIT][-K] - saved[0][DIGIT][-K - 1]
+loss = lambda _, v: 0.5 * (probe @ probe - np.sum((probe @ v) ** 2)), lambda _, v: (None, -np.outer(probe, probe @ v))
 report = ddnref.testing.check_vjp(
-    lambda x: ddnref.eigh_topk_fwd(x, K),
-    ddnref.eigh_topk_vjp,
-    covariance[DIGIT],
-    saves=True,
-    loss=(
-        lambda _, v: 0.5 * (probe @ probe - np.sum((probe @ v) ** 2)),
-        lambda _, v: (None, -np.outer(probe, probe @ v)),
-    ),
-    tangent="symmetric",
-    symmetrises=True,
-    gap=gap,
-)
+    lambda x: ddnref.eigh_topk_fwd(x, K), ddnref.eigh_topk_vjp, covariance[DIGIT],
+    saves=True, loss=loss, tangent="symmetric", symmetrises=True, gap=gap,
+)  # fmt: skip
 print(report)
 check("gradient of the loss: error against finite differences", report.error, 1e-7)

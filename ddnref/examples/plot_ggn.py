@@ -107,7 +107,6 @@ picture("spectrum", fig,
     "Eigenvalues over the steps of training, and all of them at three steps",
     ("step", "number", "eigenvalue"),
     [(step, i + 1, float(w)) for step, row in zip(LOOKS, values, strict=True) for i, w in enumerate(row)])  # fmt: skip
-plt.show()
 gaps = values[:, 8] / values[:, 9]
 print("ninth / tenth eigenvalue, step by step:", ", ".join(f"{gap:.1f}" for gap in gaps))
 
@@ -186,7 +185,6 @@ picture("classes", fig,
     "Shares of the digits in nine eigenvalues, before and during learning, and changes of their probabilities",
     ("quantity", "eigenvector", *(f"digit {digit}" for digit in range(10))),
     [(name, k + 1, *map(float, row)) for name, part in parts.items() for k, row in enumerate(part)])  # fmt: skip
-plt.show()
 
 # %%
 # Signal and noise of the slopes
@@ -215,7 +213,6 @@ picture("noise", fig,
     ("direction", "ratio before", f"ratio at step {LATE}", "share before", f"share at step {LATE}"),
     [(k + 1, *(float(part[step][k]) for part in (ratios, inside) for step in (0, LATE))) for k in range(N)],
 )  # fmt: skip
-plt.show()
 for step in (0, LATE):
     clear, first, all_of_them = np.mean(ratios[step] > 1 / TRAIN), inside[step][8], inside[step][-1]
     print(f"step {step}: the mean exceeds its standard error in {clear:.0%} of directions; {first:.0%} of the squared")

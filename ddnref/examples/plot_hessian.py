@@ -97,7 +97,6 @@ picture("spectrum", fig,
     "Counts of eigenvalues in bins, at three times of training",
     ("steps", "loss", *bins),
     [(k, losses[k], *counts) for k, counts in spectra.items()])  # fmt: skip
-plt.show()
 
 # %%
 # At the start the spectrum is nearly symmetric: for every direction of positive curvature one of negative. Learning

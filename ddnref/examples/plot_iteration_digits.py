@@ -61,7 +61,6 @@ picture("eigen-digits", fig,
     "Four eigenvectors as images after 1 to 80 steps, with their residuals",
     ("steps", "vector", "residual", *(f"pixel {i}" for i in range(64))),
     shown)  # fmt: skip
-plt.show()
 
 # %%
 # Three gradients of one loss
@@ -127,7 +126,6 @@ picture("steps", fig,
     "Errors of three methods against the number of steps, on logarithmic axes",
     ("method", "steps", "from the eigenvectors'", "from the iterate's"),
     [(m, *row) for m in METHODS for row in zip(COUNTS, to_limit[m], to_iterate[m], strict=True)])  # fmt: skip
-plt.show()
 
 # %%
 # Left: all three approach the gradient of the eigenvectors as fast as the vectors themselves converge, the unrolled
@@ -274,7 +272,6 @@ picture("gradients", fig,
     "Gradient error by size for each backward pass, float32 and float64, logarithmic",
     (*Key._fields, "median", "worst"),
     numbers(*gradients))  # fmt: skip
-plt.show()
 
 # %%
 # With ``--full``, all that the tutorial's comparison contains: the precision of the eigenpairs, gradients by

@@ -138,7 +138,6 @@ picture("time", fig,
     ("b", "m", "pass", "seconds", f"{UNIT} = 1", "state"),
     [(*s, n, seconds.get((n, s), ""), relative.get((n, s), ""), state(n, s)) for s in SIZES for n in PASSES],
 )  # fmt: skip
-plt.show()
 
 # %%
 # The numbers of the picture, and the time that 1 stands for:

@@ -23,12 +23,12 @@ x, t = images[:10] / 16, np.eye(10)[labels[:10]]  # one of each digit; the squar
 x = x - x.mean(axis=0)
 
 
+def flat(u):
+    return np.concatenate([a.ravel() for a in u])
+
+
 def dot(u, v):
-    return sum(float(np.sum(a * b)) for a, b in zip(u, v, strict=True))
-
-
-def length(u):
-    return np.sqrt(dot(u, u))
+    return float(flat(u) @ flat(v))
 
 
 def minus(chain, step):
@@ -62,14 +62,11 @@ def trust_region(chain, x, t, r, epsilon, trials=40):
     g, low, high = chain.gradient(x, t), 0.0, np.inf
     for _ in range(trials):
         factor = ddnref.curvature.hessian_factor(chain, x, t, damping=epsilon)
-        negative = factor.inertia().negative
-        if negative:
-            print(f"  ε = {epsilon:.6f}: {negative} negative eigenvalues, below the largest pole")
+        if factor.inertia().negative:  # below the largest pole
             low, epsilon = epsilon, min(4 * epsilon, (epsilon + high) / 2)
             continue
         step, _ = factor.solve(g)
-        size = length(step)
-        print(f"  ε = {epsilon:.6f}: length {size:.9f}")
+        size = np.sqrt(dot(step, step))
         if abs(size - r) <= 1e-9 * r:
             break
         low, high = (low, epsilon) if size < r else (epsilon, high)
@@ -102,14 +99,13 @@ def saddle_free(chain, x, t, epsilon, cut):
 _, _, axes = np.linalg.svd(x, full_matrices=False)
 z = x[:6] @ axes[:6].T
 small = ddnref.networks.Chain.mlp(6, 6, 10, 8, gain=1.2, loss="mse")
-H, g = network_hessian(small, z, t[:6]), np.concatenate([p.ravel() for p in small.gradient(z, t[:6])])
+H, g = network_hessian(small, z, t[:6]), flat(small.gradient(z, t[:6]))
 w, V = np.linalg.eigh(H)
 print(f"{len(w)} parameters, {np.sum(w < -1e-9)} negative eigenvalues, the lowest {w[0]:.4f}")
 
 
 def compare(label, step, expected):
-    error = np.linalg.norm(np.concatenate([s.ravel() for s in step]) - expected) / np.linalg.norm(expected)
-    check(label, error, 1e-9)
+    check(label, np.linalg.norm(flat(step) - expected) / np.linalg.norm(expected), 1e-9)
 
 
 compare("damped Newton", damped_newton(small, z, t[:6], 0.5), V @ (V.T @ g / (w + 0.5)))
@@ -180,11 +176,9 @@ def first_order(chain, steps, rate, adam, state=None):
 
 courses = {}
 for name, rates in {"momentum": (1e-3, 1e-2), "Adam": (3e-4, 1e-3)}.items():
-    tried = {rate: first_order(start, 600, rate, name == "Adam")[0] for rate in rates}
-    for rate, course in tried.items():
-        print(f"{name}, rate {rate}: loss {course[-1, 1]:.4f}")
-    best = min(tried, key=lambda rate: tried[rate][:, 1].min())
-    courses[f"{name}, rate {best}"] = tried[best]
+    tried = {f"{name}, rate {rate}": first_order(start, 600, rate, name == "Adam")[0] for rate in rates}
+    best = min(tried, key=lambda label: tried[label][:, 1].min())
+    courses[best] = tried[best]
 courses["Gauss–Newton"] = second_order(start, 60, "ggn")
 courses["Newton"] = second_order(start, 60, "hessian")
 

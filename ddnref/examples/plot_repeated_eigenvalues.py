@@ -11,18 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import ddnref
-from ddnref.examples import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    autograd_gradients,
-    check,
-    headline,
-    picture,
-    settings,
-    table,
-)
+from ddnref.examples import BLUE, GREEN, GREY, ORANGE, autograd_gradients, check, headline, picture, settings, table
 
 # %%
 # Matrices with three eigenvalues that come together
@@ -121,12 +110,11 @@ for name, (colour, marker, size, order) in LOOKS.items():
     ax.plot(bad, np.full(len(bad), NAN), linestyle="none", **{**style, "markerfacecolor": "white"})
 ax.axvline(16, color=GREY, linewidth=0.8, linestyle=":")
 ax.set_yscale("log")
-ax.set_yticks(
-    [1e-15, 1e-12, 1e-9, 1e-6, 1e-3, 1, NAN], [*(f"$10^{{{e}}}$" for e in (-15, -12, -9, -6, -3)), "1", "NaN"]
-)
+powers = [-15, -12, -9, -6, -3]
+ax.set_yticks([*(10.0**e for e in powers), 1, NAN], [*(f"$10^{{{e}}}$" for e in powers), "1", "NaN"])
 ax.minorticks_off()
 ax.set_ylim(1e-16, NAN * 10)
-ax.set_xticks([0, 3, 6, 9, 12, 15, 17], ["1", *(f"$10^{{-{e}}}$" for e in (3, 6, 9, 12, 15)), "0"])
+ax.set_xticks([17, *(-e for e in powers), 0], ["0", *(f"$10^{{{e}}}$" for e in powers), "1"])
 ax.set_xlabel("gap between three eigenvalues; right of the line: exactly repeated")
 ax.set_ylabel("worst relative error of the gradient")
 ax.set_title("The same smooth loss, differentiated through eigh", loc="left")
@@ -137,15 +125,10 @@ for name in gradients:
     columns += [f"{name}: worst error", f"NaN, of {MATRICES}"]
     for i, row in enumerate(rows):
         row += [float(worst[name][i]), int(nans[name][i])] if name in worst else ["not installed", ""]
-picture(
-    "error",
-    fig,
-    f"Worst relative error of the {MATRICES} gradients at every gap. Open markers at the top say that some of them "
-    "are NaN or infinite; the worst of the others is drawn too.",
-    "Error of the gradient against the gap, by library, both axes logarithmic",
-    columns,
-    rows,
-)
+picture("error", fig,
+        f"Worst relative error of the {MATRICES} gradients at every gap. Open markers at the top say that some of them "
+        "are NaN or infinite; the worst of the others is drawn too.",
+        "Error of the gradient against the gap, by library, both axes logarithmic", columns, rows)  # fmt: skip
 plt.show()
 
 # %%

@@ -61,10 +61,9 @@ def patches(image):
 target = patches(clean).mean(axis=-1)
 pooled = {kind: ddnref.nodes.robust_pool(patches(damaged), kind=kind, alpha=0.2)[0] for kind in ("quadratic", "welsch")}
 
+images = {"damaged": trimmed, "mean": pooled["quadratic"], "Welsch": pooled["welsch"]}
 fig, axes = plt.subplots(1, 3, figsize=(9, 2.4), layout="constrained")
-for ax, (title, image) in zip(
-    axes, {"damaged": trimmed, "mean": pooled["quadratic"], "Welsch": pooled["welsch"]}.items(), strict=True
-):
+for ax, (title, image) in zip(axes, images.items(), strict=True):
     ax.imshow(image, cmap="gray", vmin=0, vmax=1)
     ax.set_title(title)
     ax.set_axis_off()
@@ -82,8 +81,6 @@ for kind in ("quadratic", "pseudo-huber", "welsch"):
     report = ddnref.testing.check_vjp(
         lambda x, kind=kind: ddnref.nodes.robust_pool(x, kind=kind, alpha=0.2)[0],
         lambda y_bar, y, x, kind=kind: ddnref.nodes.robust_pool_vjp(y_bar, y, x, kind=kind, alpha=0.2),
-        row,
-        needs=(0,),
-        gap=0.03,
-    )
+        row, needs=(0,), gap=0.03,
+    )  # fmt: skip
     check(f"{kind}: error of the gradient", report.error, 1e-7)

@@ -66,7 +66,6 @@ picture("digits", fig,
     ("images", "digit", *pixels),
     [(name, d, *map(float, row)) for name, rows in (("clean", clean), ("damaged", damaged))
      for d, row in enumerate(rows[shown])])  # fmt: skip
-plt.show()
 
 # %%
 # The loss and its gradient
@@ -168,7 +167,6 @@ picture("spectra", fig,
     "Eigenvalues of all classes, logarithmic scale",
     ("digit", "number, largest first", "eigenvalue"),
     [(d, i + 1, float(value)) for d, w in enumerate(spectra) for i, value in enumerate(w[::-1])])  # fmt: skip
-plt.show()
 
 # %%
 # ddnref is compared with finite differences: nudge the input and see how the loss moves. Then PyTorch's and JAX's
@@ -247,7 +245,6 @@ picture("course", fig,
     "Training loss and held-out accuracy against steps of gradient descent",
     ("step", "training loss", "held-out accuracy"),
     [(i, *row) for i, row in enumerate(zip(losses, accuracies, strict=True))])  # fmt: skip
-plt.show()
 headline("Damaged digits recognised", f"{accuracies[0]:.1%} before learning", f"{accuracies[-1]:.1%} after")
 
 # %%
@@ -288,7 +285,6 @@ picture("weights", fig,
     "Learned weight of the 8 by 8 pixels, low inside the damaged block",
     ("row", "column", "weight", "damaged"),
     [(i // 8, i % 8, float(weight), int(BLOCK.ravel()[i])) for i, weight in enumerate(weights)])  # fmt: skip
-plt.show()
 
 # %%
 # The eigenvectors of the ten digits before and after. Before, all but the first show nothing but the bad spot. After,

@@ -45,16 +45,11 @@ for ax, matrix, title in zip(axes, (covariance, after), ("before", "after whiten
     fig.colorbar(shown, ax=ax, orientation="horizontal", shrink=0.9, ticks=[-size, 0, size], format="%.2g")
 
 pixels = [f"pixel {i},{j}" for i in range(8) for j in range(8)]
-picture(
-    "covariance",
-    fig,
-    "Covariance of the 64 pixels. Red pairs are dark together; in blue pairs one is dark where the other is light. "
-    "After whitening only the diagonal is left: all pixels vary equally, and independently of each other.",
-    "Covariance matrix of the pixels before and after whitening",
-    ["when", "pixel", *pixels],
-    [(when, i, *row) for when, matrix in (("before", covariance), ("after", after)) for i, row in enumerate(matrix)],
-)
-plt.show()
+rows = [(when, i, *row) for when, c in (("before", covariance), ("after", after)) for i, row in enumerate(c)]
+picture("covariance", fig,
+        "Covariance of the 64 pixels. Red pairs are dark together; in blue pairs one is dark where the other is light. "
+        "After whitening only the diagonal is left: all pixels vary equally, and independently of each other.",
+        "Covariance matrix of the pixels before and after whitening", ["when", "pixel", *pixels], rows)  # fmt: skip
 
 # %%
 # What could be guessed from the neighbours is gone; edges and unusual strokes remain.
@@ -70,15 +65,9 @@ for column in range(10):
     axes[1, column].imshow(white[column].reshape(8, 8), cmap="gray_r", vmin=-size, vmax=size)
 for ax in axes.flat:
     ax.set_axis_off()
-picture(
-    "digits",
-    fig,
-    "Digits that were not used for the covariance, above as they are, below whitened.",
-    "Ten digits before and after whitening",
-    ["when", "digit", *pixels],
-    [(when, i, *row) for when, rows in (("before", before), ("after", white)) for i, row in enumerate(rows)],
-)
-plt.show()
+rows = [(when, i, *row) for when, c in (("before", before), ("after", white)) for i, row in enumerate(c)]
+picture("digits", fig, "Digits that were not used for the covariance, above as they are, below whitened.",
+        "Ten digits before and after whitening", ["when", "digit", *pixels], rows)  # fmt: skip
 
 # %%
 # The gradient through whitening
@@ -89,16 +78,9 @@ plt.show()
 # The ridge gives all pixels that never change the same variance, so the matrix has repeated eigenvalues. The usual way,
 # an autograd eigendecomposition, divides by their differences; `ddnref.invsqrtm_vjp` has no such division.
 
-checked = ddnref.testing.check_vjp(
-    ddnref.invsqrtm_fwd,
-    ddnref.invsqrtm_vjp,
-    convert(covariance),
-    saves=True,
-    tangent="symmetric",
-    symmetrises=True,
-    gap=RIDGE,  # a step must stay well inside the positive definite matrices
-    seed=settings.seed,
-)
+options = {"saves": True, "tangent": "symmetric", "symmetrises": True, "seed": settings.seed}
+options["gap"] = RIDGE  # a step must stay well inside the positive definite matrices
+checked = ddnref.testing.check_vjp(ddnref.invsqrtm_fwd, ddnref.invsqrtm_vjp, convert(covariance), **options)
 y_bar = rng.standard_normal(covariance.shape)
 y_bar = (y_bar + y_bar.T) / 2
 x_bar = to_numpy(ddnref.invsqrtm_vjp(convert(y_bar), y, *saved))
@@ -150,7 +132,6 @@ axes[2].set_title("whitened")
 for ax in axes:
     ax.set_axis_off()
 picture("photograph", fig, "A photograph whitened by one filter.", "A photograph, the filter, and what it leaves")
-plt.show()
 
 # %%
 # A mean of covariance matrices
@@ -170,48 +151,32 @@ means = {"arithmetic": classes.mean(axis=0), "log-Euclidean": log_mean}
 volume = {name: np.linalg.slogdet(c)[1] for name, c in means.items()}
 members = np.linalg.slogdet(classes)[1]
 
-fig, axes = plt.subplots(1, 3, figsize=(9, 3.3), layout="constrained", width_ratios=[1, 1, 1.1])
+# The distance between two logarithms compares shapes of variation: digits that vary alike are close.
+distances = np.linalg.norm(logarithms[:, None] - logarithms, axis=(-2, -1))
+
+fig, axes = plt.subplots(2, 2, figsize=(8, 7), layout="constrained")
 size = np.abs(means["arithmetic"]).max()
-for ax, (name, c) in zip(axes[:2], means.items(), strict=True):
+for ax, (name, c) in zip(axes[0], means.items(), strict=True):
     ax.imshow(c, cmap="RdBu_r", vmin=-size, vmax=size)
     ax.set_title(f"{name} mean")
     ax.set_axis_off()
-axes[2].plot(range(10), members, "o", color=GREY, label="each digit")
-axes[2].axhline(volume["arithmetic"], color=ORANGE, label="arithmetic mean")
-axes[2].axhline(volume["log-Euclidean"], color=BLUE, label="log-Euclidean mean")
-axes[2].set(
-    xticks=range(10), xlabel="digit", title="log-determinant", ylim=(members.min() - 5, volume["arithmetic"] + 28)
-)
-axes[2].legend(fontsize=9, loc="upper center")
-picture(
-    "means",
-    fig,
-    "The two means of the ten covariance matrices, and their log-determinants beside those of the ten.",
-    "Two mean covariance matrices, and log-determinants by digit",
-    ["digit", "log-determinant"],
-    [*enumerate(members), *(tuple(item) for item in volume.items())],
-)
-plt.show()
-
-# %%
-# The distance :math:`d(C_i, C_j) = \| \log C_i - \log C_j \|_F` compares shapes of variation. Digits that vary alike
-# are close.
-
-distances = np.linalg.norm(logarithms[:, None] - logarithms, axis=(-2, -1))
-
-fig, ax = plt.subplots(figsize=(4.6, 3.9), layout="constrained")
-shown = ax.imshow(np.where(np.eye(10, dtype=bool), np.nan, distances), cmap="viridis")
-ax.set(xticks=range(10), yticks=range(10), title="log-Euclidean distance")
-ax.grid(visible=False)
-fig.colorbar(shown, ax=ax)
-picture(
-    "distances",
-    fig,
-    "Distances between the covariance matrices of the ten digits.",
-    "Ten by ten distances between digits",
-    ["digit", *map(str, range(10))],
-    [(i, *row) for i, row in enumerate(distances)],
-)
+axes[1, 0].plot(range(10), members, "o", color=GREY, label="each digit")
+axes[1, 0].axhline(volume["arithmetic"], color=ORANGE, label="arithmetic mean")
+axes[1, 0].axhline(volume["log-Euclidean"], color=BLUE, label="log-Euclidean mean")
+axes[1, 0].set(xlabel="digit", title="log-determinant", ylim=(members.min() - 5, volume["arithmetic"] + 28))
+axes[1, 0].legend(fontsize=9, loc="upper center")
+shown = axes[1, 1].imshow(np.where(np.eye(10, dtype=bool), np.nan, distances), cmap="viridis")
+axes[1, 1].set(yticks=range(10), title="log-Euclidean distance")
+axes[1, 1].grid(visible=False)
+fig.colorbar(shown, ax=axes[1, 1])
+for ax in axes[1]:
+    ax.set_xticks(range(10))
+columns = ["digit", "log-determinant", *(f"distance from {digit}" for digit in range(10))]
+rows = [(digit, members[digit], *distances[digit]) for digit in range(10)]
+picture("means", fig,
+        "Above, the two means of the ten covariance matrices. Below, their log-determinants beside those of the ten, "
+        "and the distances :math:`\\| \\log C_i - \\log C_j \\|_F`.",
+        "Two mean covariance matrices, log-determinants by digit, and distances", columns, rows)  # fmt: skip
 plt.show()
 
 # %%

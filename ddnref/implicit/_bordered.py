@@ -13,7 +13,8 @@ from typing import NamedTuple, TypeAlias
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, check_dtypes, check_shapes, eps, full, nan_where, power_of_two_below
+from ddnref._core.arrays import Array, eps, full, nan_where, power_of_two_below
+from ddnref._core.checks import check_dtypes, check_shapes
 from ddnref._core.loops import CHECK_EVERY, WhileLoop, run
 from ddnref._kernels import dense as _linalg
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ddnref._core.arrays import Array, check_dtypes, check_real, check_shapes, namespace
+from ddnref._core.arrays import Array, namespace
+from ddnref._core.checks import check_dtypes, check_real, check_shapes
 from ddnref._kernels.dense import matvec
 from ddnref._kernels.public import public
 from ddnref.implicit._bordered import Products, Structure, as_structure, solve

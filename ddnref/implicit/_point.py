@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, check_dtypes, check_real, check_shapes, eps, full, is_true, namespace, nan_where
+from ddnref._core.arrays import Array, eps, full, is_true, namespace, nan_where
+from ddnref._core.checks import check_dtypes, check_real, check_shapes
 from ddnref._kernels.dense import matvec
 from ddnref.errors import ConvergenceError, OptimalityError, SingularError
 from ddnref.implicit._bordered import Diagonal, Products, Solution, Structure, as_structure, bordered_solve, solve

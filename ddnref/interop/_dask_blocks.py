@@ -19,7 +19,8 @@ import dask.array as da
 import numpy as np
 from dask.array.utils import meta_from_array
 
-from ddnref._core.arrays import Array, check_dtypes, namespace, real_dtype
+from ddnref._core.arrays import Array, namespace, real_dtype
+from ddnref._core.checks import check_dtypes
 from ddnref._rules.contract import Rule, input_counts
 from ddnref._rules.table import RULES, rule_of
 

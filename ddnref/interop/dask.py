@@ -18,7 +18,8 @@ from typing import Any
 import dask
 import dask.array as da
 
-from ddnref._core.arrays import Array, check_dtypes, check_shapes, nan_where
+from ddnref._core.arrays import Array, nan_where
+from ddnref._core.checks import check_dtypes, check_shapes
 from ddnref._rules.contract import as_tuple, bind, options_of, spread
 from ddnref._rules.table import RULES, rule_of
 from ddnref.curvature._reducers import Reducer

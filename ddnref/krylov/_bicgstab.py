@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ddnref._core.arrays import Array, as_dtype, eps, namespace_of, own
 from ddnref._core.loops import WhileLoop
 from ddnref._kernels.public import public
-from ddnref._kernels.vectors import axpy, complex_dots, dots, norms, quotient, xpay
+from ddnref._kernels.vectors import axpy, dot, norm, quotient, real_dot, xpay
 from ddnref.krylov._common import (
     BREAKDOWN,
     NOT_FINITE,
@@ -126,25 +126,25 @@ def _step(system: System, state: _State, go: Array) -> _State:
     """``p ← r + β (p − ω v)``, ``s = r − α v``, ``x ← x + α M p + ω M s``, ``r ← s − ω t``."""
     xp = namespace_of(state.r)
     tiny = eps(xp, state.r.dtype) ** 1.5  # of the product of the two lengths: below it nothing is left but rounding
-    shadow = norms(state.shadow)
-    rho = complex_dots(state.shadow, state.r)
+    shadow = norm(state.shadow)
+    rho = dot(state.shadow, state.r)
     go, status = _divisor(go, state.status, rho, tiny * shadow * state.size * system.norm_b)
     beta = quotient(rho, state.rho, go) * quotient(state.alpha, state.omega, go)
     p = axpy(own(state.p), go, -state.omega, state.v)
     p = xpay(state.r, beta, p)
     p_hat = p if system.precondition is None else system.precondition(p)
     v = own(system.apply(p_hat))  # the next product may come in the same buffer
-    sigma = complex_dots(state.shadow, v)
-    go, status = _divisor(go, status, sigma, tiny * shadow * norms(v))
+    sigma = dot(state.shadow, v)
+    go, status = _divisor(go, status, sigma, tiny * shadow * norm(v))
     alpha = quotient(rho, sigma, go)
     s = axpy(state.r, go, -alpha, v)
     s_hat = s if system.precondition is None else system.precondition(s)
     t = system.apply(s_hat)
-    tt = dots(t, t)
-    omega = quotient(complex_dots(t, s), as_dtype(tt, t), go & (tt > 0))
+    tt = real_dot(t, t)
+    omega = quotient(dot(t, s), as_dtype(tt, t), go & (tt > 0))
     x = axpy(axpy(state.x, go, alpha, p_hat), go, omega, s_hat)
     r = axpy(s, go, -omega, t)
-    size = norms(r) / system.norm_b
+    size = norm(r) / system.norm_b
     wild = size * system.norm_b > shadow / eps(xp, s.dtype)  # every digit of the residual is lost
     flat = go & (((xp.abs(omega) == 0) & (size > system.options.rtol)) | (wild & (size < float("inf"))))
     status = mark(status, flat, BREAKDOWN)

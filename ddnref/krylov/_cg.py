@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ddnref._core.arrays import Array, eps, namespace_of, own
 from ddnref._core.loops import WhileLoop
 from ddnref._kernels.public import public
-from ddnref._kernels.vectors import axpy, dots, quotient, xpay
+from ddnref._kernels.vectors import axpy, quotient, real_dot, xpay
 from ddnref.krylov._common import (
     NOT_POSITIVE_DEFINITE,
     PRECONDITIONER_NOT_POSITIVE_DEFINITE,
@@ -131,7 +131,7 @@ def cg(
 def _round(system: System, start: Round, iterate: Callable[..., Any]) -> Result:
     """Steps from a residual that was computed afresh."""
     z = start.r if system.precondition is None else system.precondition(start.r)
-    rz = dots(start.r, z, system.axes)
+    rz = real_dot(start.r, z, system.axes)
     running = start.status == RUNNING
     status = failure(start.status, running, rz, PRECONDITIONER_NOT_POSITIVE_DEFINITE)
     first = _State(start.x, start.r, own(z), rz, start.size, status, start.n_iter)
@@ -149,17 +149,17 @@ def _round(system: System, start: Round, iterate: Callable[..., Any]) -> Result:
 def _step(system: System, state: _State, go: Array) -> _State:
     """``α = rᴴz / pᴴAp``, ``x ← x + α p``, ``r ← r − α A p``, ``β = rᴴz / old``, ``p ← z + β p``."""
     q = system.apply(state.p)
-    pq = dots(state.p, q, system.axes)
+    pq = real_dot(state.p, q, system.axes)
     status = failure(state.status, go, pq, NOT_POSITIVE_DEFINITE)
     go = go & (status == RUNNING)
     alpha = quotient(state.rz, pq, go)
     x = axpy(state.x, go, alpha, state.p)
     r = axpy(state.r, go, -alpha, q)
-    rr = dots(r, r, system.axes)
+    rr = real_dot(r, r, system.axes)
     z, rz = r, rr
     if system.precondition is not None:
         z = system.precondition(r)
-        rz = dots(r, z, system.axes)
+        rz = real_dot(r, z, system.axes)
         status = failure(status, go & (rr > 0), rz, PRECONDITIONER_NOT_POSITIVE_DEFINITE)
     p = xpay(z, quotient(rz, state.rz, go), state.p)
     return _State(x, r, p, rz, rr**0.5 / system.norm_b, status, count(go, state.n_iter))

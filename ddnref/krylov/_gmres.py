@@ -18,7 +18,7 @@ from ddnref._core.arrays import Array, as_dtype, conj, eps, full, namespace_of, 
 from ddnref._core.loops import WhileLoop
 from ddnref._kernels.dense import identity, matvec, solve
 from ddnref._kernels.public import public
-from ddnref._kernels.vectors import axpy, norms
+from ddnref._kernels.vectors import axpy, norm, normalised, put_row
 from ddnref.krylov._common import (
     BREAKDOWN,
     NOT_FINITE,
@@ -33,7 +33,7 @@ from ddnref.krylov._common import (
 from ddnref.krylov._rounds import Result, Round, finish, rounds
 from ddnref.krylov._system import prepare
 from ddnref.operators import LinearOperator
-from ddnref.operators._blocks import inner, put_row, scaled
+from ddnref.operators._blocks import inner
 
 RESTART = 30
 
@@ -129,11 +129,11 @@ def gmres(
 def _cycle(m: int, system: System, start: Round, iterate: Callable[..., Any]) -> Result:
     """At most m steps from a residual that was computed afresh, then the best x of their space."""
     xp = namespace_of(start.r)
-    beta = norms(start.r)
+    beta = norm(start.r)
     device = array_api_compat.device(start.r)
     rest = full((*system.batch, m, start.r.shape[-1]), 0.0, start.r)
     first = _State(
-        q=xp.concat([scaled(start.r, beta)[..., None, :], rest], axis=-2),
+        q=xp.concat([normalised(start.r, beta)[..., None, :], rest], axis=-2),
         rotation=own_identity(m + 1, system.batch, start.r),
         triangle=own_identity(m, system.batch, start.r),
         used=xp.zeros((*system.batch, m), dtype=xp.bool, device=device),
@@ -173,13 +173,13 @@ def _step(system: System, state: _State, go: Array, start: Array) -> _State:
     q = state.q[..., : j + 1, :] if isinstance(j, int) else state.q
     last = state.q[..., j, :] if isinstance(j, int) else xp.sum(as_dtype(i == j, state.q)[:, None] * state.q, axis=-2)
     w = system.apply(last if system.precondition is None else system.precondition(last))[..., None, :]
-    scale = norms(w)[..., 0]
+    scale = norm(w)[..., 0]
     h = inner(w, q)
     w = w - h @ q
     g = inner(w, q)
     w = w - g @ q
     h = (h + g)[..., 0, :]
-    below = norms(w)[..., 0]
+    below = norm(w)[..., 0]
     unit = eps(xp, w.dtype)
     below = xp.where(below > 4 * unit * scale, below, xp.zeros_like(below))  # an invariant space
     finite = scale < float("inf")
@@ -198,7 +198,7 @@ def _step(system: System, state: _State, go: Array, start: Array) -> _State:
     triangle = xp.where(fill[..., None, :], entries[..., None], state.triangle)
     size = start * xp.abs(xp.sum(xp.where(after, rotation[..., 0], xp.zeros_like(h)), axis=-1))
     return _State(
-        put_row(state.q, j + 1, scaled(w, norms(w))), rotation, triangle, state.used | fill, j + 1,
+        put_row(state.q, j + 1, normalised(w, norm(w))), rotation, triangle, state.used | fill, j + 1,
         xp.where(go, size, state.size), status, count(go, state.n_iter),
     )  # fmt: skip
 

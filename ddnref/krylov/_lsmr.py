@@ -13,7 +13,7 @@ import array_api_compat
 from ddnref._core.arrays import Array, full, namespace_of, nan_where, quiet
 from ddnref._core.loops import WhileLoop, run
 from ddnref._kernels.public import public
-from ddnref._kernels.vectors import axpy, column, norms, quotient
+from ddnref._kernels.vectors import axpy, column, norm, quotient
 from ddnref.krylov._common import (
     CONVERGED,
     ITERATION_LIMIT,
@@ -157,7 +157,7 @@ def lsmr(
 def _rounds(system: System, x0: Array | None) -> _Round:
     """Rounds that end with both residuals computed afresh."""
     xp = array_api_compat.array_namespace(system.b)
-    given = norms(system.adjoint(system.b))
+    given = norm(system.adjoint(system.b))
     size_of = xp.where(given > 0, given, xp.ones_like(given))
     iterate = iterator(system.options)
 
@@ -168,11 +168,11 @@ def _rounds(system: System, x0: Array | None) -> _Round:
             lambda s: s.size,
         )  # fmt: skip
         r = system.b - system.apply(state.x)
-        size, normal = norms(r) / system.norm_b, norms(system.adjoint(r)) / size_of
+        size, normal = norm(r) / system.norm_b, norm(system.adjoint(r)) / size_of
         return _Round(state.x, r, size, normal, _judged(system, last, state, size, normal), state.n_iter)
 
     first = first_round(system, x0)
-    normal = norms(system.adjoint(first.r)) / size_of
+    normal = norm(system.adjoint(first.r)) / size_of
     status = mark(first.status, (first.status == RUNNING) & (normal <= system.options.rtol), CONVERGED)
     status = mark(status, (status == RUNNING) & ~(normal < float("inf")), NOT_FINITE)
     start = _Round(first.x, first.r, first.size, normal, status, first.n_iter)
@@ -205,10 +205,10 @@ def _judged(system: System, last: _Round, state: _State, size: Array, normal: Ar
 
 def _first(system: System, start: _Round, size_of: Array) -> _State:
     xp = namespace_of(start.r)
-    beta = norms(start.r)
+    beta = norm(start.r)
     u = start.r * column(quotient(xp.ones_like(beta), beta, beta > 0), start.r)
     v = system.adjoint(u)
-    alpha = norms(v)
+    alpha = norm(v)
     v = v * column(quotient(xp.ones_like(alpha), alpha, alpha > 0), v)
     zero, one = xp.zeros_like(beta), xp.ones_like(beta)
     return _State(
@@ -252,10 +252,10 @@ def _bidiagonal(system: System, state: _State) -> tuple[Array, Array, Array, Arr
     """``β u ← A v − α u``, ``α v ← Aᴴ u − β v``."""
     xp = namespace_of(state.v)
     u = system.apply(state.v) - column(state.alpha, state.u) * state.u
-    beta = norms(u)
+    beta = norm(u)
     u = u * column(quotient(xp.ones_like(beta), beta, beta > 0), u)
     v = system.adjoint(u) - column(beta, state.v) * state.v
-    alpha = norms(v)
+    alpha = norm(v)
     return u, v * column(quotient(xp.ones_like(alpha), alpha, alpha > 0), v), beta, alpha
 
 

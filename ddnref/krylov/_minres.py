@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ddnref._core.arrays import Array, eps, namespace_of, own
 from ddnref._core.loops import WhileLoop
 from ddnref._kernels.public import public
-from ddnref._kernels.vectors import axpy, column, dots, norms, quotient
+from ddnref._kernels.vectors import axpy, column, norm, quotient, real_dot
 from ddnref.krylov._common import (
     PRECONDITIONER_NOT_POSITIVE_DEFINITE,
     RUNNING,
@@ -132,7 +132,7 @@ def _round(system: System, start: Round, iterate: Callable[..., Any]) -> Result:
     """Steps from a residual that was computed afresh."""
     xp = namespace_of(start.r)
     z = start.r if system.precondition is None else system.precondition(start.r)
-    rz = dots(start.r, z)
+    rz = real_dot(start.r, z)
     running = start.status == RUNNING
     status = failure(start.status, running, rz, PRECONDITIONER_NOT_POSITIVE_DEFINITE)
     beta = xp.where(rz > 0, rz, xp.ones_like(rz)) ** 0.5
@@ -156,10 +156,10 @@ def _step(system: System, state: _State, go: Array) -> _State:
     xp = namespace_of(state.r)
     v = state.z * column(1 / state.beta, state.z)
     y = system.apply(v) - column(state.beta / state.beta_before, v) * state.before
-    alpha = dots(v, y)
+    alpha = real_dot(v, y)
     after = y - column(alpha / state.beta, y) * state.now
     z = after if system.precondition is None else system.precondition(after)
-    rz = dots(after, z)
+    rz = real_dot(after, z)
     finite = rz < float("inf")
     rounding = (16 * eps(xp, v.dtype)) ** 2 * state.norm2  # below it the space is invariant
     status = failure(state.status, go & ~(xp.abs(rz) <= rounding), rz, PRECONDITIONER_NOT_POSITIVE_DEFINITE)
@@ -186,7 +186,7 @@ def _step(system: System, state: _State, go: Array) -> _State:
     return _State(
         x=axpy(state.x, go, phi, w), r=r, before=state.now, now=after, z=z, w=w, w_before=state.w,
         beta_before=state.beta, beta=xp.where(there, beta, one), dbar=dbar, epsilon=epsilon, phibar=phibar, c=c, s=s,
-        norm2=norm2, size=norms(r) / system.norm_b, status=status, n_iter=count(go, state.n_iter),
+        norm2=norm2, size=norm(r) / system.norm_b, status=status, n_iter=count(go, state.n_iter),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import array_api_compat
 
 from ddnref._core.arrays import Array, full, nan_where, own, quiet, with_axes
 from ddnref._core.loops import run
-from ddnref._kernels.vectors import column, norms
+from ddnref._kernels.vectors import column, norm
 from ddnref.krylov._common import (
     CONVERGED,
     ITERATION_LIMIT,
@@ -65,10 +65,10 @@ def first_round(system: System, x0: Array | None) -> Round:
     if x0 is None:
         shape = system.domain_shape if system.axes > 1 else (math.prod(system.domain_shape),)
         x = full((*system.batch, *shape), 0.0, system.b)
-        size = norms(system.b, system.axes) / system.norm_b
+        size = norm(system.b, system.axes) / system.norm_b
         return Round(x, own(system.b), size, system.status, zeros)
     r = system.b - system.apply(x0)
-    size = norms(r, system.axes) / system.norm_b
+    size = norm(r, system.axes) / system.norm_b
     go = system.status == RUNNING
     status = mark(system.status, go & (size <= system.options.rtol), CONVERGED)
     return Round(own(x0), r, size, mark(status, go & ~(size < float("inf")), NOT_FINITE), zeros)
@@ -91,7 +91,7 @@ def rounds(
     def body(last: Round) -> Round:
         new = method(system, last, iterate)
         r = system.b - system.apply(new.x)
-        size = norms(r, system.axes) / system.norm_b
+        size = norm(r, system.axes) / system.norm_b
         return Round(new.x, r, size, judged(system, last, new, size, fall, restarts), new.n_iter)
 
     def active(state: Round) -> Array:

@@ -9,21 +9,10 @@ from typing import Any, NamedTuple
 import array_api_compat
 import numpy as np
 
-from ddnref._core.arrays import (
-    Array,
-    check_dtypes,
-    check_precision,
-    check_shapes,
-    eps,
-    full,
-    is_recorded,
-    namespace,
-    namespace_of,
-    quiet,
-    with_axes,
-)
+from ddnref._core.arrays import Array, eps, full, is_recorded, namespace, namespace_of, quiet, with_axes
+from ddnref._core.checks import check_dtypes, check_precision, check_shapes
 from ddnref._core.loops import WhileLoop
-from ddnref._kernels.vectors import column, norms, power_of_two
+from ddnref._kernels.vectors import column, norm, power_of_two
 from ddnref.krylov._common import CONVERGED, NOT_FINITE, RUNNING, Callback, Options, Preconditioner, System, mark
 from ddnref.operators import LinearOperator, as_operator
 
@@ -230,7 +219,7 @@ def _scaled(
     b = xp.where(with_axes(finite, axes), b, xp.zeros_like(b))
     scale = power_of_two(b, axes)
     b = b / column(scale, b)
-    size = norms(b, axes)
+    size = norm(b, axes)
     zero = size == 0
     status = xp.zeros(batch, dtype=xp.int32, device=array_api_compat.device(b)) + RUNNING
     status = mark(mark(status, zero & finite, CONVERGED), ~finite, NOT_FINITE)

@@ -5,6 +5,9 @@ from ddnref._core.loops import (
 )
 from ddnref.linalg._eigh import (
     eigh,
+    eigh_topk,
+    eigh_topk_fwd,
+    eigh_topk_vjp,
     eigh_vjp,
     gauge_residual,
 )
@@ -18,26 +21,6 @@ from ddnref.linalg._eigsh_vjp import (
     eigsh_vjp,
 )
 from ddnref.linalg._functions import (
-    spectral_function,
-    spectral_function_fwd,
-    spectral_function_vjp,
-)
-from ddnref.linalg._iteration_vjp import (
-    power_iteration_vjp,
-    simultaneous_iteration_vjp,
-)
-from ddnref.linalg._iterations import (
-    power_iteration,
-    simultaneous_iteration,
-)
-from ddnref.linalg._linear_solve import (
-    linear_solve,
-    linear_solve_vjp,
-)
-from ddnref.linalg._linear_solve_jvp import (
-    linear_solve_jvp,
-)
-from ddnref.linalg._matrix_functions import (
     expm,
     expm_fwd,
     expm_vjp,
@@ -47,28 +30,37 @@ from ddnref.linalg._matrix_functions import (
     logm,
     logm_fwd,
     logm_vjp,
+    spectral_function,
+    spectral_function_fwd,
+    spectral_function_vjp,
     sqrtm,
     sqrtm_fwd,
     sqrtm_vjp,
 )
-from ddnref.linalg._pairs import (
-    align_signs,
-    eigen_residual,
-    fixed_point_residual,
+from ddnref.linalg._iterations import (
+    power_iteration,
+    power_iteration_vjp,
+    simultaneous_iteration,
+    simultaneous_iteration_vjp,
+)
+from ddnref.linalg._linear_solve import (
+    linear_solve,
+    linear_solve_jvp,
+    linear_solve_vjp,
 )
 from ddnref.linalg._qr import (
     qr,
     qr_vjp,
 )
+from ddnref.linalg._residuals import (
+    align_signs,
+    eigen_residual,
+    fixed_point_residual,
+)
 from ddnref.linalg._solve import (
     solve,
     solve_fwd,
     solve_vjp,
-)
-from ddnref.linalg._topk import (
-    eigh_topk,
-    eigh_topk_fwd,
-    eigh_topk_vjp,
 )
 
 __all__ = [

@@ -18,7 +18,8 @@ import array_api_compat
 from ddnref._core.arrays import Array, as_dtype, conj, namespace_of
 from ddnref._core.loops import WhileLoop, run
 from ddnref._kernels.dense import identity, solve
-from ddnref.operators._blocks import SelfAdjoint, dots, inner, norms, without
+from ddnref._kernels.vectors import norm, real_dot
+from ddnref.operators._blocks import SelfAdjoint, inner, without
 
 
 class Shifted(NamedTuple):
@@ -62,7 +63,7 @@ def shifted(s: Shifted, x: Array) -> Array:
 def cg(s: Shifted, b: Array, *, rtol: float, maxiter: int, check_every: int, while_loop: WhileLoop | None) -> Solution:
     """Solve for all rows of `b`, which lie in range(P)."""
     xp = array_api_compat.array_namespace(b)
-    goal = rtol * norms(b)
+    goal = rtol * norm(b)
     precondition = _preconditioner(s)
 
     def active(state: State) -> Array:
@@ -71,12 +72,12 @@ def cg(s: Shifted, b: Array, *, rtol: float, maxiter: int, check_every: int, whi
     def body(state: State) -> State:
         go = active(state)
         q = shifted(s, state.p)
-        pq = dots(state.p, q)
+        pq = real_dot(state.p, q)
         bent = pq > 0
         alpha = _column(xp.where(go & bent, state.rz / xp.where(bent, pq, xp.ones_like(pq)), xp.zeros_like(pq)), b)
         x, r = state.x + alpha * state.p, without(state.r - alpha * q, s.v)
         z = precondition(r)
-        rz = dots(r, z)
+        rz = real_dot(r, z)
         beta = rz / xp.where(state.rz > 0, state.rz, xp.ones_like(rz))
         p = without(z + _column(beta, b) * state.p, s.v)
         return State(
@@ -84,14 +85,14 @@ def cg(s: Shifted, b: Array, *, rtol: float, maxiter: int, check_every: int, whi
             r=r,
             p=xp.where(go[..., None], p, state.p),
             rz=xp.where(go, rz, state.rz),
-            size=xp.where(go, norms(r), state.size),
+            size=xp.where(go, norm(r), state.size),
             positive=state.positive & (bent | ~go),
             n_iter=state.n_iter + xp.astype(go, state.n_iter.dtype),
         )
 
     z = precondition(b)
     count = xp.zeros(b.shape[:-1], dtype=xp.int32, device=array_api_compat.device(b))
-    first = State(xp.zeros_like(b), b, z, dots(b, z), norms(b), count == 0, count)
+    first = State(xp.zeros_like(b), b, z, real_dot(b, z), norm(b), count == 0, count)
     last = run(active, body, first, maxiter=maxiter, check_every=check_every, while_loop=while_loop)
     return Solution(last.x, last.n_iter, last.positive)
 

@@ -9,13 +9,15 @@ import array_api_compat
 
 from ddnref._core.arrays import Array, as_dtype, eps, full, is_true, power_of_two_below, refuse_recording
 from ddnref._core.loops import WhileLoop
+from ddnref._core.noise import noise
 from ddnref._core.selection import take
 from ddnref._kernels.dense import eigh
 from ddnref._kernels.public import public
+from ddnref._kernels.vectors import norm
 from ddnref.errors import ConvergenceError, GaugeError
 from ddnref.linalg._lanczos import Plan, lanczos, wish
 from ddnref.operators import LinearOperator
-from ddnref.operators._blocks import SelfAdjoint, noise, norms, self_adjoint
+from ddnref.operators._blocks import SelfAdjoint, self_adjoint
 
 WHICH = ("LA", "SA", "LM")
 METHODS = ("auto", "iterative", "full")
@@ -260,7 +262,7 @@ def _full(a: SelfAdjoint, k: int, which: str) -> tuple[tuple[Array, Array], tupl
 
 def _residual(a: SelfAdjoint, w: Array, v: Array, scale: Array) -> Array:
     y = a.rows(v)
-    size = norms(a.apply(y) - as_dtype(w, y)[..., None] * y)
+    size = norm(a.apply(y) - as_dtype(w, y)[..., None] * y)
     return size / array_api_compat.array_namespace(w).where(scale > 0, scale, full((), 1.0, scale))[..., None]
 
 

@@ -16,27 +16,27 @@ import array_api_compat
 from ddnref._core.arrays import (
     Array,
     as_dtype,
-    check_dtypes,
-    check_shapes,
     eps,
     full,
-    given,
     is_true,
     namespace,
     nan_where,
     power_of_two_below,
     real_dtype,
 )
+from ddnref._core.checks import check_dtypes, check_shapes, given
 from ddnref._core.loops import CHECK_EVERY, WhileLoop
+from ddnref._core.noise import noise
 from ddnref._kernels import numpy as _numpy
 from ddnref._kernels.dense import hermitian_product
+from ddnref._kernels.eigh_vjp import exceeds, masked
 from ddnref._kernels.public import public
+from ddnref._kernels.vectors import largest, norm
 from ddnref.errors import ConvergenceError, GaugeError
 from ddnref.linalg._deflated import Shifted, cg, direct, shifted
 from ddnref.linalg._eigsh import CLUSTER_RTOL, WHICH, is_cut
-from ddnref.linalg._gauge import exceeds, largest, masked
 from ddnref.operators import LinearOperator
-from ddnref.operators._blocks import SelfAdjoint, inner, noise, norms, self_adjoint, without
+from ddnref.operators._blocks import SelfAdjoint, inner, self_adjoint, without
 
 SOLVERS = ("auto", "cg", "direct")
 ALONE = 16
@@ -235,10 +235,10 @@ def _checked_pairs(g: Given, rtol: float) -> tuple[Array, Array]:
     u = xp.broadcast_to(noise(0, m, g.v), (*g.a.batch, 1, m))
     image = g.a.apply(xp.concat([g.v, u], axis=-2))
     k = g.w.shape[-1]
-    scale = xp.maximum(largest(g.w, 1), norms(image[..., k:, :])[..., 0])
+    scale = xp.maximum(largest(g.w, 1), norm(image[..., k:, :])[..., 0])
     if g.w_rest is not None:
         scale = xp.maximum(scale, largest(g.w_rest, 1))
-    residual = norms(image[..., :k, :] - as_dtype(g.w, g.v)[..., None] * g.v)
+    residual = norm(image[..., :k, :] - as_dtype(g.w, g.v)[..., None] * g.v)
     return scale, xp.all(residual <= rtol * scale[..., None], axis=-1)
 
 
@@ -261,7 +261,7 @@ def _depends_on_cut(g: Given, same: Array, scale: Array, tol: Tolerances) -> Arr
     zero = full((), 0.0, g.w)
     uses = exceeds(largest(xp.where(inside, g.w_bar, zero), 1), largest(g.w_bar, 1), tol.gauge)
     if g.v_bar is not None:
-        size = norms(g.v_bar)
+        size = norm(g.v_bar)
         uses = uses | exceeds(largest(xp.where(inside, size, zero), 1), largest(size, 1), tol.gauge)
     return uses & is_cut(g.w, g.w_rest, scale, g.which, tol.cluster)
 
@@ -272,7 +272,7 @@ def _solve(g: Given, tol: Tolerances, solver: str, loop: dict[str, object], scal
     sign = xp.sign(g.w) if g.which == "LM" else full(g.w.shape, 1.0 if g.which == "LA" else -1.0, g.w)
     s = Shifted(g.a, g.w, g.v, sign, g.w_rest, g.rest)
     b = without(without(g.v_bar, g.v), g.v)
-    b = xp.where((norms(b) > 8 * eps(xp, g.w.dtype) * norms(g.v_bar))[..., None], b, xp.zeros_like(b))  # only rounding
+    b = xp.where((norm(b) > 8 * eps(xp, g.w.dtype) * norm(g.v_bar))[..., None], b, xp.zeros_like(b))  # only rounding
     n_iter = xp.zeros(g.w.shape, dtype=xp.int32, device=array_api_compat.device(g.w))
     positive = n_iter == 0
     if g.rest is not None and g.rest.shape[-2] == g.a.m - g.w.shape[-1]:
@@ -281,12 +281,12 @@ def _solve(g: Given, tol: Tolerances, solver: str, loop: dict[str, object], scal
         y = direct(s, b)
     else:
         y, n_iter, positive = cg(s, b, rtol=tol.solve, **loop)  # type: ignore[arg-type]
-    size, residual = norms(b), norms(b - shifted(s, y))
-    rounding = 2 * tol.cluster * scale[..., None] * norms(y)
+    size, residual = norm(b), norm(b - shifted(s, y))
+    rounding = 2 * tol.cluster * scale[..., None] * norm(y)
     converged = positive & (residual <= 2 * tol.solve * size + rounding)
     # ‖y‖ ≤ ‖b‖ / gap: a solution this large says that the next eigenvalue is the k-th.
     least = tol.cluster if g.w_rest is not None else ALONE * tol.cluster
-    cut = xp.any((size > 0) & (size <= least * scale[..., None] * norms(y)), axis=-1)
+    cut = xp.any((size > 0) & (size <= least * scale[..., None] * norm(y)), axis=-1)
     relative = residual / xp.where(size > 0, size, xp.ones_like(size))
     return as_dtype(sign, y)[..., None] * y, EigshVjpInfo(xp.all(converged, axis=-1), n_iter, relative, cut)
 

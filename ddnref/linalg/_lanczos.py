@@ -20,8 +20,10 @@ import array_api_compat
 
 from ddnref._core.arrays import Array, Namespace, as_dtype, conj, eps, full, real
 from ddnref._core.loops import WhileLoop, run
+from ddnref._core.noise import noise
 from ddnref._kernels.dense import adjoint, eigh, hermitian_part
-from ddnref.operators._blocks import SelfAdjoint, dots, inner, noise, norms, put_row, scaled, without
+from ddnref._kernels.vectors import norm, normalised, put_row, real_dot
+from ddnref.operators._blocks import SelfAdjoint, inner, without
 
 HIDDEN = 1e-4  # a check misses a copy only if its start is this much poorer in it than on average
 FAR = 8  # · scale: the stand-in for a Ritz value that is not there; T is at most 3 · scale
@@ -110,7 +112,7 @@ def lanczos(
 def _first(a: SelfAdjoint, plan: Plan, v0: Array | None) -> State:
     xp = array_api_compat.array_namespace(a.like)
     start = noise(0, a.m, a.like) if v0 is None else xp.reshape(v0, (*a.batch, a.m))
-    start = scaled(xp.broadcast_to(start, (*a.batch, a.m))[..., None, :], norms(start[..., None, :]))
+    start = normalised(xp.broadcast_to(start, (*a.batch, a.m))[..., None, :], norm(start[..., None, :]))
     number = real(full((), 0.0, a.like))
     flag = xp.zeros(a.batch, dtype=xp.bool, device=array_api_compat.device(a.like))
     count = xp.zeros(a.batch, dtype=xp.int32, device=array_api_compat.device(a.like))
@@ -172,10 +174,10 @@ def _extended(a: SelfAdjoint, plan: Plan, state: State) -> tuple[Array, Array, A
         y = y - g @ basis
         h = h + g
         y = y - inner(y, basis) @ basis  # once more: at rounding level the step before may have left nothing but that
-        beta = norms(y)
-        q = put_row(q, j + 1, scaled(y, beta))
+        beta = norm(y)
+        q = put_row(q, j + 1, normalised(y, beta))
         beta = xp.where(beta > 4 * unit * size[..., None], beta, xp.zeros_like(beta))[..., 0]
-        scale = xp.maximum(scale, (dots(h, h)[..., 0] + beta * beta) ** 0.5)  # ‖A q_j‖
+        scale = xp.maximum(scale, (real_dot(h, h)[..., 0] + beta * beta) ** 0.5)  # ‖A q_j‖
         rows.append(xp.concat([h, zeros[..., : p - j - 1]], axis=-1))
     return q, xp.concat(rows, axis=-2), beta, scale
 
@@ -257,7 +259,7 @@ def _fresh(xp: Namespace, checks: Array, kept: Array) -> Array:
     z = as_dtype(xp.sin(phase * real(noise(2, m, kept))), kept)[..., None, :]
     for _ in range(2):
         z = without(z, kept)
-        z = scaled(z, norms(z))
+        z = normalised(z, norm(z))
     return z
 
 
@@ -273,7 +275,7 @@ def _refined(a: SelfAdjoint, plan: Plan, state: State) -> Found:
     g = inner(ay, y)  # g_ji = ⟨y_i, A y_j⟩: the transpose of Yᴴ A Y
     theta, s_t = _ordered(hermitian_part(g + _diagonal(missing, n, g)), far, plan.which)
     y, ay = s_t @ y, s_t @ ay
-    residual = norms(ay - as_dtype(theta, y)[..., None] * y)
+    residual = norm(ay - as_dtype(theta, y)[..., None] * y)
     size = _nonzero(state.scale)[..., None]
     return Found(
         w=theta[..., :k],

@@ -10,17 +10,8 @@ from __future__ import annotations
 
 import array_api_compat
 
-from ddnref._core.arrays import (
-    Array,
-    check_dtypes,
-    check_shapes,
-    conj,
-    eps,
-    is_true,
-    namespace,
-    nan_where,
-    refuse_recording,
-)
+from ddnref._core.arrays import Array, conj, eps, is_true, namespace, nan_where, refuse_recording
+from ddnref._core.checks import check_dtypes, check_shapes
 from ddnref._kernels.dense import adjoint, identity, solve
 from ddnref._kernels.dense import qr as _qr
 from ddnref._kernels.public import public

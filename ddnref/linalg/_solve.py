@@ -11,18 +11,8 @@ import math
 
 import array_api_compat
 
-from ddnref._core.arrays import (
-    Array,
-    check_dtypes,
-    check_shapes,
-    check_square,
-    full,
-    is_true,
-    library,
-    namespace,
-    nan_where,
-    refuse_recording,
-)
+from ddnref._core.arrays import Array, full, is_true, library, namespace, nan_where, refuse_recording
+from ddnref._core.checks import check_dtypes, check_shapes, check_square
 from ddnref._kernels.dense import adjoint, move_axis
 from ddnref._kernels.lu import lu_factor, lu_factor_vjp, lu_solve
 from ddnref._kernels.public import public

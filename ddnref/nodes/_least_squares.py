@@ -4,19 +4,8 @@ from __future__ import annotations
 
 import array_api_compat
 
-from ddnref._core.arrays import (
-    Array,
-    Namespace,
-    check_dtypes,
-    check_real,
-    check_shapes,
-    eps,
-    full,
-    is_true,
-    namespace,
-    nan_where,
-    refuse_recording,
-)
+from ddnref._core.arrays import Array, Namespace, eps, full, is_true, namespace, nan_where, refuse_recording
+from ddnref._core.checks import check_dtypes, check_real, check_shapes
 from ddnref._kernels import dense as _linalg
 from ddnref._kernels.public import public
 from ddnref.errors import SingularError

@@ -16,17 +16,8 @@ import math
 
 import array_api_compat
 
-from ddnref._core.arrays import (
-    Array,
-    Namespace,
-    check_dtypes,
-    check_real,
-    check_shapes,
-    is_true,
-    namespace,
-    nan_where,
-    refuse_recording,
-)
+from ddnref._core.arrays import Array, Namespace, is_true, namespace, nan_where, refuse_recording
+from ddnref._core.checks import check_dtypes, check_real, check_shapes
 from ddnref._kernels.public import public
 from ddnref.errors import SingularError
 from ddnref.implicit._point import norm as l2_norm

@@ -17,18 +17,8 @@ from typing import NamedTuple
 
 import array_api_compat
 
-from ddnref._core.arrays import (
-    Array,
-    Namespace,
-    check_dtypes,
-    check_real,
-    check_shapes,
-    eps,
-    is_true,
-    namespace,
-    nan_where,
-    refuse_recording,
-)
+from ddnref._core.arrays import Array, Namespace, eps, is_true, namespace, nan_where, refuse_recording
+from ddnref._core.checks import check_dtypes, check_real, check_shapes
 from ddnref._core.loops import CHECK_EVERY, WhileLoop, run
 from ddnref._kernels.public import public
 from ddnref.errors import ConvergenceError, SingularError

@@ -16,19 +16,9 @@ from typing import Any, NamedTuple, NoReturn
 
 import array_api_compat
 
-from ddnref._core.arrays import (
-    Array,
-    Namespace,
-    check_dtypes,
-    check_real,
-    check_shapes,
-    full,
-    is_true,
-    namespace,
-    nan_where,
-    refuse_recording,
-)
+from ddnref._core.arrays import Array, Namespace, full, is_true, namespace, nan_where, refuse_recording
 from ddnref._core.arrays import eps as machine_eps
+from ddnref._core.checks import check_dtypes, check_real, check_shapes
 from ddnref._core.loops import CHECK_EVERY, WhileLoop, run
 from ddnref._kernels import dense as _linalg
 from ddnref._kernels.public import public

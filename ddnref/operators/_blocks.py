@@ -8,25 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import array_api_compat
-import numpy as np
 
-from ddnref._core.arrays import (
-    Array,
-    as_dtype,
-    check_dtypes,
-    check_shapes,
-    check_square,
-    conj,
-    full,
-    is_complex,
-    namespace,
-    namespace_of,
-    real,
-)
+from ddnref._core.arrays import Array, conj, full, is_complex, namespace, namespace_of
+from ddnref._core.checks import check_dtypes, check_shapes, check_square
 from ddnref._kernels import numpy as _numpy
 from ddnref._kernels.dense import hermitian_part, identity
 from ddnref.operators import LinearOperator
@@ -119,46 +106,3 @@ def inner(y: Array, q: Array) -> Array:
 def without(y: Array, q: Array) -> Array:
     """Rows y less their part in the span of orthonormal rows q."""
     return y - inner(y, q) @ q
-
-
-def dots(y: Array, z: Array) -> Array:
-    """``Re ⟨y_j, z_j⟩`` of matching rows, ``(..., j)``."""
-    if type(y) is np.ndarray:
-        return real(_numpy.dots(y, z))
-    return namespace_of(y).sum(real(conj(y) * z), axis=-1)
-
-
-def norms(y: Array) -> Array:
-    """Length of each row, ``(..., j)``."""
-    return dots(y, y) ** 0.5
-
-
-def scaled(y: Array, size: Array) -> Array:
-    """Each row y divided by its size; a zero size leaves the row as it is."""
-    xp = namespace_of(y)
-    return y / as_dtype(size + xp.astype(size == 0, size.dtype), y)[..., None]
-
-
-def put_row(q: Array, j: int, row: Array) -> Array:
-    """`q`, which only the caller holds, with row j replaced: in place wherever the library can.
-
-    The one update in place of the Krylov methods: a fresh copy of the basis in each step would cost as much as the
-    orthogonalisation.
-    """
-    if array_api_compat.is_jax_array(q):
-        return q.at[..., j, :].set(row[..., 0, :])
-    q[..., j, :] = row[..., 0, :]
-    return q
-
-
-def noise(index: int, m: int, like: Array) -> Array:
-    """The same vector of unit length for every library, ``(m,)``: Gaussian, with a fixed seed."""
-    xp = namespace_of(like)
-    constant = xp.asarray(_noise(index, m), dtype=real(like).dtype, device=array_api_compat.device(like))
-    return as_dtype(constant, like)
-
-
-@lru_cache(maxsize=4)
-def _noise(index: int, m: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    z = np.random.default_rng([index, m]).standard_normal(m)
-    return z / np.linalg.norm(z)

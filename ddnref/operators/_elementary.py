@@ -13,7 +13,8 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from ddnref._core.arrays import Array, check_precision, conj, is_complex, library, namespace
+from ddnref._core.arrays import Array, conj, is_complex, library, namespace
+from ddnref._core.checks import check_precision
 from ddnref._kernels.dense import move_axis
 from ddnref._kernels.public import public
 from ddnref.operators._operator import (

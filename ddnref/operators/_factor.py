@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from ddnref._core.arrays import Array, Namespace, check_dtypes, check_shapes, full, library, namespace
+from ddnref._core.arrays import Array, Namespace, full, library, namespace
+from ddnref._core.checks import check_dtypes, check_shapes
 from ddnref._kernels.dense import adjoint, hermitian_part, hermitian_product, identity
 from ddnref.operators import LinearOperator
 

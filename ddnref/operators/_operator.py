@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, NoReturn
 import array_api_compat
 import numpy as np
 
-from ddnref._core.arrays import Array, check_precision, conj, full, given, is_complex, namespace, with_axes
+from ddnref._core.arrays import Array, conj, full, is_complex, namespace, with_axes
+from ddnref._core.checks import check_precision, given
 from ddnref._kernels.dense import identity, move_axis
 from ddnref.errors import DdnrefError
 

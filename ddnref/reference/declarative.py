@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, Namespace, check_dtypes, check_shapes, check_square, is_complex, namespace
+from ddnref._core.arrays import Array, Namespace, is_complex, namespace
+from ddnref._core.checks import check_dtypes, check_shapes, check_square
 from ddnref._kernels.dense import hermitian_part, identity, solve
 
 MODES = ("solve", "pinv")

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, check_square, namespace
+from ddnref._core.arrays import Array, namespace
+from ddnref._core.checks import check_square
 
 ATOL = 1e-9
 

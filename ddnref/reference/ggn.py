@@ -14,9 +14,9 @@ from typing import Any
 import array_api_compat
 
 from ddnref._core.arrays import Array
+from ddnref._core.noise import noise
 from ddnref._kernels.dense import eigh
 from ddnref.networks._chain import Chain
-from ddnref.operators._blocks import noise
 from ddnref.reference.network import network_ggn, network_jacobian
 
 

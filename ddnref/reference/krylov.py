@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, check_dtypes, check_real, check_shapes, namespace
+from ddnref._core.arrays import Array, namespace
+from ddnref._core.checks import check_dtypes, check_real, check_shapes
 from ddnref.operators import LinearOperator
 from ddnref.operators._operator import Params
 

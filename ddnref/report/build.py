@@ -15,22 +15,15 @@ from threadpoolctl import threadpool_limits
 
 import ddnref
 from ddnref.examples._peers import versions
+from ddnref.examples._show import Picture, Table
 from ddnref.report.page import page
-from ddnref.report.runner import Picture, Table, Told, run
+from ddnref.report.runner import Told, run
 from ddnref.verify._backends import Backend
 
 T = TypeVar("T")
 
-STORIES: tuple[str, ...] = (
-    "subspaces",
-    "whitening",
-    "repeated_eigenvalues",
-    "ladder",
-    "iteration_digits",
-    "deblurring",
-    "ggn",
-    "hessian",
-)
+STORIES = ["subspaces", "whitening", "repeated_eigenvalues", "ladder"]
+STORIES += ["iteration_digits", "deblurring", "ggn", "hessian"]
 """The chapters of the report, in order: names of scripts in ``ddnref/examples``."""
 
 
@@ -62,12 +55,7 @@ class Terminal:
 def build(backend: Backend, out: Path, seed: int, *, full: bool = False) -> tuple[Path, bool]:
     """Run all stories on a backend and write everything to `out`.
 
-    Returns
-    -------
-    path : Path
-        Where the page is.
-    passed : bool
-        Whether all checks of errors passed. A story ends with the first one that does not.
+    Returns the path of the page, and whether all checks of errors passed. A story ends with the first that does not.
     """
     terminal = Terminal(sys.stdout)
     stories = []
@@ -100,7 +88,7 @@ def write_parts(story: Told, out: Path) -> None:
             continue
         name = f"{story.name}-{part.name}"
         if isinstance(part, Picture):
-            (out / f"{name}.png").write_bytes(part.png)
+            (out / f"{name}.png").write_bytes(part.figure)
         if part.columns:
             with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file, lineterminator="\n")
@@ -109,10 +97,8 @@ def write_parts(story: Told, out: Path) -> None:
 
 
 def _facts(backend: Backend, seed: int, full: bool) -> list[tuple[str, str]]:
-    packages = {"NumPy": "numpy", "array-api-compat": "array-api-compat", "Matplotlib": "matplotlib",
-                "scikit-learn": "scikit-learn"}  # fmt: skip
     found = {"ddnref": ddnref.__version__, "Python": platform.python_version()}
-    found |= {name: version(package) for name, package in packages.items()}
+    found |= {name: version(name) for name in ("NumPy", "array-api-compat", "Matplotlib", "scikit-learn")}
     compared = {name: number or "not installed" for name, number in versions().items()}
     return [
         ("Made by:", f"ddnref report --backend {backend.name} --seed {seed}{' --full' if full else ''}"),

@@ -6,9 +6,9 @@ import base64
 from collections.abc import Sequence
 from html import escape
 
-from ddnref.examples._show import Cell, shown
+from ddnref.examples._show import Cell, Check, Picture, Table, shown
 from ddnref.report.narrative import html
-from ddnref.report.runner import DPI, Check, Code, Headline, Narrative, Part, Picture, Printed, Table, Told
+from ddnref.report.runner import DPI, Code, Narrative, Part, Printed, Told
 
 STYLE = """
 :root { color-scheme: light; --ink: #1c1f23; --soft: #5a626b; --line: #dde1e6; --accent: #0067a5; }
@@ -70,7 +70,11 @@ LEAD = (
 
 def page(stories: Sequence[Told], facts: Sequence[tuple[str, str]]) -> str:
     """Return the whole page, with the versions and settings in `facts` at its end."""
-    headlines = "".join(_headline(headline) for story in stories for headline in story.headlines)
+    headlines = "".join(
+        f"<div><dt>{escape(headline.label)}</dt><dd>{'<br>'.join(map(escape, headline.values))}</dd></div>"
+        for story in stories
+        for headline in story.headlines
+    )
     links = "".join(f'<li><a href="#{story.name}">{escape(story.title)}</a></li>' for story in stories)
     made = "".join(f"{escape(name)} {escape(value)}<br>" for name, value in facts)
     return (
@@ -81,11 +85,6 @@ def page(stories: Sequence[Told], facts: Sequence[tuple[str, str]]) -> str:
         f"<dl>{headlines}</dl><nav><ol>{links}</ol></nav></header>\n"
         f"<main>{''.join(map(_chapter, stories))}</main>\n<footer><p>{made}</p></footer>\n</body></html>\n"
     )
-
-
-def _headline(headline: Headline) -> str:
-    lines = "<br>".join(map(escape, headline.values))
-    return f"<div><dt>{escape(headline.label)}</dt><dd>{lines}</dd></div>"
 
 
 def _chapter(story: Told) -> str:
@@ -108,8 +107,8 @@ def _part(part: Part, prefix: str) -> str:
         case Table():
             return _table(part)
         case Picture():
-            data = base64.b64encode(part.png).decode("ascii")
-            width = int.from_bytes(part.png[16:20], "big") * 96 // DPI  # the size that its fonts were chosen for
+            data = base64.b64encode(part.figure).decode("ascii")
+            width = int.from_bytes(part.figure[16:20], "big") * 96 // DPI  # the size that its fonts were chosen for
             return (
                 f'<figure><img alt="{escape(part.alt)}" style="max-width: {width}px" '
                 f'src="data:image/png;base64,{data}">'
@@ -129,8 +128,3 @@ def _table(table: Table) -> str:
 def _cell(cell: Cell, spec: str) -> str:
     text = shown(cell, spec)
     return f'<td class="bad">{text}</td>' if text.startswith("NaN") else f"<td>{escape(text)}</td>"
-
-
-def brief(value: float) -> str:
-    """Format a number with one digit; for the sections that are not stories yet."""
-    return f"{value:.0e}" if not value >= 0.01 else f"{value:.1g}"

@@ -6,21 +6,19 @@ import ast
 import contextlib
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
 import ddnref.examples
-from ddnref.examples import CheckError
-from ddnref.examples._show import LOOK, Cell, recording
+from ddnref.examples._show import LOOK, Check, CheckError, Headline, Picture, Table, recording
 from ddnref.verify._backends import Backend
 
 FOLDER = Path(ddnref.examples.__file__).parent
 DPI = 160
-T = TypeVar("T")
 Track = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
@@ -40,42 +38,6 @@ class Printed(NamedTuple):
     """What the code above it printed."""
 
     text: str
-
-
-class Table(NamedTuple):
-    """Numbers, shown rounded and written to a CSV file in full."""
-
-    name: str
-    caption: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    format: str
-
-
-class Picture(NamedTuple):
-    """A figure as a PNG file, with the numbers that it shows."""
-
-    name: str
-    caption: str
-    alt: str
-    png: bytes
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-
-
-class Check(NamedTuple):
-    """A measured error and the limit that it has to keep."""
-
-    label: str
-    error: float
-    limit: float
-
-
-class Headline(NamedTuple):
-    """One of the few results that a reader should take away."""
-
-    label: str
-    values: tuple[str, ...]
 
 
 Part: TypeAlias = Narrative | Code | Printed | Table | Picture | Check
@@ -131,39 +93,23 @@ class Recorder:
         self.parts: list[Part] = []
         self.headlines: list[Headline] = []
         self.stdout = io.StringIO()
-        self._track = track
+        self.track = track
 
-    def add(self, part: Part) -> None:
-        """Add a part below everything that was printed before it."""
+    def add(self, part: Part | Headline) -> None:
+        """Keep a part, below everything that was printed before it, or a result for the head of the page."""
         if text := self.stdout.getvalue():
             self.parts.append(Printed(text))
             self.stdout.seek(0)
             self.stdout.truncate()
+        if isinstance(part, Headline):
+            self.headlines.append(part)
+            return
+        if isinstance(part, Picture):
+            buffer = io.BytesIO()
+            # Without the name of the software, the same figure has the same bytes.
+            part.figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+            part = part._replace(figure=buffer.getvalue())
         self.parts.append(part)
-
-    def table(self, name: str, caption: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]],
-              format: str) -> None:  # fmt: skip
-        """Keep a table."""
-        self.add(Table(name, caption, columns, rows, format))
-
-    def picture(self, name: str, figure: Any, caption: str, alt: str, columns: Sequence[str],
-                rows: Sequence[Sequence[Cell]]) -> None:  # fmt: skip
-        """Keep a figure, as it is now."""
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})  # the same bytes for the same figure
-        self.add(Picture(name, caption, alt, buffer.getvalue(), columns, rows))
-
-    def headline(self, label: str, values: tuple[str, ...]) -> None:
-        """Keep a result for the head of the page."""
-        self.headlines.append(Headline(label, values))
-
-    def check(self, label: str, error: float, limit: float) -> None:
-        """Keep an error and its limit; the story raises where the limit is exceeded."""
-        self.add(Check(label, error, limit))
-
-    def track(self, items: Iterable[T], label: str) -> Iterable[T]:
-        """Show the progress of a loop."""
-        return self._track(items, label)
 
 
 def run(
@@ -175,30 +121,17 @@ def run(
     track: Track = lambda items, label: items,  # noqa: ARG005
     constants: Mapping[str, Any] | None = None,
 ) -> Told:
-    """Run ``ddnref/examples/plot_<name>.py``.
+    """Run ``ddnref/examples/plot_<name>.py`` with ``ddnref.examples.settings`` of this backend, seed and length.
 
-    Parameters
-    ----------
-    name : str
-    backend, seed, full
-        What ``ddnref.examples.settings`` says while the story runs.
-    track : callable
-        Wraps the loops that the story names, to show progress.
-    constants : mapping, optional
-        Values for constants that the script assigns at its top level, in place of those that stand there. Tests make
-        stories small with it.
-
-    Raises
-    ------
-    KeyError
-        The script assigns no constant of that name.
+    `track` wraps the loops that the story names, to show progress. `constants` are other values for constants that the
+    script assigns at its top level; tests make stories small with them.
     """
     path = FOLDER / f"plot_{name}.py"
     source = path.read_text(encoding="utf-8")
     title, blocks = split(source)
-    tree, replaced = _replace(ast.parse(source), constants or {}, name)
+    tree = _replace(ast.parse(source), constants or {}, name)
     recorder, failed = Recorder(track), ""
-    namespace: dict[str, Any] = {"__name__": f"ddnref.examples.plot_{name}", "__file__": str(path), **replaced}
+    namespace: dict[str, Any] = {"__name__": f"ddnref.examples.plot_{name}", "__file__": str(path)}
     with (
         recording(recorder, full=full, seed=seed, backend=backend),
         _figures(),
@@ -224,19 +157,16 @@ def run(
     return Told(name, title, parts, recorder.headlines, failed, namespace)
 
 
-def _replace(tree: ast.Module, constants: Mapping[str, Any], story: str) -> tuple[ast.Module, dict[str, Any]]:
-    """Let the script's assignments of these constants read other values, under names that it does not use."""
-    values = {}
+def _replace(tree: ast.Module, constants: Mapping[str, Any], story: str) -> ast.Module:
+    """Change the values that the script assigns to these constants."""
+    missing = set(constants)
     for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            name = node.targets[0].id
-            if name in constants:
-                values[f"__{name}"] = constants[name]
-                node.value = ast.copy_location(ast.Name(f"__{name}", ast.Load()), node.value)
-    for name in constants:
-        if f"__{name}" not in values:
-            raise KeyError(f"The story {story} assigns no constant {name}.")
-    return tree, values
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in constants:
+            node.value = ast.parse(repr(constants[node.targets[0].id]), mode="eval").body
+            missing.discard(node.targets[0].id)
+    if missing:
+        raise KeyError(f"The story {story} assigns no constant {', '.join(sorted(missing))}.")
+    return tree
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
-"""Check a VJP against finite differences that can fail: yours or ours, on any array library.
+"""Checks of VJPs, yours or ours, against finite differences, on any array library.
 
-A check passes where the directional derivative of the loss and ``⟨x̄, D⟩`` differ by at most ``1e-7 · ‖x̄‖``, for
-eight random directions of unit norm *and* for ``D = x̄ / ‖x̄‖``: random directions alone miss a relative error of
-1e-6 entirely once an input has a thousand entries. A tolerance of 1e-3, the common default, misses a 10 % error
-in one of 4096 entries.
+A check passes if the directional derivative of the loss and ``⟨x̄, D⟩`` differ by at most ``1e-7 · ‖x̄‖`` for eight
+random directions D of unit norm *and* for ``D = x̄ / ‖x̄‖``. Random directions alone miss a relative error of 1e-6
+entirely once an input has a thousand entries. A tolerance of 1e-3, the common default, misses a 10 % error in one of
+4096 entries.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import array_api_compat
 import numpy as np
 
-from ddnref._core.arrays import Array, Namespace, check_shapes, conj, is_complex, namespace, real
+from ddnref._core.arrays import Array, Namespace, conj, is_complex, namespace, real
+from ddnref._core.checks import check_shapes
 from ddnref._kernels.dense import adjoint, hermitian_part
 from ddnref._kernels.public import public
 
@@ -27,7 +28,7 @@ SMALLEST_STEP = 1e-290  # quarters of it are still normal numbers
 
 
 class Tangent(NamedTuple):
-    """Where an input may move."""
+    """The set in which an input may move."""
 
     project: Callable[[Array, Array], Array]
     """``project(x, d)``: the part of a direction that stays in the set to first order."""
@@ -61,12 +62,12 @@ last axis (histograms)."""
 
 
 class Direction(NamedTuple):
-    """One directional derivative: by finite differences and from the gradient."""
+    """One directional derivative, by finite differences and from the gradient."""
 
     name: str
-    """Which direction."""
+    """Name of the direction."""
     numerical: float
-    """By Richardson-extrapolated central differences."""
+    """The derivative by Richardson-extrapolated central differences."""
     analytic: float
     """``⟨x̄, D⟩`` from the VJP."""
     error: float
@@ -147,6 +148,7 @@ def numerical_jvp(
     _double("x_dot", x_dot)
     namespace(x=x, x_dot=x_dot)
     check_shapes(x_dot=(x_dot, tuple(x.shape)))
+    # Central differences with two step lengths, extrapolated so that the error is of fourth order.
     length = _norm(xp, x_dot)
     if length == 0:
         raise ValueError("x_dot is zero: there is no direction to differentiate along.")
@@ -176,7 +178,7 @@ def check_vjp(
     rtol: float = RTOL,
     seed: int = 0,
 ) -> Report:
-    """Check a VJP of yours or ours against finite differences.
+    """Check a VJP against finite differences.
 
     Parameters
     ----------
@@ -269,9 +271,9 @@ def check_vjp(
 
 @public
 def assert_vjp(f: Callable[..., Any], f_vjp: Callable[..., Any], *inputs: Array, **options: Any) -> Report:
-    """`check_vjp`, raising ``AssertionError`` with the whole table where it fails; returns the report.
+    """Call `check_vjp`, and raise ``AssertionError`` with the whole table if the check fails.
 
-    Parameters, returns and static errors as `check_vjp`.
+    Parameters, return value and static errors are those of `check_vjp`.
 
     Examples
     --------
@@ -285,7 +287,7 @@ def assert_vjp(f: Callable[..., Any], f_vjp: Callable[..., Any], *inputs: Array,
 
 
 def _spaces(tangent: Any, count: int) -> list[Tangent]:
-    """One tangent space for each input."""
+    """Return one tangent space for each input."""
     given = tangent if type(tangent) is tuple else (tangent,) * count
     if len(given) != count:
         raise ValueError(f"tangent has {len(given)} entries for {count} inputs.")
@@ -304,7 +306,7 @@ def _directions(
     symmetrises: bool,
     count: int,
 ) -> list[tuple[str, Array]]:
-    """Random tangent directions, one free if the input is symmetrised, and the gradient's own; unit norm."""
+    """Return random tangent directions, a free one if the input is symmetrised, and the gradient's own."""
     named = [(f"random {k}", space.project(x, _random(rng, xp, x))) for k in range(count)]
     if symmetrises:
         named.append(("non-symmetric", _random(rng, xp, x)))
@@ -319,6 +321,7 @@ def _differentiate(
     numerical = (4 * central[1] - central[0]) / 3
     analytic = float(xp.sum(real(conj(x_bar) * d)))
     size = _norm(xp, x_bar)
+    # Successive differences shrink by 2**order until rounding hides them.
     first, second = abs(central[0] - central[1]), abs(central[1] - central[2])
     visible = min(first, second) > 1e-10 * max(size, abs(numerical))
     order = math.log2(first / second) if visible else math.nan
@@ -351,7 +354,7 @@ def _norm(xp: Namespace, x: Array) -> float:
 
 
 def _random(rng: np.random.Generator, xp: Namespace, x: Array) -> Array:
-    """Standard normal of the shape, dtype and device of `x`."""
+    """Draw standard normal numbers of the shape, dtype and device of `x`."""
     values = rng.standard_normal(tuple(x.shape))
     if is_complex(x):
         values = values + 1j * rng.standard_normal(tuple(x.shape))

@@ -17,11 +17,12 @@ from threadpoolctl import threadpool_limits
 
 import ddnref
 import ddnref.examples
-from ddnref.examples import CheckError, _peers, check, headline, picture, settings, track
+from ddnref.examples import _peers, check, headline, picture, settings, track
 from ddnref.examples import table as show_table
+from ddnref.examples._show import Check, CheckError, Headline, Table
 from ddnref.report import build, page, runner
 from ddnref.report.narrative import html
-from ddnref.report.runner import Check, Code, Headline, Narrative, Printed, Table, Told
+from ddnref.report.runner import Code, Narrative, Printed, Told
 from ddnref.verify._backends import backend
 from ddnref.verify._cli import main
 

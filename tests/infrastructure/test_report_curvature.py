@@ -140,7 +140,7 @@ def test_the_pictures(told):
     assert list(shown) == ["spectrum", "classes", "noise", "newton"]
     for picture in shown.values():
         assert all(len(row) == len(picture.columns) for row in picture.rows)
-        assert picture.png.startswith(b"\x89PNG")
+        assert picture.figure.startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", ["array-api-strict", *(

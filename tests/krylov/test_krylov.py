@@ -6,8 +6,6 @@ from krylov_problems import MATRICES, SOLVERS, TIGHT, definite, diagonal, direct
 from problems import relative
 
 from ddnref import ConvergenceError, krylov
-from ddnref._kernels import inplace as _inplace
-from ddnref._kernels.vectors import axpy, xpay
 from ddnref.krylov import _common as common
 from ddnref.operators import LinearOperator
 
@@ -303,28 +301,6 @@ def test_long_vectors_go_through_a_product_a_few_at_a_time(rng):
 
 
 # --- what is in the way -----------------------------------------------------------------------------------------
-
-
-def test_in_place_forms_are_their_twins(rng):
-    """NumPy's against the standard ones, on array-api-strict."""
-    import array_api_strict as strict
-
-    for dtype in (np.float32, np.float64, np.complex64, np.complex128):
-        for n in (5, _inplace.LONG + 3):
-            for batch in ((), (3,), (2, 2)):
-                y, x = (vectors(rng, (*batch, n), np.dtype(dtype).kind == "c").astype(dtype) for _ in range(2))
-                alpha = np.asarray(rng.standard_normal(batch)).astype(np.real(y).dtype)
-                go = np.asarray(rng.standard_normal(batch) > 0)
-                standard = [strict.asarray(array) for array in (y, go, alpha, x)]
-                x[~go] = np.nan
-                expected = np.asarray(axpy(*standard))
-                ours = axpy(y.copy(), go, alpha, x)
-                assert np.array_equal(ours[~go], y[~go])
-                assert relative(ours, expected) <= 4 * np.finfo(dtype).eps
-                x[~go] = 0
-                expected = np.asarray(xpay(strict.asarray(x), standard[2], standard[0]))
-                assert relative(xpay(x, alpha, y), expected) <= 4 * np.finfo(dtype).eps
-                assert np.array_equal(xpay(x, alpha, y), y), "p itself"
 
 
 @pytest.mark.parametrize("name", NAMES)

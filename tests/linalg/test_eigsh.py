@@ -10,10 +10,11 @@ import ddnref
 from conftest import backend
 from ddnref import ConvergenceError, GaugeError, operators
 from ddnref._kernels.dense import hermitian_part
+from ddnref._kernels.vectors import norm, normalised
 from ddnref._rules.samples.common import eigen_loss, random_spectrum
 from ddnref.linalg import _lanczos
 from ddnref.operators import LinearOperator
-from ddnref.operators._blocks import inner, norms, scaled, self_adjoint, without
+from ddnref.operators._blocks import inner, self_adjoint, without
 from ddnref.testing import assert_vjp
 
 ITERATIVE = {"method": "iterative"}
@@ -287,10 +288,10 @@ def missed_when_unlucky(rng, monkeypatch, part, which, is_complex):
     def fresh(xp, checks, kept):
         z = fresh_by_chance(xp, checks, kept)
         inside = inner(z, cluster) @ cluster
-        size = norms(inside)
-        unlucky = z - inside + scaled(inside, size) * part / m**0.5
+        size = norm(inside)
+        unlucky = z - inside + normalised(inside, size) * part / m**0.5
         z = without(np.where(size[..., None] > 1e-8, unlucky, z), kept)
-        return scaled(z, norms(z))
+        return normalised(z, norm(z))
 
     fresh_by_chance = _lanczos._fresh
     monkeypatch.setattr(_lanczos, "_fresh", fresh)

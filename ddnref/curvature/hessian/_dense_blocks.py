@@ -13,6 +13,7 @@ from ddnref._core.arrays import Array
 from ddnref._core.arrays import namespace_of as space
 from ddnref._kernels import numpy as _numpy
 from ddnref._kernels.dense import identity
+from ddnref._kernels.vectors import dot as inner_product
 
 
 def t(x: Array) -> Array:
@@ -31,9 +32,7 @@ def add_diagonal(m: Array, d: Array | float) -> Array:
 
 def dot(u: Array, v: Array) -> Array:
     """``Σ u v`` over the last two axes."""
-    if type(u) is np.ndarray:
-        return _numpy.dots(u.reshape(u.shape[0], -1), v.reshape(v.shape[0], -1))
-    return space(u).sum(u * v, axis=(-2, -1))
+    return inner_product(u, v, 2)
 
 
 def matmul(a: Array, b: Array) -> Array:

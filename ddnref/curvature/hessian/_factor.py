@@ -9,6 +9,7 @@ from typing import NamedTuple
 import array_api_compat
 
 from ddnref._core.arrays import Array, double, full, is_true, quiet
+from ddnref._core.noise import noise
 from ddnref._kernels.dense import eigvalsh
 from ddnref._kernels.public import public
 from ddnref.curvature.hessian import _choice as _paths
@@ -29,7 +30,6 @@ from ddnref.curvature.hessian._result import (
 )
 from ddnref.errors import NonFiniteError
 from ddnref.networks._checks import like_params
-from ddnref.operators._blocks import noise
 
 REFINEMENTS = 8
 NORM_PRODUCTS = 2

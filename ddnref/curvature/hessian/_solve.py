@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, check_real, check_shapes, double, is_true, library, namespace
+from ddnref._core.arrays import Array, double, is_true, library, namespace
+from ddnref._core.checks import check_real, check_shapes
 from ddnref._kernels.public import public
 from ddnref.curvature.hessian import _choice as _paths
 from ddnref.curvature.hessian._dense_blocks import space

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from ddnref._core.arrays import Array, double
+from ddnref._core.noise import noise
 from ddnref._kernels.public import public
 from ddnref.curvature.hessian._dense_blocks import space
 from ddnref.curvature.hessian._expansion import flat
@@ -17,7 +18,6 @@ from ddnref.errors import ConvergenceError, SingularError
 from ddnref.linalg._eigsh import EigshInfo, eigsh
 from ddnref.networks._chain import Chain
 from ddnref.operators import LinearOperator
-from ddnref.operators._blocks import noise
 
 AT_ONCE = 24
 """Eigenpairs that one shift is asked for."""

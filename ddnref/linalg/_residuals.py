@@ -1,22 +1,11 @@
-"""What eigenpairs of any origin are judged by: residuals, and a choice of sign."""
+"""Residuals of eigenpairs from any solver, and a choice of their signs."""
 
 from __future__ import annotations
 
-from ddnref._core.arrays import (
-    Array,
-    Namespace,
-    check_dtypes,
-    check_precision,
-    check_real,
-    check_shapes,
-    check_square,
-    conj,
-    full,
-    namespace,
-    nan_where,
-    real,
-)
+from ddnref._core.arrays import Array, Namespace, full, namespace, nan_where
+from ddnref._core.checks import check_dtypes, check_precision, check_real, check_shapes, check_square
 from ddnref._kernels.public import public
+from ddnref._kernels.vectors import safe_norm
 
 SIGNS = ("positive", "negative")
 
@@ -29,8 +18,8 @@ def align_signs(v: Array, reference: Array | None = None, /, *, sign: str = "pos
     ----------
     v : array of real vectors, ``(..., m, n)`` in columns (``axis=-2``) or ``(..., m)`` (``axis=-1``)
     reference : array, optional
-        One vector ``(m,)`` for all, or an array that broadcasts against `v`: one for each. Default ``(1, 0, …, 0)``:
-        the sign of the first component.
+        One vector ``(m,)`` for all, or one for each in an array that broadcasts against `v`. Default
+        ``(1, 0, …, 0)``, by which the sign is that of the first component.
     sign : {"positive", "negative"}
     axis : {-2, -1}
         Along which axis the vectors lie.
@@ -38,7 +27,7 @@ def align_signs(v: Array, reference: Array | None = None, /, *, sign: str = "pos
     Returns
     -------
     v : array of the same shape
-        A vector orthogonal to its reference stays as it is.
+        A vector that is orthogonal to its reference is left as it is.
 
     Raises
     ------
@@ -65,12 +54,13 @@ def align_signs(v: Array, reference: Array | None = None, /, *, sign: str = "pos
         if along.ndim > v.ndim or any(a not in (1, b) for a, b in zip(along.shape[::-1], v.shape[::-1], strict=False)):
             raise ValueError(f"reference has shape {tuple(reference.shape)}, which does not fit v: {tuple(v.shape)}.")
         inner = xp.sum(along * v, axis=axis, keepdims=True)
+    # A NaN in the product must not look like a vector whose sign is right.
     return xp.where(inner < 0 if sign == "positive" else inner > 0, -v, nan_where(xp.isnan(inner), v))
 
 
 @public
 def eigen_residual(x: Array, w: Array, v: Array, /) -> Array:
-    """``‖X v − λ v‖`` of each eigenpair: the "eigen gap" of the declarative-network papers.
+    """``‖X v − λ v‖`` of each eigenpair, the "eigen gap" of the declarative-network papers.
 
     Parameters
     ----------
@@ -94,16 +84,16 @@ def eigen_residual(x: Array, w: Array, v: Array, /) -> Array:
     >>> float(ddnref.eigen_residual(2 * np.eye(2), np.asarray(2.0), np.asarray([1.0, 0.0])))
     0.0
     """
-    xp, y, z = _columns_and_product(x, w, v)
-    residual = _length(xp, z - _wide(w, x, v) * y)
+    xp, y, z, w = _columns_and_product(x, w, v)
+    residual = _length(xp, z - w * y)
     return residual[..., 0] if v.ndim < x.ndim else residual
 
 
 @public
 def fixed_point_residual(x: Array, w: Array, v: Array, /) -> Array:
-    """``‖v − sign(λ) X v / ‖X v‖‖``: how far each eigenvector is from a fixed point of power iteration.
+    """Distance of each eigenvector from a fixed point of power iteration, ``‖v − sign(λ) X v / ‖X v‖‖``.
 
-    Parameters, errors and shape of the result as `eigen_residual`. NaN where ``X v = 0``.
+    Parameters, errors and the shape of the result are those of `eigen_residual`. The result is NaN where ``X v = 0``.
 
     Examples
     --------
@@ -111,36 +101,24 @@ def fixed_point_residual(x: Array, w: Array, v: Array, /) -> Array:
     >>> float(ddnref.fixed_point_residual(-2 * np.eye(2), np.asarray(-2.0), np.asarray([1.0, 0.0])))
     0.0
     """
-    xp, y, z = _columns_and_product(x, w, v)
-    size, w = _length(xp, z)[..., None, :], _wide(w, x, v)
+    xp, y, z, w = _columns_and_product(x, w, v)
+    size = _length(xp, z)[..., None, :]
     size = xp.where(w < 0, -size, nan_where(xp.isnan(w), size))
     residual = _length(xp, y - z / xp.where(size == 0, full((), float("nan"), size), size))
     return residual[..., 0] if v.ndim < x.ndim else residual
 
 
-def _columns_and_product(x: Array, w: Array, v: Array) -> tuple[Namespace, Array, Array]:
+def _columns_and_product(x: Array, w: Array, v: Array) -> tuple[Namespace, Array, Array, Array]:
+    """The vectors as columns, X times them, and the eigenvalues as a row for each matrix."""
     xp = namespace(x=x, w=w, v=v)
-    check_precision(xp, x=x, w=w, v=v)
+    check_precision(xp, x=x, w=w, v=v)  # not one dtype: eigenvalues of a Hermitian matrix are real
     check_square("x", x)
     n = v.shape[-1:] if v.ndim == x.ndim else ()
     check_shapes(v=(v, (*x.shape[:-1], *n)), w=(w, (*x.shape[:-2], *n)))
     y = v if n else v[..., None]
-    return xp, y, x @ y
+    return xp, y, x @ y, w[..., None, :] if n else w[..., None, None]
 
 
-def _wide(w: Array, x: Array, v: Array) -> Array:
-    return w[..., None, :] if v.ndim == x.ndim else w[..., None, None]
-
-
-def _length(xp: Namespace, x: Array) -> Array:
-    """``‖x‖`` of columns, without squares that leave the range of exponents."""
-    if 0 in x.shape:
-        return norm(xp, x, axis=-2)
-    size = xp.max(xp.abs(x), axis=-2, keepdims=True)
-    size = xp.where((size > 0) & xp.isfinite(size), size, xp.ones_like(size))
-    return size[..., 0, :] * norm(xp, x / (size if size.dtype == x.dtype else xp.astype(size, x.dtype)), axis=-2)
-
-
-def norm(xp: Namespace, x: Array, axis: int | tuple[int, int] = (-2, -1)) -> Array:
-    """Euclidean norm along `axis`, Frobenius norm over two axes."""
-    return xp.sqrt(xp.sum(real(x * conj(x)), axis=axis))
+def _length(xp: Namespace, columns: Array) -> Array:
+    """Length of each column, ``(..., n)``."""
+    return safe_norm(xp.matrix_transpose(columns))
