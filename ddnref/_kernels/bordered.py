@@ -14,6 +14,7 @@ import numpy as np
 import scipy  # its parts are loaded where they are first used
 
 from ddnref._core.arrays import Array, double, namespace_of
+from ddnref._kernels import singularity
 from ddnref._kernels.dense import solve
 
 CHUNK = 2**16  # entries of the matrices that NumPy works on at once: 4 items at m = 128, one from 256 on
@@ -72,7 +73,7 @@ def solve_each(systems: Iterable[Array], right: Array) -> tuple[Array, Array]:
     A system whose matrix is nearly singular, ``gap`` being its smallest singular value, amplifies by about ``1 / gap``.
     """
     xp, n = namespace_of(right), right.shape[-2]
-    probe = _probe(xp.arange(n, dtype=right.dtype, device=array_api_compat.device(right)))
+    probe = singularity.gap_probe(xp.arange(n, dtype=right.dtype, device=array_api_compat.device(right)))
     probe = xp.broadcast_to(probe[:, None], (*right.shape[:-1], 1))
     rights = (xp.concat([right[..., i : i + 1], probe], axis=-1) for i in range(right.shape[-1]))
     if array_api_compat.is_jax_array(right):
@@ -120,7 +121,7 @@ def solve_dominant(w: Array, y: Array, right: Array, size: Array, x: Array) -> t
     sign = np.where(w < 0, -1.0, 1.0)
     # The right-hand sides and a probe for each, as rows, which LAPACK overwrites with the solutions.
     both = np.empty((len(x), n, 2, m))
-    both[:, :, 0], both[:, :, 1] = right.mT, _probe(np.arange(m, dtype=w.dtype))
+    both[:, :, 0], both[:, :, 1] = right.mT, singularity.gap_probe(np.arange(m, dtype=w.dtype))
     both *= sign[..., None, None]
     a, failed = np.empty((m, m)), []
     diagonal, a_t = a.reshape(-1)[:: m + 1], a.T  # LAPACK reads by columns, and A is symmetric
@@ -134,12 +135,3 @@ def solve_dominant(w: Array, y: Array, right: Array, size: Array, x: Array) -> t
             info |= scipy.linalg.lapack.dposv(a_t, b, lower=1, overwrite_a=1, overwrite_b=1)[2]
         failed.append(info != 0)
     return both[:, :, 0].mT, np.abs(both[:, :, 1]).max(axis=(-2, -1)) * m**0.5, np.asarray(failed, dtype=bool)
-
-
-def _probe(i: Array) -> Array:
-    """One more right-hand side, which shows whether a matrix is singular; i is 0, 1, … n − 1.
-
-    Without structure, and of length about one, it has a part of about ``1/√n`` along the direction that A nearly
-    annihilates, so that its solution grows like ``1 / (√n gap)``.
-    """
-    return (2 / i.shape[0]) ** 0.5 * namespace_of(i).cos(i * i)

@@ -32,6 +32,7 @@ from ddnref._core.arrays import (
 )
 from ddnref._core.checks import check_dtypes, check_shapes
 from ddnref._core.selection import take
+from ddnref._kernels import singularity
 from ddnref._kernels.dense import adjoint, eigh, eigvalsh
 from ddnref._kernels.eigh_vjp import cluster_mask, exceeds, jump, masked
 from ddnref._kernels.public import public
@@ -448,7 +449,7 @@ def columns_of(k: int, v: Tall) -> range:
 
 def zero_tolerance(xp: Namespace, w: Array, n: int, zero_rtol: float | None) -> float:
     """The multiple of the largest eigenvalue up to which those of an n×n Gram matrix are rounding."""
-    return max(16, n) * eps(xp, w.dtype) if zero_rtol is None else zero_rtol
+    return singularity.zero_rtol(xp, w.dtype, n) if zero_rtol is None else zero_rtol
 
 
 def inverse_roots(w: Array, top: Array, n: int, zero_rtol: float | None, throw: bool) -> Array:

@@ -9,14 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
-import array_api_compat
-
-from ddnref._core.arrays import Array, eps, namespace_of, nan_where
+from ddnref._core.arrays import Array, namespace_of, nan_where
 from ddnref._core.checks import check_dtypes, check_shapes
 from ddnref._core.loops import CHECK_EVERY, WhileLoop
-from ddnref._kernels import dense
-
-SINGULAR = 16  # a condition above 1 / (16 n eps) leaves no digit of the solution worth having
+from ddnref._kernels import dense, singularity
 
 
 class Dense(NamedTuple):
@@ -155,18 +151,9 @@ def as_structure(h: Array | Structure, y: Array, name: str) -> Structure:
 
 
 def checked_solve(h: Structure, b: Array) -> tuple[Array, Array]:
-    """``H⁻¹ B``, and whether H is singular to working precision.
-
-    One more right-hand side, of the size of the rows of H with fixed signs, bounds from below the condition number
-    ‖ |H⁻¹| |H| e ‖∞ of Skeel, which no scaling of the rows can change.
-    """
+    """Return ``H⁻¹ B``, and whether H is singular to working precision, from one more right-hand side."""
     xp = namespace_of(b)
     assert not isinstance(h, Products)  # noqa: S101
-    n = b.shape[-2]
-    # Signs and sizes without a symmetry that a null vector might share.
-    i = xp.arange(n, dtype=b.dtype, device=array_api_compat.device(b))
-    probe = h.row_size() * xp.cos(2.4 * i * i + 0.3)
+    probe = singularity.condition_probe(h.row_size())
     x = h.solve(xp.concat([b, probe[..., None]], axis=-1))
-    # NaN from an exactly singular matrix fails the comparison, and so counts as singular too.
-    condition = xp.max(xp.abs(x[..., -1]), axis=-1)
-    return x[..., :-1], ~(condition <= 1 / (SINGULAR * n * eps(xp, b.dtype)))
+    return x[..., :-1], singularity.condition(x[..., -1])

@@ -55,6 +55,7 @@ from ddnref._core.arrays import (
 from ddnref._core.checks import check_dtypes, check_shapes, check_square, conform
 from ddnref._core.loops import CHECK_EVERY, IterationInfo, WhileLoop, run
 from ddnref._core.noise import noise
+from ddnref._kernels import singularity
 from ddnref._kernels.bordered import bordered, in_chunks, product_in_double, shifted, solve_each, solve_on_complement
 from ddnref._kernels.dense import eigh, hermitian_part, hermitian_sum, identity, matvec, outer, symmetrised
 from ddnref._kernels.eigh_vjp import exceeds
@@ -682,7 +683,7 @@ def _implicit_vjp(
     rayleigh = xp.sum(y * z_y, axis=-2)
     size = xp.max(xp.abs(rayleigh), axis=-1, keepdims=True)
     left, growth, gauge = form(_Refined(double(xp, w_bar), double(xp, v_bar), rayleigh, y, z, z_y, size, unit))
-    bad = ~(growth * size[..., 0] * (SAME_RTOL * unit) < 1) | gauge  # gap <= 16 eps size; also for NaN
+    bad = singularity.amplification(growth, size[..., 0], unit) | gauge
     if throw and is_true(xp.any(bad & xp.isfinite(w[..., 0]))):
         raise GaugeError(
             "An eigenvalue is repeated to working precision, or the n-th cuts a cluster of equal ones, so that its "

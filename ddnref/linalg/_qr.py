@@ -8,8 +8,9 @@ Hermitian matrix that has the lower triangle of M and the real part of its diago
 
 from __future__ import annotations
 
-from ddnref._core.arrays import Array, conj, eps, is_true, namespace, nan_where, refuse_recording
+from ddnref._core.arrays import Array, conj, is_true, namespace, nan_where, refuse_recording
 from ddnref._core.checks import conform
+from ddnref._kernels import singularity
 from ddnref._kernels.dense import adjoint, identity, solve
 from ddnref._kernels.dense import qr as _qr
 from ddnref._kernels.public import public
@@ -132,8 +133,7 @@ def qr_vjp(q_bar: Array | None, r_bar: Array | None, q: Array, r: Array, /, *, t
     if n == 0:
         return a_bar
     # Q is not determined where a diagonal entry of R is no more than rounding.
-    size = xp.abs(xp.linalg.diagonal(r))
-    singular = ~(xp.min(size, axis=-1) > n * eps(xp, q.dtype) * xp.max(size, axis=-1))
+    singular = singularity.diagonal(r)
     if throw and is_true(xp.any(singular)):
         raise SingularError(
             "R is singular to working precision, so the columns of the matrix are linearly dependent and Q is not "

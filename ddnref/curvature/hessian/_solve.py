@@ -13,6 +13,7 @@ from ddnref._core.checks import check_real, check_shapes
 from ddnref._core.noise import noise
 from ddnref._kernels.dense import eigvalsh
 from ddnref._kernels.public import public
+from ddnref._kernels.singularity import HESSIAN_AMPLIFICATION
 from ddnref._kernels.vectors import norm_of_pieces
 from ddnref.curvature.hessian import _methods
 from ddnref.curvature.hessian._expansion import Blocks, NetworkHessian, combine, exact_copy, hessian_of
@@ -23,7 +24,6 @@ from ddnref.networks._checks import like_params
 
 REFINEMENTS = 8
 """Most refinement steps that "auto" takes."""
-SINGULAR = 2**-5  # times 1/eps: the amplification from which a system counts as singular to working precision
 ZERO = 3e-10  # eigenvalues of H + εI below this, relative to ‖H‖, count as zero
 # Largest backward error, relative to ‖H‖, at which an elimination's pivots are trusted: well below `ZERO`.
 BACKWARD = 1e-11
@@ -259,7 +259,7 @@ class HessianFactor:
         safe = xp.where(size_g > 0, size_g, xp.ones_like(size_g))
         amplification = (self.norm + abs(self.damping)) * found.size_x / safe
         amplification = xp.where(xp.isfinite(amplification), amplification, full((), float("inf"), safe))
-        good = (found.error <= self.rtol) & (amplification < SINGULAR / self._eps)
+        good = (found.error <= self.rtol) & (amplification < HESSIAN_AMPLIFICATION / self._eps)
         return HessianSolveInfo(good, found.steps, found.size_r / safe, found.error, amplification, found.path)
 
     def check(self, name: str, v: Sequence[Array], finite: bool = False) -> None:
@@ -333,7 +333,7 @@ class HessianFactor:
 def _raise_failed(info: HessianSolveInfo, rtol: float, eps: float) -> NoReturn:
     """Report which of the two ways of not converging it was."""
     xp = namespace_of(info.converged)
-    if is_true(xp.any(info.amplification >= SINGULAR / eps)):
+    if is_true(xp.any(info.amplification >= HESSIAN_AMPLIFICATION / eps)):
         raise SingularError(
             "H + damping·I is singular to working precision: its inverse amplifies this right-hand side by "
             f"{float(xp.max(info.amplification)):.1e}. The most likely cause is (a) a damping that is minus an "
