@@ -1,5 +1,5 @@
 """
-Curvature of a network: its Gauss–Newton spectrum
+Curvature of a network: its Gauss-Newton spectrum
 =================================================
 
 The generalised Gauss–Newton matrix of a network,
