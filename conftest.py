@@ -24,7 +24,7 @@ collect_ignore = [
         ("autograd", "autograd"),
         ("tensorflow", "tensorflow"),
         ("dask", "dask"),
-        ("dask", "_dask_blocks"),
+        ("dask", "_dask_signatures"),
     )
     if importlib.util.find_spec(name) is None
 ]
@@ -33,7 +33,7 @@ collect_ignore = [
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """What is about CuPy's arrays alone is for ``--backend cupy`` and its emulation; Dask imports CuPy itself."""
     backend, name = config.getoption("--backend", None) or "", collection_path.name
-    if name in ("test_dask.py", "dask.py", "_dask_blocks.py") and backend == "emulated-cupy":
+    if name in ("test_dask.py", "dask.py", "_dask_signatures.py") and backend == "emulated-cupy":
         return True
     return True if name == "test_cupy.py" and "cupy" not in backend else None
 
