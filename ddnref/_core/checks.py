@@ -53,17 +53,18 @@ def conform(
     parts = _parsed(signature)
     first = next(iter(arrays.values()))
     assert first is not None  # noqa: S101
-    number = real_dtype(xp, first.dtype)
+    dtype, number = first.dtype, real_dtype(xp, first.dtype)
     lengths = dict(sizes or {})
     batch = tuple(first.shape[: max(first.ndim - len(parts[0].axes), 0)])
     for (name, array), (axes, not_empty, is_real) in zip(arrays.items(), parts, strict=True):
         if array is None:
             continue
-        shape, wanted = tuple(array.shape), number if is_real else first.dtype
-        if len(shape) >= len(axes):
-            for i, axis in enumerate(axes, len(shape) - len(axes)):
-                lengths.setdefault(axis, shape[i])
-        expected = (*batch, *[lengths.get(axis, -1) for axis in axes])
+        shape, wanted = tuple(array.shape), number if is_real else dtype
+        expected = batch
+        for i, axis in enumerate(axes, len(shape) - len(axes)):
+            if axis not in lengths and len(shape) >= len(axes):
+                lengths[axis] = shape[i]
+            expected += (lengths.get(axis, -1),)
         empty = bool(not_empty) and not all(map(lengths.get, not_empty))
         if shape != expected or empty:
             # Letters describe the first array, and one with too few axes; numbers are clearer for all others.

@@ -13,16 +13,17 @@ import array_api_compat
 import numpy as np
 import scipy  # its parts are loaded where they are first used
 
-from ddnref._core.arrays import Array, namespace_of
-from ddnref._kernels.dense import identity, solve
+from ddnref._core.arrays import Array, double, namespace_of
+from ddnref._kernels.dense import solve
 
 CHUNK = 2**16  # entries of the matrices that NumPy works on at once: 4 items at m = 128, one from 256 on
 
 
-def in_chunks(part: Callable[..., tuple[Array, ...]], *arrays: Array) -> tuple[Array, ...]:
+def in_chunks(part: Callable[..., tuple[Array, Array]], *arrays: Array) -> tuple[Array, Array]:
     """``part(*arrays)`` for arrays with the same batch axes, of which the last are matrices ``(..., m, m)``.
 
-    On NumPy it is called on chunks of the batch, so that what it makes of float32 matrices in float64 stays small.
+    On NumPy it is called on chunks of the batch, so that the systems which it makes in float64 stay small: without
+    that the peak memory of the VJP is 1.2 times as high at m = 128, and 2.2 times at m = 512.
     """
     x = arrays[-1]
     if not array_api_compat.is_numpy_array(x) or x.size <= CHUNK:
@@ -30,13 +31,30 @@ def in_chunks(part: Callable[..., tuple[Array, ...]], *arrays: Array) -> tuple[A
     batch, step = x.shape[:-2], max(1, CHUNK // x.shape[-1] ** 2)
     flat = [a.reshape(-1, *a.shape[len(batch) :]) for a in arrays]
     parts = [part(*(a[i : i + step] for a in flat)) for i in range(0, len(flat[-1]), step)]
-    whole = (np.concatenate(pieces) for pieces in zip(*parts, strict=True))
-    return tuple(a.reshape(*batch, *a.shape[1:]) for a in whole)
+    left, growth = (np.concatenate(pieces) for pieces in zip(*parts, strict=True))
+    return left.reshape(*batch, *left.shape[1:]), growth.reshape(batch)
+
+
+def product_in_double(x: Array, y: Array) -> Array:
+    """``X Y`` in float64, where `y` is; NumPy converts wide matrices one by one, in one buffer.
+
+    Without that a float32 batch is kept in float64 as well: 1.9 times the peak memory of the whole VJP at m = 512.
+    """
+    if not array_api_compat.is_numpy_array(x):
+        return double(namespace_of(x), x) @ y
+    if x.dtype == y.dtype or x.shape[-1] ** 2 <= CHUNK:
+        return x @ y
+    product, a = np.empty(y.shape), np.empty(x.shape[-2:])
+    for item in np.ndindex(x.shape[:-2]):
+        np.copyto(a, x[item])
+        np.matmul(a, y[item], out=product[item])
+    return product
 
 
 def shifted(x: Array, w: Array) -> Array:
     """``λ I − X``, in the precision of λ if that is the higher one."""
-    return w[..., None, None] * identity(x.shape[-1], w) - x
+    eye = namespace_of(x).eye(x.shape[-1], dtype=w.dtype, device=array_api_compat.device(x))
+    return w[..., None, None] * eye - x
 
 
 def bordered(a: Array, y: Array) -> Array:
@@ -66,21 +84,21 @@ def solve_each(systems: Iterable[Array], right: Array) -> tuple[Array, Array]:
     return columns, xp.max(xp.abs(growth), axis=(-2, -1)) * n**0.5
 
 
-def solve_on_complement(x: Array, w: Array, y: Array, right: Array, size: Array) -> tuple[Array, Array]:
+def solve_on_complement(w: Array, y: Array, right: Array, size: Array, x: Array) -> tuple[Array, Array]:
     """Solve ``(λ_i I − X) w_i = b_i`` with ``Yᵀ w_i = 0``, X symmetric, for b_i orthogonal to its eigenvectors Y.
 
     `size`, ``(..., 1)``, is that of the largest |λ|. The second result is the amplification as in `solve_each`.
     """
     if not array_api_compat.is_numpy_array(x):
-        return _solve_bordered(x, w, y, right, size)
-    flat = [a.reshape(-1, *a.shape[w.ndim - 1 :]) for a in (x, w, y, right, size)]
+        return _solve_bordered(w, y, right, size, x)
+    flat = [a.reshape(-1, *a.shape[w.ndim - 1 :]) for a in (w, y, right, size, x)]
     left, growth, failed = solve_dominant(*flat)
     if failed.any():
-        left[failed], growth[failed] = _solve_bordered(*(a[failed] for a in flat))
+        left[failed], growth[failed] = in_chunks(_solve_bordered, *(a[failed] for a in flat))
     return left.reshape(y.shape), growth.reshape(w.shape[:-1])
 
 
-def _solve_bordered(x: Array, w: Array, y: Array, right: Array, size: Array) -> tuple[Array, Array]:
+def _solve_bordered(w: Array, y: Array, right: Array, size: Array, x: Array) -> tuple[Array, Array]:
     """By LU, with a border that is scaled like the matrix."""
     xp, n = namespace_of(y), y.shape[-1]
     border = size[..., None] * y
@@ -90,7 +108,7 @@ def _solve_bordered(x: Array, w: Array, y: Array, right: Array, size: Array) -> 
     return left[..., : x.shape[-1], :], growth
 
 
-def solve_dominant(x: Array, w: Array, y: Array, right: Array, size: Array) -> tuple[Array, Array, Array]:
+def solve_dominant(w: Array, y: Array, right: Array, size: Array, x: Array) -> tuple[Array, Array, Array]:
     """`solve_on_complement` for NumPy arrays ``(items, ...)``, and the items where that failed.
 
     ``σ_i (λ_i I − X) + 2 |λ_max| Y Yᵀ`` with ``σ_i = sign λ_i`` is positive definite where Y spans all eigenvectors of

@@ -33,6 +33,7 @@ from ddnref._kernels.numpy import (
     _hermitian_product,
     for_parts,
 )
+from ddnref._kernels.numpy import adjoint as _adjoint
 from ddnref._kernels.vectors import largest
 
 SMALL = 2**13  # numbers in a batch of gaps from which a product of rank two pays: 0.87 of (1000, 32) float32
@@ -158,13 +159,13 @@ def _whole(
     whole: Array,
 ) -> None:
     """One pass for matrices that stay in cache: the sum with the adjoint comes last, from a buffer."""
-    m_ = _product(adjoint(v), v_bar, np.empty(v.shape, v.dtype))
+    m_ = _product(_adjoint(v), v_bar, np.empty(v.shape, v.dtype))
     gap = _gap(w, np.empty(v.shape, w.dtype))
 
     # Take out what lies inside clusters, or on the diagonal, and note how much that was.
     if cluster is not None:
         same = cluster[..., None, :] == cluster[..., :, None]
-        inside[...] = np.max(np.abs(m_ - adjoint(m_)), axis=(-2, -1), initial=0, where=same)
+        inside[...] = np.max(np.abs(m_ - _adjoint(m_)), axis=(-2, -1), initial=0, where=same)
         whole[...] = np.max(np.abs(m_), axis=(-2, -1), initial=0)
         gap[same] = np.inf
     else:
@@ -179,8 +180,8 @@ def _whole(
         diagonal += 0.5 * w_bar
     # V (…) Vᴴ into buffers that are free by now, then the sum with the adjoint.
     t = _product(v, m_, gap if gap.dtype == v.dtype else np.empty(v.shape, v.dtype))
-    x = _product(t, adjoint(v), m_)
-    np.add(x, adjoint(x), out=x_bar)
+    x = _product(t, _adjoint(v), m_)
+    np.add(x, _adjoint(x), out=x_bar)
 
 
 def _gap(w: Array, out: Array) -> Array:
@@ -217,12 +218,12 @@ def _tiled(
     whole: Array,
 ) -> None:
     """Wide matrices: tiles in place, and only the lower block triangle of the last product."""
-    m_ = np.matmul(adjoint(v), v_bar, out=x_bar)
+    m_ = np.matmul(_adjoint(v), v_bar, out=x_bar)
     if cluster is not None or m_.dtype.kind == "c":
         whole[...] = np.max(np.abs(m_), axis=(-2, -1), initial=0)
     # Overwrite M with ½ (M − Mᴴ) ∘ F.
     for upper, lower in combinations_with_replacement(_blocks(w.shape[-1], TILE), 2):
-        q = m_[..., lower, upper] - adjoint(m_[..., upper, lower])
+        q = m_[..., lower, upper] - _adjoint(m_[..., upper, lower])
         gap = 2 * (w[..., None, upper] - w[..., lower, None])
         same = None
         if cluster is not None:
@@ -235,9 +236,9 @@ def _tiled(
         q /= gap
         m_[..., lower, upper] = q
         if lower != upper:
-            m_[..., upper, lower] = adjoint(q)
+            m_[..., upper, lower] = _adjoint(q)
     if w_bar is not None:
         diagonal = _diagonal(m_)
         diagonal += w_bar
     t = np.matmul(v, m_)
-    _hermitian_product(t, adjoint(v), x_bar)
+    _hermitian_product(t, _adjoint(v), x_bar)

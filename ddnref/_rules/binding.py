@@ -37,13 +37,14 @@ def options_of(rule: Rule, options: dict[str, Any], while_loop: Any = None) -> t
         raise TypeError(
             f"{rule.name} has no option {', '.join(sorted(unknown))}; it takes {', '.join(sorted(forward | vjp))}."
         )
+    # Options that are given come last and replace the default of the bridge.
     given = {"while_loop": while_loop, **options, "throw": False}
     return {k: v for k, v in given.items() if k in forward}, {k: v for k, v in given.items() if k in vjp}
 
 
 @cache
 def keywords(function: Callable[..., Any]) -> frozenset[str]:
-    """The names of its keyword options."""
+    """The names of the keyword options of a function."""
     parameters = inspect.signature(function).parameters.values()
     return frozenset(p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY)
 
@@ -87,7 +88,7 @@ class Bound(NamedTuple):
     reverse: Callable[..., tuple[Array | None, ...]]
     """``reverse(bars, arrays)``: from cotangents of outputs and saved arrays, or ``None``, to those of the inputs;
     `arrays` are outputs, saved arrays and the inputs that the rule needs."""
-    undefined: Callable[..., Array] | None
+    undefined: Callable[..., Array] | None  # as in the rule, its tolerance bound
     result: Callable[..., Any]
     """``result(outputs, info)``: the return value of the operation, put together again."""
 
@@ -97,6 +98,7 @@ def bind(rule: Rule, options: dict[str, Any], while_loop: Any = None, solve: Cal
 
     `solve` is the function with which a recursive rule's VJP solves: the operation itself, made differentiable.
     """
+    # An option without a default is required; without it the call inside the framework would fail obscurely.
     required = {
         p.name
         for function in (rule.forward, rule.vjp)
@@ -109,6 +111,7 @@ def bind(rule: Rule, options: dict[str, Any], while_loop: Any = None, solve: Cal
     forward_options, vjp_options = options_of(rule, options, while_loop)
     if rule.recursive and solve is not None:
         vjp_options["solve"] = solve
+    # Closures over single fields, which torch.compile can guard.
     rtol = {"rtol": options["rtol"]} if "rtol" in options else {}
     function, undefined, iterates = rule.forward, rule.undefined, rule.info is not None
 
@@ -138,6 +141,7 @@ def _reverse(rule: Rule, options: dict[str, Any]) -> Callable[..., tuple[Array |
     accepting = {**options, "gauge_rtol": float("inf")} if "gauge_rtol" in keywords(rule.vjp) else options
 
     def reverse(bars: tuple[Array | None, ...], arrays: tuple[Array, ...]) -> tuple[Array | None, ...]:
+        # Cotangents of saved arrays come only from a second derivative.
         used = any(bar is not None for bar in bars[:n])
         if saved_vjp is None or all(bar is None for bar in bars[n:]):
             return vjp(*bars[:n], *arrays, **options) if used else ()
@@ -187,10 +191,8 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
 class Layout(NamedTuple):
     """The composition of the inputs: which are operators, and how many arrays each holds."""
 
-    parts: tuple[LinearOperator | None, ...]
-    """Operators without their parameters, and ``None`` for arrays."""
-    counts: tuple[int, ...]
-    """How many arrays each input is."""
+    parts: tuple[LinearOperator | None, ...]  # operators without their parameters, and None for arrays
+    counts: tuple[int, ...]  # how many arrays each input is
 
     @property
     def plain(self) -> bool:
@@ -239,6 +241,7 @@ def on_arrays(bound: Bound, rule: Rule, layout: Layout) -> Bound:
     """A bound operation that takes the arrays of a layout, and gives a cotangent for each."""
     if layout.plain:
         return bound
+    # The VJP sees the needed inputs alone.
     needed = layout.select(rule.needs)
     count = sum(needed.counts)
 

@@ -16,7 +16,7 @@ class Rule(NamedTuple):
     """
 
     name: str
-    function: Callable[..., Any]
+    function: Callable[..., Any]  # the public operation
     forward: Callable[..., Any]
     """Returns ``(outputs, saved)``, each an array or a tuple of arrays."""
     vjp: Callable[..., Any]
@@ -33,6 +33,7 @@ class Rule(NamedTuple):
     """The NamedTuple of arrays by which an iterative forward says how it ended."""
     vjp_info: type[Any] | None = None
     """The NamedTuple by which an iterative VJP says how it ended."""
+    # Second derivatives.
     saved_vjp: Callable[..., Any] | None = None
     """Maps cotangents of the saved arrays to those of the inputs, ``saved_vjp(*saved_bars, *saved, *needed)``;
     second derivatives pass through it."""
@@ -41,6 +42,7 @@ class Rule(NamedTuple):
     VJP is wrong; ``None`` where it is right everywhere."""
     refusal: str = ""
     """The message where a second derivative is refused."""
+    # How bridges call it.
     item_axes: tuple[int, ...] = ()
     """How many axes of each input are those of one item, where the inputs' batch axes broadcast."""
     recursive: bool = False

@@ -12,7 +12,7 @@ from ddnref._rules.contract import Rule
 from ddnref._rules.samples import Trial, eigen, linear
 from ddnref._rules.samples import nodes as node_samples
 from ddnref._rules.texts import Texts
-from ddnref.curvature import _gram_values as gram_values
+from ddnref.curvature._gram_values import has_repeated as has_repeated_in_gram
 from ddnref.linalg._eigh import has_repeated
 from ddnref.linalg._solve import saved_solve_vjp
 
@@ -20,9 +20,9 @@ from ddnref.linalg._solve import saved_solve_vjp
 class Operation(NamedTuple):
     """One entry of the table."""
 
-    rule: Rule
-    trial: Trial
-    texts: Texts
+    rule: Rule  # for bridges
+    trial: Trial  # for tests, `ddnref verify` and benchmarks
+    texts: Texts  # for pages
 
 
 def rule_of(function: Callable[..., Any]) -> Rule:
@@ -46,6 +46,7 @@ def _nothing_saved(function: Callable[..., Any], iterates: bool) -> Callable[...
 
     @wraps(function)
     def forward(*inputs: Array, **options: Any) -> Any:
+        # Either ``outputs, info`` or the outputs alone.
         result = function(*inputs, **options)
         return ((result[0], ()), result[1]) if iterates else (result, ())
 
@@ -61,11 +62,12 @@ def _repeated(*arrays: Array, rtol: float | None = None) -> Array:
 
 
 def _repeated_in_gram(*arrays: Array, rtol: float | None = None) -> Array:
-    """Items with repeated singular values; behind the saved arrays comes the factor, which the VJP needs."""
-    return gram_values.has_repeated(arrays[-3], rtol)
+    """Items with repeated singular values; the factor, which the VJP needs, follows the saved arrays."""
+    return has_repeated_in_gram(arrays[-3], rtol)
 
 
 def _always(*arrays: Array, rtol: float | None = None) -> Array:  # noqa: ARG001
+    # A flag computed from the arrays, and so on their device and traced with them.
     xp = namespace_of(arrays[0])
     return xp.any(xp.isfinite(arrays[0])) | True
 
@@ -117,110 +119,74 @@ def _iteration(name: str, signature: str, docs: str) -> Operation:
     )
 
 
+# fmt: off
 _TABLE = (
     # Eigenvalues and eigenvectors.
     Operation(
         _rule(linalg, "eigh", "(m,m)->(m)r,(m,m)", outputs=2, **_EIGEN),
         Trial(eigen.eigh, products=lambda m, k: 3.0, **_SYMMETRIC),  # noqa: ARG005
-        Texts(
-            "all eigenpairs; any subset of them with `index=`",
-            "losses that depend on a choice among equal eigenvalues, or on phases: `GaugeError`",
-            "3 products",
-        ),
+        Texts("all eigenpairs; any subset of them with `index=`",
+              "losses that depend on a choice among equal eigenvalues, or on phases: `GaugeError`", "3 products"),
     ),
     Operation(
         _rule(linalg, "eigh_topk", "(m,m)->(k)r,(m,k)->(m)r,(m,m)", outputs=2, **_EIGEN),
         Trial(eigen.eigh_topk, products=lambda m, k: 3.0 * k / m, **_SYMMETRIC),
-        Texts(
-            "k largest or smallest eigenpairs",
-            "as `eigh`; a cluster cut by the k-th eigenvalue: `GaugeError`",
-            "3 k/m products",
-        ),
+        Texts("k largest or smallest eigenpairs", "as `eigh`; a cluster cut by the k-th eigenvalue: `GaugeError`",
+              "3 k/m products"),
     ),
     Operation(
-        _rule(
-            linalg,
-            "eigsh",
-            "(m,m)->(k)r,(m,k)->->()b,()i,(k)r,()b,()i->()b,(k)i,(k)r,()b",
-            outputs=2,
-            needs=(0,),
-            info=linalg.EigshInfo,
-            vjp_info=linalg.EigshVjpInfo,
-            undefined=_always,
-            refusal=_ITERATIVE,
-        ),
+        _rule(linalg, "eigsh", "(m,m)->(k)r,(m,k)->->()b,()i,(k)r,()b,()i->()b,(k)i,(k)r,()b", outputs=2, needs=(0,),
+              info=linalg.EigshInfo, vjp_info=linalg.EigshVjpInfo, undefined=_always, refusal=_ITERATIVE),
         Trial(eigen.eigsh, **_SYMMETRIC),
-        Texts(
-            "k largest, smallest or largest-in-magnitude eigenpairs, matrix-free",
-            "as `eigh_topk`",
-            "k systems by conjugate gradients",
-        ),
+        Texts("k largest, smallest or largest-in-magnitude eigenpairs, matrix-free", "as `eigh_topk`",
+              "k systems by conjugate gradients"),
     ),
     Operation(
         _rule(curvature, "gram_eigvalsh", "(m,n)->(k)r->(n)r,(n,n)", **_GRAM),
         Trial(eigen.gram_eigvalsh),
-        Texts(
-            "eigenvalues of V Vᵀ for a tall factor V, through VᵀV",
-            "losses that depend on a choice among equal eigenvalues: `GaugeError`",
-            "2 D n² + 2 n³ flops",
-        ),
+        Texts("eigenvalues of V Vᵀ for a tall factor V, through VᵀV",
+              "losses that depend on a choice among equal eigenvalues: `GaugeError`", "2 D n² + 2 n³ flops"),
     ),
     Operation(
         _rule(curvature, "gram_eigh", "(m,n)->(k)r,(m,k)->(n)r,(n,n)", outputs=2, **_GRAM),
         Trial(eigen.gram_eigh),
-        Texts(
-            "k largest eigenpairs of V Vᵀ for a tall factor V",
-            "as `eigh_topk`; eigenvalue zero: `SingularError`",
-            "8 D n k flops",
-        ),
+        Texts("k largest eigenpairs of V Vᵀ for a tall factor V", "as `eigh_topk`; eigenvalue zero: `SingularError`",
+              "8 D n k flops"),
     ),
-    _spectral(
-        "spectral_function",
-        "any real function of the matrix",
-        "where `f` has none: `SingularError`",
-        f=eigen.square,
-        df=eigen.twice,
-    ),
+    # Functions of a symmetric matrix; the first needs an example.
+    _spectral("spectral_function", "any real function of the matrix", "where `f` has none: `SingularError`",
+              f=eigen.square, df=eigen.twice),
     _spectral("sqrtm", "square root", "singular matrices: `SingularError`"),
     _spectral("invsqrtm", "inverse square root: whitening", "singular matrices: `SingularError`"),
     _spectral("logm", "logarithm", "singular matrices: `SingularError`"),
     _spectral("expm", "exponential", "nowhere; overflow: `SingularError`"),
+    # Iterations.
     _iteration("power_iteration", "(m,m)->(),(m)->->()b,()i,()r", "the eigenpair of largest magnitude"),
     _iteration("simultaneous_iteration", "(m,m)->(n),(m,n)->->()b,()i,()r", "the n eigenpairs of largest magnitude"),
     Operation(
         _rule(linalg, "qr", "(m,n)->(m,n),(n,n)", outputs=2),
         Trial(eigen.tall),
-        Texts(
-            "orthonormal and triangular factor of a tall matrix", "dependent columns: `SingularError`", "6 m n² flops"
-        ),
+        Texts("orthonormal and triangular factor of a tall matrix", "dependent columns: `SingularError`",
+              "6 m n² flops"),
     ),
     # Declarative nodes.
     Operation(
         _rule(nodes, "project_sphere", "(m)->(m)", needs=(0,)),
         Trial(node_samples.sphere, is_complex=False),
-        Texts(
-            "nearest point on the L1, L2 or L∞ sphere",
-            "points that are not unique (the centre, ties): `SingularError`",
-            "O(m)",
-        ),
+        Texts("nearest point on the L1, L2 or L∞ sphere",
+              "points that are not unique (the centre, ties): `SingularError`", "O(m)"),
     ),
     Operation(
         _rule(nodes, "project_ball", "(m)->(m)", needs=(0,)),
         Trial(node_samples.sphere, is_complex=False),
-        Texts(
-            "nearest point in the L1, L2 or L∞ ball",
-            "the sphere itself, where a one-sided derivative is returned",
-            "O(m)",
-        ),
+        Texts("nearest point in the L1, L2 or L∞ ball", "the sphere itself, where a one-sided derivative is returned",
+              "O(m)"),
     ),
     Operation(
         _rule(nodes, "project_simplex", "(m)->(m)"),
         Trial(node_samples.simplex, is_complex=False),
-        Texts(
-            "nearest point of the probability simplex",
-            "changes of the support, where a one-sided derivative is returned",
-            "O(m)",
-        ),
+        Texts("nearest point of the probability simplex",
+              "changes of the support, where a one-sided derivative is returned", "O(m)"),
     ),
     Operation(
         _rule(nodes, "least_squares_on_sphere", "(m,n),(m)->(n)", needs=(0, 1)),
@@ -230,66 +196,38 @@ _TABLE = (
     Operation(
         _rule(nodes, "weighted_least_squares", "(m,n),(m),(m),()->(p)", needs=(0, 1, 2, 3)),
         Trial(node_samples.weighted_least_squares, is_complex=False),
-        Texts(
-            "weighted least squares with ridge and bias",
-            "dependent columns without a ridge: `SingularError`",
-            "a factorisation",
-        ),
+        Texts("weighted least squares with ridge and bias", "dependent columns without a ridge: `SingularError`",
+              "a factorisation"),
     ),
     Operation(
         _rule(nodes, "sinkhorn", "(n,m),(n),(m)->(n,m)->->()b,()l,()r,()b", info=nodes.SinkhornInfo),
         Trial(node_samples.sinkhorn, tangent=("dense", "zero-sum", "zero-sum"), is_complex=False),
-        Texts(
-            "entropic optimal transport: cost and both marginals",
-            "a plan in parts that exchange no mass: `SingularError`",
-            "a factorisation of the smaller side",
-        ),
+        Texts("entropic optimal transport: cost and both marginals",
+              "a plan in parts that exchange no mass: `SingularError`", "a factorisation of the smaller side"),
     ),
     Operation(
         _rule(nodes, "robust_pool", "(m)->()->->()b,()l,()r", needs=(0,), info=nodes.RobustPoolInfo),
         Trial(node_samples.robust_pool, is_complex=False),
-        Texts(
-            "robust mean: quadratic, Huber, pseudo-Huber, Welsch, truncated",
-            "no curvature, all outliers: `SingularError`",
-            "O(m)",
-        ),
+        Texts("robust mean: quadratic, Huber, pseudo-Huber, Welsch, truncated",
+              "no curvature, all outliers: `SingularError`", "O(m)"),
     ),
     # Linear systems.
     Operation(
-        _rule(
-            linalg,
-            "solve",
-            "(n,n),(n)->(n)->(n,n),(n)i",
-            needs=(1,),
-            saved_vjp=saved_solve_vjp,
-            item_axes=(2, 1),
-        ),
+        _rule(linalg, "solve", "(n,n),(n)->(n)->(n,n),(n)i", needs=(1,), saved_vjp=saved_solve_vjp, item_axes=(2, 1)),
         Trial(linear.solve),
-        Texts(
-            "dense linear systems, many right-hand sides",
-            "singular matrices: `SingularError`",
-            "2 n² flops, from the factors of the forward",
-        ),
+        Texts("dense linear systems, many right-hand sides", "singular matrices: `SingularError`",
+              "2 n² flops, from the factors of the forward"),
     ),
     Operation(
-        _rule(
-            linalg,
-            "linear_solve",
-            "(m,n),(m)->(n)->->()b,()i,()r,()i->()b,()i,()r,()i",
-            needs=(0, 1),
-            info=krylov.SolveInfo,
-            vjp_info=krylov.SolveInfo,
-            recursive=True,
-            item_axes=(2, 1),
-        ),
+        _rule(linalg, "linear_solve", "(m,n),(m)->(n)->->()b,()i,()r,()i->()b,()i,()r,()i", needs=(0, 1),
+              info=krylov.SolveInfo, vjp_info=krylov.SolveInfo, recursive=True, item_axes=(2, 1)),
         Trial(linear.linear_solve),
-        Texts(
-            "linear systems and least squares with operators, matrix-free: the right-hand side and every parameter",
-            "singular operators, which no solver converges on: `ConvergenceError`",
-            "one solve of the adjoint system",
-        ),
+        Texts("linear systems and least squares with operators, matrix-free: the right-hand side and every parameter",
+              "singular operators, which no solver converges on: `ConvergenceError`",
+              "one solve of the adjoint system"),
     ),
 )
+# fmt: on
 
 OPERATIONS: dict[str, Operation] = {operation.rule.name: operation for operation in _TABLE}
 RULES: dict[str, Rule] = {name: operation.rule for name, operation in OPERATIONS.items()}

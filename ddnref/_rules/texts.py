@@ -1,4 +1,4 @@
-"""What pages say about each operation."""
+"""The texts about each operation in README and documentation."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from typing import NamedTuple
 class Texts(NamedTuple):
     """The cells of one operation in the capability table."""
 
-    docs: str
-    """Its inputs or its result, in one line."""
-    singular: str
-    """Where the derivative does not exist, and which error is raised there."""
-    cost: str
-    """The cost of the VJP."""
+    docs: str  # its inputs or its result, in one line
+    singular: str  # where the derivative does not exist, and which error is raised there
+    cost: str  # the cost of the VJP
 
 
 def capability_table(texts: Mapping[str, Texts]) -> str:

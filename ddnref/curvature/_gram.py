@@ -29,7 +29,7 @@ from ddnref._kernels.vectors import largest
 from ddnref.curvature._gram_values import columns_of, count, gauge_check, gram_matrix, ready, zero_tolerance
 from ddnref.errors import SingularError
 from ddnref.linalg._eigh import neighbours
-from ddnref.operators._factor import Factor, Pieces, Tall, tall
+from ddnref.operators._blocks import Factor, Pieces, Tall, tall
 
 
 @public

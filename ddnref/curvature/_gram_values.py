@@ -24,7 +24,7 @@ from ddnref._kernels.eigh_vjp import exceeds, jump
 from ddnref._kernels.public import public
 from ddnref.linalg._eigh import eigh_vjp, neighbours, raise_gauge, ratio
 from ddnref.operators import LinearOperator
-from ddnref.operators._factor import Factor, Tall, tall
+from ddnref.operators._blocks import Factor, Tall, tall
 
 
 @public

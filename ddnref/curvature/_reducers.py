@@ -21,7 +21,7 @@ from ddnref._core.arrays import Array, namespace, quiet
 from ddnref._core.checks import check_dtypes, check_shapes
 from ddnref._kernels.dense import adjoint, hermitian_part
 from ddnref._kernels.public import public
-from ddnref.operators._factor import Pieces, tall
+from ddnref.operators._blocks import Pieces, tall
 
 SHARDS = ("columns", "rows")
 

@@ -10,25 +10,21 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import array_api_compat
-
 from ddnref._core.arrays import Array, eps, full, namespace_of, nan_where, power_of_two_below
-from ddnref._core.loops import run
-from ddnref._kernels import dense as _linalg
+from ddnref._core.loops import LoopOptions
+from ddnref._kernels import dense
 from ddnref.implicit._structures import Dense, Products, Structure, checked_solve
+from ddnref.krylov._cg import solve_from_zero
+from ddnref.krylov._system import ITERATION_LIMIT
 
 
 class Solution(NamedTuple):
     """The solution of a bordered system; NaN in failed items."""
 
-    w: Array
-    """(..., n, k)."""
-    eta: Array
-    """(..., p, k)."""
-    singular: Array
-    """(...) flags."""
-    converged: Array
-    """(...) flags of the inner iteration."""
+    w: Array  # (..., n, k)
+    eta: Array  # (..., p, k)
+    singular: Array  # (...) flags
+    converged: Array  # (...) flags of the inner iteration
 
 
 def solve(h: Structure, a: Array) -> Solution:
@@ -52,7 +48,7 @@ def bordered_solve(h: Structure, c_: Array, active: Array, a: Array, c: Array) -
     c_ = xp.where(active[..., None], c_ / nan_where(scale == 0, scale), zero)
     c = xp.where(active[..., None], c / nan_where(scale == 0, scale), zero)
     # A one on the diagonal holds each other multiplier at zero; so all items have systems of one shape.
-    free = xp.astype(~active, a.dtype)[..., None] * _linalg.identity(c_.shape[-2], a)
+    free = xp.astype(~active, a.dtype)[..., None] * dense.identity(c_.shape[-2], a)
     if isinstance(h, Products):
         solution = _projected_cg(h, c_, c_ @ xp.matrix_transpose(c_) + free, a, c)
     elif isinstance(h, Dense):
@@ -89,57 +85,34 @@ def _schur(h: Structure, c_: Array, free: Array, a: Array, c: Array) -> Solution
     return Solution(h_a + h_c @ eta, eta, singular, xp.ones_like(singular))
 
 
-class _State(NamedTuple):
-    z: Array
-    r: Array
-    d: Array
-    rho: Array
-    active: Array
-    curved: Array
-
-
 def _projected_cg(h: Products, c_: Array, gram: Array, a: Array, c: Array) -> Solution:
     """Conjugate gradients in the null space of C: ``P H P z = P (a − H w₀)``, ``w₀ = Cᵀ (C Cᵀ)⁻¹ c``."""
-    xp = array_api_compat.array_namespace(a)
+    xp = namespace_of(a)
     n, p, c_t = a.shape[-2], c_.shape[-2], xp.matrix_transpose(c_)
-    rtol = 64 * eps(xp, a.dtype) if h.rtol is None else h.rtol
 
     def apply(v: Array) -> Array:
         return xp.stack([h.apply(v[..., j]) for j in range(v.shape[-1])], axis=-1)
 
     def project(v: Array) -> Array:
-        return v - c_t @ _linalg.solve(gram, c_ @ v) if p else v
+        return v - c_t @ dense.solve(gram, c_ @ v) if p else v
 
-    def dot(u: Array, v: Array) -> Array:
-        return xp.sum(u * v, axis=-2, keepdims=True)
+    def product(rows: Array) -> Array:
+        return xp.matrix_transpose(project(apply(xp.matrix_transpose(rows))))
 
-    size = power_of_two_below(xp.max(xp.abs(xp.concat([a, c], axis=-2)), axis=-2, keepdims=True))  # for their squares
+    # Scale each right-hand side, whose squares could leave the range of exponents otherwise.
+    size = power_of_two_below(xp.max(xp.abs(xp.concat([a, c], axis=-2)), axis=-2, keepdims=True))
     a, c = a / size, c / size
-    w_0 = c_t @ _linalg.solve(gram, c) if p else xp.zeros_like(a)
+    # The shortest w that satisfies the constraints, and the rest in their null space.
+    w_0 = c_t @ dense.solve(gram, c) if p else xp.zeros_like(a)
     b = project(a - apply(w_0) if p else a)
-    goal = rtol * rtol * dot(b, b)
-
-    def body(s: _State) -> _State:
-        h_d = project(apply(s.d))
-        curvature = dot(s.d, h_d)
-        curved = xp.where(s.active, curvature > 0, s.curved)
-        go = s.active & curved
-        step = xp.where(go, s.rho / xp.where(go, curvature, xp.ones_like(curvature)), xp.zeros_like(s.rho))
-        z, r = s.z + step * s.d, s.r - step * h_d
-        rho = dot(r, r)
-        ratio = rho / xp.where(s.rho > 0, s.rho, xp.ones_like(s.rho))
-        return _State(z, r, xp.where(go, r + ratio * s.d, s.d), rho, go & (rho > goal), curved)
-
-    rho = dot(b, b)
-    start = _State(0 * b, b, b, rho, rho > goal, rho == rho)  # 0 · NaN = NaN: a bad item stays one
-    end = run(
-        lambda s: s.active, body, start, maxiter=10 * n if h.maxiter is None else h.maxiter,
-        check_every=h.check_every, while_loop=h.while_loop,
-    )  # fmt: skip
-    w = w_0 + end.z
-    eta = _linalg.solve(gram, c_ @ (apply(w) - a)) if p else c
-    singular = xp.any(~end.curved, axis=(-2, -1))
-    converged = xp.all(~end.active, axis=(-2, -1))
+    rtol = 64 * eps(xp, a.dtype) if h.rtol is None else h.rtol
+    options = LoopOptions(rtol, 10 * n if h.maxiter is None else h.maxiter, h.check_every, h.while_loop)
+    end = solve_from_zero(product, xp.matrix_transpose(b), options)
+    w = w_0 + xp.matrix_transpose(end.x)
+    # The multipliers balance the part of the residual that the null space cannot.
+    eta = dense.solve(gram, c_ @ (apply(w) - a)) if p else c
+    converged = xp.all(end.status != ITERATION_LIMIT, axis=-1)
+    singular = xp.any(end.status > ITERATION_LIMIT, axis=-1)  # no positive curvature, or not finite
     bad = (singular | ~converged)[..., None, None]
     w, eta = nan_where(bad, w) * size, nan_where(bad, eta) * size
     return Solution(w, eta, singular | xp.any(xp.isnan(eta), axis=(-2, -1)), converged)

@@ -156,6 +156,7 @@ def argmin_vjp(
     ...     hessian=lambda y, x: np.eye(2), gradient_vjp=lambda w, y, x: -w)
     array([1., 2.])
     """
+    # A minimum is a root of the gradient whose Jacobian, the Hessian, is symmetric.
     point = Point("argmin_vjp", y, y_bar, None, rtol, atol)
     h = as_structure(hessian(y, *inputs), y, "hessian")
     f_y = of_shape("gradient", gradient(y, *inputs), y, tuple(y.shape))
@@ -235,7 +236,7 @@ def eq_argmin_vjp(
     """
     point = Point("eq_argmin_vjp", y, y_bar, nu, rtol, atol)
     functions = Functions(gradient, hessian, constraint, constraint_jacobian, residual_vjp)
-    return constrained(point, y_bar, nu, inputs, functions, None, throw)
+    return constrained(point, y_bar, nu, inputs, functions, None, throw)  # None: all are equalities
 
 
 @public

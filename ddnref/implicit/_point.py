@@ -39,7 +39,7 @@ class Point:
         """(...): the longest Newton step that is accepted."""
 
     def is_near(self, step: Array) -> Array:
-        """Whether a Newton step (..., n) stays within the tolerance; NaN does not."""
+        """Whether a Newton step (..., n) is within the tolerance; one with NaN is not."""
         return safe_norm(step) <= self.tolerance
 
     def report(self, solution: Solution, optimal: Array, throw: bool) -> tuple[Array, Array]:
@@ -151,7 +151,7 @@ def of_shape(name: str, array: Array, y: Array, shape: tuple[int, ...]) -> Array
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
-    """A tuple as it is, anything else as a tuple of one."""
+    """Return a tuple unchanged, anything else as a tuple of one."""
     return value if isinstance(value, tuple) else (value,)
 
 

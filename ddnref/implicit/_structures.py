@@ -105,6 +105,7 @@ class DiagonalPlusLowRank(NamedTuple):
     def solve(self, b: Array) -> Array:
         """``H⁻¹ B = D⁻¹B − D⁻¹U (I + Vᵀ D⁻¹ U)⁻¹ Vᵀ D⁻¹B`` (Woodbury)."""
         d, v_t = Diagonal(self.d), namespace_of(b).matrix_transpose(self.u if self.v is None else self.v)
+        # Only a system of order r is left to solve.
         d_b, d_u = d.solve(b), d.solve(self.u)
         small = dense.identity(v_t.shape[-2], b) + v_t @ d_u
         return d_b - d_u @ dense.solve(small, v_t @ d_b)

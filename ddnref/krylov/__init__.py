@@ -1,25 +1,11 @@
 """Krylov methods for linear systems and least squares."""
 
-from ddnref.krylov._bicgstab import (
-    bicgstab,
-)
-from ddnref.krylov._cg import (
-    cg,
-)
-from ddnref.krylov._common import (
-    Progress,
-    SolveInfo,
-)
-from ddnref.krylov._gmres import (
-    gmres,
-)
-from ddnref.krylov._lsmr import (
-    LeastSquaresInfo,
-    lsmr,
-)
-from ddnref.krylov._minres import (
-    minres,
-)
+from ddnref.krylov._bicgstab import bicgstab
+from ddnref.krylov._cg import cg
+from ddnref.krylov._gmres import gmres
+from ddnref.krylov._lsmr import LeastSquaresInfo, lsmr
+from ddnref.krylov._minres import minres
+from ddnref.krylov._system import Progress, SolveInfo
 
 __all__ = [
     "LeastSquaresInfo",

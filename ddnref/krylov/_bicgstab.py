@@ -9,7 +9,8 @@ from ddnref._core.arrays import Array, as_dtype, eps, namespace_of, own
 from ddnref._core.loops import WhileLoop
 from ddnref._kernels.public import public
 from ddnref._kernels.vectors import axpy, dot, norm, quotient, real_dot, xpay
-from ddnref.krylov._common import (
+from ddnref.krylov._rounds import Result, Round, finish, rounds
+from ddnref.krylov._system import (
     BREAKDOWN,
     NOT_FINITE,
     RUNNING,
@@ -19,9 +20,8 @@ from ddnref.krylov._common import (
     System,
     count,
     mark,
+    prepare,
 )
-from ddnref.krylov._rounds import Result, Round, finish, rounds
-from ddnref.krylov._system import prepare
 from ddnref.operators import LinearOperator
 
 
@@ -64,7 +64,7 @@ def bicgstab(
     operator : LinearOperator or (..., n, n) array, real or complex floating
         Need not be self-adjoint.
     b, x0, preconditioner, rtol, maxiter, check_every, callback, throw, while_loop
-        As in `cg`; any M ≈ A⁻¹ that is regular will do, and a step takes two products.
+        As in `cg`, but M ≈ A⁻¹ need only be regular, and a step takes two products.
 
     Returns
     -------
@@ -85,8 +85,8 @@ def bicgstab(
 
     Notes
     -----
-    A step divides by ``ρ = r̃ᴴ r``, by ``r̃ᴴ A p`` and by ω. Where one of them vanishes to rounding, the iteration
-    starts again with the present residual as r̃, as long as that has fallen to half; if it has not, the breakdown is
+    A step divides by ``ρ = r̃ᴴ r``, by ``r̃ᴴ A p`` and by ω. Where one of them vanishes up to rounding, the iteration
+    starts again with the present residual as r̃, provided that this has at least halved; otherwise the breakdown is
     reported. Cost of a step: two products, two with M, 20 n flops.
 
     References
@@ -101,13 +101,15 @@ def bicgstab(
     >>> np.round(x, 12), bool(info.converged)
     (array([1., 1.]), True)
     """
-    limits = {"rtol": rtol, "maxiter": maxiter, "check_every": check_every}
-    system, x0 = prepare("bicgstab", operator, b, x0, preconditioner, limits, callback, while_loop)
-    return finish("bicgstab", system, rounds(system, x0, _round, restarts=True), throw)
+    system = prepare(
+        "bicgstab", operator, b, x0=x0, preconditioner=preconditioner, callback=callback, rtol=rtol, maxiter=maxiter,
+        check_every=check_every, while_loop=while_loop, throw=throw,
+    )  # fmt: skip
+    return finish(system, rounds(system, _round, restarts=True))
 
 
 def _round(system: System, start: Round, iterate: Callable[..., Any]) -> Result:
-    """Steps from a residual that was computed afresh, and that is the shadow residual as well."""
+    """Steps from a residual that was computed afresh and that also serves as the shadow residual."""
     xp = namespace_of(start.r)
     one = as_dtype(xp.ones_like(start.size), start.r)
     zeros = xp.zeros_like(start.r)
@@ -119,14 +121,16 @@ def _round(system: System, start: Round, iterate: Callable[..., Any]) -> Result:
         return (state.size > system.options.rtol) & (state.status == RUNNING) & (state.n_iter < system.options.maxiter)
 
     last = iterate(active, lambda state: _step(system, state, active(state)), first, lambda state: state.size)
-    return Result(last.x, last.status, last.n_iter)
+    return Result(last.x, last.status, last.n_iter, last.size)
 
 
 def _step(system: System, state: _State, go: Array) -> _State:
     """``p ← r + β (p − ω v)``, ``s = r − α v``, ``x ← x + α M p + ω M s``, ``r ← s − ω t``."""
     xp = namespace_of(state.r)
-    tiny = eps(xp, state.r.dtype) ** 1.5  # of the product of the two lengths: below it nothing is left but rounding
+    tiny = eps(xp, state.r.dtype) ** 1.5  # an inner product below this part of both lengths is only rounding
     shadow = norm(state.shadow)
+
+    # The direction of the Bi-CG half of the step, and the step along it to the residual s.
     rho = dot(state.shadow, state.r)
     go, status = _divisor(go, state.status, rho, tiny * shadow * state.size * system.norm_b)
     beta = quotient(rho, state.rho, go) * quotient(state.alpha, state.omega, go)
@@ -139,13 +143,17 @@ def _step(system: System, state: _State, go: Array) -> _State:
     alpha = quotient(rho, sigma, go)
     s = axpy(state.r, go, -alpha, v)
     s_hat = s if system.precondition is None else system.precondition(s)
+
+    # The stabilising half: the ω that makes ‖s − ω t‖ smallest.
     t = system.apply(s_hat)
     tt = real_dot(t, t)
     omega = quotient(dot(t, s), as_dtype(tt, t), go & (tt > 0))
     x = axpy(axpy(state.x, go, alpha, p_hat), go, omega, s_hat)
     r = axpy(s, go, -omega, t)
     size = norm(r) / system.norm_b
-    wild = size * system.norm_b > shadow / eps(xp, s.dtype)  # every digit of the residual is lost
+
+    # With ω = 0 the next β has no value; and a residual beyond ‖r̃‖ / eps has lost every digit.
+    wild = size * system.norm_b > shadow / eps(xp, s.dtype)
     flat = go & (((xp.abs(omega) == 0) & (size > system.options.rtol)) | (wild & (size < float("inf"))))
     status = mark(status, flat, BREAKDOWN)
     status = mark(status, go & ~flat & ~(size < float("inf")), NOT_FINITE)
@@ -157,7 +165,7 @@ def _step(system: System, state: _State, go: Array) -> _State:
 
 
 def _divisor(go: Array, status: Array, value: Array, smallest: Array) -> tuple[Array, Array]:
-    """Who goes on, and the status, where a step is to divide by `value`."""
+    """Where a step may divide by `value`, and the status where it may not."""
     size = namespace_of(value).abs(value)
     small = go & (size <= smallest)
     wild = go & ~small & ~(size < float("inf"))

@@ -1,8 +1,8 @@
 """Restarted GMRES (Saad and Schultz 1986), preconditioned from the right.
 
 A cycle builds an orthonormal basis ``A M Q_j = Q_{j+1} H_j`` of j ≤ m columns and takes the x that makes
-``‖β e_1 − H y‖`` smallest. Instead of the Givens rotations their product Ω is kept: ``Ω H = R`` is triangular, and the
-residual is ``β |Ω_{j+1,1}|``, so that a step applies all of them to its column at once.
+``‖β e_1 − H y‖`` smallest. Instead of the Givens rotations their product Ω is kept, so that a step applies all of them
+to its column at once. ``Ω H = R`` is triangular, and the norm of the residual is ``β |Ω_{j+1,1}|``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from ddnref._core.loops import WhileLoop
 from ddnref._kernels.dense import identity, matvec, solve
 from ddnref._kernels.public import public
 from ddnref._kernels.vectors import axpy, norm, normalised, put_row
-from ddnref.krylov._common import (
+from ddnref.krylov._rounds import Result, Round, finish, rounds
+from ddnref.krylov._system import (
     BREAKDOWN,
     NOT_FINITE,
     RUNNING,
@@ -29,25 +30,25 @@ from ddnref.krylov._common import (
     System,
     count,
     mark,
+    prepare,
 )
-from ddnref.krylov._rounds import Result, Round, finish, rounds
-from ddnref.krylov._system import prepare
 from ddnref.operators import LinearOperator
 from ddnref.operators._blocks import inner
 
-RESTART = 30
+RESTART = 30  # longer cycles take fewer steps but more memory, and their last steps cost more
 
 
 class _State(NamedTuple):
     q: Array
-    """The basis, one vector a row, ``(..., m + 1, n)``."""
+    """The basis as rows, ``(..., m + 1, n)``."""
     rotation: Array
     """Ω, ``(..., m + 1, m + 1)``."""
     triangle: Array
     """R, ``(..., m, m)``; a column of the identity where no step was taken."""
     used: Array
-    """Which columns stand for a step, ``(..., m)``."""
+    """Whether a step has filled the column, ``(..., m)``."""
     j: Any
+    """The column of the next step: a number, or an array in a traced loop."""
     size: Array
     """``‖r‖ / ‖b‖``, by recurrence."""
     status: Array
@@ -77,9 +78,10 @@ def gmres(
     operator : LinearOperator or (..., n, n) array, real or complex floating
         Need not be self-adjoint.
     restart : int, default 30
-        Steps of a cycle and vectors held at once, at most n. Longer: fewer steps, more memory, more work a step.
+        Steps of a cycle, and vectors held at once; at most n. Longer cycles need fewer steps, but more memory and more
+        work per step.
     b, x0, preconditioner, rtol, maxiter, check_every, callback, throw, while_loop
-        As in `cg`; any M ≈ A⁻¹ that is regular will do. `maxiter` counts steps, not cycles.
+        As in `cg`, but M ≈ A⁻¹ need only be regular. `maxiter` counts steps, not cycles.
 
     Returns
     -------
@@ -90,19 +92,19 @@ def gmres(
     Raises
     ------
     ConvergenceError
-        Iteration limit, stagnation (a cycle that leaves the residual as it was), NaN or infinity.
+        Iteration limit, stagnation (a cycle that does not reduce the residual), NaN or infinity.
     TypeError, ValueError
         As `cg`; `operator` need not be self-adjoint; `restart` below 1.
 
     See Also
     --------
-    bicgstab : seven vectors, however many steps.
+    bicgstab : needs seven vectors for any number of steps.
 
     Notes
     -----
-    The residual never grows, and is the smallest in the space of the cycle. Cost of step j: one product, one with M,
-    ``8 j n`` flops for two passes of Gram–Schmidt. Memory: ``restart + 1`` vectors. Each cycle ends with a residual
-    computed afresh, one more product.
+    The residual never grows and is the smallest that the space of the cycle allows. Cost of step j: one product, one
+    with M, ``8 j n`` flops for two passes of Gram–Schmidt. Memory: ``restart + 1`` vectors. Each cycle ends with a
+    residual computed afresh, which takes one more product.
 
     References
     ----------
@@ -116,26 +118,28 @@ def gmres(
     >>> np.round(x, 12), bool(info.converged)
     (array([1., 1.]), True)
     """
-    limits = {"rtol": rtol, "maxiter": maxiter, "check_every": check_every}
     restart = operators.index(restart)
     if restart < 1:
         raise ValueError(f"restart is {restart}, expected at least 1.")
-    system, x0 = prepare("gmres", operator, b, x0, preconditioner, limits, callback, while_loop)
+    system = prepare(
+        "gmres", operator, b, x0=x0, preconditioner=preconditioner, callback=callback, rtol=rtol, maxiter=maxiter,
+        check_every=check_every, while_loop=while_loop, throw=throw,
+    )  # fmt: skip
     cycle = partial(_cycle, min(restart, system.b.shape[-1]))
-    fall = 1 - eps(array_api_compat.array_namespace(system.b), system.b.dtype) ** 0.5
-    return finish("gmres", system, rounds(system, x0, cycle, fall=fall, restarts=True), throw)
+    fall = 1 - eps(namespace_of(system.b), system.b.dtype) ** 0.5  # cycles may converge slowly
+    return finish(system, rounds(system, cycle, fall=fall, restarts=True))
 
 
 def _cycle(m: int, system: System, start: Round, iterate: Callable[..., Any]) -> Result:
-    """At most m steps from a residual that was computed afresh, then the best x of their space."""
+    """At most m steps from a residual that was computed afresh, then the best x in the space that they span."""
     xp = namespace_of(start.r)
     beta = norm(start.r)
     device = array_api_compat.device(start.r)
     rest = full((*system.batch, m, start.r.shape[-1]), 0.0, start.r)
     first = _State(
         q=xp.concat([normalised(start.r, beta)[..., None, :], rest], axis=-2),
-        rotation=own_identity(m + 1, system.batch, start.r),
-        triangle=own_identity(m, system.batch, start.r),
+        rotation=xp.broadcast_to(identity(m + 1, start.r), (*system.batch, m + 1, m + 1)),
+        triangle=xp.broadcast_to(identity(m, start.r), (*system.batch, m, m)),
         used=xp.zeros((*system.batch, m), dtype=xp.bool, device=device),
         j=0 if system.options.while_loop is None else xp.zeros((), dtype=xp.int32, device=device),
         size=start.size,
@@ -150,18 +154,15 @@ def _cycle(m: int, system: System, start: Round, iterate: Callable[..., Any]) ->
         return _step(system, state, active(state), start.size)
 
     last = iterate(active, body, first, lambda state: state.size, maxiter=m)
+
+    # Solve R y = Ω β e_1 and take the step M Q y; columns without a step contribute nothing.
     g = xp.where(last.used, as_dtype(beta, start.r)[..., None] * last.rotation[..., :m, 0], full((), 0.0, start.r))
     y = solve(last.triangle, g[..., None])[..., 0]
     step = (y[..., None, :] @ last.q[..., :m, :])[..., 0, :]
     step = step if system.precondition is None else system.precondition(step)
     go = xp.any(last.used, axis=-1)
     x = axpy(start.x, go, xp.ones_like(last.size), step)
-    return Result(x, last.status, last.n_iter)
-
-
-def own_identity(m: int, batch: tuple[int, ...], like: Array) -> Array:
-    """An identity matrix for each item."""
-    return namespace_of(like).broadcast_to(identity(m, like), (*batch, m, m))
+    return Result(x, last.status, last.n_iter, last.size)
 
 
 def _step(system: System, state: _State, go: Array, start: Array) -> _State:
@@ -169,11 +170,13 @@ def _step(system: System, state: _State, go: Array, start: Array) -> _State:
     xp = namespace_of(state.q)
     m, j = state.used.shape[-1], state.j
     i = xp.arange(m + 1, device=array_api_compat.device(state.q))
-    # where j is a number the basis so far is a slice; in a traced loop all of it, and the rest is zero
+    # Where j is a number, the basis so far is a slice. In a traced loop it is the whole array, whose other rows are 0.
     q = state.q[..., : j + 1, :] if isinstance(j, int) else state.q
     last = state.q[..., j, :] if isinstance(j, int) else xp.sum(as_dtype(i == j, state.q)[:, None] * state.q, axis=-2)
     w = system.apply(last if system.precondition is None else system.precondition(last))[..., None, :]
     scale = norm(w)[..., 0]
+
+    # Orthogonalise twice: the second pass removes the rounding errors of the first.
     h = inner(w, q)
     w = w - h @ q
     g = inner(w, q)
@@ -181,10 +184,12 @@ def _step(system: System, state: _State, go: Array, start: Array) -> _State:
     h = (h + g)[..., 0, :]
     below = norm(w)[..., 0]
     unit = eps(xp, w.dtype)
-    below = xp.where(below > 4 * unit * scale, below, xp.zeros_like(below))  # an invariant space
+    below = xp.where(below > 4 * unit * scale, below, xp.zeros_like(below))  # the space is invariant
     finite = scale < float("inf")
     status = mark(state.status, go & ~finite, NOT_FINITE)
     go = go & finite
+
+    # All rotations so far on the new column, and the new one, which takes its last entry to zero.
     h = xp.concat([h, full((*h.shape[:-1], m + 1 - h.shape[-1]), 0.0, h)], axis=-1)
     h = matvec(state.rotation, h)
     here, after = i == j, i == j + 1
@@ -193,6 +198,8 @@ def _step(system: System, state: _State, go: Array, start: Array) -> _State:
     singular = go & (rho <= unit * scale)
     go, status = go & ~singular, mark(status, singular, BREAKDOWN)
     rotation = _rotated(state.rotation, go, here, after, a, below, rho)
+
+    # Store the column of R; the residual is the last entry of Ω β e_1.
     entries = xp.where(here, as_dtype(rho, h)[..., None], xp.where(i < j, h, xp.zeros_like(h)))[..., :m]
     fill = go[..., None] & here[:m]
     triangle = xp.where(fill[..., None, :], entries[..., None], state.triangle)

@@ -14,7 +14,8 @@ from ddnref._core.arrays import Array, eps, namespace_of, own
 from ddnref._core.loops import WhileLoop
 from ddnref._kernels.public import public
 from ddnref._kernels.vectors import axpy, column, norm, quotient, real_dot
-from ddnref.krylov._common import (
+from ddnref.krylov._rounds import Result, Round, finish, rounds
+from ddnref.krylov._system import (
     PRECONDITIONER_NOT_POSITIVE_DEFINITE,
     RUNNING,
     STAGNATION,
@@ -25,9 +26,8 @@ from ddnref.krylov._common import (
     count,
     failure,
     mark,
+    prepare,
 )
-from ddnref.krylov._rounds import Result, Round, finish, rounds
-from ddnref.krylov._system import prepare
 from ddnref.operators import LinearOperator
 
 
@@ -78,9 +78,9 @@ def minres(
     Parameters
     ----------
     operator : LinearOperator or (..., n, n) array, real or complex floating
-        Self-adjoint, which is taken at its word.
+        Self-adjoint, which is not checked.
     b, x0, preconditioner, rtol, maxiter, check_every, callback, throw, while_loop
-        As in `cg`; the preconditioner must be positive definite here too, where the operator need not be.
+        As in `cg`. The preconditioner must be positive definite although the operator need not be.
 
     Returns
     -------
@@ -98,16 +98,16 @@ def minres(
 
     See Also
     --------
-    cg : for positive definite operators: fewer operations a step.
+    cg : for positive definite operators, with fewer operations per step.
 
     Notes
     -----
-    Without a preconditioner the residual never grows. For an indefinite operator it falls by
-    ``(κ − 1)/(κ + 1)`` in two steps at least. Cost of a step: one product, one with M, 20 n flops. Memory: eight
-    vectors.
+    Without a preconditioner the residual never grows. For an indefinite operator it falls at least by
+    ``(κ − 1)/(κ + 1)`` in two steps. Cost of a step: one product, one with M, 20 n flops. Memory: eight vectors.
 
-    Rounding enters with κ² [2]_. So the iteration ends with status 4 where ``‖A r‖ <= √eps ‖A‖ ‖r‖``: either A is
-    singular and x a least-squares solution, or κ exceeds ``1/√eps``, 7e7 in double and 3,000 in single precision.
+    Rounding errors grow with κ² [2]_. So the iteration ends with status 4 where ``‖A r‖ <= √eps ‖A‖ ‖r‖``. Then either
+    A is singular and x is a least-squares solution, or κ exceeds ``1/√eps``, 7e7 in double and 3,000 in single
+    precision.
 
     References
     ----------
@@ -123,9 +123,11 @@ def minres(
     >>> x, bool(info.converged)
     (array([1., 1.]), True)
     """
-    limits = {"rtol": rtol, "maxiter": maxiter, "check_every": check_every}
-    system, x0 = prepare("minres", operator, b, x0, preconditioner, limits, callback, while_loop, self_adjoint=True)
-    return finish("minres", system, rounds(system, x0, _round), throw)
+    system = prepare(
+        "minres", operator, b, x0=x0, preconditioner=preconditioner, callback=callback, rtol=rtol, maxiter=maxiter,
+        check_every=check_every, while_loop=while_loop, throw=throw, self_adjoint=True,
+    )  # fmt: skip
+    return finish(system, rounds(system, _round))
 
 
 def _round(system: System, start: Round, iterate: Callable[..., Any]) -> Result:
@@ -148,12 +150,14 @@ def _round(system: System, start: Round, iterate: Callable[..., Any]) -> Result:
         return (state.size > system.options.rtol) & (state.status == RUNNING) & (state.n_iter < system.options.maxiter)
 
     last = iterate(active, lambda state: _step(system, state, active(state)), first, lambda state: state.size)
-    return Result(last.x, last.status, last.n_iter)
+    return Result(last.x, last.status, last.n_iter, last.size)
 
 
 def _step(system: System, state: _State, go: Array) -> _State:
     """One Lanczos step, one reflection, one step along w."""
     xp = namespace_of(state.r)
+
+    # Lanczos: β_{k+1} v_{k+1} = A v_k − α_k v_k − β_k v_{k−1}.
     v = state.z * column(1 / state.beta, state.z)
     y = system.apply(v) - column(state.beta / state.beta_before, v) * state.before
     alpha = real_dot(v, y)
@@ -161,36 +165,37 @@ def _step(system: System, state: _State, go: Array) -> _State:
     z = after if system.precondition is None else system.precondition(after)
     rz = real_dot(after, z)
     finite = rz < float("inf")
-    rounding = (16 * eps(xp, v.dtype)) ** 2 * state.norm2  # below it the space is invariant
+    rounding = (16 * eps(xp, v.dtype)) ** 2 * state.norm2  # a smaller β² shows that the space is invariant
     status = failure(state.status, go & ~(xp.abs(rz) <= rounding), rz, PRECONDITIONER_NOT_POSITIVE_DEFINITE)
     go = go & (status == RUNNING)
     beta = xp.where(finite & (rz > 0), rz, xp.zeros_like(rz)) ** 0.5
+
+    # The last reflection on the new column of the tridiagonal matrix, then the next reflection (c, s).
     delta = state.c * state.dbar + state.s * alpha
     gbar = state.s * state.dbar - state.c * alpha
     epsilon, dbar = state.s * beta, -state.c * beta
     gamma = (gbar * gbar + beta * beta) ** 0.5
     norm2 = xp.maximum(state.norm2, alpha * alpha + beta * beta)
-    # ‖A r‖ = ‖r‖ ‖(γ̄, d̄)‖: from there on a step along w would amplify rounding by 1/√eps and more [2]
+    # ‖A r‖ = ‖r‖ ‖(γ̄, d̄)‖; where it is this small a step along w would amplify rounding by 1/√eps and more [2].
     left = (gbar * gbar + dbar * dbar) ** 0.5
     stuck = go & (left <= (eps(xp, v.dtype) * norm2) ** 0.5)
     go, status = go & ~stuck, mark(status, stuck, STAGNATION)
     c, s = quotient(gbar, gamma, go), quotient(beta, gamma, go)
+
+    # x moves along w, the next column of V R⁻¹.
     phi = c * state.phibar
     w = (v - column(state.epsilon, v) * state.w_before - column(delta, v) * state.w) * column(
         quotient(xp.ones_like(gamma), gamma, go), v
     )
-    there = beta > 0
+    goes_on = beta > 0
     phibar = s * state.phibar
-    r = _residual(state.r, go, s, quotient(-phibar * c, beta, there), after)
-    one = xp.ones_like(beta)
+
+    # r ← s² r − φ̄ c v_{k+1}, frozen where `go` is not set.
+    r = column(s * s, v) * state.r + column(quotient(-phibar * c, beta, goes_on), v) * after
+    r = xp.where(go[..., None], r, state.r)
     return _State(
         x=axpy(state.x, go, phi, w), r=r, before=state.now, now=after, z=z, w=w, w_before=state.w,
-        beta_before=state.beta, beta=xp.where(there, beta, one), dbar=dbar, epsilon=epsilon, phibar=phibar, c=c, s=s,
-        norm2=norm2, size=norm(r) / system.norm_b, status=status, n_iter=count(go, state.n_iter),
+        beta_before=state.beta, beta=xp.where(goes_on, beta, xp.ones_like(beta)), dbar=dbar, epsilon=epsilon,
+        phibar=phibar, c=c, s=s, norm2=norm2, size=norm(r) / system.norm_b, status=status,
+        n_iter=count(go, state.n_iter),
     )  # fmt: skip
-
-
-def _residual(r: Array, go: Array, s: Array, factor: Array, after: Array) -> Array:
-    """``r ← s² r − φ̄ c v_{k+1}``, frozen where `go` is not set."""
-    new = column(s * s, r) * r + column(factor, r) * after
-    return namespace_of(r).where(go[..., None], new, r)

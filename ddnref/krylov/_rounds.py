@@ -1,9 +1,9 @@
-"""Rounds that end with a residual computed afresh.
+"""Rounds of iterations, each of which ends with a residual that is computed afresh.
 
 A method updates its residual by recurrence, and rounding lets that drift from ``b − A x``. So a *round* runs the
-method until its own residual meets the tolerance; then ``r = b − A x`` is computed. If that is not good enough and
-has fallen by half at least, the next round starts from it (residual replacement); if it has not, x is as good as
-it gets, and the status says so.
+method until its own residual meets the tolerance; then ``r = b − A x`` is computed. If that is too large but has at
+least halved, the next round starts from it (residual replacement). If it has not, x cannot be improved, and the status
+says why.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ import array_api_compat
 from ddnref._core.arrays import Array, full, nan_where, own, quiet, with_axes
 from ddnref._core.loops import run
 from ddnref._kernels.vectors import column, norm
-from ddnref.krylov._common import (
+from ddnref.krylov._system import (
     CONVERGED,
     ITERATION_LIMIT,
     NOT_FINITE,
     RUNNING,
     SLACK,
     STAGNATION,
-    Options,
     Progress,
     SolveInfo,
     System,
@@ -32,13 +31,13 @@ from ddnref.krylov._common import (
     raise_if_failed,
 )
 
-FALL = 0.5  # what a round must leave of the residual to be followed by another
+FALL = 0.5  # a round that leaves more than this part of the residual is the last
 
 Inner = TypeVar("Inner")
 
 
 class Round(NamedTuple):
-    """Between two rounds."""
+    """The state between two rounds."""
 
     x: Array
     r: Array
@@ -50,33 +49,34 @@ class Round(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a method hands back after a round."""
+    """The result of a method after one round."""
 
     x: Array
     status: Array
     """RUNNING where nothing was found wrong."""
     n_iter: Array
+    size: Array
+    """``‖r‖ / ‖b‖``, by recurrence."""
 
 
-def first_round(system: System, x0: Array | None) -> Round:
-    """At x0, or at zero, where the residual is b."""
+def first_round(system: System) -> Round:
+    """The state at x0, or at zero, where the residual is b."""
     xp = array_api_compat.array_namespace(system.b)
-    zeros = xp.zeros(system.batch, dtype=xp.int32, device=array_api_compat.device(system.b))
-    if x0 is None:
+    n_iter = xp.zeros(system.batch, dtype=xp.int32, device=array_api_compat.device(system.b))
+    if system.x0 is None:
         shape = system.domain_shape if system.axes > 1 else (math.prod(system.domain_shape),)
         x = full((*system.batch, *shape), 0.0, system.b)
         size = norm(system.b, system.axes) / system.norm_b
-        return Round(x, own(system.b), size, system.status, zeros)
-    r = system.b - system.apply(x0)
+        return Round(x, own(system.b), size, system.status, n_iter)
+    r = system.b - system.apply(system.x0)
     size = norm(r, system.axes) / system.norm_b
     go = system.status == RUNNING
     status = mark(system.status, go & (size <= system.options.rtol), CONVERGED)
-    return Round(own(x0), r, size, mark(status, go & ~(size < float("inf")), NOT_FINITE), zeros)
+    return Round(own(system.x0), r, size, mark(status, go & ~(size < float("inf")), NOT_FINITE), n_iter)
 
 
 def rounds(
     system: System,
-    x0: Array | None,
     method: Callable[[System, Round, Callable[..., Any]], Result],
     *,
     fall: float = FALL,
@@ -84,32 +84,31 @@ def rounds(
 ) -> Round:
     """Repeat `method` until every recomputed residual meets the tolerance or cannot fall.
 
-    A method that fails where a new start can help (`restarts`) gets one, as long as the residual falls.
+    With `restarts` a method that has failed gets a new start, as long as the residual falls.
     """
-    iterate = iterator(system.options)
+    iterate = iterator(system)
 
     def body(last: Round) -> Round:
         new = method(system, last, iterate)
         r = system.b - system.apply(new.x)
         size = norm(r, system.axes) / system.norm_b
-        return Round(new.x, r, size, judged(system, last, new, size, fall, restarts), new.n_iter)
-
-    def active(state: Round) -> Array:
-        return state.status == RUNNING
+        return Round(new.x, r, size, _judged(system, last, new, size, fall, restarts), new.n_iter)
 
     with quiet():
-        first = first_round(system, x0)
-        limit = system.options.maxiter + 1
-        return run(active, body, first, maxiter=limit, check_every=1, while_loop=system.options.while_loop)
+        return run(
+            lambda state: state.status == RUNNING, body, first_round(system), maxiter=system.options.maxiter + 1,
+            check_every=1, while_loop=system.options.while_loop,
+        )  # fmt: skip
 
 
-def judged(system: System, last: Round, new: Result, size: Array, fall: float, restarts: bool) -> Array:
+def _judged(system: System, last: Round, new: Result, size: Array, fall: float, restarts: bool) -> Array:
     """The status after a round."""
     xp = array_api_compat.array_namespace(size)
     running = last.status == RUNNING
     good = size <= SLACK * system.options.rtol
     finite = size < float("inf")
     helps = size <= fall * last.size
+    # A failure that the method reports counts unless x is good enough, or a new start can help.
     failed = (new.status != RUNNING) & ~(helps if restarts else xp.zeros_like(helps))
     limit = new.n_iter >= system.options.maxiter
     status = xp.where(running, xp.where(failed & ~good & finite, new.status, xp.zeros_like(new.status) + RUNNING),
@@ -119,8 +118,12 @@ def judged(system: System, last: Round, new: Result, size: Array, fall: float, r
     return status
 
 
-def iterator(options: Options) -> Callable[..., Any]:
-    """``iterate(active, body, state, relative)``: `run` with the options given; the callback sees ``relative``."""
+def iterator(system: System) -> Callable[..., Any]:
+    """A function ``iterate(active, body, state, relative)``: `run` with the options of the system.
+
+    The callback is given ``relative(state)``, and the steps of all rounds so far.
+    """
+    options, callback = system.options, system.callback
     seen = [0, 0]  # steps before this round, and in it
 
     def iterate(
@@ -131,8 +134,8 @@ def iterator(options: Options) -> Callable[..., Any]:
         maxiter: int | None = None,
     ) -> Inner:
         def watched(state: Inner) -> Array:
-            if options.callback is not None:
-                options.callback(Progress(seen[0] + seen[1], relative(state)))
+            if callback is not None:
+                callback(Progress(seen[0] + seen[1], relative(state)))
             return active(state)
 
         def counted(state: Inner) -> Inner:
@@ -140,23 +143,28 @@ def iterator(options: Options) -> Callable[..., Any]:
             return body(state)
 
         seen[:] = [sum(seen), 0]
-        plain = options.callback is None
-        limit = options.maxiter if maxiter is None else maxiter
+        plain = callback is None
         return run(
             active if plain else watched, body if plain else counted, state,
-            maxiter=limit, check_every=options.check_every, while_loop=options.while_loop,
+            maxiter=options.maxiter if maxiter is None else maxiter, check_every=options.check_every,
+            while_loop=options.while_loop,
         )  # fmt: skip
 
     return iterate
 
 
-def finish(function: str, system: System, last: Round, throw: bool) -> tuple[Array, SolveInfo]:
-    """The solution in its shape and scale, and how it ended; raises where asked to."""
-    xp = array_api_compat.array_namespace(last.x)
+def finish(system: System, last: Round) -> tuple[Array, SolveInfo]:
+    """The solution in its own shape and scale, and how it ended; raises if the options say so."""
     with quiet():
         bad = last.status == NOT_FINITE
         info = SolveInfo(last.status == CONVERGED, last.n_iter, nan_where(bad, last.size), last.status)
-        x = nan_where(with_axes(bad, system.axes), column(system.scale, last.x) * last.x)
-    if throw:
-        raise_if_failed(function, info, system.options)
-    return xp.reshape(x, (*system.batch, *system.domain_shape)), info
+    return unscaled(system, last.x, bad, info), info
+
+
+def unscaled(system: System, x: Array, bad: Array, info: Any) -> Array:
+    """The solution in its own shape and scale, NaN where `bad`; raises for failures in `info` if the options say so."""
+    with quiet():
+        x = nan_where(with_axes(bad, system.axes), column(system.scale, x) * x)
+    if system.options.throw:
+        raise_if_failed(system.function, info, system.options)
+    return array_api_compat.array_namespace(x).reshape(x, (*system.batch, *system.domain_shape))

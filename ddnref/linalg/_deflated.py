@@ -16,9 +16,10 @@ from typing import NamedTuple
 import array_api_compat
 
 from ddnref._core.arrays import Array, as_dtype, conj, namespace_of
-from ddnref._core.loops import WhileLoop, run
+from ddnref._core.loops import LoopOptions, WhileLoop
 from ddnref._kernels.dense import identity, solve
-from ddnref._kernels.vectors import norm, real_dot
+from ddnref.krylov._cg import solve_from_zero
+from ddnref.krylov._system import ITERATION_LIMIT
 from ddnref.operators._blocks import SelfAdjoint, inner, without
 
 
@@ -42,19 +43,6 @@ class Solution(NamedTuple):
     """Whether no direction of negative or no curvature was met."""
 
 
-class State(NamedTuple):
-    """The usual ones of conjugate gradients, k columns side by side; a column that has converged stays as it is."""
-
-    x: Array
-    r: Array
-    p: Array
-    rz: Array
-    size: Array
-    """‖r‖."""
-    positive: Array
-    n_iter: Array
-
-
 def shifted(s: Shifted, x: Array) -> Array:
     """``σ_i P (λ_i I − A) x_i``."""
     return as_dtype(s.sign, x)[..., None] * without(as_dtype(s.w, x)[..., None] * x - s.a.apply(x), s.v)
@@ -62,49 +50,21 @@ def shifted(s: Shifted, x: Array) -> Array:
 
 def cg(s: Shifted, b: Array, *, rtol: float, maxiter: int, check_every: int, while_loop: WhileLoop | None) -> Solution:
     """Solve for all rows of `b`, which lie in range(P)."""
-    xp = array_api_compat.array_namespace(b)
-    goal = rtol * norm(b)
-    precondition = _preconditioner(s)
-
-    def active(state: State) -> Array:
-        return (state.size > goal) & state.positive  # false for NaN
-
-    def body(state: State) -> State:
-        go = active(state)
-        q = shifted(s, state.p)
-        pq = real_dot(state.p, q)
-        bent = pq > 0
-        alpha = _column(xp.where(go & bent, state.rz / xp.where(bent, pq, xp.ones_like(pq)), xp.zeros_like(pq)), b)
-        x, r = state.x + alpha * state.p, without(state.r - alpha * q, s.v)
-        z = precondition(r)
-        rz = real_dot(r, z)
-        beta = rz / xp.where(state.rz > 0, state.rz, xp.ones_like(rz))
-        p = without(z + _column(beta, b) * state.p, s.v)
-        return State(
-            x=x,
-            r=r,
-            p=xp.where(go[..., None], p, state.p),
-            rz=xp.where(go, rz, state.rz),
-            size=xp.where(go, norm(r), state.size),
-            positive=state.positive & (bent | ~go),
-            n_iter=state.n_iter + xp.astype(go, state.n_iter.dtype),
-        )
-
-    z = precondition(b)
-    count = xp.zeros(b.shape[:-1], dtype=xp.int32, device=array_api_compat.device(b))
-    first = State(xp.zeros_like(b), b, z, real_dot(b, z), norm(b), count == 0, count)
-    last = run(active, body, first, maxiter=maxiter, check_every=check_every, while_loop=while_loop)
-    return Solution(last.x, last.n_iter, last.positive)
+    options = LoopOptions(rtol, maxiter, check_every, while_loop)
+    last = solve_from_zero(
+        lambda p: shifted(s, p), b, options, precondition=_preconditioner(s), project=lambda r: without(r, s.v)
+    )
+    return Solution(last.x, last.n_iter, last.status <= ITERATION_LIMIT)
 
 
 def _column(x: Array, like: Array) -> Array:
     return as_dtype(x, like)[..., None]
 
 
-def _preconditioner(s: Shifted) -> Callable[[Array], Array]:
+def _preconditioner(s: Shifted) -> Callable[[Array], Array] | None:
     """``z = r + Σ_j u_j (c_i / |λ_i − θ_j| − 1) ⟨u_j, r⟩`` with leftover Ritz pairs: they move to the far end c_i."""
     if s.rest is None or s.w_rest is None or s.rest.shape[-2] == 0:
-        return lambda r: r
+        return None
     xp = namespace_of(s.v)
     u = s.rest
     gap = xp.abs(s.w[..., :, None] - s.w_rest[..., None, :])

@@ -146,10 +146,10 @@ def _forward(name: str, x: Array, f: Scalar, throw: bool) -> tuple[Array, Saved]
     xp = namespace(x=x)
     check_square("x", x)
     refuse_recording(name, x)
-    w, v = eigh(hermitian_part(x))
+    w, v = eigh(hermitian_part(x))  # the only decomposition; the reverse pass reuses it
     f_w = _values("f", f, w)
     if throw:
-        _raise_singular(f"{name} is", f_w, xp.isfinite(w))
+        _raise_singular(f"{name} is", f_w, xp.isfinite(w))  # items that were not finite stay silent
     return hermitian_product(v * f_w[..., None, :], v), (w, v)
 
 
@@ -158,10 +158,10 @@ def _reverse(
 ) -> Array:
     """``X̄ = V (Φ ∘ (Vᴴ Ȳ V)) Vᴴ``."""
     xp = conform("(m,m),(m)r,(m,m),(m,m)", v=v, w=w, y=y, y_bar=y_bar).xp
-    phi = difference(w[..., :, None], w[..., None, :])
+    phi = difference(w[..., :, None], w[..., None, :])  # symmetric in i and j
     if throw:
         _raise_singular(f"The derivative of {name} is", phi, xp.isfinite(w)[..., None])
-    g = adjoint(v) @ hermitian_part(y_bar) @ v
+    g = adjoint(v) @ hermitian_part(y_bar) @ v  # Y is Hermitian, so only that part of its cotangent counts
     return hermitian_product(v @ (phi * g), v)
 
 
@@ -180,7 +180,7 @@ def _raise_singular(subject: str, values: Array, expected: Array) -> None:
 def _values(name: str, f: Scalar, w: Array) -> Array:
     """``f(w)``, checked: a user's function may return anything."""
     f_w = f(w)
-    library(**{f"{name}(w)": f_w, "w": w})
+    library(**{f"{name}(w)": f_w, "w": w})  # an array of the same library
     check_shapes(**{f"{name}(w)": (f_w, tuple(w.shape))})
     check_dtypes(**{f"{name}(w)": (f_w, w.dtype)})
     return f_w
@@ -192,8 +192,8 @@ def _quotient_of(f: Scalar, df: Scalar) -> DividedDifference:
     def quotient(a: Array, b: Array) -> Array:
         xp = namespace_of(a)
         f_a, f_b, gap = _values("f", f, a), _values("f", f, b), a - b
-        mean = (_values("df", df, a) + _values("df", df, b)) / 2
-        gap_or_1 = xp.where(gap == 0, xp.ones_like(gap), gap)
+        mean = (_values("df", df, a) + _values("df", df, b)) / 2  # the limit of the quotient for a small gap
+        gap_or_1 = xp.where(gap == 0, xp.ones_like(gap), gap)  # no branch divides by zero
         q = (f_a - f_b) / gap_or_1
         # Where the two agree within the quotient's own rounding error, the mean of the derivatives is more accurate.
         rounding = 2 * eps(xp, q.dtype) * (xp.abs(f_a) + xp.abs(f_b)) / xp.abs(gap_or_1)
@@ -264,7 +264,7 @@ def sqrtm_vjp(y_bar: Array, y: Array, w: Array, v: Array, /, *, throw: bool = Tr
 def _sqrt(w: Array) -> Array:
     """Square root; eigenvalues that are negative by no more than rounding count as zero, others give NaN."""
     xp = namespace_of(w)
-    if w.shape[-1] == 0:
+    if w.shape[-1] == 0:  # no largest eigenvalue to measure rounding by
         return w
     rounding = w.shape[-1] * eps(xp, w.dtype) * xp.max(xp.abs(w), axis=-1, keepdims=True)
     return _real_sqrt(xp.where((w < 0) & (w >= -rounding), xp.zeros_like(w), w))
@@ -398,7 +398,7 @@ def logm_vjp(y_bar: Array, y: Array, w: Array, v: Array, /, *, throw: bool = Tru
 
     def difference(a: Array, b: Array) -> Array:
         xp = namespace_of(a)
-        low, gap = xp.minimum(a, b), xp.abs(a - b)
+        low, gap = xp.minimum(a, b), xp.abs(a - b)  # log1p is accurate for the ratio to the smaller one
         bad = low <= 0
         low = xp.where(bad, xp.ones_like(low), low)
         gap_or_1 = xp.where(gap == 0, xp.ones_like(gap), gap)
@@ -460,7 +460,7 @@ def expm_vjp(y_bar: Array, y: Array, w: Array, v: Array, /, *, throw: bool = Tru
 
     def difference(a: Array, b: Array) -> Array:
         xp = namespace_of(a)
-        high, gap = xp.maximum(a, b), xp.abs(a - b)
+        high, gap = xp.maximum(a, b), xp.abs(a - b)  # the larger one outside, so that nothing overflows
         gap_or_1 = xp.where(gap == 0, xp.ones_like(gap), gap)
         return _exp(high) * xp.where(gap == 0, xp.ones_like(gap), -xp.expm1(-gap) / gap_or_1)
 
@@ -470,5 +470,5 @@ def expm_vjp(y_bar: Array, y: Array, w: Array, v: Array, /, *, throw: bool = Tru
 def _exp(w: Array) -> Array:
     """Exponential, infinite where it would overflow."""
     xp = namespace_of(w)
-    largest = 709.0 if w.dtype == xp.float64 else 88.0
+    largest = 709.0 if w.dtype == xp.float64 else 88.0  # below log of the largest number
     return _unless(w > largest, xp.exp, w, float("inf"))

@@ -36,8 +36,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple, NoReturn
 
 from ddnref._core.arrays import (
@@ -57,7 +55,7 @@ from ddnref._core.arrays import (
 from ddnref._core.checks import check_dtypes, check_shapes, check_square, conform
 from ddnref._core.loops import CHECK_EVERY, IterationInfo, WhileLoop, run
 from ddnref._core.noise import noise
-from ddnref._kernels.bordered import bordered, in_chunks, shifted, solve_each, solve_on_complement
+from ddnref._kernels.bordered import bordered, in_chunks, product_in_double, shifted, solve_each, solve_on_complement
 from ddnref._kernels.dense import eigh, hermitian_part, hermitian_sum, identity, matvec, outer, symmetrised
 from ddnref._kernels.eigh_vjp import exceeds
 from ddnref._kernels.public import public
@@ -168,7 +166,7 @@ def power_iteration(
     (3.0, True)
     """
     xp, x, scale, bad, rtol = _prepare("power_iteration", x, symmetric, align, rtol)
-    one = full(x.shape[:-2], 1.0, x)
+    one = full(x.shape[:-2], 1.0, x)  # one number for each item
 
     def body(state: _Power) -> _Power:
         # v = ± z/‖z‖ and one product with it, by which it is judged.
@@ -179,7 +177,7 @@ def power_iteration(
         size = xp.where(in_range, size, one)
         residual = xp.where(in_range, norm(z - w[..., None] * v) / size, one)
         n_iter = state.n_iter + xp.astype(state.active, state.n_iter.dtype)
-        active = state.active & in_range & (residual > rtol)
+        active = state.active & in_range & (residual > rtol)  # false for NaN
         return _Power(v, z, w, xp.where(w < 0, -size, size), residual, n_iter, active)
 
     z = _start(v0, x, ())
@@ -187,9 +185,9 @@ def power_iteration(
     state = _Power(z, z, one, xp.where(size > 0, size, one), one, xp.zeros_like(one, dtype=xp.int32), ~bad)
     state = run(lambda s: s.active, body, state, maxiter=maxiter, check_every=check_every, while_loop=while_loop)
 
-    w, v = scale * state.w, state.v
+    w, v = scale * state.w, state.v  # undo the scaling; eigenvectors do not change with it
     if align is not None:
-        v = align_signs(v, reference, sign=align, axis=-1)
+        v = align_signs(v, reference, sign=align, axis=-1)  # the start vector determined the sign so far
     info = IterationInfo(~bad & (state.residual <= rtol), state.n_iter, nan_where(bad, state.residual))
     if throw and not is_true(xp.all(info.converged)):
         _raise(bad, info, maxiter, rtol)
@@ -292,11 +290,13 @@ def _power_unrolled_vjp(
     last = kept.pop()
     s_bar, bar = xp.zeros_like(x), xp.zeros_like(last)
     if v_bar is not None:
+        # The forward may have flipped the sign.
         bar = xp.where(xp.sum(last * v, axis=-1, keepdims=True) < 0, -v_bar, v_bar)
     if w_bar is not None:
         s_bar = s_bar + outer(w_bar[..., None] * last, last)
         bar = bar + w_bar[..., None] * (matvec(s, last) + matvec(xp.matrix_transpose(s), last))
     for before, length in zip(reversed(kept), reversed(signed_lengths), strict=True):
+        # Through the normalisation, then the product.
         z_bar = (bar - last * xp.sum(last * bar, axis=-1, keepdims=True)) / length
         s_bar = s_bar + outer(z_bar, before)
         bar, last = matvec(xp.matrix_transpose(s), z_bar), before
@@ -386,9 +386,9 @@ def simultaneous_iteration(
     one = full(x.shape[:-2], 1.0, x)
 
     def body(state: _Simultaneous) -> _Simultaneous:
-        q = xp.where(state.active[..., None, None], qr(state.z)[0], state.q)
+        q = xp.where(state.active[..., None, None], qr(state.z)[0], state.q)  # a frozen item keeps its basis
         z = x @ q
-        t = xp.matrix_transpose(q) @ z
+        t = xp.matrix_transpose(q) @ z  # X in the basis q
         size, left = norm(t, 2), norm(z - q @ t, 2)
         if not symmetric:
             left = left + norm(xp.tril(t, k=-1), 2)  # each column by itself: T is triangular
@@ -401,7 +401,7 @@ def simultaneous_iteration(
     state = _Simultaneous(z, z, t, float("inf") * one, xp.zeros_like(one, dtype=xp.int32), ~bad)
     state = run(lambda s: s.active, body, state, maxiter=maxiter, check_every=check_every, while_loop=while_loop)
 
-    w, u = _eigenpairs_of_t(xp, state.t, symmetric)
+    w, u = _eigenpairs_of_t(xp, state.t, symmetric)  # Rayleigh–Ritz in the basis
     v = state.q @ u
     if align is not None:
         v = align_signs(v, reference, sign=align)
@@ -500,9 +500,9 @@ def _simultaneous_unrolled_vjp(
 
     # T U = U Λ and V = Q U, in the order and with the signs of (w, v).
     values, u = eigh(hermitian_part(q_t @ s @ q))
-    ascending = xp.argsort(w, axis=-1)
+    ascending = xp.argsort(w, axis=-1)  # as eigh orders them
     ordered_v = xp.take_along_axis(v, ascending[..., None, :], axis=-1)
-    u = xp.where(xp.sum((q @ u) * ordered_v, axis=-2, keepdims=True) >= 0, u, -u)
+    u = xp.where(xp.sum((q @ u) * ordered_v, axis=-2, keepdims=True) >= 0, u, -u)  # signs as in v
     values_bar = None if w_bar is None else xp.take_along_axis(w_bar, ascending, axis=-1)
     u_bar, q_bar = None, xp.zeros_like(q)
     if v_bar is not None:
@@ -512,7 +512,7 @@ def _simultaneous_unrolled_vjp(
     q_bar, s_bar = q_bar + (s @ q + s_t @ q) @ t_bar, q @ t_bar @ q_t
 
     for (q, r), (before, _) in zip(reversed(kept[1:]), reversed(kept[:-1]), strict=True):
-        z_bar = qr_vjp(q_bar, None, q, r, throw=False)
+        z_bar = qr_vjp(q_bar, None, q, r, throw=False)  # through the orthogonalisation, then the product
         s_bar = s_bar + z_bar @ xp.matrix_transpose(before)
         q_bar = s_t @ z_bar
     return hermitian_part(s_bar) if symmetric else s_bar
@@ -540,7 +540,7 @@ def _prepare(
         raise ValueError(f'align is {align!r}, expected "positive", "negative" or None.')
     size = largest(x, 2)
     bad = ~xp.isfinite(size)  # NaN and infinity come through, which saves a pass over x
-    x = xp.where(bad[..., None, None], full((), 0.0, x), x)
+    x = xp.where(bad[..., None, None], full((), 0.0, x), x)  # they are inactive from the start
     if symmetric:
         x = symmetrised(x)
         size = largest(x, 2)
@@ -553,7 +553,7 @@ def _start(v0: Array | None, x: Array, columns: tuple[int, ...]) -> Array:
     """The given start, or fixed pseudo-random vectors, for every item of the batch: ``(..., m, *columns)``."""
     xp = namespace_of(x)
     if v0 is None:
-        v0 = noise(0, x.shape[-1], x)
+        v0 = noise(0, x.shape[-1], x)  # the same for every library
         if columns:
             v0 = xp.stack([noise(j, x.shape[-1], x) for j in range(*columns)], axis=-1)
     else:
@@ -572,7 +572,7 @@ def _check_start(v0: Array, x: Array, columns: tuple[int, ...]) -> None:
 def _eigenpairs_of_t(xp: Namespace, t: Array, symmetric: bool) -> tuple[Array, Array]:
     """Eigenpairs of the n×n matrix T, largest magnitude first."""
     if not symmetric:
-        return xp.linalg.diagonal(t), _triangular_eigenvectors(xp, t)
+        return xp.linalg.diagonal(t), _triangular_eigenvectors(xp, t)  # T is triangular, and ordered by the iteration
     w, u = eigh(hermitian_part(t))
     order = xp.argsort(-xp.abs(w), axis=-1, stable=True)
     return xp.take_along_axis(w, order, axis=-1), xp.take_along_axis(u, order[..., None, :], axis=-1)
@@ -588,12 +588,12 @@ def _triangular_eigenvectors(xp: Namespace, t: Array) -> Array:
     columns = []
     for k in range(n):
         u = [zero] * n
-        u[k] = one
+        u[k] = one  # the entry that fixes the scale
         for i in range(k - 1, -1, -1):
             total = zero
             for j in range(i + 1, k + 1):
                 total = total + t[..., i, j] * u[j]
-            gap = t[..., k, k] - t[..., i, i]
+            gap = t[..., k, k] - t[..., i, i]  # NaN for equal eigenvalues, which have no unique vectors
             u[i] = total / xp.where(gap == 0, full((), float("nan"), gap), gap)
         column = xp.stack(u, axis=-1)
         columns.append(column / norm(column)[..., None])
@@ -607,6 +607,7 @@ def _raise(bad: Array, info: IterationInfo, maxiter: int, rtol: float) -> NoRetu
             "x contains NaN or infinity. The most likely cause is a diverged step or a division by zero before this "
             "call. Pass throw=False to get NaN for these items of the batch and the right results for the others."
         )
+    # For the message.
     failed, items = int(xp.sum(xp.astype(~info.converged, xp.int32))), math.prod(info.converged.shape)
     worst = float(xp.max(info.residual_norm))
     raise ConvergenceError(
@@ -647,16 +648,40 @@ def _check_vjp(
         _check_start(v0, x, tuple(v.shape[x.ndim - 1 :]))
 
 
+class _Refined(NamedTuple):
+    """Cotangents, eigenvalues and unit eigenvectors in float64, and their matrix as it was given."""
+
+    w_bar: Array
+    v_bar: Array
+    w: Array
+    y: Array
+    x: Array
+    x_y: Array
+    """``X Y``."""
+    size: Array
+    """The largest |λ| of each item, ``(..., 1)``."""
+    unit: float
+    """Machine epsilon of the dtype that was given."""
+
+
 def _implicit_vjp(
     w_bar: Array, v_bar: Array, w: Array, v: Array, x: Array, method: str, symmetric: bool, throw: bool
 ) -> Array:
     """X̄ of n pairs, ``X̄ = L Yᵀ`` or its Hermitian part, with L from one of the systems."""
     xp = namespace_of(x)
-    if 0 in v.shape:
+    if 0 in v.shape:  # no pairs, no gradient
         return xp.zeros_like(x)
     form = _fixed_point if method == "fixed_point" else _bordered_symmetric if symmetric else _bordered
-    z = symmetrised(x) if symmetric else x
-    left, y, bad = in_chunks(partial(_left_factor, form, eps(xp, x.dtype)), w_bar, v_bar, v, z)
+    z, unit = symmetrised(x) if symmetric else x, eps(xp, x.dtype)  # on NumPy x itself where it is symmetric
+
+    # Refine the pairs in float64: unit vectors, and Rayleigh quotients instead of rounded eigenvalues.
+    y = double(xp, v)
+    y = y / xp.sqrt(xp.sum(y * y, axis=-2, keepdims=True))
+    z_y = product_in_double(z, y)
+    rayleigh = xp.sum(y * z_y, axis=-2)
+    size = xp.max(xp.abs(rayleigh), axis=-1, keepdims=True)
+    left, growth, gauge = form(_Refined(double(xp, w_bar), double(xp, v_bar), rayleigh, y, z, z_y, size, unit))
+    bad = ~(growth * size[..., 0] * (SAME_RTOL * unit) < 1) | gauge  # gap <= 16 eps size; also for NaN
     if throw and is_true(xp.any(bad & xp.isfinite(w[..., 0]))):
         raise GaugeError(
             "An eigenvalue is repeated to working precision, or the n-th cuts a cluster of equal ones, so that its "
@@ -665,75 +690,61 @@ def _implicit_vjp(
             "eigenvalues, or pass throw=False to get NaN for these items."
         )
     left = nan_where(bad[..., None, None], left)  # NaN in a whole factor makes all of X̄ NaN
-    return hermitian_sum(left / 2, y) if symmetric else left @ xp.matrix_transpose(y)
+    left, y = (xp.astype(a, x.dtype, copy=False) for a in (left / 2 if symmetric else left, y))
+    return hermitian_sum(left, y) if symmetric else left @ xp.matrix_transpose(y)
 
 
-def _left_factor(
-    form: Callable[..., tuple[Array, Array]], unit: float, w_bar: Array, v_bar: Array, v: Array, x: Array
-) -> tuple[Array, Array, Array]:
-    """L, the eigenvectors Y, both in the dtype of `x`, and which items have a gauge-dependent loss."""
-    xp = namespace_of(x)
-    y = double(xp, v)
-    y = y / xp.sqrt(xp.sum(y * y, axis=-2, keepdims=True))
-    x_y = double(xp, x) @ y
-    w = xp.sum(y * x_y, axis=-2)  # Rayleigh quotients, more accurate than eigenvalues rounded to float32
-    size = xp.max(xp.abs(w), axis=-1, keepdims=True)
-    left, bad = form(double(xp, w_bar), double(xp, v_bar), w, y, x, x_y, size, unit)
-    return xp.astype(left, x.dtype, copy=False), xp.astype(y, x.dtype, copy=False), bad
+def _bordered(p: _Refined) -> tuple[Array, Array, bool]:
+    """W of ``X̄ = W Yᵀ`` for any real matrix, one pair at a time, and how much its systems amplify."""
+    xp = namespace_of(p.x)
+
+    def solutions(w: Array, border: Array, right: Array, x: Array) -> tuple[Array, Array]:
+        x_t = xp.matrix_transpose(x)  # left eigenvectors are those of Xᵀ
+        systems = (bordered(shifted(x_t, w[..., i]), border[..., i : i + 1]) for i in range(w.shape[-1]))
+        return solve_each(systems, right)
+
+    # The border is scaled like the matrix.
+    right = xp.concat([p.v_bar, (p.size * p.w_bar)[..., None, :]], axis=-2)
+    left, growth = in_chunks(solutions, p.w, p.size[..., None] * p.y, right, p.x)
+    return left[..., :-1, :], growth, False
 
 
-def _bordered(
-    w_bar: Array, v_bar: Array, w: Array, y: Array, x: Array, _: Array, size: Array, unit: float
-) -> tuple[Array, Array]:
-    """W of ``X̄ = W Yᵀ`` for any real matrix, one pair at a time; the border is scaled like the matrix."""
-    xp = namespace_of(x)
-    right = xp.concat([v_bar, (size * w_bar)[..., None, :]], axis=-2)
-    x_t, border = xp.matrix_transpose(x), size[..., None] * y
-    systems = (bordered(shifted(x_t, w[..., i]), border[..., i : i + 1]) for i in range(w.shape[-1]))
-    left, growth = solve_each(systems, right)
-    return left[..., :-1, :], _is_singular(growth, size, unit)
+def _bordered_symmetric(p: _Refined) -> tuple[Array, Array, Array | bool]:
+    """``W + Y K`` of ``X̄ = sym((W + Y K) Yᵀ)`` for a symmetric matrix, ``K = diag(λ̄) + ½ F ∘ (M − Mᵀ)``.
 
-
-def _bordered_symmetric(
-    w_bar: Array, v_bar: Array, w: Array, y: Array, x: Array, _: Array, size: Array, unit: float
-) -> tuple[Array, Array]:
-    """``W + Y K`` of ``X̄ = sym((W + Y K) Yᵀ)`` for a symmetric matrix, ``K = diag(λ̄) + ½ F ∘ (M − Mᵀ)``."""
-    xp = namespace_of(x)
-    m_ = xp.matrix_transpose(y) @ v_bar
-    left, growth = solve_on_complement(x, w, y, v_bar - y @ m_, size)
-    bad = _is_singular(growth, size, unit)
+    The third result says where the loss depends on the gauge of equal eigenvalues among the n.
+    """
+    xp, w_bar, w, y = namespace_of(p.x), p.w_bar, p.w, p.y
+    m_ = xp.matrix_transpose(y) @ p.v_bar  # the part of the cotangent inside span(Y)
+    left, growth = solve_on_complement(w, y, p.v_bar - y @ m_, p.size, p.x)
     if w.shape[-1] == 1:  # no others inside: a third of the whole time at m = 32 on NumPy
-        return left + y * w_bar[..., None, :], bad
+        return left + y * w_bar[..., None, :], growth, False
 
     # Inside span(Y): F is zero between equal eigenvalues, where neither M nor λ̄ may differ.
     gap = w[..., None, :] - w[..., :, None]
-    same = xp.abs(gap) <= SAME_RTOL * unit * size[..., None]
+    same = xp.abs(gap) <= SAME_RTOL * p.unit * p.size[..., None]
     zero, skew = xp.zeros_like(gap), (m_ - xp.matrix_transpose(m_)) / 2
     k = xp.where(same, zero, skew / xp.where(same, xp.ones_like(gap), gap))
     k = k + w_bar[..., None, :] * identity(w.shape[-1], w)
-    jump = xp.where(same, w_bar[..., None, :] - w_bar[..., :, None], zero)
-    bad = bad | exceeds(largest(xp.where(same, skew, zero), 2), largest(m_, 2), unit**0.5)
-    return left + y @ k, bad | exceeds(largest(jump, 2), largest(w_bar), unit**0.5)
+    jump = xp.where(same, w_bar[..., None, :] - w_bar[..., :, None], zero)  # equal eigenvalues have no order
+    gauge = exceeds(largest(xp.where(same, skew, zero), 2), largest(m_, 2), p.unit**0.5)
+    return left + y @ k, growth, gauge | exceeds(largest(jump, 2), largest(w_bar), p.unit**0.5)
 
 
-def _fixed_point(
-    w_bar: Array, v_bar: Array, w: Array, y: Array, x: Array, x_y: Array, size: Array, unit: float
-) -> tuple[Array, Array]:
+def _fixed_point(p: _Refined) -> tuple[Array, Array, bool]:
     """``P q / λ + λ̄ y``, each pair by itself, from λ times its equation.
 
     It holds for every eigenvector, whether the iteration would find it or not.
     """
-    xp = namespace_of(x)
-    x_t, y_t = xp.matrix_transpose(x), xp.matrix_transpose(y)
-    x_t_y = double(xp, x_t) @ y
-    right = v_bar + w_bar[..., None, :] * (x_y + x_t_y)
-    # λ I − XᵀP = λ I − Xᵀ + (Xᵀy) yᵀ
-    systems = (shifted(x_t, w[..., i]) + x_t_y[..., i : i + 1] @ y_t[..., i : i + 1, :] for i in range(w.shape[-1]))
-    q, growth = solve_each(systems, right)
-    left = q - y * xp.sum(y * q, axis=-2, keepdims=True) + w_bar[..., None, :] * y
-    return left, _is_singular(growth, size, unit)
+    xp = namespace_of(p.x)
 
+    def solutions(w: Array, y: Array, x_t_y: Array, right: Array, x: Array) -> tuple[Array, Array]:
+        x_t, y_t = xp.matrix_transpose(x), xp.matrix_transpose(y)
+        # λ I − XᵀP = λ I − (Xᵀ − Xᵀy yᵀ)
+        x_t_p = (x_t - x_t_y[..., i : i + 1] @ y_t[..., i : i + 1, :] for i in range(w.shape[-1]))
+        return solve_each((shifted(a, w[..., i]) for i, a in enumerate(x_t_p)), right)
 
-def _is_singular(growth: Array, size: Array, unit: float) -> Array:
-    """Whether the amplification of a probe says ``gap <= 16 eps size``; also for NaN."""
-    return ~(growth * size[..., 0] * (SAME_RTOL * unit) < 1)
+    x_t_y = product_in_double(xp.matrix_transpose(p.x), p.y)  # Xᵀy
+    right = p.v_bar + p.w_bar[..., None, :] * (p.x_y + x_t_y)
+    q, growth = in_chunks(solutions, p.w, p.y, x_t_y, right, p.x)
+    return q - p.y * xp.sum(p.y * q, axis=-2, keepdims=True) + p.w_bar[..., None, :] * p.y, growth, False

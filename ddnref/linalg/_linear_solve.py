@@ -32,26 +32,25 @@ from ddnref._core.arrays import (
     with_axes,
 )
 from ddnref._core.checks import check_dtypes, check_precision, check_shapes
-from ddnref._core.loops import WhileLoop
+from ddnref._core.loops import LoopOptions, WhileLoop
 from ddnref._kernels.dense import adjoint as matrix_adjoint
 from ddnref._kernels.public import public
 from ddnref._kernels.vectors import norm
 from ddnref.errors import DdnrefError
 from ddnref.krylov._bicgstab import bicgstab
 from ddnref.krylov._cg import cg
-from ddnref.krylov._common import (
+from ddnref.krylov._gmres import gmres
+from ddnref.krylov._lsmr import LeastSquaresInfo, lsmr
+from ddnref.krylov._minres import minres
+from ddnref.krylov._system import (
     BREAKDOWN,
     CONVERGED,
     NOT_FINITE,
     SLACK,
     STAGNATION,
-    Options,
     SolveInfo,
     raise_if_failed,
 )
-from ddnref.krylov._gmres import gmres
-from ddnref.krylov._lsmr import LeastSquaresInfo, lsmr
-from ddnref.krylov._minres import minres
 from ddnref.linalg._solve import check_source, raise_singular, solve, summed_to
 from ddnref.operators import LinearOperator, adjoint, as_operator
 from ddnref.operators._operator import check_vector
@@ -132,7 +131,7 @@ def linear_solve(
     (array([1., 1.]), 1)
     """
     a = as_operator(operator)
-    for array in (*a.params, b):
+    for array in (*a.params, b):  # PyTorch would record the iteration
         refuse_recording("linear_solve", array)
     if solver == "direct":
         steering = {"x0": x0, "preconditioner": preconditioner, "maxiter": maxiter}
@@ -236,7 +235,7 @@ def linear_solve_vjp(
     check_dtypes(x_bar=(x_bar, x.dtype), b=(b, x.dtype), y0=(y0, x.dtype))
     if y0 is not None:
         check_vector("y0", y0, tuple(target), ())
-    lead = _check_problem(a, x, b, needs_residual=True, y0=y0)
+    lead = _check_problem(a, x, b, needs_residual=True, y0=y0)  # leading axes of the solution
     check_shapes(x_bar=(x_bar, (*lead, *domain)))
     call = {"solver": solver, "preconditioner": preconditioner, "rtol": rtol, "maxiter": maxiter}
     call |= {"check_every": check_every, "throw": throw, "while_loop": while_loop}
@@ -247,16 +246,16 @@ def linear_solve_vjp(
     params_bar = tuple(None if bar is None else -bar for bar in a.params_vjp(a.params, y, x))
     # What least squares adds to −vjp(y, x).
     if n > m:
-        z, more = _solve_for_derivative(solve, operator, y, **call)
-        r = b - a.apply(a.params, x)
+        z, more = _solve_for_derivative(solve, operator, y, **call)  # A⁺ y
+        r = b - a.apply(a.params, x)  # the residual that A leaves of b
         params_bar = _plus(params_bar, a.params_vjp(a.params, r, _without_failed(z, more, domain)))
         info = _worse(info, more)
     elif n < m:
-        w, more = _solve_for_derivative(solve, _adjoint_of(operator), x, **call)
-        s = x_bar - a.adjoint(a.params, y)
+        w, more = _solve_for_derivative(solve, _adjoint_of(operator), x, **call)  # (Aᴴ)⁺ x
+        s = x_bar - a.adjoint(a.params, y)  # what Aᴴ cannot reach of the cotangent
         params_bar = _plus(params_bar, a.params_vjp(a.params, _without_failed(w, more, target), s))
         info = _worse(info, more)
-    b_bar = y if b is None else summed_to(y, tuple(b.shape))
+    b_bar = y if b is None else summed_to(y, tuple(b.shape))  # b may have been broadcast
     return (params_bar if isinstance(operator, LinearOperator) else params_bar[0], b_bar), info
 
 
@@ -327,6 +326,7 @@ def linear_solve_jvp(
     array([-0.5,  0. ])
     """
     a = as_operator(operator)
+    # An array counts as one parameter.
     moves = params_dot if params_dot is None or isinstance(params_dot, tuple) else (params_dot,)
     lead = _check_directions(a, moves, b_dot, x, b, x0)
     call = {"solver": solver, "preconditioner": preconditioner, "rtol": rtol, "maxiter": maxiter}
@@ -341,14 +341,15 @@ def linear_solve_jvp(
         if n > m:
             r = b - a.apply(a.params, x)
             y, before = _solve_for_derivative(linear_solve, _adjoint_of(operator), _moved(adjoint(a), moves, r), **call)
-            right = right + y
+            right = right + y  # plus (Aᴴ)⁺ Ȧᴴ r
         elif n < m:
             w, before = _solve_for_derivative(linear_solve, _adjoint_of(operator), x, **call)
-            shift = _moved(adjoint(a), moves, w)
+            shift = _moved(adjoint(a), moves, w)  # g = Ȧᴴ (Aᴴ)⁺ x
             right = right - a.apply(a.params, shift)
     x_dot, info = _solve_for_derivative(linear_solve, operator, right, x0=x0, **call)
     x_dot = x_dot if shift is None else shift + x_dot
     info = info if before is None else _worse(before, info)
+    # Not solved, or no solution to begin with.
     bad = with_axes(~info.converged | _missing(x, a.domain_shape), len(a.domain_shape))
     return nan_where(bad, x_dot), info
 
@@ -376,8 +377,8 @@ def _check_directions(
         raise TypeError("params_dot and b_dot are both None: there is no direction.")
     directions = {f"params_dot[{i}]": p for i, p in enumerate(moves or ())}
     parameters = {f"params[{i}]": p for i, p in enumerate(a.params)}
-    xp = namespace(b_dot=b_dot, x=x, b=b, x0=x0, **directions, **parameters)
-    check_precision(xp, x=x, **directions, **parameters)
+    xp = namespace(b_dot=b_dot, x=x, b=b, x0=x0, **directions, **parameters)  # one library, one device
+    check_precision(xp, x=x, **directions, **parameters)  # real parameters may belong to a complex operator
     check_dtypes(b_dot=(b_dot, x.dtype), b=(b, x.dtype), x0=(x0, x.dtype))
     if moves is not None:
         if len(moves) != len(a.params):
@@ -451,7 +452,7 @@ def _worse(one: SolveInfo, other: SolveInfo) -> SolveInfo:
         one.converged & other.converged,
         one.n_iter + other.n_iter,
         xp.maximum(one.residual_norm, other.residual_norm),
-        xp.where(one.converged, other.status, one.status),
+        xp.where(one.converged, other.status, one.status),  # the first failure is the cause
     )
 
 
@@ -484,9 +485,9 @@ def direct(
         raise ValueError(f"b has shape {tuple(b.shape)}, expected (..., *{tuple(a.range_shape)}).")
     if x0 is not None:
         check_vector("x0", x0, tuple(a.domain_shape), a.params)
-    matrix = a.matrix(b) if isinstance(operator, LinearOperator) else operator
+    matrix = a.matrix(b) if isinstance(operator, LinearOperator) else operator  # by products with unit vectors
     rows = xp.reshape(b, (*b.shape[: b.ndim - axes], n))
-    x = solve(matrix, rows, throw=False)
+    x = solve(matrix, rows, throw=False)  # NaN in singular items
     finite = xp.all(xp.isfinite(matrix), axis=(-2, -1)) & xp.all(xp.isfinite(rows), axis=-1)
     lead = tuple(x.shape[:-1])
     x = xp.reshape(x, (*lead, *a.domain_shape))
@@ -502,7 +503,7 @@ def direct(
     if throw:
         if is_true(xp.any(status == BREAKDOWN)):
             raise_singular(status == BREAKDOWN)
-        raise_if_failed("linear_solve", info, Options(rtol, 0, 1, None, None))
+        raise_if_failed("linear_solve", info, LoopOptions(rtol, maxiter=0))
     return x, info
 
 
@@ -512,23 +513,19 @@ SOLVERS: dict[str, Solver] = {
 
 
 def _solver_of(operator: Array | LinearOperator, solver: str | Solver | None) -> Solver:
-    """The solver that was named or given, or else the default for the operator's flags."""
-    if solver is None:
-        return SOLVERS[_default(operator)]
+    """The solver that was named or given, or else the fastest that the shape and the flags of an operator allow."""
     if callable(solver):
         return solver
+    if solver is None:
+        a = as_operator(operator)
+        if a.size != math.prod(a.range_shape):
+            solver = "lsmr"  # least squares or the shortest solution
+        elif not isinstance(operator, LinearOperator) and a.size <= DIRECT_UP_TO:
+            solver = "direct"  # faster than any iteration, and its error does not depend on rtol
+        elif a.self_adjoint:
+            solver = "cg" if a.positive_definite else "minres"
+        else:
+            solver = "gmres"
     if not isinstance(solver, str) or solver not in SOLVERS:
         raise ValueError(f"solver is {solver!r}, expected {', '.join(map(repr, SOLVERS))}, a callable or None.")
     return SOLVERS[solver]
-
-
-def _default(operator: Array | LinearOperator) -> str:
-    """The fastest solver that the shape and the flags of an operator allow."""
-    a = as_operator(operator)
-    if a.size != math.prod(a.range_shape):
-        return "lsmr"
-    if not isinstance(operator, LinearOperator) and a.size <= DIRECT_UP_TO:
-        return "direct"
-    if a.self_adjoint:
-        return "cg" if a.positive_definite else "minres"
-    return "gmres"

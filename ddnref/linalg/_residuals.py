@@ -46,11 +46,11 @@ def align_signs(v: Array, reference: Array | None = None, /, *, sign: str = "pos
     if sign not in SIGNS or axis not in (-1, -2):
         raise ValueError(f'sign is {sign!r} and axis {axis!r}, expected "positive" or "negative" and -2 or -1.')
     if reference is None:
-        inner = v[..., :1, :] if axis == -2 else v[..., :1]
+        inner = v[..., :1, :] if axis == -2 else v[..., :1]  # the product with (1, 0, …, 0)
     else:
         if reference.ndim < 1:
             raise ValueError("reference has shape (), expected a vector (m,) or one for each of v.")
-        along = reference[:, None] if axis == -2 and reference.ndim == 1 else reference
+        along = reference[:, None] if axis == -2 and reference.ndim == 1 else reference  # one vector for all columns
         if along.ndim > v.ndim or any(a not in (1, b) for a, b in zip(along.shape[::-1], v.shape[::-1], strict=False)):
             raise ValueError(f"reference has shape {tuple(reference.shape)}, which does not fit v: {tuple(v.shape)}.")
         inner = xp.sum(along * v, axis=axis, keepdims=True)
@@ -103,7 +103,7 @@ def fixed_point_residual(x: Array, w: Array, v: Array, /) -> Array:
     """
     xp, y, z, w = _columns_and_product(x, w, v)
     size = _length(xp, z)[..., None, :]
-    size = xp.where(w < 0, -size, nan_where(xp.isnan(w), size))
+    size = xp.where(w < 0, -size, nan_where(xp.isnan(w), size))  # the sign of the eigenvalue, NaN if that is NaN
     residual = _length(xp, y - z / xp.where(size == 0, full((), float("nan"), size), size))
     return residual[..., 0] if v.ndim < x.ndim else residual
 
@@ -115,7 +115,7 @@ def _columns_and_product(x: Array, w: Array, v: Array) -> tuple[Namespace, Array
     check_square("x", x)
     n = v.shape[-1:] if v.ndim == x.ndim else ()
     check_shapes(v=(v, (*x.shape[:-1], *n)), w=(w, (*x.shape[:-2], *n)))
-    y = v if n else v[..., None]
+    y = v if n else v[..., None]  # one vector is a matrix of one column
     return xp, y, x @ y, w[..., None, :] if n else w[..., None, None]
 
 

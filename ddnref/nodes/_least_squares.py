@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, eps, full, is_true, namespace, namespace_of, nan_where, refuse_recording
-from ddnref._core.checks import check_dtypes, check_shapes, conform
+from ddnref._core.arrays import Array, eps, full, is_true, namespace_of, nan_where, refuse_recording
+from ddnref._core.checks import conform
 from ddnref._kernels import dense
 from ddnref._kernels.public import public
 from ddnref._kernels.vectors import safe_norm
@@ -313,12 +313,9 @@ def weighted_least_squares_vjp(
     >>> ddnref.nodes.weighted_least_squares_vjp(np.ones(1), y, a, b, np.ones(2), bias=False)[1]
     array([0.5, 0.5])
     """
-    xp, batch, sizes = conform("(m,n+),(m),(m),()", real_only=True, a=a, b=b, weights=weights, ridge=ridge)
-    namespace(a=a, y=y, y_bar=y_bar)
-    check_dtypes(y=(y, a.dtype), y_bar=(y_bar, a.dtype))
+    xp, _, sizes = conform("(m,n+),(m),(m),()", real_only=True, a=a, b=b, weights=weights, ridge=ridge)
     n = sizes["n"]
-    shape = (*batch, n + 1 if bias else n)
-    check_shapes(y=(y, shape), y_bar=(y_bar, shape))
+    conform("(m),(k),(k)", sizes={"k": n + bias}, b=b, y=y, y_bar=y_bar)
     a, b = _finite_or_nan(a, b)
     weights = nan_where(~xp.isfinite(weights), weights)
     a_, h = _normal_equations(a, weights, ridge, bias)

@@ -25,11 +25,11 @@ from ddnref.errors import ConvergenceError, SingularError
 
 
 class Penalty(NamedTuple):
-    """φ with ``α = 1`` in scaled arguments ``z / α``, up to a factor: value, weight ψ/z, second derivative."""
+    """φ with ``α = 1`` in scaled arguments ``z / α``, up to a factor."""
 
-    value: Callable[[Namespace, Array], Array]
-    weight: Callable[[Namespace, Array], Array]
-    curvature: Callable[[Namespace, Array], Array]
+    value: Callable[[Namespace, Array], Array]  # φ
+    weight: Callable[[Namespace, Array], Array]  # ψ / z
+    curvature: Callable[[Namespace, Array], Array]  # φ''
 
 
 def _one(xp: Namespace, z: Array) -> Array:

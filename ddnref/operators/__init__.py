@@ -1,14 +1,11 @@
-"""Linear operators with their parameters in the open: what they are, how to build, combine, check and wrap them."""
+"""Linear operators whose parameters are visible arrays: constructors, combinations, checks and wrappers."""
 
-from ddnref.operators._algebra import adjoint, normal, scaled
-from ddnref.operators._check import OperatorReport, check_operator
-from ddnref.operators._combine import add, compose, stack
-from ddnref.operators._convolution import convolution
-from ddnref.operators._difference import difference
+from ddnref.operators._check import OperatorCheck, OperatorReport, check_operator
+from ddnref.operators._combine import add, adjoint, compose, normal, scaled, stack
 from ddnref.operators._elementary import as_operator, dense, diagonal, mask
+from ddnref.operators._grid import convolution, difference
 from ddnref.operators._operator import LinearOperator
 from ddnref.operators._scipy import from_scipy, to_scipy
-from ddnref.operators._statements import OperatorCheck
 
 __all__ = [
     "LinearOperator",

@@ -1,28 +1,47 @@
-"""Is an operator what it says? `check_operator` holds every statement it makes against products."""
+"""Check whether an operator is what it claims to be: `check_operator` tests each claim with random vectors."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
+import array_api_compat
 import numpy as np
 
-from ddnref._core.arrays import Array, is_complex, namespace
+from ddnref._core.arrays import Array, Namespace, is_complex, namespace
 from ddnref._kernels.public import public
+from ddnref._kernels.vectors import column, dot, norm, normalised, quotient, real_dot
 from ddnref.errors import OperatorError
-from ddnref.operators._operator import LinearOperator, zeros
-from ddnref.operators._statements import STATEMENTS, Given, OperatorCheck
+from ddnref.operators._operator import LinearOperator, batch_axes, times, zeros
+from ddnref.testing import check_vjp
 
 RTOL = 1e-11
 VJP_RTOL = 1e-7
+STEPS = 20  # of the power iterations that look for a negative eigenvalue
+ZERO = 1e-15  # an eigenvalue that small, relative to the largest, is no more than rounding
+
+
+class OperatorCheck(NamedTuple):
+    """The result for one claim about an operator."""
+
+    name: str
+    """The claim."""
+    passed: bool
+    """Whether it holds."""
+    error: float
+    """The relative error; NaN where the claim is either true or false."""
+    message: str
+    """The fault and where to look for it; empty if the claim holds."""
 
 
 class OperatorReport(NamedTuple):
-    """What `check_operator` found; ``str(report)`` is a table."""
+    """The results of `check_operator`; ``str(report)`` is a table."""
 
     passed: bool
-    """Whether every statement holds."""
+    """Whether every claim holds."""
     checks: tuple[OperatorCheck, ...]
-    """Every statement that was looked at; none follow one that the others rest on."""
+    """Every claim that was checked. Where a basic claim fails, those that depend on it are left out."""
 
     def __str__(self) -> str:
         return "\n".join(
@@ -42,22 +61,22 @@ def check_operator(
     seed: int = 0,
     throw: bool = True,
 ) -> OperatorReport:
-    r"""Hold every statement of an operator, yours or ours, against products with random vectors.
+    r"""Check every claim of an operator, yours or ours, with products of random vectors.
 
     Parameters
     ----------
     operator : LinearOperator
-        Its parameters float64 or complex128.
+        With parameters of dtype float64 or complex128.
     x : (..., \*domain_shape) array, optional
-        Tells library, device, dtype and batch axes of the vectors to try. Default: those of the parameters, no batch
-        axes; needed for an operator without parameters.
+        An example of the vectors to try, with their library, device, dtype and batch axes. By default they are taken
+        from the parameters, without batch axes. An operator without parameters needs an example.
     rtol : float, default 1e-11
-        Largest relative error of what holds up to rounding.
+        Largest relative error of claims that hold up to rounding.
     vjp_rtol : float, default 1e-7
-        As ``rtol`` of `ddnref.testing.check_vjp`.
+        The ``rtol`` of `ddnref.testing.check_vjp`.
     seed : int
     throw : bool, default True
-        Raise what fails. With ``False`` it is in the report alone.
+        Raise if a claim fails. With ``False`` the failure is only in the report.
 
     Returns
     -------
@@ -66,19 +85,19 @@ def check_operator(
     Raises
     ------
     OperatorError
-        A statement does not hold; the message names it and what to look at.
+        A claim does not hold; the message names it and where to look for the fault.
     TypeError, ValueError
         Single precision, in which finite differences show nothing; no `x` where there are no parameters; `x` of another
         shape.
 
     Notes
     -----
-    In this order: shapes; dtypes; arguments left as they are; linearity; the dot-product test
-    ``⟨A x, y⟩ = ⟨x, Aᴴ y⟩``; a batch equals its items one by one; ``params_vjp`` against finite differences; the flags
-    self-adjoint (``⟨A x, z⟩ = ⟨x, A z⟩``) and positive definite (the smallest eigenvalue that a few power iterations
-    find); ``prepare`` and ``gram`` against the products they stand for. A random vector meets a fault of one entry in
-    m with about ``1/m`` of its length: far above `rtol`, so that one wrong entry is found. That an indefinite operator
-    has passed as positive definite is possible, where the eigenvalues below zero are very few and very small.
+    These are checked in order: shapes; dtypes; that arguments are not changed; linearity; the dot-product test
+    ``⟨A x, y⟩ = ⟨x, Aᴴ y⟩``; that a batch equals its items one by one; ``params_vjp`` against finite differences; the
+    flags self-adjoint (apply equals adjoint) and positive definite (the smallest eigenvalue that a few power iterations
+    find); ``prepare`` and ``gram`` against the products they replace. One wrong entry in m changes the product with a
+    random vector by about ``1/m`` of its length, which is far above `rtol`, so it is found. An indefinite operator may
+    pass as positive definite if its negative eigenvalues are very few and very small.
 
     Examples
     --------
@@ -92,10 +111,10 @@ def check_operator(
     """
     given = _given(operator, x, np.random.default_rng(seed), rtol, vjp_rtol)
     checks: list[OperatorCheck] = []
-    for statement, decides in STATEMENTS:
-        found = [check for check in statement(given) if check is not None]
+    for claim, is_basic in CLAIMS:
+        found = list(claim(given))
         checks.extend(found)
-        if decides and not all(check.passed for check in found):
+        if is_basic and not all(check.passed for check in found):
             break
     report = OperatorReport(all(check.passed for check in checks), tuple(checks))
     if throw and not report.passed:
@@ -122,3 +141,295 @@ def _given(a: LinearOperator, x: Array | None, rng: np.random.Generator, rtol: f
         x = xp.astype(x, xp.complex128)
     given = Given(a, x, x, rng, rtol, vjp_rtol)
     return given._replace(x=given.random(x))
+
+
+# --- the claims -----------------------------------------------------------------------------------------------
+
+
+class Given(NamedTuple):
+    """An operator and random vectors of its domain and range."""
+
+    a: LinearOperator
+    x: Array
+    y: Array
+    rng: np.random.Generator
+    rtol: float
+    vjp_rtol: float
+
+    @property
+    def xp(self) -> Namespace:
+        return array_api_compat.array_namespace(self.x)
+
+    def random(self, like: Array) -> Array:
+        values = self.rng.standard_normal(tuple(like.shape))
+        if is_complex(like):
+            values = values + 1j * self.rng.standard_normal(tuple(like.shape))
+        xp = self.xp
+        return xp.asarray(values, dtype=like.dtype, device=array_api_compat.device(like))
+
+    def apply(self, x: Array) -> Array:
+        return self.a.apply(self.a.params, x)
+
+    def adjoint(self, y: Array) -> Array:
+        return self.a.adjoint(self.a.params, y)
+
+
+def _check(name: str, error: float, rtol: float, message: str) -> OperatorCheck:
+    passed = error <= rtol  # false for NaN
+    return OperatorCheck(name, passed, error, "" if passed else message.format(error=error, rtol=rtol))
+
+
+def _fact(name: str, holds: bool, message: str) -> OperatorCheck:
+    return OperatorCheck(name, holds, math.nan, "" if holds else message)
+
+
+def _norm(z: Array) -> float:
+    return float(norm(array_api_compat.array_namespace(z).reshape(z, (-1,))))
+
+
+def _off(z: Array, wanted: Array, size: float | None = None) -> float:
+    """``‖z − wanted‖`` relative to `size`, or to the larger of both."""
+    size = max(_norm(z), _norm(wanted)) if size is None else size
+    difference = _norm(z - wanted)
+    return difference / size if size > 0 else difference
+
+
+def _dot(x: Array, y: Array) -> complex:
+    xp = array_api_compat.array_namespace(x)
+    return complex(dot(xp.reshape(x, (-1,)), xp.reshape(y, (-1,))))
+
+
+def _shapes(g: Given) -> Iterator[OperatorCheck]:
+    """Both products have the stated shapes behind their batch axes."""
+    n, batch = len(g.a.range_shape), ()
+    for name, product, x, target in (
+        ("apply", g.apply, g.x, g.a.range_shape),
+        ("adjoint", g.adjoint, None, g.a.domain_shape),
+    ):
+        x = zeros((*batch, *g.a.range_shape), g.x) if x is None else x
+        y = product(x)
+        held = tuple(y.shape[max(0, y.ndim - len(target)) :]) == tuple(target)
+        field = "range_shape" if name == "apply" else "domain_shape"
+        yield _fact(
+            f"shape of {name}",
+            held,
+            f"{name}(params, ·) returned shape {tuple(y.shape)} for {tuple(x.shape)}, expected "
+            f"(..., *{tuple(target)}): look at {name} and {field}.",
+        )
+        if not held:
+            return
+        batch = tuple(y.shape[: y.ndim - n])
+
+
+def _dtypes(g: Given) -> Iterator[OperatorCheck]:
+    """Products keep the library and the precision, and complex vectors stay complex."""
+    y = g.apply(g.x)
+    for name, product, x in (("apply", g.apply, g.x), ("adjoint", g.adjoint, y)):
+        z = product(x)
+        wanted = (g.xp.complex128,) if is_complex(x) else (g.xp.float64, g.xp.complex128)
+        held = type(z) is type(x) and z.dtype in wanted
+        yield _fact(
+            f"dtype of {name}",
+            held,
+            f"{name}(params, ·) returned {type(z).__name__} of {z.dtype} for {type(x).__name__} of {x.dtype}: nothing "
+            "may be converted; create arrays with the dtype of the argument.",
+        )
+
+
+def _arguments(g: Given) -> Iterator[OperatorCheck]:
+    """No function writes to its arguments."""
+    xp = g.xp
+
+    def same(z: Array, b: Array) -> bool:
+        return bool(xp.all((z == b) | ((z != z) & (b != b))))  # NaN is not a change
+
+    y = g.apply(g.x)
+    arrays = (*g.a.params, g.x, y)
+    before = [xp.asarray(z, copy=True) for z in arrays]
+    g.apply(g.x), g.adjoint(y), g.a.params_vjp(g.a.params, y, g.x)
+    names = [*(f"params[{i}]" for i in range(len(g.a.params))), "x", "y"]
+    changed = [name for name, z, b in zip(names, arrays, before, strict=True) if not same(z, b)]
+    yield _fact("pure functions", not changed, f"{', '.join(changed)} changed during a product: write to a copy.")
+
+
+def _linear(g: Given) -> Iterator[OperatorCheck]:
+    """``A (αx + βz) = α A x + β A z``, α and β complex where vectors are."""
+    alpha, beta = (0.7 - 0.4j, -1.3 + 0.2j) if is_complex(g.x) else (0.7, -1.3)
+    for name, product, x in (("apply", g.apply, g.x), ("adjoint", g.adjoint, g.random(g.apply(g.x)))):
+        z = g.random(x)
+        p, q = product(x), product(z)
+        error = _off(product(times(alpha, x, 0) + times(beta, z, 0)), times(alpha, p, 0) + times(beta, q, 0),
+                     _norm(p) + _norm(q))  # fmt: skip
+        yield _check(
+            f"linearity of {name}",
+            error,
+            g.rtol,
+            f"{name} is off by {{error:.1e}} (rtol {{rtol:.0e}}): it has a constant part, is not linear, conjugates "
+            "its argument, or returns values that are not finite.",
+        )
+
+
+def _adjoint(g: Given) -> Iterator[OperatorCheck]:
+    """``⟨A x, y⟩ = ⟨x, Aᴴ y⟩``."""
+    a_x = g.apply(g.x)
+    y = g.random(a_x)
+    x = _in_batch(g)
+    a_y = g.adjoint(y)
+    size = _norm(a_x) * _norm(y) + _norm(x) * _norm(a_y)
+    error = abs(_dot(a_x, y) - _dot(x, a_y))
+    yield _check(
+        "adjoint",
+        error / size if size > 0 else error,
+        g.rtol,
+        "adjoint is not the adjoint of apply: ⟨A x, y⟩ and ⟨x, Aᴴ y⟩ differ by {error:.1e} of their size (rtol "
+        "{rtol:.0e}). The most likely cause is a missing transpose or conjugate, a sign, a shift to the wrong side, or "
+        "a border that is treated differently.",
+    )
+
+
+def _in_batch(g: Given) -> Array:
+    """The vector x with the batch axes that the parameters give to its image."""
+    return g.xp.broadcast_to(g.x, (*batch_axes(g.a, g.x)[0], *g.a.domain_shape))
+
+
+def _batch(g: Given) -> Iterator[OperatorCheck]:
+    """The products of three right-hand sides at once equal those of each alone."""
+    xp = g.xp
+    a_x = g.apply(g.x)
+    x = _in_batch(g)
+    three, images = xp.stack([x, g.random(x), g.random(x)]), xp.stack([a_x, g.random(a_x), g.random(a_x)])
+    message = "{name} of several right-hand sides, one more leading axis, is not that of each: off by {{error:.1e}}."
+    for name, product, many in (("apply", g.apply, three), ("adjoint", g.adjoint, images)):
+        alone = xp.stack([product(many[i, ...]) for i in range(3)])
+        together = product(many)
+        error = _off(together, alone) if together.shape == alone.shape else math.inf
+        yield _check(f"batch of {name}", error, g.rtol, message.format(name=name))
+    alone_bars = [g.a.params_vjp(g.a.params, images[i, ...], three[i, ...]) for i in range(3)]
+    for i, bar in enumerate(g.a.params_vjp(g.a.params, images, three)):
+        wanted = alone_bars[0][i] + alone_bars[1][i] + alone_bars[2][i]
+        error = _off(bar, wanted) if bar.shape == wanted.shape else math.inf
+        yield _check(
+            f"batch of params_vjp[{i}]",
+            error,
+            g.rtol,
+            f"the gradient to params[{i}] of several right-hand sides is not the sum of those of each: off by "
+            "{error:.1e}. Sum over the leading axes that the parameter lacks.",
+        )
+
+
+def _params_vjp(g: Given) -> Iterator[OperatorCheck]:
+    """The gradient agrees with finite differences, one parameter at a time."""
+    y = g.apply(g.x)
+    bars = g.a.params_vjp(g.a.params, y, g.x)
+    counted = isinstance(bars, tuple) and len(bars) == len(g.a.params)
+    yield _fact(
+        "params_vjp", counted, f"params_vjp must return a tuple with {len(g.a.params)} cotangents, one per parameter."
+    )
+    if not counted:
+        return
+    for i, (p, bar) in enumerate(zip(g.a.params, bars, strict=True)):
+        fits = tuple(bar.shape) == tuple(p.shape) and bar.dtype == p.dtype
+        name = f"params_vjp[{i}]"
+        if not fits:
+            message = (
+                f"it has shape {tuple(bar.shape)} and dtype {bar.dtype}, the parameter {tuple(p.shape)}, {p.dtype}"
+            )
+            yield _fact(name, False, f"{message}: sum over a batch, and take the real part for a real parameter.")
+            continue
+        seed = int(g.rng.integers(2**31))  # of cotangents that are independent of x
+        report = check_vjp(*_partial(g, i), p, rtol=g.vjp_rtol, seed=seed)
+        yield _check(
+            name,
+            report.error,
+            g.vjp_rtol,
+            f"the gradient to params[{i}] differs from finite differences by {{error:.1e}} of its length (rtol "
+            "{rtol:.0e}). The most likely cause is a missing conjugate, a factor, or a dependence that was left out.",
+        )
+
+
+def _partial(g: Given, i: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The product as a function of one parameter, and its VJP."""
+    params = g.a.params
+
+    def f(p: Array) -> Array:
+        return g.a.apply((*params[:i], p, *params[i + 1 :]), g.x)
+
+    def f_vjp(y_bar: Array, y: Array) -> Array:  # noqa: ARG001
+        return g.a.params_vjp(params, y_bar, g.x)[i]
+
+    return f, f_vjp
+
+
+def _self_adjoint(g: Given) -> Iterator[OperatorCheck]:
+    """``A = Aᴴ`` if the flag says so."""
+    if not (g.a.self_adjoint or g.a.positive_definite):
+        return
+    held = g.a.self_adjoint and tuple(g.a.domain_shape) == tuple(g.a.range_shape)
+    yield _fact(
+        "self_adjoint",
+        held,
+        f"positive_definite is {g.a.positive_definite}, self_adjoint {g.a.self_adjoint}, domain_shape "
+        f"{g.a.domain_shape}, range_shape {g.a.range_shape}; both flags need equal shapes, the first the second.",
+    )
+    if held:
+        y = g.random(g.apply(g.x))
+        yield _check(
+            "self_adjoint",
+            _off(g.apply(y), g.adjoint(y)),
+            g.rtol,
+            "self_adjoint is True, but apply and adjoint differ by {error:.1e} (rtol {rtol:.0e}).",
+        )
+
+
+def _positive_definite(g: Given) -> Iterator[OperatorCheck]:
+    """The smallest Rayleigh quotient that power iterations with ``A`` and ``‖A‖ − A`` find, over ``‖A‖``."""
+    if not (g.a.positive_definite and g.a.self_adjoint) or g.a.size == 0:
+        return
+    batch, image = batch_axes(g.a, g.x)
+
+    def apply(v: Array) -> Array:
+        y = g.apply(g.xp.reshape(v, (*batch, *g.a.domain_shape)))
+        return g.xp.reshape(y, (*batch, g.a.size))
+
+    # ‖A‖ by power iterations
+    v = g.xp.reshape(g.random(image), (*batch, g.a.size))
+    for _ in range(STEPS):
+        v = apply(v)
+        v = normalised(v, norm(v))
+    scale = norm(apply(v))
+
+    # The same with 1.05 ‖A‖ − A, whose largest eigenvalues are the smallest of A
+    shift, v, smallest = column(1.05 * scale, v), g.random(v), math.inf
+    for _ in range(STEPS):
+        v = normalised(v, norm(v))
+        a_v = apply(v)
+        smallest = min(smallest, float(g.xp.min(quotient(real_dot(v, a_v), scale, scale > 0))))
+        v = shift * v - a_v
+    yield _fact(
+        "positive_definite",
+        smallest > ZERO,
+        f"positive_definite is True, but a vector has ⟨x, A x⟩ = {smallest:.1e} ‖A‖ ‖x‖².",
+    )
+
+
+def _hooks(g: Given) -> Iterator[OperatorCheck]:
+    """``prepare`` and ``gram`` agree with the products that they replace."""
+    a_x = g.apply(g.x)
+    if g.a.prepare is not None:
+        fast = g.a.prepare(g.a.params)
+        error = max(_off(fast.apply(fast.params, g.x), a_x), _off(fast.adjoint(fast.params, a_x), g.adjoint(a_x)))
+        yield _check("prepare", error, g.rtol, "the prepared operator differs by {error:.1e} (rtol {rtol:.0e}).")
+    if g.a.gram is not None:
+        wanted = g.adjoint(a_x)
+        for shift in (None, 0.75):
+            fast = g.a.gram(g.a.params, shift)
+            slow = wanted if shift is None else wanted + shift * g.x
+            error = _off(fast.apply(fast.params, g.x), slow)
+            yield _check("gram", error, g.rtol, f"gram(params, {shift}) differs from AᴴA + shift by {{error:.1e}}.")
+
+
+CLAIMS: tuple[tuple[Callable[[Given], Iterator[OperatorCheck]], bool], ...] = (
+    (_shapes, True), (_dtypes, True), (_arguments, True), (_linear, True), (_adjoint, False), (_batch, False),
+    (_params_vjp, False), (_self_adjoint, False), (_positive_definite, False), (_hooks, False),
+)  # fmt: skip
+"""The claims in order, each with a flag whether the following claims depend on it."""

@@ -1,7 +1,11 @@
-"""Operators made of several; their parameters follow one another in one flat tuple.
+"""Operators made of one or several operators; their parameters follow one another in one flat tuple.
 
-The gradient of ``Re ⟨ȳ, B x⟩`` follows from ``Re ⟨ȳ, Ḃ x⟩``; vjp_i(ȳ, x) is that of A_i:
+A coefficient that is an array is the last parameter. The gradient of ``Re ⟨ȳ, B x⟩`` follows from ``Re ⟨ȳ, Ḃ x⟩``;
+vjp(ȳ, x) is that of A, and vjp_i(ȳ, x) that of A_i:
 
+    scaled     B = c A           ⟨ȳ, ċ A x + c Ȧ x⟩              c̄ = Σ ȳ conj(A x),  vjp(conj(c) ȳ, x)
+    adjoint    B = Aᴴ            ⟨ȳ, Ȧᴴ x⟩ = conj ⟨x, Ȧ ȳ⟩       vjp(x, ȳ)
+    normal     B = AᴴA + ρ       ⟨A ȳ, Ȧ x⟩ + conj ⟨A x, Ȧ ȳ⟩    vjp(A ȳ, x) + vjp(A x, ȳ),  ρ̄ = Re Σ ȳ conj(x)
     add        B = Σ A_i         ⟨ȳ, Σ Ȧ_i x⟩                    vjp_i(ȳ, x)
     compose    B = A_1 A_2       ⟨ȳ, Ȧ_1 A_2 x + A_1 Ȧ_2 x⟩      vjp_1(ȳ, A_2 x),  vjp_2(A_1ᴴ ȳ, x)
     stack      B = [A_i]         Σ ⟨ȳ_i, Ȧ_i x⟩                  vjp_i(ȳ_i, x)
@@ -11,16 +15,221 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import array_api_compat
 
-from ddnref._core.arrays import Array
+from ddnref._core.arrays import Array, conj, is_complex
 from ddnref._kernels.public import public
-from ddnref.operators._algebra import bare_of, normal
-from ddnref.operators._elementary import as_operator
-from ddnref.operators._operator import LinearOperator, Params, broadcast_shape, check_params, motions_of
+from ddnref.operators._elementary import as_operator, coefficient
+from ddnref.operators._operator import (
+    LinearOperator,
+    Params,
+    broadcast_shape,
+    check_params,
+    coefficient_bar,
+    is_array,
+    motions_of,
+    times,
+)
+
+
+@public
+def scaled(
+    operator: Array | LinearOperator, c: Array | float | complex, /, *, positive_definite: bool | None = None
+) -> LinearOperator:
+    """An operator times a number.
+
+    Parameters
+    ----------
+    operator : LinearOperator, or array (..., n, m)
+    c : (...) array, or a number
+        One number for each item of the batch. An array is the last parameter; a Python number is a constant.
+    positive_definite : bool, optional
+        Whether the product is known to be positive definite, which is not read from the values of an array `c`.
+        Default: as `operator` for a positive number, else False.
+
+    Returns
+    -------
+    operator : LinearOperator
+
+    Raises
+    ------
+    TypeError
+        If `c` is of another library, device or precision than the parameters.
+
+    Notes
+    -----
+    ``c̄ = Σ ȳ conj(A x)``, real for real `c`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> ddnref.operators.scaled(np.eye(2), np.asarray(3.0))(np.ones(2))
+    array([3., 3.])
+    """
+    a = as_operator(operator)
+    c = coefficient("c", c, a.params)
+    n, parameter = len(a.range_shape), is_array(c)
+    bare, split = bare_of(a), _splitter(c)
+
+    def apply(params: Params, x: Array) -> Array:
+        p, c = split(params)
+        return times(c, bare.apply(p, x), n)
+
+    def adjoint(params: Params, y: Array) -> Array:
+        p, c = split(params)
+        return bare.adjoint(p, times(_conj(c), y, n))
+
+    def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
+        p, c = split(params)
+        p_bar = bare.params_vjp(p, times(_conj(c), y_bar, n), x)
+        return (*p_bar, coefficient_bar(y_bar, bare.apply(p, x), c, n)) if parameter else p_bar
+
+    def params_jvp(params: Params, params_dot: Params, x: Array) -> Array:
+        (p, c), (p_dot, c_dot) = split(params), split(params_dot)
+        moved = times(c, bare.params_jvp(p, p_dot, x), n)  # type: ignore[misc]
+        return moved + times(c_dot, bare.apply(p, x), n) if parameter else moved
+
+    def adjoint_jvp(params: Params, params_dot: Params, y: Array) -> Array:
+        (p, c), (p_dot, c_dot) = split(params), split(params_dot)
+        moved = bare.adjoint_jvp(p, p_dot, times(_conj(c), y, n))  # type: ignore[misc]
+        return moved + bare.adjoint(p, times(_conj(c_dot), y, n)) if parameter else moved
+
+    def prepare(params: Params) -> LinearOperator:
+        p, c = split(params)
+        return scaled(bare._replace(params=p).prepared(), c)._replace(self_adjoint=flag, positive_definite=positive)
+
+    # A real multiple of a self-adjoint operator is self-adjoint.
+    flag = a.self_adjoint and not (is_complex(c) if parameter else isinstance(c, complex))
+    known = a.positive_definite and isinstance(c, (int, float)) and c > 0
+    positive = known if positive_definite is None else positive_definite
+    params = (*a.params, c) if parameter else a.params
+    return LinearOperator(
+        params, apply, adjoint, params_vjp, a.domain_shape, a.range_shape, flag, positive, prepare=prepare,
+        **motions_of((a,), params_jvp, adjoint_jvp),
+    )  # fmt: skip
+
+
+@public
+def adjoint(operator: Array | LinearOperator, /) -> LinearOperator:
+    """The adjoint ``Aᴴ`` as an operator, with the parameters of A.
+
+    Parameters
+    ----------
+    operator : LinearOperator, or array (..., n, m)
+
+    Returns
+    -------
+    operator : LinearOperator
+
+    Notes
+    -----
+    As ``Re ⟨ȳ, Ȧᴴ x⟩ = Re ⟨x, Ȧ ȳ⟩``, its ``params_vjp(ȳ, x)`` is that of A with the two vectors exchanged.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> ddnref.operators.adjoint(np.asarray([[1.0, 2.0], [0.0, 1.0]]))(np.asarray([1.0, 1.0]))
+    array([1., 3.])
+    """
+    a = as_operator(operator)
+    bare = bare_of(a)
+
+    def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
+        return bare.params_vjp(params, x, y_bar)
+
+    def prepare(params: Params) -> LinearOperator:
+        return adjoint(bare._replace(params=params).prepared())
+
+    flags = a.self_adjoint, a.positive_definite
+    return LinearOperator(
+        a.params, a.adjoint, a.apply, params_vjp, a.range_shape, a.domain_shape, *flags, prepare=prepare,
+        params_jvp=a.adjoint_jvp, adjoint_jvp=a.params_jvp,
+    )  # fmt: skip
+
+
+@public
+def normal(
+    operator: Array | LinearOperator,
+    damping: Array | float | None = None,
+    /,
+    *,
+    positive_definite: bool | None = None,
+) -> LinearOperator:
+    """The operator of the normal equations, ``AᴴA + ρ I``.
+
+    Parameters
+    ----------
+    operator : LinearOperator, or array (..., n, m)
+    damping : (...) real array, or a real number, optional
+        ρ, one number for each item of the batch. An array is the last parameter; a Python number is a constant.
+    positive_definite : bool, optional
+        Whether the operator is known to be positive definite. Default: True with damping, which is assumed to be
+        positive (`ddnref.krylov.cg` reports where it is not); False without, because A may have a null space.
+
+    Returns
+    -------
+    operator : LinearOperator
+        A self-adjoint operator from ``(..., *domain_shape)`` to the same.
+
+    Raises
+    ------
+    TypeError
+        If `damping` is complex, or of another library, device or precision than the parameters.
+
+    Notes
+    -----
+    The gradient with respect to the parameters of A is ``vjp(A ȳ, x) + vjp(A x, ȳ)``, with respect to the damping
+    ``ρ̄ = Re Σ ȳ conj(x)``. If A has a cheaper form of ``AᴴA`` in ``A.gram``, as `convolution` does, that is used. For
+    several data terms use ``normal(stack(A, B), ρ)``, for a weighted regulariser D
+    ``add(normal(A), scaled(normal(D), w), positive_definite=True)``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> ddnref.operators.normal(np.asarray([[1.0, 2.0]]), np.asarray(0.5))(np.asarray([1.0, 1.0]))
+    array([3.5, 6.5])
+    """
+    a = as_operator(operator)
+    damping = None if damping is None else coefficient("damping", damping, a.params, real=True)
+    n, parameter = len(a.domain_shape), is_array(damping)
+    bare, split = bare_of(a), _splitter(damping)
+
+    def apply(params: Params, x: Array) -> Array:
+        p, rho = split(params)
+        if bare.gram is not None:
+            fast = bare.gram(p, rho)
+            return fast.apply(fast.params, x)
+        y = bare.adjoint(p, bare.apply(p, x))
+        return y if rho is None else y + times(rho, x, n)
+
+    def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
+        # vjp(A ȳ, x) + vjp(A x, ȳ)
+        p, rho = split(params)
+        left, right = bare.params_vjp(p, bare.apply(p, y_bar), x), bare.params_vjp(p, bare.apply(p, x), y_bar)
+        p_bar = tuple(u + v for u, v in zip(left, right, strict=True))
+        return (*p_bar, coefficient_bar(y_bar, x, rho, n)) if parameter else p_bar
+
+    def params_jvp(params: Params, params_dot: Params, x: Array) -> Array:
+        # Aᴴ Ȧ x + Ȧᴴ A x + ρ̇ x
+        (p, _), (p_dot, rho_dot) = split(params), split(params_dot)
+        moved = bare.adjoint(p, bare.params_jvp(p, p_dot, x))  # type: ignore[misc]
+        moved = moved + bare.adjoint_jvp(p, p_dot, bare.apply(p, x))  # type: ignore[misc]
+        return moved + times(rho_dot, x, n) if parameter else moved
+
+    positive = damping is not None if positive_definite is None else positive_definite
+
+    def prepare(params: Params) -> LinearOperator:
+        p, rho = split(params)
+        fast = normal(bare._replace(params=p).prepared(), rho) if bare.gram is None else bare.gram(p, rho)
+        return fast._replace(positive_definite=positive)
+
+    params = (*a.params, damping) if parameter else a.params
+    return LinearOperator(
+        params, apply, apply, params_vjp, a.domain_shape, a.domain_shape, True, positive, prepare=prepare,
+        **motions_of((a,), params_jvp, params_jvp),
+    )  # fmt: skip
 
 
 @public
@@ -32,13 +241,13 @@ def add(*operators: Array | LinearOperator, positive_definite: bool | None = Non
     *operators : LinearOperators, or arrays (..., n, m)
         With equal domains and equal ranges; their batch axes broadcast.
     positive_definite : bool, optional
-        What is known; default: whether all of them are. One that is, and others that are at least semidefinite, are
-        positive definite together.
+        Whether the sum is known to be positive definite; default: whether all operators are. It is if one operator is
+        and all others are at least semidefinite.
 
     Returns
     -------
     operator : LinearOperator
-        With the parameters of all, one after the other. Self-adjoint if all are.
+        An operator with the parameters of all, one after the other. Self-adjoint if all are.
 
     Raises
     ------
@@ -95,7 +304,7 @@ def compose(
     *operators : LinearOperators, or arrays (..., n, m)
         The domain of each is the range of the next.
     self_adjoint, positive_definite : bool, default False
-        What is known of the product; one operator alone keeps its own flags. ``AᴴA`` is `normal`.
+        Properties of the product; a single operator keeps its own. For ``AᴴA`` use `normal`.
 
     Returns
     -------
@@ -105,7 +314,7 @@ def compose(
     Raises
     ------
     TypeError, ValueError
-        Nothing to compose; parameters of several libraries, devices or precisions; shapes that do not follow.
+        Nothing to compose; parameters of several libraries, devices or precisions; shapes that do not fit.
 
     Examples
     --------
@@ -129,16 +338,26 @@ def compose(
         return y
 
     def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
-        return _bars(bare.of(params), y_bar, x)
+        # The argument of each factor, for the last factor x itself
+        pairs, given = bare.of(params), [x]
+        for a, p in reversed(pairs[1:]):
+            given.append(a.apply(p, given[-1]))
+        # ȳ goes down through the adjoints, from the first factor to the last.
+        bars: list[Array] = []
+        for i, (a, p) in enumerate(pairs):
+            bars.extend(a.params_vjp(p, y_bar, given[-1 - i]))
+            y_bar = y_bar if i + 1 == len(pairs) else a.adjoint(p, y_bar)
+        return tuple(bars)
 
     def params_jvp(params: Params, params_dot: Params, x: Array) -> Array:
-        parts = reversed(bare.moving(params, params_dot))
-        return _moved([(partial(a.params_jvp, p, d), partial(a.apply, p)) for a, p, d in parts], x)
+        moving = reversed(bare.moving(params, params_dot))
+        return _product_rule([(a.apply, a.params_jvp, p, d) for a, p, d in moving], x)
 
     def adjoint_jvp(params: Params, params_dot: Params, y: Array) -> Array:
-        parts = bare.moving(params, params_dot)
-        return _moved([(partial(a.adjoint_jvp, p, d), partial(a.adjoint, p)) for a, p, d in parts], y)
+        moving = bare.moving(params, params_dot)
+        return _product_rule([(a.adjoint, a.adjoint_jvp, p, d) for a, p, d in moving], y)
 
+    # Flags of the factors say nothing about a product of several.
     alone = len(parts.operators) == 1
     flag = self_adjoint or positive_definite or (alone and last.self_adjoint)
     positive = positive_definite or (alone and last.positive_definite)
@@ -151,26 +370,14 @@ def compose(
     return LinearOperator(parts.params, apply, adjoint, params_vjp, *shapes, flag, positive, prepare=prepare, **motions)
 
 
-def _bars(pairs: list[tuple[LinearOperator, Params]], y_bar: Array, x: Array) -> Params:
-    """Cotangents of the parameters of a product: x goes up to each factor, ȳ down."""
-    given = [x]
-    for a, p in reversed(pairs[1:]):
-        given.append(a.apply(p, given[-1]))
-    bars: list[Array] = []
-    for i, (a, p) in enumerate(pairs):
-        bars.extend(a.params_vjp(p, y_bar, given[-1 - i]))
-        y_bar = y_bar if i + 1 == len(pairs) else a.adjoint(p, y_bar)
-    return tuple(bars)
-
-
-def _moved(steps: list[tuple[Callable[[Array], Array], Callable[[Array], Array]]], x: Array) -> Array:
-    """How a product of maps moves, each given as ``x -> Ȧ x`` and ``x -> A x``, the first one applied first."""
-    moved = None
-    for motion, product in steps:
-        here = motion(x)
-        moved = here if moved is None else here + product(moved)
-        x = product(x)
-    return moved
+def _product_rule(factors: list[tuple[Callable[..., Array], Callable[..., Array], Params, Params]], x: Array) -> Array:
+    """The tangent of a product of maps, each given as ``A(p, x)``, ``Ȧ(p, p_dot, x)``, p and p_dot, the first first."""
+    x_dot = None
+    for product, motion, p, p_dot in factors:
+        moved = motion(p, p_dot, x)
+        x_dot = moved if x_dot is None else moved + product(p, x_dot)
+        x = product(p, x)
+    return x_dot
 
 
 @public
@@ -230,10 +437,10 @@ def stack(*operators: Array | LinearOperator) -> LinearOperator:
         return _sum(a.adjoint_jvp(p, d, y_i) for (a, p, d), y_i in moving)
 
     def gram(params: Params, shift: Array | float | None) -> LinearOperator:
-        """``Σ A_iᴴ A_i + shift``, each in its own cheapest form, the shift in the first."""
-        terms = [(a._replace(params=p), None) for a, p in bare.of(params)]
-        first = terms[0][0], shift
-        return _prepared_normals([first, *terms[1:]], positive_definite=shift is not None)
+        # Σ A_iᴴ A_i + shift, each term in its own cheapest form, the shift in the first
+        filled = [a._replace(params=p) for a, p in bare.of(params)]
+        normals = [normal(a, None if i else shift).prepared() for i, a in enumerate(filled)]
+        return add(*normals)._replace(positive_definite=shift is not None)
 
     def prepare(params: Params) -> LinearOperator:
         return stack(*bare.prepared(params))
@@ -250,7 +457,7 @@ def stack(*operators: Array | LinearOperator) -> LinearOperator:
 
 
 class _Parts:
-    """Several operators and where the parameters of each begin in the tuple of all."""
+    """Several operators, and the places where their parameters start in the tuple of all parameters."""
 
     def __init__(self, operators: tuple[LinearOperator, ...], starts: tuple[int, ...]) -> None:
         self.operators, self.starts = operators, starts
@@ -263,11 +470,11 @@ class _Parts:
         return _Parts(tuple(bare_of(a) for a in self.operators), self.starts)
 
     def of(self, params: Params) -> list[tuple[LinearOperator, Params]]:
-        """Each operator with its parameters."""
+        """Pairs of an operator and its parameters."""
         return [(a, params[i:j]) for a, i, j in zip(self.operators, self.starts, self.starts[1:], strict=False)]
 
     def moving(self, params: Params, params_dot: Params) -> list[tuple[Any, Params, Params]]:
-        """And with what they move by."""
+        """Each operator with its parameters and their tangents."""
         return [(a, p, d) for (a, p), (_, d) in zip(self.of(params), self.of(params_dot), strict=True)]
 
     def prepared(self, params: Params) -> list[LinearOperator]:
@@ -291,7 +498,7 @@ def _sum(terms: Iterator[Array]) -> Array:
 
 
 def _joined(parts: list[Array], ranges: list[tuple[int, ...]], equal: bool) -> Array:
-    """Results side by side, after their batch axes are made alike."""
+    """The images side by side, after they are broadcast to the same batch axes."""
     xp = array_api_compat.array_namespace(*parts)
     leads = [tuple(y.shape[: y.ndim - len(shape)]) for y, shape in zip(parts, ranges, strict=True)]
     lead = broadcast_shape(*leads)
@@ -302,7 +509,7 @@ def _joined(parts: list[Array], ranges: list[tuple[int, ...]], equal: bool) -> A
 
 
 def _parted(y: Array, ranges: list[tuple[int, ...]], equal: bool) -> list[Array]:
-    """The results again."""
+    """The inverse of `_joined`."""
     if equal:
         return [y[(..., i, *(slice(None),) * len(ranges[0]))] for i in range(len(ranges))]
     xp, sizes = array_api_compat.array_namespace(y), [math.prod(shape) for shape in ranges]
@@ -313,13 +520,25 @@ def _parted(y: Array, ranges: list[tuple[int, ...]], equal: bool) -> list[Array]
     ]
 
 
-def _prepared_normals(
-    terms: list[tuple[LinearOperator, Array | float | None]], positive_definite: bool
-) -> LinearOperator:
-    normals = [normal(a, shift).prepared() for a, shift in terms]
-    return add(*normals)._replace(positive_definite=positive_definite)
-
-
 def _same(name: str, field: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     if tuple(shape) != tuple(wanted):
         raise ValueError(f"{name}.{field} is {tuple(shape)}, expected {tuple(wanted)}: the operators do not fit.")
+
+
+# --- operators without their arrays -----------------------------------------------------------------------------
+
+
+def bare_of(a: LinearOperator) -> LinearOperator:
+    """The operator without its parameters, because closures must not hold arrays."""
+    return a._replace(params=())
+
+
+def _splitter(c: Any) -> Callable[[Params], tuple[Params, Any]]:
+    """A function that splits all parameters into those of A and the coefficient, the last one if it is an array."""
+    if is_array(c):
+        return lambda params: (params[:-1], params[-1])
+    return lambda params: (params, c)
+
+
+def _conj(c: Array | float | complex) -> Array | float | complex:
+    return conj(c) if is_array(c) else c.conjugate()

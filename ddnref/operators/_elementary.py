@@ -2,7 +2,7 @@
 
 dense       y = A x         Ā = Σ ȳ xᴴ
 diagonal    y = d ∘ x       d̄ = Σ ȳ ∘ conj(x)
-mask        y = m ∘ x       as diagonal, m real
+mask        y = m ∘ x       m̄ = Re Σ ȳ ∘ conj(x), m real
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def dense(a: Array, /, *, self_adjoint: bool = False, positive_definite: bool = 
     ----------
     a : (..., n, m) array, real or complex floating
     self_adjoint, positive_definite : bool, default False
-        What is known of the matrix. It is applied as it is: nothing is symmetrised, and its gradient is that of free
-        entries.
+        Properties of the matrix. It is applied as it is, without being symmetrised, and its gradient treats all
+        entries as free.
 
     Returns
     -------
@@ -55,7 +55,8 @@ def dense(a: Array, /, *, self_adjoint: bool = False, positive_definite: bool = 
 
     Notes
     -----
-    ``Ā = Σ ȳ xᴴ``, summed over the right-hand sides, 2 n m flops each. Several right-hand sides are one matrix product.
+    ``Ā = Σ ȳ xᴴ``, summed over the right-hand sides, at 2 n m flops each. Several right-hand sides are one matrix
+    product.
 
     Examples
     --------
@@ -67,13 +68,13 @@ def dense(a: Array, /, *, self_adjoint: bool = False, positive_definite: bool = 
     n, m = _sizes("a", a)
     if (self_adjoint or positive_definite) and n != m:
         raise ValueError(f"a has shape {tuple(a.shape)}; only a square matrix can be self-adjoint.")
-    adjoint_flag = self_adjoint or positive_definite
-    flags = adjoint_flag, positive_definite
-    return LinearOperator((a,), _dense, _dense_adjoint, _dense_vjp, (m,), (n,), *flags, **_DENSE_MOTIONS)
+    flags = self_adjoint or positive_definite, positive_definite
+    motions = linear_motions(_dense, _dense_adjoint)
+    return LinearOperator((a,), _dense, _dense_adjoint, _dense_vjp, (m,), (n,), *flags, **motions)
 
 
 def _sizes(name: str, a: Array) -> tuple[int, int]:
-    """N and m of a floating array ``(..., n, m)``; anything else raises."""
+    """Return n and m of a floating array ``(..., n, m)``, or raise."""
     namespace(**{name: a})
     if a.ndim < 2:
         raise ValueError(f"{name} has shape {tuple(a.shape)}, expected (..., n, m).")
@@ -90,12 +91,10 @@ def _dense_adjoint(params: Params, y: Array) -> Array:
     return conj(_rows_times(conj(y), params[0]))
 
 
-_DENSE_MOTIONS: dict[str, Any] = linear_motions(_dense, _dense_adjoint)
-
-
 def _dense_vjp(params: Params, y_bar: Array, x: Array) -> Params:
     (a,) = params
     xp = array_api_compat.array_namespace(a)
+    # One product ȳᵀ conj(x) per item of the batch sums over all right-hand sides.
     lead = broadcast_shape(tuple(y_bar.shape[:-1]), tuple(x.shape[:-1]))
     u = _rows(xp.broadcast_to(y_bar, (*lead, y_bar.shape[-1])), a.ndim - 2)
     v = _rows(xp.broadcast_to(x, (*lead, x.shape[-1])), a.ndim - 2)
@@ -104,7 +103,7 @@ def _dense_vjp(params: Params, y_bar: Array, x: Array) -> Params:
 
 
 def _rows_times(x: Array, a: Array) -> Array:
-    """Vectors as rows times a matrix, all right-hand sides in one product: ``(..., m)``, ``(..., m, n)``."""
+    """Vectors ``(..., m)`` as rows times matrices ``(..., m, n)``, with all right-hand sides in one product."""
     xp = array_api_compat.array_namespace(x)
     x, a = _alike(x, a)
     batch = a.ndim - 2
@@ -112,12 +111,13 @@ def _rows_times(x: Array, a: Array) -> Array:
         return x @ a
     if x.ndim - 1 <= batch:
         return (x[..., None, :] @ a)[..., 0, :]
+    # Leading axes in front of those of the matrix become the rows of one product per item.
     y = _rows(x, batch) @ a
     return xp.reshape(move_axis(y, -2, 0), (*x.shape[: x.ndim - 1 - batch], *y.shape[:-2], y.shape[-1]))
 
 
 def _rows(x: Array, batch: int) -> Array:
-    """``(..., *batch, m)`` as ``(*batch, j, m)``, j counting the leading axes in front of the batch axes."""
+    """Reshape ``(..., *batch, m)`` to ``(*batch, j, m)``, where j counts the vectors in front of the batch axes."""
     xp = array_api_compat.array_namespace(x)
     lead = tuple(x.shape[: max(0, x.ndim - 1 - batch)])
     flat = xp.reshape(x, (math.prod(lead), *x.shape[len(lead) :]))
@@ -125,7 +125,7 @@ def _rows(x: Array, batch: int) -> Array:
 
 
 def _alike(a: Array, b: Array) -> tuple[Array, Array]:
-    """Both complex if one is: PyTorch's matrix product takes no real array with a complex one."""
+    """Make both complex if one is, because PyTorch's matrix product does not mix real and complex arrays."""
     if is_complex(a) == is_complex(b):
         return a, b
     xp = array_api_compat.array_namespace(a)
@@ -142,15 +142,15 @@ def diagonal(
     ----------
     d : (..., \*shape) array, real or complex floating
     shape : tuple of int, optional
-        Of a vector; the last axis of `d` by default. Pass it for vectors on a grid, so that its axes are not taken
-        for those of a batch.
+        Shape of a vector; the last axis of `d` by default. Pass it for vectors on a grid, whose other axes would
+        otherwise count as batch axes.
     positive_definite : bool, default False
         Whether all entries are positive.
 
     Returns
     -------
     operator : LinearOperator
-        With the one parameter `d`; self-adjoint if that is real.
+        An operator with the one parameter `d`, self-adjoint if that is real.
 
     Raises
     ------
@@ -178,20 +178,20 @@ def diagonal(
 
 @public
 def mask(m: Array, /, shape: tuple[int, ...] | int | None = None) -> LinearOperator:
-    r"""Keeps some entries and sets the others to zero: a projection, its own adjoint.
+    r"""Projection that keeps some entries and sets the others to zero.
 
     Parameters
     ----------
     m : (..., \*shape) array, real floating or bool
         One where an entry is kept, zero where it is not; or a real weight. Boolean masks become floating numbers of
-        the library's default precision: convert them yourself for another one.
+        the library's default precision; convert them yourself for another precision.
     shape : tuple of int, optional
         As in `diagonal`.
 
     Returns
     -------
     operator : LinearOperator
-        With the one parameter `m`, in floating numbers, whose gradient is that of weights. Self-adjoint.
+        A self-adjoint operator with the one parameter `m`, as floating numbers, whose gradient is that of weights.
 
     Raises
     ------
@@ -225,7 +225,7 @@ def _domain_shape(name: str, d: Array, shape: tuple[int, ...] | int | None) -> t
 
 def _diagonal(d: Array, shape: tuple[int, ...], self_adjoint: bool, positive_definite: bool) -> LinearOperator:
     def gram(params: Params, shift: Array | float | None) -> LinearOperator:
-        """``|d|² + shift``: a diagonal again."""
+        # AᴴA + shift is the diagonal |d|² + shift.
         (d,) = params
         xp = array_api_compat.array_namespace(d)
         power = xp.real(d) ** 2 + xp.imag(d) ** 2 if is_complex(d) else d * d
@@ -233,37 +233,23 @@ def _diagonal(d: Array, shape: tuple[int, ...], self_adjoint: bool, positive_def
             power = power + over(shift, len(shape))
         return _diagonal(power, shape, True, shift is not None)._replace(params_vjp=no_params_vjp)
 
+    def apply(params: Params, x: Array) -> Array:
+        return params[0] * x
+
+    def adjoint(params: Params, y: Array) -> Array:
+        return conj(params[0]) * y
+
+    def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
+        return (cotangent(y_bar * conj(x), params[0]),)
+
     return LinearOperator(
-        (d,),
-        _times,
-        _times_conj,
-        _times_vjp,
-        shape,
-        shape,
-        self_adjoint,
-        positive_definite,
-        gram=gram,
-        **_TIMES_MOTIONS,
-    )
-
-
-def _times(params: Params, x: Array) -> Array:
-    return params[0] * x
-
-
-def _times_conj(params: Params, y: Array) -> Array:
-    return conj(params[0]) * y
-
-
-_TIMES_MOTIONS: dict[str, Any] = linear_motions(_times, _times_conj)
-
-
-def _times_vjp(params: Params, y_bar: Array, x: Array) -> Params:
-    return (cotangent(y_bar * conj(x), params[0]),)
+        (d,), apply, adjoint, params_vjp, shape, shape, self_adjoint, positive_definite, gram,
+        **linear_motions(apply, adjoint),
+    )  # fmt: skip
 
 
 def as_operator(a: Array | LinearOperator, name: str = "operator") -> LinearOperator:
-    """An operator as it is, an array ``(..., n, m)`` as `dense` makes one."""
+    """Return an operator unchanged, and wrap an array ``(..., n, m)`` by `dense`."""
     if isinstance(a, LinearOperator):
         return a
     if not array_api_compat.is_array_api_obj(a):
@@ -276,9 +262,9 @@ def as_operator(a: Array | LinearOperator, name: str = "operator") -> LinearOper
 
 
 def coefficient(name: str, c: Any, params: Params, real: bool = False) -> Any:
-    """A Python number, or a floating array of the precision of the parameters: anything else raises.
+    """Return a Python number, or a floating array of the precision of the parameters, or raise.
 
-    NumPy's scalars, which its functions return for arrays without axes, are arrays here: they have a gradient.
+    NumPy's scalars, which its functions return for arrays without axes, count as arrays and get a gradient.
     """
     if c is None:
         raise TypeError(f"{name} is None, expected a number or an array.")

@@ -1,4 +1,4 @@
-"""Reverse passes through single eigenvectors as the deep declarative networks tutorial derives them.
+"""Reverse passes through single eigenvectors, derived as in the deep declarative networks tutorial.
 
 Each eigenpair (λ, y) of the real symmetric X is a solution of ``min −tr(uᵀXu) s.t. uᵀu = 1``:
 
@@ -140,18 +140,9 @@ def ift_vjp_structured(
     Parameters
     ----------
     v_bar, x, w, v, symmetric
-        As `ift_vjp_jacobian`.
+        As in `ift_vjp_jacobian`, whose result and errors are also these.
     store_b : bool, default False
         Store ``B = ∂f/∂X``, m×m² numbers, where an outer product gives the same.
-
-    Returns
-    -------
-    x_bar : (..., m, m) array
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `ddn_vjp_jacobian`.
 
     Notes
     -----
@@ -189,8 +180,8 @@ def _stacked(x: Array, w: Array, v: Array) -> tuple[Array, Array, Array]:
 
 def _ddn(h: Array, a: Array, b: Array, mode: str) -> Array:
     """``H⁻¹Aᵀ (A H⁻¹Aᵀ)⁻¹ A H⁻¹B − H⁻¹B``; with H⁺ the first term is zero."""
+    xp = namespace_of(h)
     if mode == "pinv":
-        xp = namespace_of(h)
         rtol = h.shape[-1] * eps(xp, h.dtype)
         return -(xp.linalg.pinv(h, rtol=rtol) @ b)
     h_a, h_b = solve(h, xp.matrix_transpose(a)), solve(h, b)

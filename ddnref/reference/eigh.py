@@ -67,7 +67,7 @@ def eigh_vjp_v2(v_bar: Array, w: Array, v: Array, /, *, atol: float = ATOL) -> A
 
 
 def eigh_vjp_v3(v_bar: Array, w: Array, v: Array, /, *, atol: float = ATOL) -> Array:
-    """All eigenpairs at once, rows as in the derivation: ``X̄ = sym(V (Λ̃ ∘ V̄ᵀV) Vᵀ)``, ``Λ̃_kj = 1/(λ_k − λ_j)``.
+    """Gradient of all eigenpairs at once: ``X̄ = sym(V (Λ̃ ∘ V̄ᵀV) Vᵀ)``, ``Λ̃_kj = 1/(λ_k − λ_j)``.
 
     Parameters, errors and result are those of `eigh_vjp_v2`. Cost: three products, O(m³).
     """

@@ -44,7 +44,7 @@ def ggn_dense_derivatives(chain: Chain, x: Array, t: Array, k: int) -> tuple[Arr
 
 
 def ggn_dense_newton(chain: Chain, x: Array, t: Array, k: int, damping: float) -> Array:
-    """The damped Newton step along the k leading eigenvectors ``(D,)``; parameters as `ggn_dense_derivatives`."""
+    """The damped Newton step along the k leading eigenvectors ``(D,)``; for parameters see `ggn_dense_derivatives`."""
     w, v, first, _ = ggn_dense_derivatives(chain, x, t, k)
     slope = chain.scale(x.shape[0]) * namespace_of(x).sum(first, axis=0)  # e_kᵀ g
     return -(v @ (slope / (w + damping)))

@@ -55,12 +55,9 @@ def network_hessian(chain: Chain, x: Array, t: Array) -> Array:
 
 
 class _State(NamedTuple):
-    z: Array
-    """(N, a): output of the layers so far."""
-    first: Array
-    """J (N, a, D)."""
-    second: Array
-    """K (N, a, D, D)."""
+    z: Array  # (N, a): output of the layers so far
+    first: Array  # J (N, a, D)
+    second: Array  # K (N, a, D, D)
 
 
 def _propagate(chain: Chain, x: Array, second: bool) -> _State:

@@ -108,31 +108,18 @@ def tall_skinny_product(layers: Sequence[LayerMatrices], v: Sequence[Array], /) 
     list of (p_l,) arrays
     """
     xp = namespace_of(v[0])
-    # Forward: y = M⁻¹ Dx v, and P y, which each layer reads from the one before.
-    y = _solve_m(layers, [m.dx @ u for m, u in zip(layers, v, strict=True)])
-    read = [0 * layers[0].dz[0, :], *y[:-1]]
-    # Backward: λ = M⁻ᵀ Pᵀ (Dzxᵀ v + Dzz P y).
-    w = [xp.matrix_transpose(m.dzx) @ u + m.dzz @ q for m, u, q in zip(layers, v, read, strict=True)]
-    lam = _solve_m_t(layers, [*w[1:], 0 * y[-1]])
+    # Forward: y = M⁻¹ Dx v, from the first layer to the last; `read` holds P y, which each layer reads, and the last y.
+    read = [0 * layers[0].dz[0, :]]
+    for m, u in zip(layers, v, strict=True):
+        read.append(m.dx @ u + m.dz @ read[-1])
+    # Backward: λ = M⁻ᵀ Pᵀ (Dzxᵀ v + Dzz P y), from the last layer to the first.
+    lam = [0 * read[-1]]
+    for m, u, q in zip(reversed(layers[1:]), reversed(v[1:]), reversed(read[1:-1]), strict=True):
+        lam.append(xp.matrix_transpose(m.dzx) @ u + m.dzz @ q + xp.matrix_transpose(m.dz) @ lam[-1])
     return [
-        m.dxx @ u + m.dzx @ q + xp.matrix_transpose(m.dx) @ r for m, u, q, r in zip(layers, v, read, lam, strict=True)
+        m.dxx @ u + m.dzx @ q + xp.matrix_transpose(m.dx) @ r
+        for m, u, q, r in zip(layers, v, read[:-1], reversed(lam), strict=True)
     ]
-
-
-def _solve_m(layers: Sequence[LayerMatrices], right: Sequence[Array]) -> list[Array]:
-    """Solve ``M y = r`` from the first layer to the last: ``y_l = r_l + Dz_l y_{l−1}``."""
-    y = [right[0]]
-    for m, r in zip(layers[1:], right[1:], strict=True):
-        y.append(r + m.dz @ y[-1])
-    return y
-
-
-def _solve_m_t(layers: Sequence[LayerMatrices], right: Sequence[Array]) -> list[Array]:
-    """Solve ``Mᵀ λ = r`` from the last layer to the first: ``λ_l = r_l + Dz_{l+1}ᵀ λ_{l+1}``."""
-    lam = [right[-1]]
-    for m, r in zip(reversed(layers[1:]), reversed(right[:-1]), strict=True):
-        lam.append(r + namespace_of(r).matrix_transpose(m.dz) @ lam[-1])
-    return lam[::-1]
 
 
 def tall_skinny_solve(layers: Sequence[LayerMatrices], g: Sequence[Array], damping: float, /) -> list[Array]:

@@ -156,7 +156,7 @@ def test_an_operator_is_its_matrix(batch, is_complex, rng):
 def test_an_operator_is_multiplied_in_blocks(rng, monkeypatch):
     v = draw(rng, 9, 5)
     whole = curvature.gram_eigvalsh(as_operator(v))
-    monkeypatch.setattr("ddnref.operators._factor.COLUMNS", 2)
+    monkeypatch.setattr("ddnref.operators._blocks.COLUMNS", 2)
     np.testing.assert_allclose(curvature.gram_eigvalsh(as_operator(v)), whole, rtol=1e-13)
 
 

@@ -71,7 +71,7 @@ def test_torch_functorch(name, torch, in_torch, rng, cell):
 @pytest.mark.filterwarnings(*TRACED)
 @names
 def test_torch_compile(name, torch, in_torch, rng, cell):
-    """Without a graph break; iterations refuse that, and without it run between two compiled parts."""
+    """Closed forms compile without a graph break. Iterations refuse that, and run between two compiled parts."""
     torch._dynamo.reset()
     x, op = torch.tensor(random(rng, False, 2, 4, 4), requires_grad=True), in_torch(name)
     loss = lambda x: total(op(x))

@@ -30,6 +30,7 @@ from ddnref.networks._losses import LOSSES
 from ddnref.testing import check_vjp
 
 ELSEWHERE = (
+    "ddnref.examples",
     "ddnref.interop",
     "ddnref.report",
     "ddnref.reference",
@@ -61,8 +62,9 @@ class Recorder:
 
 
 @pytest.fixture
-def calls(monkeypatch, rng):
+def calls(monkeypatch, rng, request):
     """Every (function, number of positional arguments, keywords) that the package uses."""
+    need(request.config, "cupy")  # first, because the calls take seconds
     seen = set()
     original = array_api_compat.array_namespace
 
@@ -149,8 +151,8 @@ def on_cupy_only(xp, rng):
     _cupy.householder(s[..., :2])
 
 
-def test_every_call_exists_in_cupy_with_its_arguments(calls, request):
-    need(request.config, "cupy")
+@pytest.mark.slow
+def test_every_call_exists_in_cupy_with_its_arguments(calls):
     import array_api_compat.cupy as cupy
 
     names = {name for name, _, _ in calls}

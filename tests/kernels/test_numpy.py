@@ -98,7 +98,7 @@ def test_cholesky_of_dominant_pairs(batch, m, n, dtype, rng):
 def test_pairs_that_do_not_dominate_take_the_other_way_item_by_item(rng):
     x, w, v = (np.stack(both) for both in zip(*(dominant_pairs(rng, 9, 2, (), first) for first in (0, 3)), strict=True))
     size = np.ones((2, 1))
-    *_, failed = solve_dominant(x, w, v, np.ones((2, 9, 2)), size)
+    *_, failed = solve_dominant(w, v, np.ones((2, 9, 2)), size, x)
     assert failed.tolist() == [False, True]
     w_bar, v_bar = rng.standard_normal(w.shape), rng.standard_normal(v.shape)
     x_bar = ddnref.simultaneous_iteration_vjp(w_bar, v_bar, w, v, x, symmetric=True)

@@ -6,7 +6,7 @@ from krylov_problems import MATRICES, SOLVERS, definite, indefinite, solve, vect
 from problems import relative, rotation, with_spectrum
 
 from ddnref import ConvergenceError, krylov
-from ddnref.krylov import _common as common
+from ddnref.krylov import _system as common
 from ddnref.operators import LinearOperator
 
 NAMES = tuple(SOLVERS)

@@ -8,7 +8,8 @@ from operator_cases import GRID, NAMES, case, vectors
 
 from ddnref import operators
 from ddnref import operators as _operators
-from ddnref.operators import _convolution, _fourier, _numpy
+from ddnref._kernels import grid as kernel
+from ddnref.operators import _grid
 
 KINDS = pytest.mark.parametrize("is_complex", [False, True], ids=["real", "complex"])
 CASES = pytest.mark.parametrize("name", NAMES)
@@ -300,7 +301,7 @@ def transforms(monkeypatch):
         seen.append(tuple(x.shape))
         return original(x, n)
 
-    for module in (_convolution, _numpy):
+    for module in (_grid, kernel):
         monkeypatch.setattr(module, "transform", partial(counted, module.transform))
     return seen
 
@@ -330,15 +331,15 @@ def test_the_numpy_form_is_the_standard_one(rng, monkeypatch):
 
     for shape, half in (((6,), (4,)), ((4, 5), (4, 3)), ((2, 3, 4), (2, 3, 3))):
         for chunk in (1, 30, 2**16):
-            monkeypatch.setattr(_numpy, "CHUNK", chunk)
+            monkeypatch.setattr(kernel, "PART", chunk)
             for lead in ((), (5,), (3, 2)):
                 for batch in {(), lead[-1:], (1,) * len(lead), (*lead[:1], 1)[: len(lead)], lead}:
                     x, factor = rng.standard_normal((*lead, *shape)), rng.standard_normal((*batch, *half))
                     for given in (factor, factor + 1j * rng.standard_normal(factor.shape)):
-                        found = _fourier.filtered(x, _numpy.multiplier(given, shape), shape, True)
+                        found = kernel.filtered(x, kernel.multiplier(given, shape), shape, True)
                         np.testing.assert_allclose(found, standard(x, given, shape), atol=1e-13)
                     whole = rng.standard_normal((*batch, *shape))
-                    found = _fourier.filtered(x, _numpy.multiplier(whole, shape), shape, False)
+                    found = kernel.filtered(x, kernel.multiplier(whole, shape), shape, False)
                     np.testing.assert_allclose(found, standard(x + 0j, whole, shape), atol=1e-13)
 
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from ddnref._core.arrays import Array, conj, namespace_of, real
 
+Batch = tuple[int, ...]
 Convert = Callable[[Any], Array]
-Loss = tuple[Callable[..., Array], Callable[..., Any]]
+Loss = tuple[Callable[..., Array], Callable[..., Any]]  # of the outputs: its value, its gradient
 
 
 class Sample(NamedTuple):
@@ -18,16 +19,15 @@ class Sample(NamedTuple):
 
     inputs: tuple[Array, ...]
     options: dict[str, Any]
-    loss: Loss | None
-    gap: float
-    condition: float
-    """``‖A‖ / gap``: float32 may differ from float64 by 20·eps times this."""
+    loss: Loss | None  # None where every loss of the outputs has a gradient
+    gap: float  # the distance in which the derivative changes, which bounds steps of finite differences
+    condition: float  # ‖A‖ / gap: float32 may differ from float64 by 20 eps times this
 
 
 class Trial(NamedTuple):
-    """What tests, ``ddnref verify`` and benchmarks need to try an operation."""
+    """The record by which tests, ``ddnref verify`` and benchmarks try an operation."""
 
-    sample: Callable[[Convert, np.random.Generator, tuple[int, ...], int, bool], Sample]
+    sample: Callable[[Convert, np.random.Generator, Batch, int, bool], Sample]
     """``sample(convert, rng, batch, m, is_complex)``, with `convert` from NumPy to the library in question."""
     tangent: str | tuple[str, ...] = "dense"
     """Where the inputs may move, as in `ddnref.testing`; a tuple has one for each."""
@@ -48,6 +48,7 @@ def random_spectrum(rng: np.random.Generator, batch: tuple[int, ...], spectrum: 
     """A random Hermitian matrix with the given eigenvalues, its eigenvectors uniformly distributed."""
     w = np.asarray(spectrum, dtype=np.float64)
     q, _ = np.linalg.qr(normal(rng, (*batch, w.shape[-1], w.shape[-1]), is_complex))
+    # Symmetric up to rounding, and then exactly.
     x = (q * w[..., None, :]) @ np.conj(np.swapaxes(q, -1, -2))
     return (x + np.conj(np.swapaxes(x, -1, -2))) / 2
 
@@ -73,5 +74,5 @@ def eigen_loss(convert: Convert, rng: np.random.Generator, shape: tuple[int, ...
 
 
 def is_double(x: Array) -> bool:
-    """Whether the dtype has double precision, by its name: the library may be any."""
+    """Whether the dtype has double precision, judged by its name because the library may be any."""
     return str(x.dtype).rpartition(".")[2] in ("float64", "complex128")

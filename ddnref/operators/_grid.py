@@ -1,0 +1,257 @@
+"""Operators on a grid: periodic convolution with a small kernel, and forward differences.
+
+With the kernel of a convolution embedded in the grid, its centre at the origin, and ``k̂``, ``x̂`` the transforms:
+
+    y_i = Σ_j k_j x_{i − (j − c)},  c = ⌊shape(k)/2⌋        ŷ = k̂ ∘ x̂
+    AᴴA + ρ                                                 ŷ = (|k̂|² + ρ) ∘ x̂
+    k̄_j = Σ_i ȳ_i conj(x_{i − (j − c)})                     k̄ = crop of the inverse transform of ȳ̂ ∘ conj(x̂)
+"""
+
+from __future__ import annotations
+
+import array_api_compat
+
+from ddnref._core.arrays import Array, conj, is_complex, namespace
+from ddnref._kernels.grid import difference as forward
+from ddnref._kernels.grid import difference_adjoint as backward
+from ddnref._kernels.grid import filtered, inverse, laplacian, multiplier, transform
+from ddnref._kernels.public import public
+from ddnref._kernels.vectors import as_complex
+from ddnref.operators._operator import (
+    LinearOperator,
+    Params,
+    as_shape,
+    cotangent,
+    is_array,
+    linear_motions,
+    no_motions,
+    no_params_vjp,
+    over,
+    zeros,
+)
+
+BOUNDARIES = ("periodic", "replicate", "zero")
+
+
+@public
+def convolution(
+    kernel: Array, shape: tuple[int, ...] | int, /, *, self_adjoint: bool = False, positive_definite: bool = False
+) -> LinearOperator:
+    r"""Periodic convolution on a grid with one to three axes.
+
+    Parameters
+    ----------
+    kernel : (..., \*kernel_shape) array, real or complex floating
+        Behind its batch axes it has as many axes as the grid, none longer than the grid's. Its centre, entry
+        ``size // 2`` of each axis, is the origin.
+    shape : tuple of int
+        Shape of the grid.
+    self_adjoint, positive_definite : bool, default False
+        Properties of the kernel: self-adjoint if ``k_{−j} = conj(k_j)`` around the centre, positive definite if its
+        spectrum is positive as well. Its gradient treats all entries as free.
+
+    Returns
+    -------
+    operator : LinearOperator
+        From ``(..., *shape)`` to the same, with the one parameter `kernel`.
+
+    Raises
+    ------
+    TypeError
+        If `kernel` is not a floating array.
+    ValueError
+        If the grid is empty or does not have one to three axes, or the kernel has fewer axes, an empty one, or is
+        larger.
+
+    Notes
+    -----
+    .. math:: y_i = \sum_j k_j\, x_{i - (j - c)}, \qquad \bar k_j = \sum_i \bar y_i\, \overline{x_{i - (j - c)}}
+
+    A product of N points takes two Fourier transforms, N log N flops each, and one more for the spectrum of the kernel,
+    which `LinearOperator.prepared` computes once. ``normal(convolution(...), damping)`` multiplies with the real
+    ``|k̂|² + ρ`` between one pair of transforms. Real kernels use real transforms.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> blur = ddnref.operators.convolution(np.asarray([0.25, 0.5, 0.25]), (4,), self_adjoint=True)
+    >>> np.round(blur(np.asarray([0.0, 4.0, 0.0, 0.0])), 12) + 0
+    array([1., 2., 1., 0.])
+    """
+    namespace(kernel=kernel)
+    sizes = as_shape("shape", shape)
+    n = len(sizes)
+    if not 1 <= n <= 3 or 0 in sizes:
+        raise ValueError(f"shape is {sizes}, expected one to three axes, none of them empty.")
+    small = tuple(kernel.shape[max(0, kernel.ndim - n) :])
+    if len(small) != n or any(not 1 <= k <= size for k, size in zip(small, sizes, strict=True)):
+        raise ValueError(
+            f"kernel has shape {tuple(kernel.shape)}; expected {n} axes for the grid {sizes}, batch axes in front, "
+            "none empty or longer than the grid's. Crop a larger kernel, or sum it over the periods of the grid."
+        )
+    self_adjoint = self_adjoint or positive_definite
+
+    def spectrum(params: Params) -> Array:
+        return transform(_embed(params[0], small, sizes), n)
+
+    def apply(params: Params, x: Array) -> Array:
+        return filtered(x, multiplier(spectrum(params), sizes), sizes, not is_complex(params[0]))
+
+    def adjoint(params: Params, y: Array) -> Array:
+        return filtered(y, multiplier(conj(spectrum(params)), sizes), sizes, not is_complex(params[0]))
+
+    def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
+        (k,) = params
+        return (cotangent(_crop(_correlation(y_bar, x, k, sizes), small, sizes), k),)
+
+    def prepare(params: Params) -> LinearOperator:
+        return _filter(spectrum(params), sizes, not is_complex(params[0]), self_adjoint, positive_definite)
+
+    def gram(params: Params, shift: Array | float | None) -> LinearOperator:
+        # AᴴA + ρ is the filter |k̂|² + ρ, which is real.
+        k_hat, xp = spectrum(params), array_api_compat.array_namespace(params[0])
+        power = xp.real(k_hat) ** 2 + xp.imag(k_hat) ** 2
+        power = power if shift is None else power + over(shift, n)
+        return _filter(power, sizes, not is_complex(params[0]), True, shift is not None)
+
+    return LinearOperator(
+        (kernel,), apply, adjoint, params_vjp, sizes, sizes, self_adjoint, positive_definite, gram, prepare,
+        **linear_motions(apply, adjoint),
+    )  # fmt: skip
+
+
+def _filter(
+    spectrum: Array, shape: tuple[int, ...], is_real: bool, self_adjoint: bool, positive_definite: bool
+) -> LinearOperator:
+    """The multiplication of a spectrum, or of half of it for a real kernel, as a prepared operator."""
+
+    def apply(params: Params, x: Array) -> Array:
+        return filtered(x, params[0], shape, is_real)
+
+    def adjoint(params: Params, y: Array) -> Array:
+        return filtered(y, params[-1], shape, is_real)
+
+    factor = multiplier(spectrum, shape)
+    params = (factor, conj(factor)) if is_complex(spectrum) else (factor,)
+    return LinearOperator(params, apply, adjoint, no_params_vjp, shape, shape, self_adjoint, positive_definite)
+
+
+def _embed(k: Array, small: tuple[int, ...], shape: tuple[int, ...]) -> Array:
+    """The kernel in a grid of zeros, with its centre at the origin and its first half wrapped around."""
+    xp = array_api_compat.array_namespace(k)
+    n = len(shape)
+    for axis in range(n):
+        c = small[axis] // 2
+        index = (..., slice(c, None)), (..., slice(None, c))
+        after, before = (k[(*i, *(slice(None),) * (n - 1 - axis))] for i in index)
+        gap = list(k.shape)
+        gap[axis - n] = shape[axis] - small[axis]
+        k = xp.concat([after, zeros(tuple(gap), k), before], axis=axis - n)
+    return k
+
+
+def _crop(g: Array, small: tuple[int, ...], shape: tuple[int, ...]) -> Array:
+    """The transpose of `_embed`."""
+    xp = array_api_compat.array_namespace(g)
+    n = len(shape)
+    for axis in range(n):
+        c = small[axis] // 2
+        index = (..., slice(shape[axis] - c, None)), (..., slice(None, small[axis] - c))
+        g = xp.concat([g[(*i, *(slice(None),) * (n - 1 - axis))] for i in index], axis=axis - n)
+    return g
+
+
+def _correlation(y_bar: Array, x: Array, k: Array, shape: tuple[int, ...]) -> Array:
+    """``Σ_i ȳ_i conj(x_{i − j})`` for all j of the grid, summed over the batch in Fourier space."""
+    n = len(shape)
+    if is_complex(k) or is_complex(x) or is_complex(y_bar):
+        y_bar, x = as_complex(y_bar), as_complex(x)
+    is_real = not is_complex(x)
+    product = transform(y_bar, n) * conj(transform(x, n))
+    like = zeros((*k.shape[: k.ndim - n], *product.shape[product.ndim - n :]), product)
+    return inverse(cotangent(product, like), shape, is_real)
+
+
+@public
+def difference(
+    shape: tuple[int, ...] | int, /, axis: int | tuple[int, ...] | None = None, *, boundary: str = "periodic"
+) -> LinearOperator:
+    r"""Finite-difference gradient of a function on a grid.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Shape of the grid.
+    axis : int or tuple of int, optional
+        Axes of the grid along which differences are taken; all by default.
+    boundary : {"periodic", "replicate", "zero"}
+        The value behind the last point: the first point; the last point again, so that the last difference is 0 (no
+        flux, Neumann); or 0 (Dirichlet, at that end only, as nothing is assumed in front of the first point).
+
+    Returns
+    -------
+    operator : LinearOperator
+        An operator without parameters, from ``(..., *shape)`` to ``(..., *shape)`` if `axis` is an int, else to
+        ``(..., j, *shape)`` with one component for each of the j axes.
+
+    Raises
+    ------
+    ValueError
+        For an unknown boundary, an axis that the grid does not have or that is given twice, an empty grid.
+
+    Notes
+    -----
+    ``(D x)_i = x_{i+1} − x_i`` at unit spacing; use `scaled` for another. Its `normal` is the negative Laplacian with
+    the same boundary, whose null space consists of the constants for "periodic" and "replicate". Cost: two flops per
+    entry and axis.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> ddnref.operators.difference((3,), axis=0, boundary="replicate")(np.asarray([1.0, 4.0, 9.0]))
+    array([3., 5., 0.])
+    """
+    sizes = as_shape("shape", shape)
+    n = len(sizes)
+    if boundary not in BOUNDARIES:
+        raise ValueError(f"boundary is {boundary!r}, expected one of {', '.join(map(repr, BOUNDARIES))}.")
+    if n == 0 or 0 in sizes:
+        raise ValueError(f"shape is {sizes}; a grid has at least one axis and no empty one.")
+    given = tuple(range(n)) if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
+    if any(not -n <= i < n for i in given) or len({i % n for i in given}) != len(given) or not given:
+        raise ValueError(f"axis is {axis}, expected different axes of a grid with {n}.")
+    axes = tuple(i % n - n for i in given)  # counted from the end because batch axes lead
+    single = isinstance(axis, int)
+
+    def apply(params: Params, x: Array) -> Array:  # noqa: ARG001
+        if single:
+            return forward(x, axes[0], boundary)
+        return array_api_compat.array_namespace(x).stack([forward(x, i, boundary) for i in axes], axis=-n - 1)
+
+    def adjoint(params: Params, y: Array) -> Array:  # noqa: ARG001
+        if single:
+            return backward(y, axes[0], boundary)
+        components = [y[(..., j, *(slice(None),) * n)] for j in range(len(axes))]
+        return sum(backward(y_j, i, boundary) for y_j, i in zip(components, axes, strict=True))
+
+    def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:  # noqa: ARG001
+        return ()
+
+    def gram(params: Params, shift: Array | float | None) -> LinearOperator:  # noqa: ARG001
+        return _laplacian(axes, boundary, sizes, shift)
+
+    target = sizes if single else (len(axes), *sizes)
+    return LinearOperator((), apply, adjoint, params_vjp, sizes, target, gram=gram, **no_motions(apply, adjoint))
+
+
+def _laplacian(
+    axes: tuple[int, ...], boundary: str, shape: tuple[int, ...], shift: Array | float | None
+) -> LinearOperator:
+    """``DᵀD + shift`` as a prepared operator, without storing any component of D x."""
+    number = 0.0 if is_array(shift) or shift is None else shift
+
+    def apply(params: Params, x: Array) -> Array:
+        return laplacian(x, axes, boundary, over(params[0], len(shape)) if params else number)
+
+    params = (shift,) if is_array(shift) else ()
+    return LinearOperator(params, apply, apply, no_params_vjp, shape, shape, True, shift is not None)
