@@ -219,6 +219,16 @@ def refuse_non_finite(name: str, x: Array) -> None:
         )
 
 
+def is_number(c: Any) -> bool:
+    """Return whether a coefficient is a plain Python number: a constant, whereas an array is a parameter."""
+    return isinstance(c, (int, float, complex)) and not isinstance(c, np.generic)
+
+
+def with_scalars_as_arrays(c: Array) -> Array:
+    """Return a NumPy scalar, which functions return for arrays without axes, as an array; all else as it is."""
+    return np.asarray(c) if isinstance(c, np.generic) else c
+
+
 def quiet() -> np.errstate:
     """Silence the floating-point warnings of NumPy and array-api-strict: statuses report what is not finite."""
     return np.errstate(all="ignore")
