@@ -31,6 +31,7 @@ def namespace(**arrays: Array | None) -> Namespace:
         raise TypeError(f"{' and '.join(arrays)} must be given: there is nothing to compute from None.")
     if all(type(a) is np.ndarray and a.dtype.char in "fdFD" and a.dtype.isnative for a in present.values()):
         return _numpy_namespace()  # a short cut for the common case, which takes a microsecond
+    # Everything else: one library, one device, then a floating dtype.
     xp = library(**present)
     for name, array in present.items():
         if array.dtype not in (xp.float64, xp.float32, xp.complex128, xp.complex64):
@@ -72,6 +73,7 @@ def _shared_namespace(present: dict[str, Array]) -> Namespace:
                 f"{name} is a {_kind(array)}, not an array. "
                 "Pass a NumPy, CuPy, PyTorch, JAX or other array-API array; lists and scalars are not converted."
             )
+    # The message names each argument with its type, because several may be wrong.
     try:
         return array_api_compat.array_namespace(*present.values())
     except TypeError as error:
@@ -84,6 +86,7 @@ def _shared_namespace(present: dict[str, Array]) -> Namespace:
 
 def _check_plain(name: str, array: Array) -> None:
     """Raise ``TypeError`` for masked, sparse, byte-swapped and matrix arrays, which would be misread."""
+    # NumPy's subclasses would lose their mask, or multiply in another way.
     if isinstance(array, np.ndarray):
         if isinstance(array, np.matrix | np.ma.MaskedArray):
             raise TypeError(
@@ -108,6 +111,7 @@ def _check_devices(present: dict[str, Array]) -> None:
             f"Expected arrays, but got {kinds}. Inside autograd, wrap the operation with ddnref.interop.autograd"
             ".differentiable; an operator is made of plain arrays, then operator.with_params(...) takes the boxes."
         ) from error
+    # Devices of different libraries compare by their names.
     if len({str(device) for device in devices.values() if device is not None}) > 1:
         where = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise TypeError(
@@ -121,6 +125,7 @@ def check_current_device(arrays: dict[str, Array]) -> None:
     """Raise ``TypeError`` for an array that is not on the device at which CuPy computes and makes new arrays."""
     import cupy
 
+    # CuPy computes where its current device says, not where the array lies.
     current = cupy.cuda.Device()
     for name, array in arrays.items():
         if array.device != current:

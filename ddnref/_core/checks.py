@@ -47,6 +47,7 @@ def conform(
     ValueError
         A shape that does not fit.
     """
+    # Library, device and dtype kinds are common to all arrays.
     xp = namespace(**arrays)
     if real_only:
         check_real(**arrays)
@@ -61,6 +62,7 @@ def conform(
             continue
         shape, wanted = tuple(array.shape), number if is_real else dtype
         expected = batch
+        # The first array that has an axis defines its length.
         for i, axis in enumerate(axes, len(shape) - len(axes)):
             if axis not in lengths and len(shape) >= len(axes):
                 lengths[axis] = shape[i]
@@ -74,6 +76,7 @@ def conform(
                 raise ValueError(f"{name} has shape {shape}, expected (..., {', '.join(axes)}){least}{square}.")
             raise ValueError(f"{name} has shape {shape}, expected {expected}.")
         if array.dtype != wanted:
+            # The slower function words the message.
             check_dtypes(**{name: (array, wanted)})
     return Conformed(xp, batch, lengths)
 

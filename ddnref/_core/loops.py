@@ -48,6 +48,7 @@ def run(
     """
     if maxiter < 0 or check_every < 1:
         raise ValueError(f"maxiter is {maxiter} and check_every {check_every}; expected at least 0 and 1.")
+    # The library's own loop traces the body once.
     if while_loop is not None:
         return _traced(active, body, state, maxiter, while_loop)
     for step in range(maxiter):
@@ -64,6 +65,7 @@ def _traced(
     xp = array_api_compat.array_namespace(flags)
     first = xp.zeros((), dtype=xp.int32, device=array_api_compat.device(flags))
 
+    # Inside a traced loop the step is counted with the state.
     def cond(carry: tuple[Array, State]) -> Array:
         return (carry[0] < maxiter) & _any(active(carry[1]))
 

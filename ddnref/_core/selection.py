@@ -23,6 +23,7 @@ def columns_of(index: Sequence[int] | None, m: int) -> Columns:
         raise TypeError(f"index is {index!r}, expected a sequence of integers.") from None
     if any(not -m <= i < m for i in given):
         raise ValueError(f"index {tuple(given)} is out of range for a matrix with {m} columns.")
+    # Count from the front, and refuse what is named twice.
     columns = tuple(i % m for i in given)
     if len(set(columns)) < len(columns):
         raise ValueError(f"index {tuple(given)} names a column twice; add their cotangents and name it once.")
@@ -41,6 +42,7 @@ def take(x: Array, columns: Columns, axis: int) -> Array:
         part = slice(min(columns, default=0), max(columns, default=-1) + 1)
         run = x[..., part] if axis == -1 else x[..., part, :]
         return run if columns.step == 1 else xp.flip(run, axis=axis)
+    # Any other choice needs a gather.
     places = xp.asarray(list(columns), dtype=xp.int32, device=array_api_compat.device(x))
     return xp.take(x, places, axis=axis)
 

@@ -57,6 +57,7 @@ def eigvalsh(s: Array) -> Array:
         return eigh(s)[0]
     xp = array_api_compat.array_namespace(s)
     w = xp.linalg.eigvalsh(s)
+    # Scale first, so that no square leaves the range.
     scale = _scale(s)
     size = _norm(s / scale) ** 2
     left = xp.abs(size - xp.sum((w / scale[..., 0]) ** 2, axis=-1))
@@ -178,6 +179,7 @@ def qr(a: Array) -> tuple[Array, Array]:
     AᵀA twice, which lose the orthogonality of Q beyond a condition of ``1/√eps`` and fail for dependent columns.
     """
     xp = array_api_compat.array_namespace(a)
+    # Many items: all of them together, one column per step.
     if math.prod(a.shape[:-2]) > a.shape[-1]:
         return householder(a)
     q, r = xp.linalg.qr(a, mode="reduced")

@@ -8,8 +8,7 @@ from __future__ import annotations
 import array_api_compat
 from numpy.linalg import LinAlgError
 
-from ddnref._core.arrays import Array, full, is_true, nan_where
-from ddnref._core.arrays import adjoint as adjoint
+from ddnref._core.arrays import Array, adjoint, full, is_true, nan_where
 from ddnref._kernels import cupy as _cupy
 from ddnref._kernels import numpy as _numpy
 
@@ -73,6 +72,7 @@ def eigvalsh(s: Array) -> Array:
 
 def eigh_largest(s: Array, k: int) -> tuple[Array, Array]:
     """Return the k largest eigenpairs of one exactly Hermitian matrix, descending; NaN where it is not finite."""
+    # LAPACK can stop after the k pairs for a single matrix.
     if array_api_compat.is_numpy_array(s) and s.ndim == 2 and k < s.shape[-1] and is_true(_numpy.is_finite(s)):
         return _numpy.eigh_largest(s, k)
     xp = array_api_compat.array_namespace(s)
@@ -157,5 +157,6 @@ def _solve_finite(a: Array, b: Array) -> Array:
     except LinAlgError:  # NumPy gives up the whole batch without saying which item is singular
         if a.ndim == 2:
             return full(b.shape, float("nan"), b)
+        # Solve one by one, so that only the singular items become NaN.
         alone = [_solve_finite(a[i, ...], b[i, ...]) for i in range(a.shape[0])]
         return xp.stack(alone)

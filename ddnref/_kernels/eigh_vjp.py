@@ -20,9 +20,9 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from ddnref._core.arrays import Array, full, namespace_of, nan_where
+from ddnref._core.arrays import Array, adjoint, full, namespace_of, nan_where
 from ddnref._core.selection import Columns, scatter, take
-from ddnref._kernels.dense import adjoint, hermitian_product
+from ddnref._kernels.dense import hermitian_product
 from ddnref._kernels.numpy import (
     BLAS_THREADS,
     TILE,

@@ -29,6 +29,7 @@ def lu_factor(a: Array) -> tuple[Array, Array, Array]:
     ``|u_jj| <= 64 eps Σ_k |l_jk| |u_kj|``, a criterion that does not depend on the scale of rows and columns. Items
     that are not finite are NaN and do not count as singular. Reads nothing on the host, except on NumPy.
     """
+    # NumPy judges each item as it is factored, which needs no further pass.
     if array_api_compat.is_numpy_array(a):
         return _factor_numpy(a)
     xp = array_api_compat.array_namespace(a)
@@ -111,6 +112,7 @@ def _factor(a: Array) -> tuple[Array, Array]:
     if array_api_compat.is_jax_array(a):
         import jax
 
+        # JAX counts pivots from 0 already.
         lu, pivots = jax.scipy.linalg.lu_factor(a)
         return lu, pivots
     if array_api_compat.is_cupy_array(a):
@@ -165,6 +167,7 @@ def _judge(lu: Any, info: int) -> tuple[bool, bool]:
 
 
 def _solve_numpy(lu: Any, pivots: Any, b: Any, adjoint: bool) -> Any:
+    # LAPACK solves all right-hand sides of an item at a time.
     getrs: Any = scipy.linalg.get_lapack_funcs("getrs", (lu, b))
     n, k = b.shape[-2:]
     x_t = np.empty((*b.shape[:-2], k, n), b.dtype)
@@ -177,6 +180,7 @@ def _triangular_numpy(a: Any, b: Any, lower: bool, unit_diagonal: bool) -> Any:
     trsm: Any = scipy.linalg.get_blas_funcs("trsm", (a, b))
     x = np.empty_like(b)
     for item in np.ndindex(b.shape[:-2]):
+        # BLAS reads by columns: a row-major factor is its transpose.
         by_columns = a[item].flags.f_contiguous
         factor = a[item] if by_columns else a[item].T
         x[item] = trsm(1.0, factor, b[item], lower=lower == by_columns, trans_a=not by_columns, diag=unit_diagonal)
@@ -237,6 +241,7 @@ def _triangular_standard(a: Array, b: Array, lower: bool, unit_diagonal: bool) -
     rows: dict[int, Array] = {}
     for k in range(n) if lower else range(n - 1, -1, -1):
         total = b[..., k, :]
+        # Subtract what is known, then divide by the diagonal.
         for j, x in rows.items():
             total = total - a[..., k, j][..., None] * x
         rows[k] = total if unit_diagonal else total / a[..., k, k][..., None]

@@ -42,11 +42,13 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        # Check the options that were given; defaults are right.
         for name, value in kwargs.items():
             check(name, value)
         for i, name in positional:
             if i < len(args):
                 check(name, args[i])
+        # A missing array is named here, before an algorithm fails on it.
         for i, name in required:
             if (args[i] if i < len(args) else kwargs.get(name, ...)) is None:
                 raise TypeError(f"{name} is None: {function.__name__} needs an array there.")
@@ -94,6 +96,7 @@ def _step(name: str, value: Any) -> None:
 
 
 def _integer(name: str, value: Any) -> None:
+    # Accept anything that Python accepts as an index, NumPy's integers too.
     try:
         operator.index(value)
     except TypeError:

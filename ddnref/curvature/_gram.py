@@ -19,6 +19,7 @@ import array_api_compat
 from ddnref._core.arrays import (
     Array,
     Namespace,
+    adjoint,
     as_dtype,
     eps,
     full,
@@ -33,7 +34,7 @@ from ddnref._core.arrays import (
 from ddnref._core.checks import check_dtypes, check_shapes
 from ddnref._core.selection import take
 from ddnref._kernels import singularity
-from ddnref._kernels.dense import adjoint, eigh, eigvalsh
+from ddnref._kernels.dense import eigh, eigvalsh
 from ddnref._kernels.eigh_vjp import cluster_mask, exceeds, jump, masked
 from ddnref._kernels.public import public
 from ddnref._kernels.vectors import largest, safe_norm

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, namespace, quiet
+from ddnref._core.arrays import Array, adjoint, namespace, quiet
 from ddnref._core.checks import check_dtypes, check_shapes
-from ddnref._kernels.dense import adjoint, hermitian_part
+from ddnref._kernels.dense import hermitian_part
 from ddnref._kernels.public import public
 from ddnref.operators._blocks import Pieces, tall
 

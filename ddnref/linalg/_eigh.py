@@ -18,6 +18,7 @@ from typing import NoReturn
 from ddnref._core.arrays import (
     Array,
     Namespace,
+    adjoint,
     eps,
     full,
     is_true,
@@ -30,8 +31,8 @@ from ddnref._core.arrays import (
 )
 from ddnref._core.checks import check_dtypes, check_shapes, check_square, conform
 from ddnref._core.selection import Columns, columns_of, take
-from ddnref._kernels.dense import adjoint, hermitian_part
 from ddnref._kernels.dense import eigh as _eigh
+from ddnref._kernels.dense import hermitian_part
 from ddnref._kernels.eigh_vjp import cluster_mask, eigenpairs_vjp, jump, masked
 from ddnref._kernels.public import public
 from ddnref.errors import GaugeError

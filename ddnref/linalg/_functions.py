@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from ddnref._core.arrays import (
     Array,
+    adjoint,
     eps,
     full,
     is_true,
@@ -25,7 +26,7 @@ from ddnref._core.arrays import (
     refuse_recording,
 )
 from ddnref._core.checks import check_dtypes, check_shapes, check_square, conform
-from ddnref._kernels.dense import adjoint, eigh, hermitian_part, hermitian_product
+from ddnref._kernels.dense import eigh, hermitian_part, hermitian_product
 from ddnref._kernels.public import public
 from ddnref.errors import SingularError
 

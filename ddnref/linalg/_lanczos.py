@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, as_dtype, conj, eps, full, namespace_of, real, with_axes
+from ddnref._core.arrays import Array, adjoint, as_dtype, conj, eps, full, namespace_of, real, with_axes
 from ddnref._core.loops import LoopOptions, run
 from ddnref._core.noise import noise
-from ddnref._kernels.dense import adjoint, eigh, hermitian_part
+from ddnref._kernels.dense import eigh, hermitian_part
 from ddnref._kernels.vectors import norm, normalised, put_row, real_dot
 from ddnref.operators._blocks import SelfAdjoint, inner, without
 

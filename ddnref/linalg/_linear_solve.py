@@ -31,9 +31,9 @@ from ddnref._core.arrays import (
     refuse_recording,
     with_axes,
 )
+from ddnref._core.arrays import adjoint as matrix_adjoint
 from ddnref._core.checks import check_dtypes, check_precision, check_shapes
 from ddnref._core.loops import LoopOptions, WhileLoop
-from ddnref._kernels.dense import adjoint as matrix_adjoint
 from ddnref._kernels.public import public
 from ddnref._kernels.vectors import norm
 from ddnref.errors import DdnrefError

@@ -8,10 +8,10 @@ Hermitian matrix that has the lower triangle of M and the real part of its diago
 
 from __future__ import annotations
 
-from ddnref._core.arrays import Array, conj, is_true, namespace, nan_where, refuse_recording
+from ddnref._core.arrays import Array, adjoint, conj, is_true, namespace, nan_where, refuse_recording
 from ddnref._core.checks import conform
 from ddnref._kernels import singularity
-from ddnref._kernels.dense import adjoint, identity, solve
+from ddnref._kernels.dense import identity, solve
 from ddnref._kernels.dense import qr as _qr
 from ddnref._kernels.public import public
 from ddnref.errors import SingularError

@@ -9,9 +9,19 @@ from __future__ import annotations
 
 import math
 
-from ddnref._core.arrays import Array, full, is_true, library, namespace, namespace_of, nan_where, refuse_recording
+from ddnref._core.arrays import (
+    Array,
+    adjoint,
+    full,
+    is_true,
+    library,
+    namespace,
+    namespace_of,
+    nan_where,
+    refuse_recording,
+)
 from ddnref._core.checks import check_dtypes, check_shapes, check_square
-from ddnref._kernels.dense import adjoint, move_axis
+from ddnref._kernels.dense import move_axis
 from ddnref._kernels.lu import lu_factor, lu_factor_vjp, lu_solve
 from ddnref._kernels.public import public
 from ddnref.errors import SingularError

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import array_api_compat
 import numpy as np
 
-from ddnref._core.arrays import Array, Namespace, conj, is_complex, namespace, real
+from ddnref._core.arrays import Array, Namespace, adjoint, conj, is_complex, namespace, real
 from ddnref._core.checks import check_shapes
-from ddnref._kernels.dense import adjoint, hermitian_part
+from ddnref._kernels.dense import hermitian_part
 from ddnref._kernels.public import public
 
 __all__ = ["TANGENTS", "Direction", "Report", "Tangent", "assert_vjp", "check_vjp", "numerical_jvp"]
@@ -227,6 +227,7 @@ def check_vjp(
     >>> bool(ddnref.testing.check_vjp(np.sin, lambda y_bar, y, x: y_bar * np.sin(x), x, needs=(0,)).passed)
     False
     """
+    # Validate inputs and tangent spaces before anything is computed.
     rng = np.random.default_rng(seed)
     spaces = _spaces(tangent, len(inputs))
     for i, x in enumerate(inputs):
@@ -236,6 +237,7 @@ def check_vjp(
         result, saved = f(*arrays) if saves else (f(*arrays), ())
         return (result if isinstance(result, tuple) else (result,)), saved
 
+    # Forward and VJP once, at the inputs as they are.
     outputs, saved = forward(*inputs)
     value, gradient = _linear_loss(rng, outputs) if loss is None else loss
     cotangents = gradient(*outputs)
@@ -288,6 +290,7 @@ def assert_vjp(f: Callable[..., Any], f_vjp: Callable[..., Any], *inputs: Array,
 
 def _spaces(tangent: Any, count: int) -> list[Tangent]:
     """Return one tangent space for each input."""
+    # One space for all inputs, or one for each.
     given = tangent if type(tangent) is tuple else (tangent,) * count
     if len(given) != count:
         raise ValueError(f"tangent has {len(given)} entries for {count} inputs.")
@@ -307,6 +310,7 @@ def _directions(
     count: int,
 ) -> list[tuple[str, Array]]:
     """Return random tangent directions, a free one if the input is symmetrised, and the gradient's own."""
+    # Random directions find most errors, the gradient's own direction finds small relative ones.
     named = [(f"random {k}", space.project(x, _random(rng, xp, x))) for k in range(count)]
     if symmetrises:
         named.append(("non-symmetric", _random(rng, xp, x)))
@@ -317,6 +321,7 @@ def _directions(
 def _differentiate(
     name: str, at: Callable[[Array], float], xp: Namespace, x_bar: Array, d: Array, h: float
 ) -> Direction:
+    # Three step lengths: two give the extrapolated value, the third its observed order.
     central = [(at(s * d) - at(-s * d)) / (2 * s) for s in (h, h / 2, h / 4)]
     numerical = (4 * central[1] - central[0]) / 3
     analytic = float(xp.sum(real(conj(x_bar) * d)))
@@ -348,6 +353,7 @@ def _double(name: str, x: Array) -> Namespace:
 def _norm(xp: Namespace, x: Array) -> float:
     if 0 in x.shape:
         return 0.0
+    # Scale by the largest entry, so that no square overflows.
     size = xp.abs(x)
     largest = float(xp.max(size))
     return largest * float(xp.sum((size / largest) ** 2)) ** 0.5 if 0 < largest < math.inf else largest
