@@ -21,7 +21,7 @@ NEEDED_BY = {
     "jax": ["interop/jax.py", "_kernels/jax.py"],
     "autograd": ["interop/autograd.py"],
     "tensorflow": ["interop/tensorflow.py"],
-    "dask": ["interop/dask.py", "interop/_dask_blocks.py"],
+    "dask": ["interop/dask.py", "interop/_dask_signatures.py"],
 }
 collect_ignore = [
     f"ddnref/{path}" for name, paths in NEEDED_BY.items() if importlib.util.find_spec(name) is None for path in paths
@@ -31,7 +31,7 @@ collect_ignore = [
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leave out tests of CuPy's arrays without a backend for them, and Dask, which imports CuPy, with its emulation."""
     backends, name = config.getoption("--backend", None) or [], collection_path.name
-    if name in ("test_dask.py", "dask.py", "_dask_blocks.py") and "emulated-cupy" in backends:
+    if name in ("test_dask.py", "dask.py", "_dask_signatures.py") and "emulated-cupy" in backends:
         return True
     return True if name == "test_cupy.py" and not {"cupy", "emulated-cupy"} & {*backends} else None
 

@@ -10,7 +10,7 @@ from ddnref._core.arrays import Array, Namespace, is_complex, namespace, real_dt
 
 
 class Conformed(NamedTuple):
-    """What arrays that fit a signature have in common."""
+    """Namespace, batch axes and sizes of arrays that fit a signature."""
 
     xp: Namespace
     batch: tuple[int, ...]

@@ -46,7 +46,7 @@ def eigh(s: Array) -> tuple[Array, Array]:
     finite = xp.all(xp.isfinite(s), axis=(-2, -1), keepdims=True)
     if array_api_compat.is_numpy_array(s) and finite.all():
         return _numpy.eigh(s)  # without a further pass over memory
-    # Zero matrices stand in for items that are not finite, so that the others come out right.
+    # Zeros replace items that are not finite, so that the others come out right.
     w, v = _eigh_finite(xp.where(finite, s, xp.zeros_like(s)))
     bad = xp.logical_not(finite)
     return nan_where(bad[..., 0], w), nan_where(bad, v)

@@ -176,7 +176,7 @@ def spread(flags: Array, like: Array) -> Array:
 
 
 def failed(x_bar: Array) -> Array:
-    """Where a gradient is NaN. One column tells, because with ``throw=False`` all entries of a failed item are NaN."""
+    """Return where a gradient is NaN. One column tells, because all entries of a failed item are NaN."""
     return namespace_of(x_bar).isnan(x_bar[..., :1] if x_bar.ndim else x_bar)
 
 

@@ -47,7 +47,7 @@ plt.show()
 # %%
 # A loss of the subspace
 # ----------------------
-# How much of one image :math:`a` is left outside the subspace of its own class? With :math:`V_K` the chosen
+# How much of one image :math:`a` is left outside the subspace of the image's class? With :math:`V_K` the chosen
 # eigenvectors and :math:`P = V_K V_K^T` the projector on their span,
 #
 # .. math:: L = \tfrac12 \| a - P a \|^2 = \tfrac12 \left( a^T a - a^T P a \right), \qquad

@@ -150,7 +150,7 @@ headline("Curvature of a network: errors", f"eigenvalues {spectrum_error:.0e}", 
 # The :math:`\lambda_{nk}` are ``derivatives.second``, and no eigenvector was formed for them. At the start every digit
 # has about the share that it has among the samples; later some directions belong to one or two digits. Which answers
 # trade places along a direction is seen from the change of the mean probability of each digit, on the right, divided by
-# its largest entry, because an eigenvector has no sign of its own.
+# its largest entry, because the sign of an eigenvector is arbitrary.
 
 
 def shares(step):

@@ -110,8 +110,9 @@ def log_softmax(a):
 
 def loss_of_pairs(w, v, u, one_hot):
     """``L`` of the eigenpairs, of which the last k count."""
+    names = array_api_compat.array_namespace(v)
     p = coordinates(v[..., v.shape[-1] - COMPONENTS :], u)
-    return -(one_hot * log_softmax((p * p).sum(1))).sum() / u.shape[0]
+    return -names.sum(one_hot * log_softmax(names.sum(p * p, axis=1))) / u.shape[0]
 
 
 def cotangents(v, u, one_hot):

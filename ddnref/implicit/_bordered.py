@@ -10,11 +10,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import array_api_compat
-
 from ddnref._core.arrays import Array, eps, full, namespace_of, nan_where, power_of_two_below
 from ddnref._core.loops import LoopOptions
-from ddnref._kernels import dense as _linalg
+from ddnref._kernels import dense
 from ddnref.implicit._structures import Dense, Products, Structure, checked_solve
 from ddnref.krylov._cg import solve_from_zero
 from ddnref.krylov._system import ITERATION_LIMIT
@@ -50,7 +48,7 @@ def bordered_solve(h: Structure, c_: Array, active: Array, a: Array, c: Array) -
     c_ = xp.where(active[..., None], c_ / nan_where(scale == 0, scale), zero)
     c = xp.where(active[..., None], c / nan_where(scale == 0, scale), zero)
     # A one on the diagonal holds each other multiplier at zero; so all items have systems of one shape.
-    free = xp.astype(~active, a.dtype)[..., None] * _linalg.identity(c_.shape[-2], a)
+    free = xp.astype(~active, a.dtype)[..., None] * dense.identity(c_.shape[-2], a)
     if isinstance(h, Products):
         solution = _projected_cg(h, c_, c_ @ xp.matrix_transpose(c_) + free, a, c)
     elif isinstance(h, Dense):
@@ -89,27 +87,30 @@ def _schur(h: Structure, c_: Array, free: Array, a: Array, c: Array) -> Solution
 
 def _projected_cg(h: Products, c_: Array, gram: Array, a: Array, c: Array) -> Solution:
     """Conjugate gradients in the null space of C: ``P H P z = P (a − H w₀)``, ``w₀ = Cᵀ (C Cᵀ)⁻¹ c``."""
-    xp = array_api_compat.array_namespace(a)
+    xp = namespace_of(a)
     n, p, c_t = a.shape[-2], c_.shape[-2], xp.matrix_transpose(c_)
 
     def apply(v: Array) -> Array:
         return xp.stack([h.apply(v[..., j]) for j in range(v.shape[-1])], axis=-1)
 
     def project(v: Array) -> Array:
-        return v - c_t @ _linalg.solve(gram, c_ @ v) if p else v
+        return v - c_t @ dense.solve(gram, c_ @ v) if p else v
 
     def product(rows: Array) -> Array:
         return xp.matrix_transpose(project(apply(xp.matrix_transpose(rows))))
 
-    size = power_of_two_below(xp.max(xp.abs(xp.concat([a, c], axis=-2)), axis=-2, keepdims=True))  # for their squares
+    # Scale each right-hand side, whose squares could leave the range of exponents otherwise.
+    size = power_of_two_below(xp.max(xp.abs(xp.concat([a, c], axis=-2)), axis=-2, keepdims=True))
     a, c = a / size, c / size
-    w_0 = c_t @ _linalg.solve(gram, c) if p else xp.zeros_like(a)
+    # The shortest w that satisfies the constraints, and the rest in their null space.
+    w_0 = c_t @ dense.solve(gram, c) if p else xp.zeros_like(a)
     b = project(a - apply(w_0) if p else a)
     rtol = 64 * eps(xp, a.dtype) if h.rtol is None else h.rtol
     options = LoopOptions(rtol, 10 * n if h.maxiter is None else h.maxiter, h.check_every, h.while_loop)
     end = solve_from_zero(product, xp.matrix_transpose(b), options)
     w = w_0 + xp.matrix_transpose(end.x)
-    eta = _linalg.solve(gram, c_ @ (apply(w) - a)) if p else c
+    # The multipliers balance the part of the residual that the null space cannot.
+    eta = dense.solve(gram, c_ @ (apply(w) - a)) if p else c
     converged = xp.all(end.status != ITERATION_LIMIT, axis=-1)
     singular = xp.any(end.status > ITERATION_LIMIT, axis=-1)  # no positive curvature, or not finite
     bad = (singular | ~converged)[..., None, None]

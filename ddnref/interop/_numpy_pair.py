@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -13,18 +13,14 @@ from ddnref._rules.binding import WARNING, Bound, Layout, failed, on_arrays
 from ddnref._rules.contract import Rule
 
 
-class NumpyPair(NamedTuple):
-    """A bound operation on flat NumPy arrays."""
+def numpy_pair(
+    rule: Rule, bound: Bound, layout: Layout
+) -> tuple[Callable[..., tuple[Array, ...]], Callable[..., tuple[Array | None, ...]]]:
+    """A bound operation on the arrays of a layout, as ``(forward, reverse)``.
 
-    forward: Callable[..., tuple[Array, ...]]
-    """``forward(*inputs)`` returns outputs, saved arrays and the status of an iteration in one tuple."""
-    reverse: Callable[..., tuple[Array | None, ...]]
-    """``reverse(bars, arrays)`` as in `Bound`, from cotangents of the outputs only. A cotangent of zeros counts as
-    ``None``. The result is empty where all are zero. Warns of NaN."""
-
-
-def numpy_pair(rule: Rule, bound: Bound, layout: Layout) -> NumpyPair:
-    """Make a bound operation one on the arrays of a layout."""
+    ``forward(*inputs)`` returns outputs, saved arrays and the status of an iteration in one tuple. ``reverse(bars,
+    arrays)`` is that of `Bound`, for cotangents of the outputs only; it returns ``()`` if all of them are zero.
+    """
     flat = on_arrays(bound, rule, layout)
 
     def forward(*inputs: Array) -> tuple[Array, ...]:
@@ -33,11 +29,12 @@ def numpy_pair(rule: Rule, bound: Bound, layout: Layout) -> NumpyPair:
     def reverse(bars: tuple[Array, ...], arrays: tuple[Array, ...]) -> tuple[Array | None, ...]:
         # These frameworks fill in zeros for outputs that the loss does not use; the VJP saves work at None.
         gradients = flat.reverse(tuple(bar if np.any(bar) else None for bar in bars), arrays)
+        # With throw=False a gradient that does not exist is NaN.
         if any(g is not None and np.any(failed(g)) for g in gradients):
             warnings.warn(WARNING, RuntimeWarning, stacklevel=2)
         return gradients
 
-    return NumpyPair(forward, reverse)
+    return forward, reverse
 
 
 def refuse_second_derivative(framework: str) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ PyTorch counts changes in place for each tensor and would not notice a change th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -27,14 +27,14 @@ REFUSAL = (
 
 
 class Library(NamedTuple):
-    """A library that can compute on the memory of tensors."""
+    """A library that can compute on the memory of tensors of a device type; its module has ``from_dlpack``.
+
+    ``context(module, device)`` is entered around each computation.
+    """
 
     device: str
-    """The device type of the tensors that it reads."""
     load: Callable[[], Any]
-    """Imports the module, which has ``from_dlpack``."""
     context: Callable[[Any, torch.device], AbstractContextManager[Any]]
-    """``context(module, device)`` is entered around each computation."""
 
 
 def computed_by(compute: str, rule: Rule, bound: Bound) -> tuple[Rule, Bound]:
@@ -93,6 +93,7 @@ def _computing(
     def to_tensor(array: Any) -> Tensor:
         tensor = _tensor(array)
         start, end = _extent(tensor)
+        # Copy a result that overlaps with an input or with another result.
         if any(start < other_end and other_start < end for other_start, other_end in memory):
             tensor = tensor.clone()
         memory.append(_extent(tensor))
@@ -124,9 +125,6 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * tensor.element_size()
 
 
-# --- libraries -------------------------------------------------------------------------------------------------------
-
-
 def _cupy() -> Any:
     try:
         import cupy
@@ -138,10 +136,11 @@ def _cupy() -> Any:
 @contextmanager
 def _on_torch_stream(cupy: Any, device: torch.device) -> Iterator[None]:
     """Make CuPy work on the tensors' device and on PyTorch's current stream there."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.cuda.device(device))  # PyTorch exports only tensors of the current device
-        stack.enter_context(cupy.cuda.Device(device.index))
-        stack.enter_context(cupy.cuda.Stream.from_external(_CudaStream(torch.cuda.current_stream(device))))
+    with (
+        torch.cuda.device(device),  # PyTorch exports only tensors of the current device
+        cupy.cuda.Device(device.index),
+        cupy.cuda.Stream.from_external(_CudaStream(torch.cuda.current_stream(device))),
+    ):
         yield
 
 

@@ -5,7 +5,7 @@ A complex gradient of autograd is the conjugate of ours; the bridge converts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -79,26 +79,25 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
 
 def _operation(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., Any]:
     """A primitive of the arrays of a layout, which returns outputs, saved arrays and status in one tuple."""
-    host = numpy_pair(rule, bound, layout)
-    operate = primitive(host.forward)
+    forward, reverse_on_numpy = numpy_pair(rule, bound, layout)
+    operate = primitive(forward)
     needs, n, fields = layout.places(rule.needs), rule.outputs, rule.info_fields
 
     # The VJP is a primitive too, so that its own derivative can be refused.
     @primitive
     def reverse(*arrays: Array) -> tuple[Array, ...]:
-        gradients = host.reverse(tuple(map(np.conj, arrays[:n])), arrays[n:])
+        # Conjugate on the way in and out, for autograd's convention.
+        gradients = reverse_on_numpy(tuple(map(np.conj, arrays[:n])), arrays[n:])
         return tuple(None if g is None else np.conj(g) for g in gradients)
 
-    def pull(argnums: Sequence[int], flat: Any, inputs: tuple[Any, ...], _: Any) -> Callable[[Any], Iterator[Any]]:
+    def pull(argnums: Sequence[int], flat: Any, inputs: tuple[Any, ...], _: Any) -> Callable[[Any], list[Any]]:
         results = tuple(flat[i] for i in range(len(flat) - fields))
 
-        def cotangents(bars: Any) -> Iterator[Any]:
+        def cotangents(bars: Any) -> list[Any]:
             arrays = *results, *(inputs[i] for i in needs if i < len(inputs))
             found = reverse(*(bars[i] for i in range(n)), *arrays)
-            # Without any cotangent the VJP returns nothing at all, and autograd wants zeros.
-            for i in argnums:
-                x_bar = found[i] if i < len(found) else None
-                yield np.zeros_like(_bare(inputs[i])) if x_bar is None else x_bar
+            found = found or (None,) * len(inputs)  # no output was used
+            return [np.zeros_like(_bare(inputs[i])) if found[i] is None else found[i] for i in argnums]
 
         return cotangents
 

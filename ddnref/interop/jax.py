@@ -73,7 +73,12 @@ def _bridge(rule: Rule, options: dict[str, Any]) -> Callable[..., Any]:
     def function(*inputs: Array) -> Any:
         layout, arrays = flatten(inputs)
         if not all(isinstance(x, jax.Array) for x in arrays):
-            refuse_foreign(rule, inputs, _is_array, "an array of JAX or NumPy")
+            # JAX's constants may be NumPy arrays, or of a private type.
+            own = jax.Array | np.ndarray | np.generic
+            refuse_foreign(
+                rule, inputs, lambda x: isinstance(x, own) or type(x).__module__.startswith("jax."),
+                "an array of JAX or NumPy",
+            )  # fmt: skip
             arrays = tuple(map(jnp.asarray, arrays))
         outputs, _, info = operate(layout)(*arrays)
         return bound.result(outputs, info)
@@ -83,11 +88,6 @@ def _bridge(rule: Rule, options: dict[str, Any]) -> Callable[..., Any]:
     return function
 
 
-def _is_array(x: Any) -> bool:
-    """Whether JAX takes it as an array: also NumPy arrays and the private types that JAX has for constants."""
-    return isinstance(x, jax.Array | np.ndarray | np.generic) or type(x).__module__.startswith("jax.")
-
-
 def _operation(
     rule: Rule, bound: Bound, is_constant: bool, layout: Layout
 ) -> Callable[..., tuple[tuple[Array, ...], ...]]:
@@ -95,9 +95,16 @@ def _operation(
     own = on_arrays(bound, rule, layout)
     # Compile each step where no option can change.
     compiled = _compiled if is_constant and layout.plain else lambda function: function
-    forward, reverse = compiled(own.forward), compiled(_conjugate(own.reverse, sum(layout.counts)))
-    first_order = _first_order(own.undefined)
-    needs = layout.places(rule.needs)
+    forward, first_order = compiled(own.forward), _first_order(own.undefined)
+    needs, count = layout.places(rule.needs), sum(layout.counts)
+
+    # The VJP in JAX's convention, and whether any gradient is NaN.
+    @compiled
+    def reverse(bars: tuple[Array | None, ...], arrays: tuple[Array, ...]) -> tuple[tuple[Array | None, ...], Any]:
+        bars = tuple(None if bar is None else jnp.conj(bar) for bar in bars)
+        gradients = tuple(None if g is None else jnp.conj(g) for g in own.reverse(bars, arrays)[:count])
+        flags = [jnp.any(failed(g)) for g in gradients if g is not None]
+        return gradients, reduce(jnp.logical_or, flags) if flags else None
 
     @jax.custom_vjp
     def operate(*inputs: Array) -> tuple[tuple[Array, ...], ...]:
@@ -117,7 +124,7 @@ def _operation(
         # Cotangents that are symbolically zero are absent, so that the VJP does not compute with them.
         used = tuple(None if isinstance(bar, SymbolicZero) else bar for bar in (*bars[0], *bars[1]))
         gradients, flag = reverse(used, arrays)
-        if not gradients:
+        if not gradients:  # no cotangent was given
             return tuple(None for _ in inputs)
         _warn(flag)
         # A second derivative can only follow under a trace.
@@ -125,20 +132,8 @@ def _operation(
             return gradients  # type: ignore[no-any-return]
         return tuple(None if g is None else first_order(g, *arrays) for g in gradients)
 
-    operate.defvjp(operate_fwd, operate_bwd, symbolic_zeros=True)
+    operate.defvjp(operate_fwd, operate_bwd, symbolic_zeros=True)  # or absent cotangents would be arrays of zeros
     return operate  # type: ignore[no-any-return]
-
-
-def _conjugate(reverse: Callable[..., Any], count: int) -> Callable[..., Any]:
-    """The VJP of `count` arrays in JAX's convention, which also returns whether any gradient is NaN."""
-
-    def conjugate(bars: tuple[Array | None, ...], arrays: tuple[Array, ...]) -> tuple[tuple[Array | None, ...], Any]:
-        bars = tuple(None if bar is None else jnp.conj(bar) for bar in bars)
-        gradients = tuple(None if g is None else jnp.conj(g) for g in reverse(bars, arrays)[:count])
-        flags = [jnp.any(failed(g)) for g in gradients if g is not None]
-        return gradients, reduce(jnp.logical_or, flags) if flags else None
-
-    return conjugate
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -148,7 +143,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arrays: Any) -> Any:
         try:
             return jitted(*arrays)
-        except jax.errors.JAXTypeError:
+        except jax.errors.JAXTypeError:  # it asked a tracer for its value
             return function(*arrays)
 
     return call

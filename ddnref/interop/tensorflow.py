@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import zip_longest
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import tensorflow as tf
@@ -23,16 +23,7 @@ from ddnref.interop._numpy_pair import numpy_pair, refuse_second_derivative
 Tensor: TypeAlias = Any  # TensorFlow is optional, so that types must not depend on it
 
 
-class Spec(NamedTuple):
-    """The dtype and shape of an array in a graph."""
-
-    dtype: Any
-    shape: tuple[int | None, ...]
-    """``None`` for axes whose length is known only when the graph runs."""
-
-    def lengths(self, unknown: int = 0) -> tuple[int, ...]:
-        """The shape, with `unknown` for axes whose length is not known."""
-        return tuple(unknown if n is None else n for n in self.shape)
+Spec: TypeAlias = Any  # tf.TensorSpec: dtype and shape of a tensor in a graph, None for unknown lengths
 
 
 def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -97,16 +88,16 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
 
 def _operation(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., tuple[Tensor, ...]]:
     """A function of the tensors of a layout, with our VJP, that returns outputs and status."""
-    host = numpy_pair(rule, bound, layout)
+    forward, reverse_on_numpy = numpy_pair(rule, bound, layout)
     needs, n, count = layout.places(rule.needs), rule.outputs, sum(layout.counts)
 
     @lru_cache(maxsize=64)
     def specs(*inputs: Spec) -> tuple[Spec, ...]:
-        return _specs(rule, host.forward, layout, inputs)
+        return _specs(rule, forward, layout, inputs)
 
     @tf.custom_gradient
     def operate(*inputs: Tensor) -> tuple[Any, Callable[..., Any]]:
-        flat = _on_numpy(host.forward, inputs, specs)
+        flat = _on_numpy(forward, inputs, specs)
         results, info = flat[: len(flat) - rule.info_fields], flat[len(flat) - rule.info_fields :]
 
         def pull(*bars: Tensor | None) -> Any:
@@ -126,7 +117,7 @@ def _operation(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., tuple[
 
     def on_numpy(*arrays: Array) -> tuple[Array, ...]:
         results, inputs = arrays[n : len(arrays) - count], arrays[len(arrays) - count :]
-        gradients = host.reverse(arrays[:n], (*results, *(inputs[i] for i in needs if i < count)))
+        gradients = reverse_on_numpy(arrays[:n], (*results, *(inputs[i] for i in needs if i < count)))
         return tuple(np.zeros_like(x) if g is None else g for x, g in zip_longest(inputs, gradients[:count]))
 
     return operate  # type: ignore[no-any-return]
@@ -145,7 +136,7 @@ def _on_numpy(
         raise ValueError(
             "An input has no known rank inside tf.function: tell it with input_signature or tf.ensure_shape."
         )
-    found = specs(*(Spec(x.dtype, tuple(x.shape)) for x in tensors))
+    found = specs(*(tf.TensorSpec(x.shape, x.dtype) for x in tensors))
     # The graph learns dtypes and shapes only from us.
     results = tf.numpy_function(function, tensors, [spec.dtype for spec in found], stateful=False)
     for result, spec in zip(results, found, strict=True):
@@ -168,7 +159,7 @@ def _specs(
     except ValueError as error:
         if known:
             # The error names the lengths of the trial. Real lengths raise one that names those of the user.
-            forward(*(np.ones(spec.lengths(), spec.dtype.as_numpy_dtype) for spec in inputs))
+            forward(*(np.ones(spec.shape, spec.dtype.as_numpy_dtype) for spec in inputs))
             raise
         raise ValueError(
             f"The shapes that {rule.name} returns do not follow from {shapes}, where None is not known before the "
@@ -176,7 +167,7 @@ def _specs(
         ) from error
     batch = 1 if layout.plain else 0  # the axis of length zero that the trial adds
     return tuple(
-        Spec(y.dtype, tuple(a if a == b else None for a, b in zip(y.shape[batch:], z.shape[batch:], strict=True)))
+        tf.TensorSpec([a if a == b else None for a, b in zip(y.shape[batch:], z.shape[batch:], strict=True)], y.dtype)
         for y, z in zip(first, last, strict=True)
     )
 
@@ -185,7 +176,7 @@ def _trial_inputs(rule: Rule, layout: Layout, inputs: tuple[Spec, ...], run: int
     """Inputs for a trial run: an empty batch, or, as not all operators take batches, a right-hand side of zeros."""
     # In an empty batch unknown axes cost no memory, so they are longer than any k. With an operator they must be short.
     length = (251, 257)[run] if layout.plain else (2, 3)[run]
-    shapes = [spec.lengths(length) for spec in inputs]
+    shapes = [tuple(length if n is None else n for n in spec.shape) for spec in inputs]
     dtypes = [spec.dtype.as_numpy_dtype for spec in inputs]
     if not layout.plain:
         fills = (value for part, count in zip(*layout, strict=True) for value in (0 if part is None else 1,) * count)

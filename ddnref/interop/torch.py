@@ -129,9 +129,6 @@ def _function(rule: Rule, bound: Bound) -> Callable[..., Any]:
     return function
 
 
-# --- the operation ---------------------------------------------------------------------------------------------------
-
-
 def _operation(rule: Rule, bound: Bound, layout: Layout) -> Any:
     """An operation as ``autograd.Function`` of the arrays of a layout."""
     flat = on_arrays(bound, rule, layout)
@@ -249,9 +246,6 @@ def _opaque_reverse(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., A
     return opaque
 
 
-# --- warnings of NaN -------------------------------------------------------------------------------------------------
-
-
 def _with_warning(gradients: tuple[Tensor | None, ...], shared: bool) -> tuple[Tensor | None, ...]:
     """The gradients, with a warning if one of them is NaN: at once where values can be read, else when the graph runs.
 
@@ -267,10 +261,10 @@ def _with_warning(gradients: tuple[Tensor | None, ...], shared: bool) -> tuple[T
             if found:
                 warnings.warn(WARNING, RuntimeWarning, stacklevel=2)
             return gradients
-    return tuple(None if x_bar is None else _warn_in_graph(x_bar, shared) for x_bar in gradients)
+    return tuple(None if x_bar is None else _with_warning_in_graph(x_bar, shared) for x_bar in gradients)
 
 
-def _warn_in_graph(x_bar: Tensor, shared: bool) -> Tensor:
+def _with_warning_in_graph(x_bar: Tensor, shared: bool) -> Tensor:
     """The gradient, computed from the result of the warning, which a compiler would otherwise drop as unused."""
     flags = torch.ops.ddnref.warn(failed(x_bar))
     # A gradient that something else uses must not be changed in place.
@@ -290,20 +284,11 @@ def _warn(flags: Tensor) -> Tensor:
     return flags.clone()
 
 
-@_warn.register_fake
-def _(flags: Tensor) -> Tensor:
-    return torch.empty_like(flags)
+_warn.register_fake(lambda flags: torch.empty_like(flags))
+_warn.register_vmap(lambda info, in_dims, flags: (torch.ops.ddnref.warn(flags), in_dims[0]))  # noqa: ARG005
 
 
-@_warn.register_vmap
-def _(info: Any, in_dims: tuple[int | None], flags: Tensor) -> tuple[Tensor, int | None]:  # noqa: ARG001
-    return torch.ops.ddnref.warn(flags), in_dims[0]
-
-
-# --- second derivatives that would be wrong --------------------------------------------------------------------------
-
-
-def _first_order(undefined: Any, refusal: str) -> Any:
+def _first_order(undefined: Callable[..., Tensor], refusal: str) -> Any:
     """An identity on gradients whose own derivative is refused for items that are `undefined`."""
 
     class FirstOrder(torch.autograd.Function):
@@ -320,35 +305,14 @@ def _first_order(undefined: Any, refusal: str) -> Any:
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             arrays = ctx.saved_tensors
-            return _Refuse.apply(grad, undefined(*arrays), refusal), *(None for _ in arrays)
+            wrong = undefined(*arrays)
+            try:
+                refused = bool(wrong.any())
+            except RuntimeError:  # under vmap no value can be read, and one item cannot raise: it is NaN
+                grad = torch.where(spread(wrong, grad), torch.nan, grad)
+            else:
+                if refused:
+                    raise GaugeError(refusal)
+            return grad, *(None for _ in arrays)
 
     return FirstOrder
-
-
-class _Refuse(torch.autograd.Function):
-    """An identity on second-order gradients that raises where they are wrong; under vmap they are NaN there."""
-
-    @staticmethod
-    def forward(grad: Tensor, undefined: Tensor, refusal: str) -> Tensor:
-        if undefined.any():
-            raise GaugeError(refusal)
-        return grad.view_as(grad)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ARG004
-        return grad, None, None
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        grad: Tensor,
-        undefined: Tensor,
-        refusal: str,  # noqa: ARG004
-    ) -> tuple[Tensor, int]:
-        grad, undefined = mapped_axis_first(info.batch_size, in_dims[:2], (grad, undefined))
-        return torch.where(spread(undefined, grad), torch.nan, grad), 0

@@ -139,7 +139,16 @@ def prepare(
     _check_operator(function, a, self_adjoint, rectangular)
     if callback is not None and while_loop is not None:
         raise ValueError(f"{function} calls no callback inside while_loop, where no value can be read: pass one only.")
-    options = _options(b, a, rtol, maxiter, check_every, while_loop, throw)
+
+    # √eps is reached up to condition 1/√eps. How often to evaluate the rule depends on what a look costs the library.
+    rtol = eps(xp, b.dtype) ** 0.5 if rtol is None else rtol
+    if not 0 <= rtol < 1:
+        raise ValueError(f"rtol is {rtol}, expected 0 <= rtol < 1: the tolerance is relative to ‖b‖.")
+    limit = default_maxiter(math.prod(a.domain_shape)) if maxiter is None else maxiter
+    every = steps_between_looks(b) if check_every is None else check_every
+    if limit < 0 or every < 1:
+        raise ValueError(f"maxiter is {limit} and check_every {every}; expected at least 0 and 1.")
+    options = LoopOptions(rtol, limit, every, while_loop, throw)
 
     # Bring all vectors to the batch axes of the solution, flattened unless the method can use their shape.
     n, k = len(a.range_shape), len(a.domain_shape)
@@ -213,28 +222,6 @@ def _check_operator(function: str, a: LinearOperator, self_adjoint: bool, rectan
         )
     if math.prod(a.domain_shape) == 0 or math.prod(a.range_shape) == 0:
         raise ValueError(f"The operator given to {function} has no unknowns or no equations: {tuple(a.domain_shape)}.")
-
-
-def _options(
-    b: Array,
-    a: LinearOperator,
-    rtol: float | None,
-    maxiter: int | None,
-    check_every: int | None,
-    while_loop: WhileLoop | None,
-    throw: bool,
-) -> LoopOptions:
-    """Replace the options that were not given by their defaults, and check the others."""
-    # √eps is reached up to condition 1/√eps.
-    rtol = eps(namespace_of(b), b.dtype) ** 0.5 if rtol is None else rtol
-    if not 0 <= rtol < 1:
-        raise ValueError(f"rtol is {rtol}, expected 0 <= rtol < 1: the tolerance is relative to ‖b‖.")
-    # How often the stopping rule is evaluated depends on what a look costs the library.
-    limit = default_maxiter(math.prod(a.domain_shape)) if maxiter is None else maxiter
-    every = steps_between_looks(b) if check_every is None else check_every
-    if limit < 0 or every < 1:
-        raise ValueError(f"maxiter is {limit} and check_every {every}; expected at least 0 and 1.")
-    return LoopOptions(rtol, limit, every, while_loop, throw)
 
 
 def default_maxiter(n: int) -> int:
@@ -320,7 +307,7 @@ ADVICE = {
         "symmetric positive definite",
     ),
 }
-"""For each failure the event and its most likely cause."""
+"""The event behind each failure, and its most likely cause."""
 
 
 def raise_if_failed(function: str, info: Any, options: LoopOptions) -> None:

@@ -145,7 +145,7 @@ def eigh_vjp(
     See Also
     --------
     gauge_residual : how far a loss is from being well defined.
-    spectral_function_vjp : for losses that weight eigenvectors by functions of their own eigenvalues.
+    spectral_function_vjp : for losses that weight eigenvectors by functions of the eigenvalues.
 
     Notes
     -----
@@ -157,7 +157,7 @@ def eigh_vjp(
     matrices (6 m³ flops real), three m×m arrays; with `index` 6 m²k flops and no m×m array but the result.
 
     *Equal eigenvalues.* The masked value 0 is right for every loss of the cluster's projector and of symmetric
-    functions of its eigenvalues. It is wrong for a loss that weights the eigenvectors by functions of their own
+    functions of its eigenvalues. It is wrong for a loss that weights the eigenvectors by functions of their
     eigenvalues, such as tr(C X²) written as ``sum(w**2 * yᵀCy)``: there the part of the gradient inside the
     cluster is not in the cotangents any more. A small gauge residual is therefore necessary, not sufficient;
     functions of the matrix belong in `spectral_function`, which is exact at any degeneracy. Second derivatives
@@ -272,7 +272,7 @@ def _checked(
 
 
 def neighbours(xp: Namespace, w: Array, rtol: float | None) -> Array:
-    """Which neighbours in the sorted spectrum count as equal, ``(..., m − 1)``."""
+    """Return which neighbours in the sorted spectrum count as equal, ``(..., m − 1)``."""
     if rtol is None:
         rtol = RTOL * eps(xp, w.dtype)
     size = xp.maximum(-w[..., :1], w[..., -1:])  # max|λ| of an ascending spectrum

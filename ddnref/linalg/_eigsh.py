@@ -331,7 +331,7 @@ class EigshVjpInfo(NamedTuple):
 
 
 class _Problem(NamedTuple):
-    """What the derivative works on, vectors as rows."""
+    """The arguments of the derivative, with vectors as rows."""
 
     a: SelfAdjoint
     which: str
@@ -564,7 +564,7 @@ def _check_pairs(g: _Problem, rtol: float) -> tuple[Array, Array]:
 
 
 def _same(w: Array, tol: Array) -> Array:
-    """Which of the k are equal, chained through neighbours in any order: ``(..., k, k)``."""
+    """Return which of the k are equal, ``(..., k, k)``, chained through neighbours in any order."""
     xp = namespace_of(w)
     same = xp.abs(w[..., :, None] - w[..., None, :]) <= tol[..., None, None]
     # Each product doubles the length of the chains.

@@ -638,7 +638,9 @@ def _check_vjp(
     """Validate the arguments of a VJP."""
     namespace(x=x)
     if is_complex(x):
-        raise TypeError(f"The iterations and their VJPs take real matrices, got dtype {x.dtype}: use ddnref.eigh.")
+        raise TypeError(
+            f"The iterations and their VJPs take real matrices, got dtype {x.dtype}: use ddnref.eigh or ddnref.eigsh."
+        )
     conform(signature, x=x, w=w, v=v, w_bar=w_bar, v_bar=v_bar)
     if w_bar is None and v_bar is None:
         raise TypeError("w_bar and v_bar are both None: there is nothing to differentiate.")

@@ -37,7 +37,7 @@ class State(NamedTuple):
     theta: Array
     """Their Ritz values, ``(..., l)``."""
     live: Array
-    """Which of them exist; the others are zero rows."""
+    """Flags of the rows that exist; the others are zero."""
     found: Array
     """The k values with which the present check began, ``(..., k)``; NaN before the first."""
     w_rest: Array

@@ -435,7 +435,7 @@ def _without_failed(x: Array, info: SolveInfo, shape: tuple[int, ...]) -> Array:
 
 
 def _missing(x: Array, shape: tuple[int, ...]) -> Array:
-    """Which vectors have a NaN."""
+    """Return which vectors contain NaN."""
     xp = namespace_of(x)
     return xp.any(xp.isnan(x), axis=tuple(range(x.ndim - len(shape), x.ndim)))
 

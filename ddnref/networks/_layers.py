@@ -23,7 +23,7 @@ from ddnref.networks._protocol import LayerDerivatives, Params, Shape, add
 
 
 class AffineSaved(NamedTuple):
-    """What an affine layer saves of its forward."""
+    """Forward values that an affine layer saves."""
 
     u: Array
     """The input as the linear map takes it: ``(N, a_in)``, or the patches of an image."""
@@ -37,7 +37,7 @@ class AffineSaved(NamedTuple):
 
 
 class AffineDot(NamedTuple):
-    """What an affine layer saves of the tangents."""
+    """Tangents that an affine layer saves."""
 
     u: Array | None
     s: Array | None

@@ -238,4 +238,4 @@ def _elementwise(
 
 
 LOSSES = {"cross_entropy": cross_entropy, "mse": mse, "bce": bce}
-"""By name; each takes whether the outputs of a sample are averaged too."""
+"""Losses by name; each function takes whether the outputs of a sample are averaged too."""

@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 
 
 class LayerDerivatives(NamedTuple):
-    """What one layer contributes to the derivatives of the loss. The sample axis comes first everywhere."""
+    """The contribution of one layer to the derivatives of the loss. The sample axis comes first everywhere."""
 
     z_in: Array
     """(N, ...): its input."""
@@ -31,7 +31,7 @@ class LayerDerivatives(NamedTuple):
     b: Array
     """(N, ...): derivative of the loss, as the chain reduces it, with respect to its output."""
     inner: tuple[LayerDerivatives, ...] = ()
-    """Those of the layers inside a residual block."""
+    """The records of the layers inside a residual block."""
 
 
 class AnyLayer(Protocol):

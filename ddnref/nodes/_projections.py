@@ -338,7 +338,7 @@ def _length(x: Array, norm: float) -> Array:
 
 
 def _ambiguous(name: str, x: Array, norm: float, radius: float, throw: bool) -> Array:
-    """Where the nearest point of the sphere is not unique, (..., 1); with `throw` an error."""
+    """Return where the nearest point of the sphere is not unique, (..., 1), or raise with `throw`."""
     xp = namespace_of(x)
     length = _length(x, norm)
     if norm == 2:  # all of the sphere is equally near to its centre

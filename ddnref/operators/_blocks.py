@@ -168,7 +168,7 @@ def _tall_pieces(pieces: Pieces, names: list[str], join: Callable[[Pieces], Any]
         check_dtypes(**{name: (piece, pieces[0].dtype)})
 
     def gram() -> Array:
-        # One piece takes half the flops, because only one triangle of its product is computed.
+        # One piece: only one triangle of its product need be computed.
         if len(pieces) == 1:
             return hermitian_product(adjoint(pieces[0]), adjoint(pieces[0]))
         return hermitian_part(times_adjoint(pieces))

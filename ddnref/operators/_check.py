@@ -141,7 +141,7 @@ def _given(a: LinearOperator, x: Array | None, rng: np.random.Generator, rtol: f
         x = zeros(tuple(a.domain_shape), a.params[0])
     if any(is_complex(p) for p in arrays):
         x = xp.astype(x, xp.complex128)
-    given = Given(a, x, x, rng, rtol, vjp_rtol)
+    given = Given(a, x, rng, rtol, vjp_rtol)
     return given._replace(x=given.random(x))
 
 
@@ -149,11 +149,10 @@ def _given(a: LinearOperator, x: Array | None, rng: np.random.Generator, rtol: f
 
 
 class Given(NamedTuple):
-    """An operator and random vectors of its domain and range."""
+    """An operator, a random vector of its domain, and a source of others."""
 
     a: LinearOperator
     x: Array
-    y: Array
     rng: np.random.Generator
     rtol: float
     vjp_rtol: float
@@ -166,8 +165,7 @@ class Given(NamedTuple):
         values = self.rng.standard_normal(tuple(like.shape))
         if is_complex(like):
             values = values + 1j * self.rng.standard_normal(tuple(like.shape))
-        xp = self.xp
-        return xp.asarray(values, dtype=like.dtype, device=array_api_compat.device(like))
+        return self.xp.asarray(values, dtype=like.dtype, device=array_api_compat.device(like))
 
     def apply(self, x: Array) -> Array:
         return self.a.apply(self.a.params, x)
@@ -204,25 +202,20 @@ def _dot(x: Array, y: Array) -> complex:
 
 def _shapes(g: Given) -> Iterator[OperatorCheck]:
     """Both products have the stated shapes behind their batch axes."""
-    n, batch = len(g.a.range_shape), ()
-    for name, product, x, target in (
-        ("apply", g.apply, g.x, g.a.range_shape),
-        ("adjoint", g.adjoint, None, g.a.domain_shape),
-    ):
-        # A vector of the range has the batch axes of an image.
-        x = zeros((*batch, *g.a.range_shape), g.x) if x is None else x
+    x = g.x
+    targets = ("apply", g.apply, g.a.range_shape), ("adjoint", g.adjoint, g.a.domain_shape)
+    for name, product, target in targets:
         y = product(x)
         held = tuple(y.shape[max(0, y.ndim - len(target)) :]) == tuple(target)
         field = "range_shape" if name == "apply" else "domain_shape"
-        yield _fact(
-            f"shape of {name}",
-            held,
+        message = (
             f"{name}(params, ·) returned shape {tuple(y.shape)} for {tuple(x.shape)}, expected "
-            f"(..., *{tuple(target)}): look at {name} and {field}.",
+            f"(..., *{tuple(target)}): look at {name} and {field}."
         )
+        yield _fact(f"shape of {name}", held, message)
         if not held:
             return
-        batch = tuple(y.shape[: y.ndim - n])
+        x = y  # a vector of the range, with the batch axes of an image
 
 
 def _dtypes(g: Given) -> Iterator[OperatorCheck]:
@@ -233,12 +226,11 @@ def _dtypes(g: Given) -> Iterator[OperatorCheck]:
         z = product(x)
         wanted = (g.xp.complex128,) if is_complex(x) else (g.xp.float64, g.xp.complex128)
         held = type(z) is type(x) and z.dtype in wanted
-        yield _fact(
-            f"dtype of {name}",
-            held,
+        message = (
             f"{name}(params, ·) returned {type(z).__name__} of {z.dtype} for {type(x).__name__} of {x.dtype}: nothing "
-            "may be converted; create arrays with the dtype of the argument.",
+            "may be converted; create arrays with the dtype of the argument."
         )
+        yield _fact(f"dtype of {name}", held, message)
 
 
 def _arguments(g: Given) -> Iterator[OperatorCheck]:
@@ -267,13 +259,11 @@ def _linear(g: Given) -> Iterator[OperatorCheck]:
         p, q = product(x), product(z)
         error = _off(product(times(alpha, x, 0) + times(beta, z, 0)), times(alpha, p, 0) + times(beta, q, 0),
                      _norm(p) + _norm(q))  # fmt: skip
-        yield _check(
-            f"linearity of {name}",
-            error,
-            g.rtol,
+        message = (
             f"{name} is off by {{error:.1e}} (rtol {{rtol:.0e}}): it has a constant part, is not linear, conjugates "
-            "its argument, or returns values that are not finite.",
+            "its argument, or returns values that are not finite."
         )
+        yield _check(f"linearity of {name}", error, g.rtol, message)
 
 
 def _adjoint(g: Given) -> Iterator[OperatorCheck]:
@@ -285,14 +275,12 @@ def _adjoint(g: Given) -> Iterator[OperatorCheck]:
     # Relative to the lengths, because both inner products may be small.
     size = _norm(a_x) * _norm(y) + _norm(x) * _norm(a_y)
     error = abs(_dot(a_x, y) - _dot(x, a_y))
-    yield _check(
-        "adjoint",
-        error / size if size > 0 else error,
-        g.rtol,
+    message = (
         "adjoint is not the adjoint of apply: ⟨A x, y⟩ and ⟨x, Aᴴ y⟩ differ by {error:.1e} of their size (rtol "
         "{rtol:.0e}). The most likely cause is a missing transpose or conjugate, a sign, a shift to the wrong side, or "
-        "a border that is treated differently.",
+        "a border that is treated differently."
     )
+    yield _check("adjoint", error / size if size > 0 else error, g.rtol, message)
 
 
 def _in_batch(g: Given) -> Array:
@@ -318,13 +306,11 @@ def _batch(g: Given) -> Iterator[OperatorCheck]:
     for i, bar in enumerate(g.a.params_vjp(g.a.params, images, three)):
         wanted = alone_bars[0][i] + alone_bars[1][i] + alone_bars[2][i]
         error = _off(bar, wanted) if bar.shape == wanted.shape else math.inf
-        yield _check(
-            f"batch of params_vjp[{i}]",
-            error,
-            g.rtol,
+        message = (
             f"the gradient to params[{i}] of several right-hand sides is not the sum of those of each: off by "
-            "{error:.1e}. Sum over the leading axes that the parameter lacks.",
+            "{error:.1e}. Sum over the leading axes that the parameter lacks."
         )
+        yield _check(f"batch of params_vjp[{i}]", error, g.rtol, message)
 
 
 def _params_vjp(g: Given) -> Iterator[OperatorCheck]:
@@ -350,13 +336,11 @@ def _params_vjp(g: Given) -> Iterator[OperatorCheck]:
         # The finite differences of the product as a function of this parameter alone
         seed = int(g.rng.integers(2**31))  # of cotangents that are independent of x
         report = check_vjp(*_partial(g, i), p, rtol=g.vjp_rtol, seed=seed)
-        yield _check(
-            name,
-            report.error,
-            g.vjp_rtol,
+        message = (
             f"the gradient to params[{i}] differs from finite differences by {{error:.1e}} of its length (rtol "
-            "{rtol:.0e}). The most likely cause is a missing conjugate, a factor, or a dependence that was left out.",
+            "{rtol:.0e}). The most likely cause is a missing conjugate, a factor, or a dependence that was left out."
         )
+        yield _check(name, report.error, g.vjp_rtol, message)
 
 
 def _partial(g: Given, i: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -377,21 +361,16 @@ def _self_adjoint(g: Given) -> Iterator[OperatorCheck]:
     if not (g.a.self_adjoint or g.a.positive_definite):
         return
     held = g.a.self_adjoint and tuple(g.a.domain_shape) == tuple(g.a.range_shape)
-    yield _fact(
-        "self_adjoint",
-        held,
+    message = (
         f"positive_definite is {g.a.positive_definite}, self_adjoint {g.a.self_adjoint}, domain_shape "
-        f"{g.a.domain_shape}, range_shape {g.a.range_shape}; both flags need equal shapes, the first the second.",
+        f"{g.a.domain_shape}, range_shape {g.a.range_shape}; both flags need equal shapes, the first the second."
     )
-    # On any vector, since ⟨A x, z⟩ = ⟨x, A z⟩ for all x and z follows from the adjoint that has been checked.
+    yield _fact("self_adjoint", held, message)
+    # As the adjoint has been checked, it suffices to compare both products.
     if held:
         y = g.random(g.apply(g.x))
-        yield _check(
-            "self_adjoint",
-            _off(g.apply(y), g.adjoint(y)),
-            g.rtol,
-            "self_adjoint is True, but apply and adjoint differ by {error:.1e} (rtol {rtol:.0e}).",
-        )
+        message = "self_adjoint is True, but apply and adjoint differ by {error:.1e} (rtol {rtol:.0e})."
+        yield _check("self_adjoint", _off(g.apply(y), g.adjoint(y)), g.rtol, message)
 
 
 def _positive_definite(g: Given) -> Iterator[OperatorCheck]:
@@ -418,11 +397,8 @@ def _positive_definite(g: Given) -> Iterator[OperatorCheck]:
         a_v = apply(v)
         smallest = min(smallest, float(g.xp.min(quotient(real_dot(v, a_v), scale, scale > 0))))
         v = shift * v - a_v
-    yield _fact(
-        "positive_definite",
-        smallest > ZERO,
-        f"positive_definite is True, but a vector has ⟨x, A x⟩ = {smallest:.1e} ‖A‖ ‖x‖².",
-    )
+    message = f"positive_definite is True, but a vector has ⟨x, A x⟩ = {smallest:.1e} ‖A‖ ‖x‖²."
+    yield _fact("positive_definite", smallest > ZERO, message)
 
 
 def _hooks(g: Given) -> Iterator[OperatorCheck]:

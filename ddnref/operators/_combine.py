@@ -14,10 +14,13 @@ vjp(ȳ, x) is that of A, and vjp_i(ȳ, x) that of A_i:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import reduce
+from operator import add as plus
 from typing import Any
 
 import array_api_compat
+import numpy as np
 
 from ddnref._core.arrays import Array, conj, is_complex
 from ddnref._kernels.public import public
@@ -25,7 +28,6 @@ from ddnref.operators._elementary import as_operator, coefficient
 from ddnref.operators._operator import (
     LinearOperator,
     Params,
-    broadcast_shape,
     check_params,
     coefficient_bar,
     is_array,
@@ -275,19 +277,19 @@ def add(*operators: Array | LinearOperator, positive_definite: bool | None = Non
     bare = parts.bare()
 
     def apply(params: Params, x: Array) -> Array:
-        return _sum(a.apply(p, x) for a, p in bare.of(params))
+        return reduce(plus, (a.apply(p, x) for a, p in bare.of(params)))
 
     def adjoint(params: Params, y: Array) -> Array:
-        return _sum(a.adjoint(p, y) for a, p in bare.of(params))
+        return reduce(plus, (a.adjoint(p, y) for a, p in bare.of(params)))
 
     def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
         return tuple(p_bar for a, p in bare.of(params) for p_bar in a.params_vjp(p, y_bar, x))
 
     def params_jvp(params: Params, params_dot: Params, x: Array) -> Array:
-        return _sum(a.params_jvp(p, d, x) for a, p, d in bare.moving(params, params_dot))
+        return reduce(plus, (a.params_jvp(p, d, x) for a, p, d in bare.moving(params, params_dot)))
 
     def adjoint_jvp(params: Params, params_dot: Params, y: Array) -> Array:
-        return _sum(a.adjoint_jvp(p, d, y) for a, p, d in bare.moving(params, params_dot))
+        return reduce(plus, (a.adjoint_jvp(p, d, y) for a, p, d in bare.moving(params, params_dot)))
 
     # A sum has a property if all terms have it.
     flag = all(a.self_adjoint for a in parts.operators)
@@ -431,7 +433,9 @@ def stack(*operators: Array | LinearOperator) -> LinearOperator:
         return _joined([a.apply(p, x) for a, p in bare.of(params)], ranges, equal)
 
     def adjoint(params: Params, y: Array) -> Array:
-        return _sum(a.adjoint(p, y_i) for (a, p), y_i in zip(bare.of(params), _parted(y, ranges, equal), strict=True))
+        return reduce(
+            plus, (a.adjoint(p, y_i) for (a, p), y_i in zip(bare.of(params), _parted(y, ranges, equal), strict=True))
+        )
 
     def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
         bars = zip(bare.of(params), _parted(y_bar, ranges, equal), strict=True)
@@ -442,7 +446,7 @@ def stack(*operators: Array | LinearOperator) -> LinearOperator:
 
     def adjoint_jvp(params: Params, params_dot: Params, y: Array) -> Array:
         moving = zip(bare.moving(params, params_dot), _parted(y, ranges, equal), strict=True)
-        return _sum(a.adjoint_jvp(p, d, y_i) for (a, p, d), y_i in moving)
+        return reduce(plus, (a.adjoint_jvp(p, d, y_i) for (a, p, d), y_i in moving))
 
     def gram(params: Params, shift: Array | float | None) -> LinearOperator:
         # Σ A_iᴴ A_i + shift, each term in its own cheapest form, the shift in the first
@@ -500,19 +504,11 @@ def _parts(function: str, given: tuple[Array | LinearOperator, ...]) -> _Parts:
     return _Parts(operators, tuple(sum(counts[:i]) for i in range(len(counts) + 1)))
 
 
-def _sum(terms: Iterator[Array]) -> Array:
-    total = next(terms)
-    for term in terms:
-        total = total + term
-    return total
-
-
 def _joined(parts: list[Array], ranges: list[tuple[int, ...]], equal: bool) -> Array:
     """The images side by side, after they are broadcast to the same batch axes."""
     xp = array_api_compat.array_namespace(*parts)
     leads = [tuple(y.shape[: y.ndim - len(shape)]) for y, shape in zip(parts, ranges, strict=True)]
-    lead = broadcast_shape(*leads)
-    # The new axis of equal ranges lies behind the batch axes.
+    lead = np.broadcast_shapes(*leads)
     whole = [xp.broadcast_to(y, (*lead, *shape)) for y, shape in zip(parts, ranges, strict=True)]
     if equal:
         return xp.stack(whole, axis=len(lead))

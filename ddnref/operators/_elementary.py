@@ -21,7 +21,6 @@ from ddnref.operators._operator import (
     LinearOperator,
     Params,
     as_shape,
-    broadcast_shape,
     cotangent,
     is_array,
     linear_motions,
@@ -96,7 +95,7 @@ def _dense_vjp(params: Params, y_bar: Array, x: Array) -> Params:
     (a,) = params
     xp = array_api_compat.array_namespace(a)
     # One product ȳᵀ conj(x) per item of the batch sums over all right-hand sides.
-    lead = broadcast_shape(tuple(y_bar.shape[:-1]), tuple(x.shape[:-1]))
+    lead = np.broadcast_shapes(tuple(y_bar.shape[:-1]), tuple(x.shape[:-1]))
     u = _rows(xp.broadcast_to(y_bar, (*lead, y_bar.shape[-1])), a.ndim - 2)
     v = _rows(xp.broadcast_to(x, (*lead, x.shape[-1])), a.ndim - 2)
     u, v = _alike(u, v)

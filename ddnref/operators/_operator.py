@@ -187,11 +187,6 @@ def times(c: Array | float | complex, y: Array, ndim: int) -> Array:
     return over(c, ndim) * y
 
 
-def broadcast_shape(*shapes: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape to which all shapes broadcast."""
-    return np.broadcast_shapes(*shapes)
-
-
 def cotangent(gradient: Array, like: Array) -> Array:
     """Sum a broadcast gradient over the axes that the parameter `like` lacks or broadcasts.
 

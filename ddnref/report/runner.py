@@ -35,7 +35,7 @@ class Code(NamedTuple):
 
 
 class Printed(NamedTuple):
-    """What the code above it printed."""
+    """Text that the code above it printed."""
 
     text: str
 

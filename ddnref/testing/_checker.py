@@ -77,7 +77,7 @@ class Direction(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `check_vjp` measured; ``str(report)`` is a table."""
+    """The measurements of `check_vjp`; ``str(report)`` is a table."""
 
     passed: bool
     """Whether every direction is within `rtol` and the structure holds."""

@@ -163,6 +163,7 @@ def _cotangents(
     if sample.loss is not None:
         return as_tuple(sample.loss[1](*outputs))
 
+    # Any cotangent of the dtype and shape of an output will do.
     def draw(y: NDArray[Any]) -> Array:
         z = rng.standard_normal(y.shape)
         z = z + 1j * rng.standard_normal(y.shape) if y.dtype.kind == "c" else z
@@ -235,6 +236,7 @@ def batch_is_loop(p: Problem) -> Measured | None:
     """Compare a batch with a loop over its items."""
     if not p.case.batch:
         return None
+    # One call for the batch, then one call per item, of which the worst counts.
     whole = p.pull(p.bars)
     error, tolerance = 0.0, p.rounding
     for item in np.ndindex(p.case.batch):
@@ -259,6 +261,7 @@ def compiled(p: Problem) -> Measured | None:
     if not p.backend.compiles or p.case.m == 1 or not p.case.batch:
         return None
     _, options = options_of(p.case.rule, p.sample.options, p.backend.while_loop)
+    # Without `bind`, nothing is compiled as a whole.
     eager = plain_vjp(p.case.rule)(*p.bars, *p.kept, **options)
     return _relative(p.numbers(p.pull(p.bars)), p.numbers(eager)), p.rounding
 

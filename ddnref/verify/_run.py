@@ -22,6 +22,7 @@ def verify(backend: Backend, dtypes: tuple[str, ...], seed: int) -> bool:
     """Check every rule, print the table of worst errors, and return whether all passed."""
     outcomes = measure(backend, dtypes, seed, progress=sys.stderr)
     rows = worst(outcomes)
+    # The table first, then the failures, and the verdict last, where a terminal shows it.
     failed = [row for row in rows if not row.passed]
     lines = [
         f"Worst errors on {backend.name} {backend.version}, seed {seed}",
@@ -48,7 +49,7 @@ def worst(outcomes: Iterable[Outcome]) -> list[Outcome]:
         key = outcome.case.rule.name, outcome.check
         if key not in found or outcome.badness > found[key].badness:
             found[key] = outcome
-    rules, names = list(_rules.RULES), ["forward", *checks.CHECKS]
+    rules, names = list(_rules.RULES), ["forward", *checks.CHECKS]  # "forward": the case could not be set up
     return sorted(found.values(), key=lambda row: (rules.index(row.case.rule.name), names.index(row.check)))
 
 
@@ -61,6 +62,7 @@ def _counted(cases: Sequence[Case], stream: TextIO | None) -> Iterator[Case]:
         stream.write(f"\r{f'Checking {i} of {len(cases)}: {case.rule.name}':<{WIDTH - 1}}")
         stream.flush()
         yield case
+    # Blank the line for what is printed next.
     stream.write(f"\r{'':<{WIDTH - 1}}\r")
     stream.flush()
 
@@ -79,6 +81,7 @@ def _table(rows: list[Outcome]) -> Iterator[str]:
 def _failure(row: Outcome) -> Iterator[str]:
     """Yield the rule and the check that failed, then the worst case and the reason on indented lines."""
     yield f"FAIL {row.case.rule.name}: {row.check}"
+    # An exception has its message as the note; a wrong number has none.
     reason = row.note or f"error {row.error:.1e} > {_tolerance(row)}"
     yield from textwrap.wrap(f"{row.case}: {reason}", WIDTH, initial_indent="  ", subsequent_indent="  ")
 

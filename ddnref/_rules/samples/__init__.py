@@ -30,12 +30,12 @@ class Trial(NamedTuple):
     sample: Callable[[Convert, np.random.Generator, Batch, int, bool], Sample]
     """``sample(convert, rng, batch, m, is_complex)``, with `convert` from NumPy to the library in question."""
     tangent: str | tuple[str, ...] = "dense"
-    """Where the inputs may move, as in `ddnref.testing`; a tuple has one for each."""
+    """The set in which the inputs may move, as in `ddnref.testing`; a tuple has one for each."""
     symmetrises: bool = False
     is_complex: bool = True
     """Whether complex input is taken."""
     products: Callable[[int, int], float] | None = None
-    """Where the VJP costs products of m×m matrices (2 m³ flops real): their number for one item and k columns."""
+    """Number of products of m×m matrices (2 m³ flops if real) of a VJP that consists of them, for k columns."""
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...], is_complex: bool) -> Any:

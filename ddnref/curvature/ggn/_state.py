@@ -28,7 +28,7 @@ class Shard(NamedTuple):
     columns: tuple[Columns, ...]
     """One entry for each layer with parameters; empty where no sample was chosen."""
     gradient: tuple[Columns, ...]
-    """The same for the gradients of the samples, a single factor m."""
+    """Columns of the gradients of the samples, with a single factor m."""
     m: int
     n: int
     n_gradient: int
@@ -38,7 +38,7 @@ class GgnState(NamedTuple):
     """The data that `ggn_reducer` accumulates, which may be sent from one process to another."""
 
     blocks: tuple[Blocks, ...] = ()
-    """For each group the block rows of its Gram matrix."""
+    """The block rows of each group's Gram matrix."""
     shards: tuple[Shard, ...] = ()
     first: int = 0
     """The number of the first sample."""

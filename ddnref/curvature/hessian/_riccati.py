@@ -89,7 +89,7 @@ def push(xp: Namespace, step: Step, x: Array, n: int) -> Array:
 
 
 class Pivot(NamedTuple):
-    """What the elimination of one layer's weights has to know."""
+    """The blocks Q_UU, Q_Ux and Q_xx of one layer, in a basis of its weights."""
 
     basis: Basis
     q_uu: Array

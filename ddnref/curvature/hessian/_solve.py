@@ -56,7 +56,7 @@ class Inertia(NamedTuple):
 
     negative: int
     zero: int
-    """Those within 3e-10 ‖H‖ of zero."""
+    """Number of eigenvalues within 3e-10 ‖H‖ of zero."""
     positive: int
 
 
