@@ -79,8 +79,8 @@ def gram_eigvalsh(factor: Factor, /, *, check_finite: bool = False) -> Array:
 
     Notes
     -----
-    Cost: D n² flops for the Gram matrix and about 4/3 n³ for its eigenvalues, n² numbers of memory. A piece or a shard
-    at a time, V itself need not fit into memory. Forming the Gram matrix squares the condition: an eigenvalue is
+    Cost: D n² flops for the Gram matrix and about 4/3 n³ for its eigenvalues, n² numbers of memory. V itself need not
+    fit into memory if it comes in pieces or shards. Forming the Gram matrix squares the condition: an eigenvalue is
     accurate to ``eps * λ_1``, not to ``eps * √(λ_1 λ_i)`` as from a singular value decomposition of V.
 
     Examples
@@ -95,7 +95,7 @@ def gram_eigvalsh(factor: Factor, /, *, check_finite: bool = False) -> Array:
 
 @public
 def gram_eigvalsh_fwd(factor: Factor, /, *, check_finite: bool = False) -> tuple[Array, tuple[Array, Array]]:
-    """`gram_eigvalsh` and what its reverse pass needs.
+    """Compute `gram_eigvalsh` and what its reverse pass needs.
 
     Parameters
     ----------
@@ -262,7 +262,7 @@ def gram_eigh_fwd(
     check_finite: bool = False,
     throw: bool = True,
 ) -> tuple[tuple[Array, Any], tuple[Array, Array]]:
-    """`gram_eigh` and what its reverse pass needs.
+    """Compute `gram_eigh` and what its reverse pass needs.
 
     Parameters
     ----------

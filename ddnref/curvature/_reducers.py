@@ -34,7 +34,7 @@ class Reducer(NamedTuple):
     update: Callable[..., Any]
     """``update(state, *shard)``: the state with one more shard; the old one stays valid."""
     merge: Callable[[Any, Any], Any]
-    """Two states as one, the second one's data after the first one's: for processes that work side by side."""
+    """``merge(a, b)``: one state of the data of a followed by that of b, for processes that work in parallel."""
     finalise: Callable[[Any], Any]
     """The result of a state."""
 

@@ -192,8 +192,8 @@ class NetworkHessian(NamedTuple):
 
     def matrix(self, chunk: int = 2**22) -> Array:
         """Form the whole matrix from products with the columns of the identity."""
-        xp, p = namespace_of(self.like), self.total  # a few columns at a time
-        eye, width = identity(p, self.like), max(1, chunk // p)
+        xp, p = namespace_of(self.like), self.total
+        eye, width = identity(p, self.like), max(1, chunk // p)  # columns of one product
         h = xp.concat([flat(self.product(self.from_rows(eye[i : min(i + width, p), :]))) for i in range(0, p, width)])
         return (h + h.mT) / 2
 

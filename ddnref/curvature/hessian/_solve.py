@@ -147,8 +147,6 @@ class HessianFactor:
             self._built[name] = _methods.build(name, self._hessian, self.damping)
         return self._built[name]
 
-    # --- solve --------------------------------------------------------------------------------------------------------
-
     @public
     def solve(
         self, b: Sequence[Array], *, refine: str | int = "auto", throw: bool = True
@@ -269,8 +267,6 @@ class HessianFactor:
         if finite and not is_true(xp.all(xp.stack([xp.all(xp.isfinite(entry)) for entry in v]))):
             raise NonFiniteError(f"{name} contains NaN or infinity. Pass throw=False to get the other solutions.")
 
-    # --- determinant and inertia --------------------------------------------------------------------------------------
-
     @public
     def slogdet(self) -> tuple[Array, Array]:
         """Sign and ``log|det(H + εI)|``.
@@ -365,8 +361,8 @@ def hessian_factor(
     Parameters
     ----------
     chain : Chain
-        Of `Dense` and `Flatten` layers and `Residual` blocks of them; with other layers only while the matrix is
-        small enough to be formed (6000 parameters).
+        Made of `Dense` and `Flatten` layers and `Residual` blocks of them. Other layers are taken only while the
+        matrix is small enough to be formed (6000 parameters).
     x : (N, ...) array
         Samples, in the dtype of the weights.
     t : array
@@ -376,10 +372,10 @@ def hessian_factor(
     curvature : {"hessian", "ggn"}
         The Hessian, or the generalised Gauss–Newton matrix.
     method : {"auto", "tridiagonal", "riccati", "qr", "dense"}
-        "tridiagonal" eliminates pre-activations and needs a plain chain with linearly independent samples in every
-        layer, fewer than its inputs; "riccati" eliminates weights and takes every chain; "qr" is stable for every
-        damping and two to fifteen times slower; "dense" forms the matrix. "auto" takes the fastest and falls back to a
-        stable one for a solution that is not good enough (see `Notes`).
+        "auto" takes the fastest, and falls back to a stable one for a solution that is not good enough (see `Notes`).
+        "tridiagonal" eliminates pre-activations, and needs a plain chain whose samples are linearly independent in
+        every layer and fewer than its inputs. "riccati" eliminates weights, and takes every chain. "qr" is stable for
+        every damping, and two to fifteen times slower. "dense" forms the matrix.
 
     Returns
     -------
@@ -409,12 +405,12 @@ def hessian_factor(
     N samples and width a costs ``(14/3) (N a)³`` flops where N < a (the weights' a² dimensions shrink to 2 N a), not
     a⁶; memory is ``2 (N a)²`` numbers per layer.
 
-    Arithmetic is in float64 wherever the library has it, whatever the dtype of the weights: the inverse at small
-    damping has no digits in float32. Solutions come back in the dtype of the weights.
+    Arithmetic is in float64 wherever the library has it, whatever the dtype of the weights, because the inverse at
+    small damping has no digits in float32. Solutions come back in the dtype of the weights.
 
-    Rule of "auto", by estimated time: the fast elimination ("tridiagonal" where it applies, else "riccati") or the
-    dense matrix, whichever is cheaper; a solution whose backward error stays above ``factor.rtol`` (1e-15) after
-    refinement is solved for again by the cheaper of "qr" and "dense". ``damping=0`` starts there.
+    By estimated time, "auto" takes either the fast elimination ("tridiagonal" where it applies, else "riccati") or the
+    dense matrix. A solution whose backward error stays above ``factor.rtol`` (1e-15) after refinement is solved for
+    again by the cheaper of "qr" and "dense". ``damping=0`` starts there.
 
     References
     ----------
@@ -555,7 +551,7 @@ def hessian_solve_vjp(
     refine: str | int = "auto",
     throw: bool = True,
 ) -> tuple[tuple[list[Array], Array], HessianSolveInfo]:
-    r"""Cotangents of the right-hand side and the damping of a solve with the Hessian: one more solve.
+    r"""Cotangents of the right-hand side and the damping of a solve with the Hessian, by one more solve.
 
     Parameters
     ----------
@@ -564,7 +560,7 @@ def hessian_solve_vjp(
     x : list of arrays
         The solution; both shaped like the parameters, or with one leading axis on every entry.
     factor : HessianFactor
-        That gave the solution.
+        The factorisation that gave the solution.
     refine, throw
         As in `HessianFactor.solve`.
 
@@ -573,7 +569,7 @@ def hessian_solve_vjp(
     (b_bar, damping_bar) : list of arrays like `x_bar`, and an array without axes
         The damping is shared by all right-hand sides: its cotangent is summed over them.
     info : HessianSolveInfo
-        Of that solve.
+        How that solve ended.
 
     Raises
     ------
@@ -584,7 +580,7 @@ def hessian_solve_vjp(
     -----
     .. math:: \bar b = (H + \varepsilon I)^{-1} \bar x, \qquad \bar\varepsilon = -\langle \bar b, x \rangle
 
-    There is no cotangent of weights and data: it would take third derivatives of the network.
+    There is no cotangent of weights and data, because it would take third derivatives of the network.
 
     Examples
     --------

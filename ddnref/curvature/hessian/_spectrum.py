@@ -51,7 +51,7 @@ def hessian_eigval_count(
     interval : sequence of two or more ascending numbers
         Edges, infinite ones included: counts come back for each interval between neighbours.
     throw : bool, default True
-        Raise where an eigenvalue is too close to an edge to tell its side.
+        Raise where an eigenvalue is too close to an edge to decide on which side it lies.
 
     Returns
     -------

@@ -7,13 +7,13 @@ V eliminated as in `_riccati`, the stationarity of the expansion reads ``T ds = 
     T_ll     = diag(c) + ε K⊗I + f [ ε K'⊗W'ᵀW' + ββᵀ'⊗(z⁺'ᵀz' − I)/ε − C' − C'ᵀ ] f      [last layer: + f S f]
     T_{l',l} = (z⁺'⊗β' − ε K'⊗W') f                        C'[(n',i'),(n,i)] = (β'W')[n,i'] z⁺'[n',i]
 
-rows and columns ordered (sample, unit). The same five lines give inertia and determinant of H + εI:
+with rows and columns ordered (sample, unit). T also has the inertia and the determinant of H + εI:
 
     inertia(H + εI) = inertia(T) + sign(ε) Σ_l a_out (ã − N)
     log|det(H + εI)| = log|det T| + Σ_l a_out [ (ã − N) log|ε| + log det(z zᵀ) ]
 
-Without this form, which needs 1.3 to 2.1 times less processor time than `_riccati` (20 layers of width 256 and one
-sample, 30 of width 64 and four), `_riccati` would do.
+`_riccati` does the same for every chain. It takes 1.2 times the processor time of this form on 100 layers of width 64
+with one sample, and 3 times on 16 layers of width 64 with four samples (medians of interleaved solves, one thread).
 """
 
 from __future__ import annotations
