@@ -144,15 +144,13 @@ def no_params_vjp(params: Params, y_bar: Array, x: Array) -> NoReturn:  # noqa: 
 
 def check_vector(name: str, x: Array, shape: tuple[int, ...], params: Params) -> None:
     """Raise unless `x` is ``(..., *shape)``, floating, and of the precision of the parameters."""
-    # The shape first, because its message is more helpful than that of a failed product.
-    xp = namespace(**{name: x})
+    named = {f"params[{i}]": parameter for i, parameter in enumerate(params)}
+    given(**named)
+    xp = namespace(**{name: x}, **named)
     if tuple(x.shape[max(0, x.ndim - len(shape)) :]) != shape:
         wanted = ", ".join(["...", *map(str, shape)])
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({wanted}): batch axes lead.")
-    if params:
-        named = {f"params[{i}]": parameter for i, parameter in enumerate(params)}
-        given(**named)
-        namespace(**{name: x}, **named)
+    if any(parameter.dtype != x.dtype for parameter in params):
         check_precision(xp, **{name: x}, **named)
 
 
