@@ -1,41 +1,39 @@
-"""What tests and doctests share; before NumPy is imported, one BLAS thread: the matrices are small, threads spin."""
+"""Settings that tests and doctests share. BLAS gets one thread: the matrices are small, and idle threads spin."""
 
 import importlib.util
 import os
 from pathlib import Path
 from typing import Any
 
+# Before NumPy is imported, which reads them.
 for library in ("OMP", "OPENBLAS", "MKL"):
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
-# Before JAX: most of its time is compilation, which takes 3.3 s with this code generator where 1.1 s do without
-# (forwards and VJPs of six rules; the code is slower, but runs on a few numbers). `ddnref verify` runs with it.
+# Before JAX is imported. It compiles for most of its time: 3.3 s with this code generator and 1.1 s without (forwards
+# and VJPs of six rules). The compiled code is slower, but runs on a few numbers. `ddnref verify` uses the generator.
 os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow, which logs what it was built for
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no log of how TensorFlow was built
 
 import pytest  # noqa: E402
 
+# Modules that import a framework have doctests only where it is installed.
+NEEDED_BY = {
+    "torch": ["interop/torch.py", "interop/_torch_vmap.py", "interop/_torch_foreign_kernels.py", "_kernels/torch.py"],
+    "jax": ["interop/jax.py", "_kernels/jax.py"],
+    "autograd": ["interop/autograd.py"],
+    "tensorflow": ["interop/tensorflow.py"],
+    "dask": ["interop/dask.py", "interop/_dask_signatures.py"],
+}
 collect_ignore = [
-    f"ddnref/interop/{file}.py"
-    for name, file in (
-        ("torch", "torch"),
-        ("torch", "_torch_batch"),
-        ("torch", "_dlpack"),
-        ("jax", "jax"),
-        ("autograd", "autograd"),
-        ("tensorflow", "tensorflow"),
-        ("dask", "dask"),
-        ("dask", "_dask_blocks"),
-    )
-    if importlib.util.find_spec(name) is None
+    f"ddnref/{path}" for name, paths in NEEDED_BY.items() if importlib.util.find_spec(name) is None for path in paths
 ]
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """What is about CuPy's arrays alone is for ``--backend cupy`` and its emulation; Dask imports CuPy itself."""
-    backend, name = config.getoption("--backend", None) or "", collection_path.name
-    if name in ("test_dask.py", "dask.py", "_dask_blocks.py") and backend == "emulated-cupy":
+    """Leave out tests of CuPy's arrays without a backend for them, and Dask, which imports CuPy, with its emulation."""
+    backends, name = config.getoption("--backend", None) or [], collection_path.name
+    if name in ("test_dask.py", "dask.py", "_dask_signatures.py") and "emulated-cupy" in backends:
         return True
-    return True if name == "test_cupy.py" and "cupy" not in backend else None
+    return True if name == "test_cupy.py" and not {"cupy", "emulated-cupy"} & {*backends} else None
 
 
 @pytest.fixture(autouse=True)

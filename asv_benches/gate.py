@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from benchmarks import _accuracy as accuracy
 from benchmarks import _iteration as iteration
 
-from ddnref._rules import contract as _rule
+from ddnref._rules import binding as _rule
 from ddnref._rules import table as _rules
 
 RECORD = Path(__file__).with_name("gate.json")
@@ -52,7 +52,7 @@ class Counted(np.ndarray):
 def products(name: str) -> float:
     """Matrix products in the VJP of a rule, NumPy form, in units of m³ multiplications."""
     rule = _rules.RULES[name]
-    sample = rule.sample(np.asarray, np.random.default_rng(0), (), M, False)
+    sample = _rules.TRIALS[rule.name].sample(np.asarray, np.random.default_rng(0), (), M, False)
     forward, vjp = _rule.options_of(rule, sample.options)
     outputs, saved = rule.forward(*sample.inputs, **forward)
     outputs = _rule.as_tuple(outputs)
@@ -68,7 +68,7 @@ def figures() -> dict[str, tuple[str, Callable[[], float]]]:
     measured: dict[str, tuple[str, Callable[[], float]]] = {
         f"{name}_vjp: products": ("products", partial(products, name))
         for name, rule in _rules.RULES.items()
-        if rule.products
+        if _rules.TRIALS[rule.name].products
     }
     for dtype in ("float32", "float64"):
         extra = partial(accuracy.extra_arrays_of_vjp, M, dtype)

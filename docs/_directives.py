@@ -1,4 +1,4 @@
-"""Directives: the capability table from the table of rules, and a Markdown file that may not exist yet. One role."""
+"""Two directives and a role for the pages: the capability table, Markdown files, and single backticks that link."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from sphinx.util.docutils import SphinxDirective, SphinxRole
 import ddnref
 from ddnref import curvature, implicit, interop, krylov, networks, operators, reference, testing
 from ddnref._rules import table as _rules
+from ddnref._rules.texts import capability_table
 
 
 def list_table(markdown: str) -> str:
-    """A Markdown table as a reStructuredText list table; single backticks become links by the default role."""
+    """Write a Markdown table as a reStructuredText list table; the default role turns single backticks into links."""
     rows = [line.strip().strip("|").split("|") for line in markdown.strip().splitlines()]
     del rows[1]  # the line of dashes
     lines = [".. list-table::", "   :header-rows: 1", "   :class: capabilities", ""]
@@ -30,24 +31,24 @@ def list_table(markdown: str) -> str:
 
 
 class CapabilityTable(SphinxDirective):
-    """``ddnref._rules.table.capability_table()``, drawn when the pages are built."""
+    """Show ``ddnref._rules.texts.capability_table(...)`` as it is when the pages are built."""
 
     def run(self) -> list[nodes.Node]:
-        """Parse the table where the directive stands."""
+        """Parse the table into nodes at the place of the directive."""
         self.env.note_dependency(str(Path(_rules.__file__)))
-        source = StringList(list_table(_rules.capability_table()).splitlines(), source="capability_table()")
+        source = StringList(list_table(capability_table(_rules.TEXTS)).splitlines(), source="capability_table()")
         return self.parse_text_to_nodes("\n".join(source))
 
 
 class MarkdownFile(SphinxDirective):
-    """Show a Markdown file; its content below the directive instead where the file does not exist."""
+    """Show a Markdown file or, if the file does not exist, the content of the directive."""
 
     required_arguments = 1
     has_content = True
     option_spec: ClassVar[dict[str, Any]] = {"class": directives.class_option}
 
     def run(self) -> list[nodes.Node]:
-        """Tables can scroll sideways; the first heading is the page's own and is left out."""
+        """Convert the file without its first heading, because the page has one already."""
         path = Path(self.env.srcdir) / self.arguments[0]
         self.env.note_dependency(str(path))
         if not path.exists():
@@ -57,7 +58,7 @@ class MarkdownFile(SphinxDirective):
 
 
 def markdown(text: str) -> str:
-    """HTML, without the first heading."""
+    """Convert Markdown to HTML, without the first heading and with tables that can scroll sideways."""
     first, _, rest = text.lstrip().partition("\n")
     html: str = MarkdownIt("commonmark").enable("table").render(rest if first.startswith("# ") else text)
     html = html.replace("<table>", '<div class="pst-scrollable-table-container"><table class="table">')
@@ -65,7 +66,7 @@ def markdown(text: str) -> str:
 
 
 def public_names() -> set[str]:
-    """Full names of all that the reference documents."""
+    """Return the full names of everything that the reference documents."""
     names = {f"ddnref.{name}" for name in ddnref.__all__}
     for module in (curvature, implicit, krylov, networks, ddnref.nodes, operators, reference, testing):
         names |= {f"{module.__name__}.{name}" for name in module.__all__}
@@ -75,10 +76,11 @@ def public_names() -> set[str]:
 
 
 class LinkOrLiteral(SphinxRole):
-    """Single backticks: a link where they hold a public name, seen from the module at hand, and code otherwise."""
+    """Single backticks: a link if they hold a public name, as seen from the current module, and code otherwise."""
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
-        """A reference that must resolve, or a literal."""
+        """Return a reference, which must resolve, or a literal."""
+        # The name is looked up in the module of the page, then in the subject modules, then as a full name.
         module = self.env.ref_context.get("py:module") or "ddnref"
         literal = nodes.literal(self.rawtext, self.text)
         for target in (f"{module}.{self.text}", *BY_NAME.get(self.text, ()), self.text):
@@ -92,11 +94,12 @@ class LinkOrLiteral(SphinxRole):
 
 
 PUBLIC = public_names()
+# Short names of the library. The bridges share one name, and textbook forms are linked by their full names.
 BY_NAME = {name.rpartition(".")[2]: (name,) for name in PUBLIC if name.split(".")[1] not in ("interop", "reference")}
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Register all three."""
+    """Register the role and the two directives."""
     app.add_role("link-or-literal", LinkOrLiteral())
     app.add_directive("capability-table", CapabilityTable)
     app.add_directive("markdown-file", MarkdownFile)

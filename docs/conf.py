@@ -23,6 +23,7 @@ sys.path.insert(0, str(HERE))
 from sphinxcontrib.katex import katex_version
 
 import ddnref
+from ddnref.examples._show import LOOK
 
 project = "ddnref"
 author = "the ddnref authors"
@@ -41,7 +42,7 @@ extensions = [
 ]
 source_suffix = {".rst": "restructuredtext"}
 templates_path = ["_templates"]
-exclude_patterns = ["_build", "gallery", "sg_execution_times.rst", "auto_gallery/sg_execution_times.rst"]
+exclude_patterns = ["_build", "sg_execution_times.rst", "auto_gallery/sg_execution_times.rst"]
 default_role = "link-or-literal"
 add_module_names = False
 
@@ -57,7 +58,8 @@ linkcheck_anchors = True
 autosummary_generate = True
 autosummary_imported_members = False
 autodoc_typehints = "none"
-autodoc_mock_imports = [name for name in ("torch", "jax", "dask") if importlib.util.find_spec(name) is None]
+FRAMEWORKS = ("torch", "jax", "autograd", "tensorflow", "dask")
+autodoc_mock_imports = [name for name in FRAMEWORKS if importlib.util.find_spec(name) is None]
 numpydoc_show_class_members = False
 numpydoc_validation_checks: set[str] = set()
 
@@ -73,30 +75,17 @@ katex_options = r'macros: {"\\diag": "\\operatorname{diag}", "\\sym": "\\operato
 
 
 def reset_matplotlib(gallery_conf: dict[str, Any], name: str) -> None:  # noqa: ARG001
-    """One look for every picture of the gallery."""
+    """One look for every picture, that of the report too."""
     import matplotlib as mpl
 
-    mpl.rcParams.update(
-        {
-            "font.size": 11,
-            "axes.titlesize": 11,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "grid.color": "#dddddd",
-            "grid.linewidth": 0.7,
-            "lines.linewidth": 2.0,
-            "legend.frameon": False,
-            "figure.dpi": 110,
-            "figure.facecolor": "white",
-        }
-    )
+    mpl.rcParams.update(LOOK)
 
 
 sphinx_gallery_conf = {
-    "examples_dirs": "gallery",
+    "examples_dirs": "../ddnref/examples",
     "gallery_dirs": "auto_gallery",
     "filename_pattern": r"/plot_",
+    "ignore_pattern": r"^_",
     "within_subsection_order": "ExampleTitleSortKey",
     "abort_on_example_error": False,
     "only_warn_on_example_error": False,

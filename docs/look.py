@@ -79,6 +79,7 @@ PAGES = {  # page: whether it has mathematics
     "auto_gallery/plot_repeated_eigenvalues": True,
     "auto_gallery/plot_robust_pooling": True,
     "auto_gallery/plot_sinkhorn": True,
+    "auto_gallery/plot_subspaces": True,
     "auto_gallery/plot_whitening": True,
 }
 HISTORY = {  # name: the view, and what is in it once it is drawn

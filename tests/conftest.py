@@ -1,9 +1,14 @@
-"""Array libraries as fixtures: `xp` runs a test on each, `second` on a device or mode that refuses host access."""
+"""Array libraries as fixtures, the options of the test command, and the summary of skipped and slow tests.
+
+The fixture `xp` runs a test on each library, `second` on a device or mode that refuses host access.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -16,6 +21,7 @@ from hypothesis import settings
 
 BACKENDS = ("numpy", "array-api-strict", "torch", "jax")
 MODULES = {"array-api-strict": "array_api_strict", "emulated-cupy": "numpy"}
+FRAMEWORKS = ("torch", "jax", "autograd", "tensorflow", "dask", "asv", "sphinx")
 
 TRACED = [
     r"ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning",
@@ -24,7 +30,7 @@ TRACED = [
     r"ignore:.*should not be instantiated.*:DeprecationWarning",
     r"ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",  # behind any break of a graph
 ]
-"""What PyTorch's own tracer says about code that it traces correctly."""
+"""Warnings of PyTorch's own tracer about code that it traces correctly."""
 
 settings.register_profile("ddnref", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("ddnref")
@@ -34,7 +40,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--backend",
         choices=[*BACKENDS, "cupy", "emulated-cupy"],
-        help="run the array tests on this library only; emulated-cupy needs no GPU (tests/emulated_cupy.py)",
+        action="append",
+        help="run the array tests on this library only; may be repeated; emulated-cupy needs no GPU "
+        "(tests/emulated_cupy.py)",
     )
     parser.addoption("--all-frameworks", action="store_true", help="a missing optional framework is an error")
     parser.addoption("--matrix-out", type=Path, help="write what the tests found of operation × framework × transform")
@@ -62,7 +70,47 @@ class MatrixWriter:
         terminalreporter.write_line(self.record.write(self.path, exitstatus))
 
 
+class Summary:
+    """Counts the tests that were skipped or left out, in other processes too, and says so in a few lines."""
+
+    left_out = 0
+
+    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
+        self.left_out += len(items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """A worker of pytest-xdist has ended; each of them collects all tests."""
+        self.left_out = max(self.left_out, getattr(node, "workeroutput", {}).get("left_out", 0))
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["left_out"] = self.left_out
+
+    def pytest_terminal_summary(self, terminalreporter: Any, config: pytest.Config) -> None:
+        reasons = [report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.getreports("skipped")]
+        # Most reasons name a framework that is not installed: one line for all of these.
+        found = [(re.search("|".join(FRAMEWORKS), reason), reason) for reason in reasons]
+        frameworks = Counter(name[0] for name, _ in found if name)
+        if frameworks:
+            counts = ", ".join(f"{count} {name}" for name, count in frameworks.most_common())
+            terminalreporter.write_line(f'skipped, not installed: {counts} (pip install "ddnref[NAME]")')
+        for reason, count in Counter(reason for name, reason in found if not name).items():
+            terminalreporter.write_line(f"skipped: {count} {reason}")
+        if self.left_out and config.option.markexpr == "not slow" and not config.option.keyword:
+            terminalreporter.write_line(f'slow tests left out: {self.left_out} (all tests: python -m pytest -m "")')
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let workers take neighbouring tests, which share fixtures and what JAX compiled, and steal when they are done."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Summary())
     if (path := config.getoption("--matrix-out")) and not hasattr(config, "workerinput"):
         config.pluginmanager.register(MatrixWriter(path))
 
@@ -87,6 +135,14 @@ def cell(request: pytest.FixtureRequest, record_property: Callable[[str, object]
     return record
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark all tests of the report as slow, because most of them run its stories."""
+    for item in items:
+        if item.path.name.startswith("test_report"):
+            item.add_marker("slow")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker in item.iter_markers("framework"):
         need(item.config, marker.args[0])
@@ -95,7 +151,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "xp" in metafunc.fixturenames:
         chosen = metafunc.config.getoption("--backend")
-        metafunc.parametrize("xp", [chosen] if chosen else BACKENDS, indirect=True)
+        metafunc.parametrize("xp", chosen or BACKENDS, indirect=True)
 
 
 @dataclass(frozen=True)
@@ -107,7 +163,7 @@ class Backend:
     device: Any = None
     jit: Callable[..., Any] = lambda f: f
     while_loop: Any = None
-    """What a compiled iteration needs."""
+    """The library's own loop, which a compiled iteration needs."""
 
     def asarray(self, values: Any) -> Any:
         values = np.array(values, order="C")  # a copy: PyTorch takes no negative strides

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddnref import eigh, eigh_vjp, spectral_function_fwd, spectral_function_vjp, testing
-from ddnref._rules import contract as _rule
+from ddnref._rules import binding as _rule
+from ddnref._rules import samples as _samples
 from ddnref._rules import table as _rules
-from ddnref._rules.samples import common as _samples
 from ddnref.linalg._eigh import has_repeated
 
 from ._common import Call, lean_problem, load, load_jax, problem
@@ -142,7 +142,7 @@ def single_precision_error(name: str, m: int = 32) -> float:
     for dtype in ("float32", "float64"):
         drawn = name == "sinkhorn" and dtype == "float64"  # rounded to float32 its marginals do not sum to one
         convert = np.asarray if drawn else partial(_rounded, dtype=dtype)
-        sample = rule.sample(convert, np.random.default_rng(0), (20,), m, False)
+        sample = _rules.TRIALS[rule.name].sample(convert, np.random.default_rng(0), (20,), m, False)
         forward_options, vjp_options = _rule.options_of(rule, sample.options)
         outputs, saved = _rule.plain_forward(rule)(*sample.inputs, **forward_options)
         bars = sample.loss[1](*outputs) if sample.loss else _fixed_cotangents(outputs)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import ddnref
-from ddnref._rules.samples.common import eigen_loss
+from ddnref._rules.samples import eigen_loss
 from ddnref.operators import LinearOperator
 
 from ._common import Call

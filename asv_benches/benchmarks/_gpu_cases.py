@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 import ddnref
-from ddnref._rules.contract import options_of, plain_forward, plain_vjp
-from ddnref._rules.table import RULES
+from ddnref._rules.binding import options_of, plain_forward, plain_vjp
+from ddnref._rules.table import RULES, TRIALS
 
 from . import _hessian_cases, networks
 from ._common import Backend, Call, load, seconds
@@ -27,7 +27,7 @@ def rule(on: Backend, name: str, batch: int, m: int, dtype: str) -> tuple[Call, 
         values = np.asarray(values)
         return values.astype(dtype) if values.dtype.kind == "f" else values
 
-    sample = RULES[name].sample(convert, np.random.default_rng(0), (batch,), m, False)
+    sample = TRIALS[name].sample(convert, np.random.default_rng(0), (batch,), m, False)
     forward_options, vjp_options = options_of(RULES[name], sample.options)
     inputs = tuple(on.array(x) for x in sample.inputs)
     forward = partial(plain_forward(RULES[name]), *inputs, **forward_options)

@@ -12,10 +12,10 @@ SUBJECTS = ("linalg", "operators", "krylov", "implicit", "nodes", "networks", "c
 """Subject modules, whose names were all at the top level."""
 
 PRIVATE = {
+    "ddnref._rules.binding": "ddnref._rule",
     "ddnref._rules.contract": "ddnref._rule",
     "ddnref._rules.table": "ddnref._rules",
     "ddnref._rules.samples": "ddnref._samples",
-    "ddnref._rules.samples.common": "ddnref._samples",
     "ddnref.linalg._eigh": "ddnref._eigh",
     "ddnref.curvature.ggn": "ddnref._ggn",
     "ddnref.curvature.ggn._spectrum": "ddnref._ggn._spectrum",
@@ -36,3 +36,6 @@ def use_present_names() -> None:
         module = sys.modules[present] = import_module(former)
         parent, _, name = present.rpartition(".")
         setattr(import_module(parent), name, module)
+    # One record once held the present three: what benchmarks ask of a trial is found in the rule.
+    rules = sys.modules["ddnref._rules.table"]
+    rules.TRIALS = rules.RULES  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ddnref._rules import contract as _rule
+from ddnref._rules import binding as _rule
 from ddnref._rules import table as _rules
 
 from . import _accuracy as accuracy
@@ -23,7 +23,7 @@ def calls(on: Backend, name: str, size: tuple[int, int], dtype: str) -> tuple[Ca
     def convert(values: Any) -> Any:
         return on.array(np.asarray(values, dtype=dtype))
 
-    sample = rule.sample(convert, np.random.default_rng(0), size[:1], size[1], False)
+    sample = _rules.TRIALS[rule.name].sample(convert, np.random.default_rng(0), size[:1], size[1], False)
     throw = on.options.get("throw", True)
     forward_options, vjp_options = ({**o, "throw": throw} for o in _rule.options_of(rule, sample.options))
     outputs, saved = rule.forward(*sample.inputs, **forward_options)
@@ -61,7 +61,7 @@ class SpectralMemory:
     def setup(self, name: str, function: str, m: int) -> None:
         on = backend(name)
         self.rule = _rules.RULES[function]
-        sample = self.rule.sample(on.array, np.random.default_rng(0), (), 2, False)
+        sample = _rules.TRIALS[function].sample(on.array, np.random.default_rng(0), (), 2, False)
         self.options, self.vjp_options = _rule.options_of(self.rule, sample.options)
         p = lean_problem(m, "float64")
         self.w, self.v = on.array(p.w), on.array(p.v)
@@ -84,7 +84,7 @@ class SpectralLimit:
     unit = "ratio"
 
     def setup(self, function: str, size: tuple[int, int]) -> None:
-        count = round(_rules.RULES[function].products(size[1], size[1]))
+        count = round(_rules.TRIALS[function].products(size[1], size[1]))
         self.calls = calls(backend("numpy"), function, size, "float64")[1], products(*size, "float64", count)
 
     def track_vjp_over_its_products(self, *_: object) -> float:

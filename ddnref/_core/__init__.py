@@ -1,1 +1,1 @@
-"""What every function of the package needs: namespaces, checks, loops."""
+"""Namespaces, checks and loops, which every other package builds on."""

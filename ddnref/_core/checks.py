@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ddnref._core.arrays import Array, Namespace, is_complex, namespace, real_dtype
 
 
 class Conformed(NamedTuple):
-    """What arrays that fit a signature have in common."""
+    """Namespace, batch axes and sizes of arrays that fit a signature."""
 
     xp: Namespace
     batch: tuple[int, ...]
@@ -18,7 +19,9 @@ class Conformed(NamedTuple):
     """The length of each named axis."""
 
 
-def conform(signature: str, /, *, real_only: bool = False, **arrays: Array | None) -> Conformed:
+def conform(
+    signature: str, /, *, real_only: bool = False, sizes: dict[str, int] | None = None, **arrays: Array | None
+) -> Conformed:
     """Validate named arrays against a signature such as ``"(m,m),(m)r,(m,k)"``, one part for each array in order.
 
     The first array, which must be given, defines the dtype and the batch axes; each axis is defined by the first
@@ -32,6 +35,8 @@ def conform(signature: str, /, *, real_only: bool = False, **arrays: Array | Non
         the same precision; without one the dtype is that of the first array.
     real_only
         Refuse complex arrays: the operation is defined for real ones.
+    sizes
+        Lengths of axes that are known from elsewhere, such as an option.
     arrays
         In the order of the parts.
 
@@ -42,33 +47,56 @@ def conform(signature: str, /, *, real_only: bool = False, **arrays: Array | Non
     ValueError
         A shape that does not fit.
     """
+    # Library, device and dtype kinds are common to all arrays.
     xp = namespace(**arrays)
     if real_only:
         check_real(**arrays)
-    parts = [(axes.split(",") if axes else [], kind) for axes, kind in re.findall(r"\(([^)]*)\)(\w?)", signature)]
+    parts = _parsed(signature)
     first = next(iter(arrays.values()))
     assert first is not None  # noqa: S101
-    core = len(parts[0][0])
-    sizes: dict[str, int] = {}
-    batch = tuple(first.shape[: max(first.ndim - core, 0)])
-    for (name, array), (axes, kind) in zip(arrays.items(), parts, strict=True):
+    dtype, number = first.dtype, real_dtype(xp, first.dtype)
+    lengths = dict(sizes or {})
+    batch = tuple(first.shape[: max(first.ndim - len(parts[0].axes), 0)])
+    for (name, array), (axes, not_empty, is_real) in zip(arrays.items(), parts, strict=True):
         if array is None:
             continue
-        shape, letters = tuple(array.shape), [axis.rstrip("+") for axis in axes]
-        own = shape[len(shape) - len(axes) :] if len(shape) >= len(axes) else ()
-        for letter, size in zip(letters, own, strict=False):
-            sizes.setdefault(letter, size)
-        empty = any(axis[-1] == "+" and not sizes.get(axis[:-1]) for axis in axes)
-        expected = (*batch, *(sizes.get(letter, -1) for letter in letters))
+        shape, wanted = tuple(array.shape), number if is_real else dtype
+        expected = batch
+        # The first array that has an axis defines its length.
+        for i, axis in enumerate(axes, len(shape) - len(axes)):
+            if axis not in lengths and len(shape) >= len(axes):
+                lengths[axis] = shape[i]
+            expected += (lengths.get(axis, -1),)
+        empty = bool(not_empty) and not all(map(lengths.get, not_empty))
         if shape != expected or empty:
             # Letters describe the first array, and one with too few axes; numbers are clearer for all others.
             if array is first or -1 in expected:
-                least = f" with {' and '.join(letters)} at least 1" if empty else ""
-                square = ": square in its last two axes" if letters[:1] * 2 == letters else ""
-                raise ValueError(f"{name} has shape {shape}, expected (..., {', '.join(letters)}){least}{square}.")
+                least = f" with {' and '.join(not_empty)} at least 1" if empty else ""
+                square = ": square in its last two axes" if axes[:1] * 2 == axes else ""
+                raise ValueError(f"{name} has shape {shape}, expected (..., {', '.join(axes)}){least}{square}.")
             raise ValueError(f"{name} has shape {shape}, expected {expected}.")
-        check_dtypes(**{name: (array, real_dtype(xp, first.dtype) if kind == "r" else first.dtype)})
-    return Conformed(xp, batch, sizes)
+        if array.dtype != wanted:
+            # The slower function words the message.
+            check_dtypes(**{name: (array, wanted)})
+    return Conformed(xp, batch, lengths)
+
+
+class _Part(NamedTuple):
+    """One array of a signature."""
+
+    axes: tuple[str, ...]
+    not_empty: tuple[str, ...]
+    is_real: bool
+
+
+@lru_cache
+def _parsed(signature: str) -> tuple[_Part, ...]:
+    """The parts of a signature, kept: to parse one takes longer than all that is checked with it."""
+    parts = [(text.split(",") if text else [], kind) for text, kind in re.findall(r"\(([^)]*)\)(\w?)", signature)]
+    return tuple(
+        _Part(tuple(a.rstrip("+") for a in axes), tuple(a[:-1] for a in axes if a[-1] == "+"), kind == "r")
+        for axes, kind in parts
+    )
 
 
 def given(**arrays: Array | None) -> None:

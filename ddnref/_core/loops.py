@@ -1,4 +1,4 @@
-"""Loops that a GPU need not wait for: one flag is read every few steps, or none where the library loops by itself."""
+"""Loops that rarely make a GPU wait: one flag is read every few steps, or none where the library has its own loop."""
 
 from __future__ import annotations
 
@@ -40,14 +40,15 @@ def run(
     check_every: int = CHECK_EVERY,
     while_loop: WhileLoop | None = None,
 ) -> State:
-    """Apply `body` while a flag of ``active(state)`` is set, at most `maxiter` times.
+    """Apply `body` while any flag of ``active(state)`` is set, at most `maxiter` times.
 
-    `state` is a flat tuple of arrays. ``active`` returns one flag per item, ``(...)``; `body` must leave the items
-    that are no longer active as they are, because up to ``check_every - 1`` steps follow before that is seen. With
-    `while_loop` nothing is read: the library's own loop evaluates the condition, after each step.
+    `state` is a flat tuple of arrays. ``active`` returns one flag per item, ``(...)``. `body` must not change items
+    that are no longer active, because up to ``check_every - 1`` more steps follow before their flags are read. With
+    `while_loop` nothing is read on the host: the library's own loop evaluates the condition after each step.
     """
     if maxiter < 0 or check_every < 1:
         raise ValueError(f"maxiter is {maxiter} and check_every {check_every}; expected at least 0 and 1.")
+    # The library's own loop traces the body once.
     if while_loop is not None:
         return _traced(active, body, state, maxiter, while_loop)
     for step in range(maxiter):
@@ -64,6 +65,7 @@ def _traced(
     xp = array_api_compat.array_namespace(flags)
     first = xp.zeros((), dtype=xp.int32, device=array_api_compat.device(flags))
 
+    # Inside a traced loop the step is counted with the state.
     def cond(carry: tuple[Array, State]) -> Array:
         return (carry[0] < maxiter) & _any(active(carry[1]))
 
@@ -79,7 +81,7 @@ def _any(flags: Array) -> Array:
 
 
 class IterationInfo(NamedTuple):
-    """How an iteration ended, for each item of the batch."""
+    """How an iteration ended for each item of the batch."""
 
     converged: Array
     """(...) bool: whether the stated residual reached its tolerance."""

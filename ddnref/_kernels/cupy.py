@@ -1,11 +1,11 @@
-"""What CuPy does differently from the standard, in one place, each form with its reason.
+"""CuPy's own forms of the kernels, each with the reason why the standard function does not suffice.
 
-cuSOLVER and cuBLAS say in an array on the device whether they succeeded. CuPy does not look at it, because looking
-waits for the GPU; so a matrix on which Jacobi's sweeps have not converged, or a singular one, comes back as numbers.
-Here every result is judged on the device instead, and what does not pass is NaN. Nothing is read on the host.
+cuSOLVER and cuBLAS report success in an array on the device. CuPy does not read it, because that would wait for the
+GPU, and so returns numbers even for a singular matrix or one on which Jacobi's sweeps have not converged. Here every
+result is judged on the device, and results that do not pass are NaN. Nothing is read on the host.
 
-`lu_solve` calls cuBLAS by addresses, as CuPy's own solvers do: CuPy has no batched one that takes factors. Everything
-else is CuPy's public functions, or the standard's.
+`lu_solve` calls cuBLAS by addresses, as CuPy's own solvers do, because CuPy has no batched solver that takes factors.
+Everything else calls public functions of CuPy or the standard.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ BATCHED_LU = 2**16  # matrices · this >= n²: one call for the batch, as CuPy's
 
 
 def eigh(s: Array) -> tuple[Array, Array]:
-    """Eigenvalues and eigenvectors of finite, exactly Hermitian `s`, some of a batch at a time; NaN where they fail.
+    """Return eigenvalues and eigenvectors of finite, exactly Hermitian `s`; NaN for items on which cuSOLVER fails.
 
-    Judged by ``‖S V − V Λ‖``: one product, where the decomposition costs ten or more.
+    Results are judged by ``‖S V − V Λ‖``, at the price of one product beside a decomposition that costs ten or more.
     """
     xp = array_api_compat.array_namespace(s)
     m, items = s.shape[-1], math.prod(s.shape[:-2])
@@ -38,6 +38,7 @@ def eigh(s: Array) -> tuple[Array, Array]:
     if s.size > 0 and items <= step:
         return _judged(s, *xp.linalg.eigh(s))
     w, v = xp.zeros((items, m), dtype=xp.real(s).dtype), xp.zeros((items, m, m), dtype=s.dtype)
+    # Large batches go in parts that cuSOLVER can index and the memory can hold.
     flat = xp.reshape(s, v.shape)
     for start in range(0, items if m else 0, step):
         chosen = slice(start, min(start + step, items))
@@ -47,15 +48,16 @@ def eigh(s: Array) -> tuple[Array, Array]:
 
 
 def eigvalsh(s: Array) -> Array:
-    """Eigenvalues alone; of a batch with their vectors, by which they are judged, of one matrix without.
+    """Return eigenvalues alone: those of a batch with their vectors, which judge them, those of one matrix without.
 
-    There ``Σ λ² = ‖S‖²_F`` is what tells: the difference is the square of what was not diagonalised, so that less than
-    ``√(10 m eps) ‖S‖_F`` of it is not seen.
+    One matrix is judged by ``Σ λ² = ‖S‖²_F``. The difference is the square of what was not diagonalised, so that a
+    remainder below ``√(10 m eps) ‖S‖_F`` is not seen.
     """
     if s.ndim > 2 or s.size == 0:
         return eigh(s)[0]
     xp = array_api_compat.array_namespace(s)
     w = xp.linalg.eigvalsh(s)
+    # Scale first, so that no square leaves the range.
     scale = _scale(s)
     size = _norm(s / scale) ** 2
     left = xp.abs(size - xp.sum((w / scale[..., 0]) ** 2, axis=-1))
@@ -63,6 +65,7 @@ def eigvalsh(s: Array) -> Array:
 
 
 def _judged(s: Array, w: Array, v: Array) -> tuple[Array, Array]:
+    """Replace eigenpairs with a large residual by NaN."""
     xp = array_api_compat.array_namespace(s)
     scale = _scale(s)
     s, scaled = s / scale, w / scale[..., 0]
@@ -72,13 +75,14 @@ def _judged(s: Array, w: Array, v: Array) -> tuple[Array, Array]:
 
 
 def _scale(s: Array) -> Array:
-    """The largest entry of each item, ``(..., 1, 1)``, or 1: squares of what is divided by it stay in range."""
+    """Return the largest entry of each item, ``(..., 1, 1)``, or 1, so that squares of the quotient stay in range."""
     xp = array_api_compat.array_namespace(s)
     largest = xp.max(xp.abs(s), axis=(-2, -1), keepdims=True)
     return xp.where(largest > 0, largest, xp.ones_like(largest))
 
 
 def _norm(s: Array) -> Array:
+    """Return the Frobenius norm."""
     xp = array_api_compat.array_namespace(s)
     return xp.sqrt(xp.sum(xp.abs(s) ** 2, axis=(-2, -1)))
 
@@ -87,37 +91,38 @@ def _norm(s: Array) -> Array:
 
 
 def lu_factor(a: Array) -> tuple[Array, Array]:
-    """Packed factors and pivots, counted from 0, of finite ``(..., n, n)``.
+    """Return packed factors and pivots, counted from 0, of finite ``(..., n, n)``.
 
-    ``cupyx.scipy.linalg.lu_factor`` takes one matrix, reads two flags for it on the host, and warns if it is singular.
+    ``cupyx.scipy.linalg.lu_factor`` takes one matrix, reads two flags on the host, and warns if it is singular.
     """
     xp = array_api_compat.array_namespace(a)
     if a.size == 0:
         return xp.zeros_like(a), xp.zeros(a.shape[:-1], dtype=xp.int32)
-    from cupy.linalg._decomposition import _lu_factor  # what slogdet factors a batch with: by columns, no flag read
+    # The function with which CuPy's slogdet factors a batch: stored by columns, no flag read.
+    from cupy.linalg._decomposition import _lu_factor
 
     lu_t, pivots, _ = _lu_factor(xp.matrix_transpose(a), a.dtype)
     return xp.matrix_transpose(lu_t), pivots - 1
 
 
 def lu_solve(lu: Array, pivots: Array, b: Array, adjoint: bool) -> Array:
-    """``A⁻¹ B``, or ``A⁻ᴴ B``, of ``(..., n, k)`` with the batch axes of the factors; `b` is not empty.
+    """Return ``A⁻¹ B`` or ``A⁻ᴴ B`` of ``(..., n, k)``, not empty, with the batch axes of the factors.
 
-    ``cupyx.scipy.linalg.lu_solve`` takes one matrix and reads a flag for it on the host.
+    ``cupyx.scipy.linalg.lu_solve`` takes one matrix and reads a flag on the host.
     """
     from cupy.cuda import cublas, cusolver, device
 
     xp = array_api_compat.array_namespace(lu, b)
     n, k = b.shape[-2:]
     items = math.prod(b.shape[:-2])
-    # LAPACK's order; shapes and dtypes exactly as stated, because what follows are addresses
+    # Copies in LAPACK's order, with exactly these shapes and dtypes, because cuBLAS is given addresses.
     lu_t = _copy(xp.matrix_transpose(lu), (items, n, n), lu.dtype)
     x_t = _copy(xp.matrix_transpose(b), (items, k, n), lu.dtype)
     swaps = _copy(pivots, (items, n), xp.int32) + 1
     kind = {"f": "s", "d": "d", "F": "c", "D": "z"}[lu.dtype.char]
     trans = cublas.CUBLAS_OP_C if adjoint else cublas.CUBLAS_OP_N
     if items * BATCHED_LU >= n * n:
-        info = np.zeros(1, dtype=np.int32)  # on the host: whether an argument was illegal, which none is
+        info = np.zeros(1, dtype=np.int32)  # on the host; reports illegal arguments only
         f, x = _addresses(lu_t), _addresses(x_t)
         getrs = getattr(cublas, f"{kind}getrsBatched")
         getrs(device.get_cublas_handle(), trans, n, k, f.data.ptr, n, swaps.data.ptr, x.data.ptr, n, info.ctypes.data,
@@ -132,23 +137,23 @@ def lu_solve(lu: Array, pivots: Array, b: Array, adjoint: bool) -> Array:
 
 
 def _copy(x: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    """A copy in C order, which owns its memory."""
+    """Return a copy in C order that owns its memory."""
     xp = array_api_compat.array_namespace(x)
     return xp.reshape(x.astype(dtype, order="C", copy=True), shape)
 
 
 def _addresses(x: Array) -> Array:
-    """Where each item of a batch in C order starts, as an array on the device."""
+    """Return the addresses at which the items of a batch in C order start, as an array on the device."""
     xp = array_api_compat.array_namespace(x)
     step = math.prod(x.shape[1:]) * x.dtype.itemsize
     return xp.arange(x.data.ptr, x.data.ptr + step * x.shape[0], step, dtype=xp.uint64)
 
 
 def solve(a: Array, b: Array) -> Array:
-    """``A⁻¹ B`` with equal batch axes; NaN where a pivot is exactly zero, whatever the right-hand side.
+    """Return ``A⁻¹ B`` with equal batch axes, and NaN where a pivot is exactly zero, whatever the right-hand side.
 
-    ``cupy.linalg.solve`` leaves such items to a division by zero, which a right-hand side with zeros avoids, and above
-    n = 256 it is a loop over the batch.
+    ``cupy.linalg.solve`` leaves such items to a division by zero, which a right-hand side with zeros avoids. Above
+    n = 256 it loops over the batch.
     """
     xp = array_api_compat.array_namespace(a, b)
     lu, pivots = lu_factor(a)
@@ -157,7 +162,7 @@ def solve(a: Array, b: Array) -> Array:
 
 
 def solve_triangular(a: Array, b: Array, *, lower: bool, unit_diagonal: bool) -> Array:
-    """cuBLAS's, which takes batches, unlike SciPy's."""
+    """Solve triangular systems by cuBLAS, which takes batches."""
     from cupyx.scipy.linalg import solve_triangular
 
     return solve_triangular(a, b, lower=lower, unit_diagonal=unit_diagonal)
@@ -167,13 +172,14 @@ def solve_triangular(a: Array, b: Array, *, lower: bool, unit_diagonal: bool) ->
 
 
 def qr(a: Array) -> tuple[Array, Array]:
-    """Reduced factors of tall ``(..., m, n)``: CuPy's, a call for each item, or ours for all items at once.
+    """Return the reduced factors of tall ``(..., m, n)``: by CuPy, with one call per item, or for all items at once.
 
-    One of our n steps is about as many kernels as one of its calls, so the larger number decides; that is a count, not
-    a measurement. Householder's reflections rather than Cholesky of AᵀA twice: the latter loses the orthogonality of Q
-    beyond a condition of ``1/√eps``, and where columns depend on each other all of it; to notice that takes a flag.
+    One of our n steps launches about as many kernels as one of CuPy's calls, so the smaller of n and the number of
+    items decides; this is a count, not a measurement. We use Householder reflections rather than Cholesky factors of
+    AᵀA twice, which lose the orthogonality of Q beyond a condition of ``1/√eps`` and fail for dependent columns.
     """
     xp = array_api_compat.array_namespace(a)
+    # Many items: all of them together, one column per step.
     if math.prod(a.shape[:-2]) > a.shape[-1]:
         return householder(a)
     q, r = xp.linalg.qr(a, mode="reduced")
@@ -181,7 +187,7 @@ def qr(a: Array) -> tuple[Array, Array]:
 
 
 def householder(a: Array) -> tuple[Array, Array]:
-    """QR factorisation of a whole batch, one column a step, for libraries whose arrays can be written to."""
+    """Factor a whole batch, one column per step, for libraries whose arrays can be written to."""
     xp = array_api_compat.array_namespace(a)
     m, n = a.shape[-2:]
     if a.size == 0:
@@ -193,6 +199,7 @@ def householder(a: Array) -> tuple[Array, Array]:
         u = _reflection(r[..., k:, k])
         r[..., k:, k:] -= 2 * u[..., :, None] * (xp.conj(u)[..., None, :] @ r[..., k:, k:])
         reflections.append(u)
+    # Apply the reflections to the first n columns of the identity, last one first.
     i, j = xp.arange(m), xp.arange(n)
     q = xp.zeros_like(a) + xp.astype(i[:, None] == j[None, :], a.dtype)
     for k in reversed(range(n)):
@@ -202,7 +209,7 @@ def householder(a: Array) -> tuple[Array, Array]:
 
 
 def _reflection(x: Array) -> Array:
-    """A vector u of unit length, or zero, such that ``x − 2 u ⟨u, x⟩`` has its first entry alone."""
+    """Return u, of unit length or zero, such that only the first entry of ``x − 2 u ⟨u, x⟩`` is not zero."""
     xp = array_api_compat.array_namespace(x)
     first = x[..., :1]
     length = xp.sqrt(xp.sum(xp.abs(x) ** 2, axis=-1, keepdims=True))
@@ -212,6 +219,3 @@ def _reflection(x: Array) -> Array:
     u = xp.concat([first + phase * length, x[..., 1:]], axis=-1)
     size = xp.sqrt(xp.sum(xp.abs(u) ** 2, axis=-1, keepdims=True))
     return u / xp.where(size > 0, size, one)
-
-
-# --- devices -----------------------------------------------------------------------------------------------------

@@ -1,41 +1,38 @@
-"""What the operations need of linear algebra, specified once: NumPy's and CuPy's forms, or the standard."""
+"""Dense linear algebra for every array library: each function is specified once and dispatches to the best form.
+
+NumPy's and CuPy's own forms are in ``numpy.py`` and ``cupy.py``; other libraries use the standard.
+"""
 
 from __future__ import annotations
 
 import array_api_compat
 from numpy.linalg import LinAlgError
 
-from ddnref._core.arrays import Array, conj, full, is_true, nan_where
+from ddnref._core.arrays import Array, adjoint, full, is_true, nan_where
 from ddnref._kernels import cupy as _cupy
 from ddnref._kernels import numpy as _numpy
 
 
-def adjoint(x: Array) -> Array:
-    """Conjugate transpose of the last two axes."""
-    xp = array_api_compat.array_namespace(x)
-    return conj(xp.matrix_transpose(x))
-
-
 def hermitian_part(x: Array) -> Array:
-    """``½ (X + Xᴴ)``, exactly Hermitian; halved first, so that it cannot overflow."""
-    x = x / 2
+    """Return the Hermitian part ``½ (X + Xᴴ)``, exactly Hermitian."""
+    x = x / 2  # first, so that the sum cannot overflow
     return x + adjoint(x)
 
 
 def hermitian_product(a: Array, b: Array) -> Array:
-    """``A Bᴴ``, known to be Hermitian up to rounding, made exactly so."""
+    """Return ``A Bᴴ``, which is known to be Hermitian up to rounding, made exactly Hermitian."""
     if array_api_compat.is_numpy_array(a):
         return _numpy.hermitian_product(a, b)
     return hermitian_part(a @ adjoint(b))
 
 
 def symmetrised(x: Array) -> Array:
-    """``½ (X + Xᴴ)``; on NumPy `x` itself where that is equal to it."""
+    """Return ``½ (X + Xᴴ)``; on NumPy `x` itself if it is Hermitian already."""
     return _numpy.symmetrised(x) if array_api_compat.is_numpy_array(x) else hermitian_part(x)
 
 
 def hermitian_sum(b: Array, v: Array) -> Array:
-    """``B Vᴴ + V Bᴴ`` for a few columns, exactly Hermitian."""
+    """Return ``B Vᴴ + V Bᴴ`` for a few columns, exactly Hermitian."""
     if array_api_compat.is_numpy_array(b):
         return _numpy.hermitian_sum(b, v)
     x = b @ adjoint(v)
@@ -43,22 +40,23 @@ def hermitian_sum(b: Array, v: Array) -> Array:
 
 
 def eigh(s: Array) -> tuple[Array, Array]:
-    """Eigenvalues (ascending) and eigenvectors of exactly Hermitian `s`; NaN for its non-finite items alone."""
+    """Return eigenvalues (ascending) and eigenvectors of exactly Hermitian `s`; items that are not finite give NaN."""
     xp = array_api_compat.array_namespace(s)
     finite = xp.all(xp.isfinite(s), axis=(-2, -1), keepdims=True)
     if array_api_compat.is_numpy_array(s) and finite.all():
-        return _numpy.eigh(s)  # the rule: no further pass
+        return _numpy.eigh(s)  # without a further pass over memory
+    # Zeros replace items that are not finite, so that the others come out right.
     w, v = _eigh_finite(xp.where(finite, s, xp.zeros_like(s)))
     bad = xp.logical_not(finite)
     return nan_where(bad[..., 0], w), nan_where(bad, v)
 
 
 def eigvalsh(s: Array) -> Array:
-    """Eigenvalues alone of exactly Hermitian `s`, ascending; NaN for its non-finite items alone.
+    """Return the eigenvalues of exactly Hermitian `s`, ascending; items that are not finite give NaN.
 
-    NumPy computes those of float32 in float64. SciPy, which does not, takes half the time by itself, but has a pool of
-    threads of its own, which waits for that of the products before: all eigenvalues of a network from its Gram matrix
-    (n = 576 and 1152, two threads) took 2.6 and 1.6 times as long with it.
+    NumPy converts float32 to float64 first. SciPy does not, and takes half the time on its own, but its separate pool
+    of threads waits for NumPy's pool, which has just computed products: all eigenvalues of a network's Gram matrix
+    (n = 576 and 1152, two threads) took 2.6 and 1.6 times as long with SciPy.
     """
     xp = array_api_compat.array_namespace(s)
     finite = xp.all(xp.isfinite(s), axis=(-2, -1), keepdims=True)
@@ -73,7 +71,8 @@ def eigvalsh(s: Array) -> Array:
 
 
 def eigh_largest(s: Array, k: int) -> tuple[Array, Array]:
-    """The k largest eigenpairs of one exactly Hermitian matrix, descending; NaN where it is not finite."""
+    """Return the k largest eigenpairs of one exactly Hermitian matrix, descending; NaN where it is not finite."""
+    # LAPACK can stop after the k pairs for a single matrix.
     if array_api_compat.is_numpy_array(s) and s.ndim == 2 and k < s.shape[-1] and is_true(_numpy.is_finite(s)):
         return _numpy.eigh_largest(s, k)
     xp = array_api_compat.array_namespace(s)
@@ -95,54 +94,31 @@ def _eigh_finite(s: Array) -> tuple[Array, Array]:
 
 
 def matvec(a: Array, x: Array) -> Array:
-    """``A x`` for vectors ``(..., n)``."""
+    """Return ``A x`` for vectors ``(..., n)``."""
     return (a @ x[..., None])[..., 0]
 
 
 def move_axis(x: Array, source: int, destination: int) -> Array:
-    """``moveaxis`` by a permutation: PyTorch's vmap over grad has no rule for the other."""
+    """Move an axis by ``permute_dims``, because PyTorch's vmap over grad has no rule for ``moveaxis``."""
     order = list(range(x.ndim))
     order.insert(destination % x.ndim, order.pop(source % x.ndim))
     return array_api_compat.array_namespace(x).permute_dims(x, tuple(order))
 
 
 def outer(u: Array, v: Array) -> Array:
-    """``u vᵀ`` for vectors."""
+    """Return ``u vᵀ`` for vectors."""
     return u[..., :, None] * v[..., None, :]
 
 
 def identity(n: int, like: Array) -> Array:
-    """The n×n identity, of the dtype and on the device of `like`."""
+    """Return the n×n identity, of the dtype and on the device of `like`."""
     xp = array_api_compat.array_namespace(like)
     i = xp.arange(n, device=array_api_compat.device(like))
     return xp.astype(i[:, None] == i[None, :], like.dtype)
 
 
-def bordered(x: Array, y: Array) -> Array:
-    """``[[−X, Y], [Yᵀ, 0]]`` of real ``(..., m, m)`` and ``(..., m, n)``, in the precision of `y`."""
-    if array_api_compat.is_numpy_array(x):
-        return _numpy.bordered(x, y)
-    xp = array_api_compat.array_namespace(x)
-    n = y.shape[-1]
-    corner = full((*y.shape[:-2], n, n), 0.0, y)
-    above = xp.concat([-xp.astype(x, y.dtype, copy=False), y], axis=-1)
-    return xp.concat([above, xp.concat([xp.matrix_transpose(y), corner], axis=-1)], axis=-2)
-
-
-def with_diagonal(a: Array, d: Array) -> Array:
-    """`a` with its leading diagonal entries replaced by ``(..., m)`` others; on NumPy `a` itself, overwritten."""
-    if array_api_compat.is_numpy_array(a):
-        return _numpy.with_diagonal(a, d)
-    xp = array_api_compat.array_namespace(a)
-    n, m = a.shape[-1], d.shape[-1]
-    i = xp.arange(n, device=array_api_compat.device(a))
-    leading = (i[:, None] == i[None, :]) & (i[:, None] < m)
-    d = xp.concat([d, xp.zeros_like(a[..., m:, 0])], axis=-1)
-    return xp.where(leading, d[..., None, :], a)
-
-
 def qr(a: Array) -> tuple[Array, Array]:
-    """Reduced factors of finite, tall ``(..., m, n)``; the signs are the library's."""
+    """Return the reduced QR factors of finite, tall ``(..., m, n)``; their signs depend on the library."""
     if array_api_compat.is_cupy_array(a):
         return _cupy.qr(a)
     q, r = array_api_compat.array_namespace(a).linalg.qr(a, mode="reduced")
@@ -150,35 +126,37 @@ def qr(a: Array) -> tuple[Array, Array]:
 
 
 def solve(a: Array, b: Array) -> Array:
-    """``A⁻¹ B`` of ``(..., n, n)`` and ``(..., n, k)`` with equal batch axes; NaN for its bad items alone.
+    """Return ``A⁻¹ B`` of ``(..., n, n)`` and ``(..., n, k)`` with equal batch axes.
 
-    Bad are items with NaN or infinity and those whose elimination meets a pivot that is exactly zero: a matrix
-    singular only up to rounding is for the caller to notice, from its condition. Reads nothing on the host.
+    Items with NaN or infinity, and those whose elimination meets a pivot that is exactly zero, come out as NaN and
+    leave the others alone. A matrix that is singular only up to rounding is the caller's to notice. Reads nothing on
+    the host.
     """
     xp = array_api_compat.array_namespace(a, b)
     if 0 in b.shape:
         return xp.zeros_like(b)
     finite = xp.all(xp.isfinite(a), axis=(-2, -1), keepdims=True)
-    if not (array_api_compat.is_numpy_array(a) and finite.all()):  # where it is: no further copy
+    if not (array_api_compat.is_numpy_array(a) and finite.all()):  # saves a copy
         a = xp.where(finite, a, identity(a.shape[-1], a))
     x = _solve_finite(a, b)
     return nan_where(~(finite & xp.all(xp.isfinite(x), axis=(-2, -1), keepdims=True)), x)
 
 
 def _solve_finite(a: Array, b: Array) -> Array:
-    """NaN or infinity in singular items: PyTorch's flag, CuPy's pivots, JAX's division by zero, NumPy's one by one."""
+    """Solve finite systems; exactly singular items come out as NaN or infinity."""
     xp = array_api_compat.array_namespace(a, b)
     if array_api_compat.is_torch_array(a):
-        from ddnref._kernels import torch as _torch_lu
+        from ddnref._kernels import torch as _torch
 
-        x, info = _torch_lu.solve(a, b)
+        x, info = _torch.solve(a, b)
         return nan_where((info != 0)[..., None, None], x)
     if array_api_compat.is_cupy_array(a):
         return _cupy.solve(a, b)
     try:
         return xp.linalg.solve(a, b)
-    except LinAlgError:  # for the whole batch, without saying which item
+    except LinAlgError:  # NumPy gives up the whole batch without saying which item is singular
         if a.ndim == 2:
             return full(b.shape, float("nan"), b)
+        # Solve one by one, so that only the singular items become NaN.
         alone = [_solve_finite(a[i, ...], b[i, ...]) for i in range(a.shape[0])]
         return xp.stack(alone)

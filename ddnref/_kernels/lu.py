@@ -1,9 +1,9 @@
-"""LU factorisation with partial pivoting and triangular systems, for the array libraries that lack them in one form.
+"""LU factorisation with partial pivoting, and triangular systems, in one form for every array library.
 
-``P A = L U``, both factors packed in one array, as LAPACK has them; ``pivots[k]`` is the row, counted from 0, that step
-k exchanged with row k. SciPy's LAPACK for NumPy, cuBLAS for CuPy, the libraries' own for PyTorch and JAX, and a form in
-nothing but the standard for any other. An item that is not finite, or singular, comes out as NaN and leaves the others
-alone.
+``P A = L U`` with both factors packed in one array, as in LAPACK. ``pivots[k]`` is the row, counted from 0, that step k
+exchanged with row k. NumPy arrays use SciPy's LAPACK, CuPy arrays cuBLAS, PyTorch and JAX arrays their libraries' own
+functions, and all others a form in nothing but the standard. An item that is not finite or is singular comes out as NaN
+and leaves the others alone.
 """
 
 from __future__ import annotations
@@ -15,32 +15,33 @@ import array_api_compat
 import numpy as np
 import scipy
 
-from ddnref._core.arrays import Array, Namespace, eps, full, nan_where
+from ddnref._core.arrays import Array, Namespace, adjoint, full, nan_where
 from ddnref._kernels import cupy as _cupy
-from ddnref._kernels.dense import adjoint, identity
-
-PIVOT_RTOL = 64  # · eps: pivots of matrices singular up to rounding were below that in 98 of 100, κ = 1e12: above 2e4
+from ddnref._kernels import singularity
+from ddnref._kernels.dense import identity
+from ddnref._kernels.lu_vjp import packed_lu_vjp
 
 
 def lu_factor(a: Array) -> tuple[Array, Array, Array]:
-    """Packed factors and pivots of ``(..., n, n)``, and which items are singular, ``(...)``.
+    """Return packed factors and pivots of ``(..., n, n)``, and which items are singular, ``(...)``.
 
-    An item counts as singular where a pivot is no larger than the rounding of the sum it was computed as,
-    ``|u_jj| <= 64 eps Σ_k |l_jk| |u_kj|``: that does not depend on how rows and columns are scaled. Items that are
-    not finite are NaN without counting. Reads nothing on the host, except on NumPy.
+    An item counts as singular if a pivot is no larger than the rounding of the sum that it was computed as,
+    ``|u_jj| <= 64 eps Σ_k |l_jk| |u_kj|``, a criterion that does not depend on the scale of rows and columns. Items
+    that are not finite are NaN and do not count as singular. Reads nothing on the host, except on NumPy.
     """
+    # NumPy judges each item as it is factored, which needs no further pass.
     if array_api_compat.is_numpy_array(a):
         return _factor_numpy(a)
     xp = array_api_compat.array_namespace(a)
     finite = xp.all(xp.isfinite(a), axis=(-2, -1))
     a = xp.where(finite[..., None, None], a, identity(a.shape[-1], a))
     lu, pivots = _factor(a)
-    singular = _singular(lu)
+    singular = singularity.pivots(lu)
     return nan_where((singular | ~finite)[..., None, None], lu), pivots, singular
 
 
 def lu_solve(lu: Array, pivots: Array, b: Array, *, adjoint: bool = False) -> Array:
-    """``A⁻¹ B``, or ``A⁻ᴴ B``, of ``(..., n, k)`` with the batch axes of the factors; NaN for an item that is NaN."""
+    """Return ``A⁻¹ B`` or ``A⁻ᴴ B`` of ``(..., n, k)`` with the batch axes of the factors; NaN factors give NaN."""
     if 0 in b.shape:
         return b
     if array_api_compat.is_numpy_array(lu):
@@ -52,7 +53,7 @@ def lu_solve(lu: Array, pivots: Array, b: Array, *, adjoint: bool = False) -> Ar
     elif array_api_compat.is_jax_array(lu):
         import jax
 
-        # Differentiated again, pivots carry a tangent, for which their conversion has no rule: numbers shed it.
+        # In a second derivative pivots carry a tangent, and JAX cannot convert that to integers: drop it.
         pivots = jax.lax.stop_gradient(pivots.astype(lu.real.dtype)).astype(pivots.dtype)
         x = jax.scipy.linalg.lu_solve((lu, pivots), b, trans=2 if adjoint else 0)
     elif array_api_compat.is_cupy_array(lu):
@@ -60,13 +61,13 @@ def lu_solve(lu: Array, pivots: Array, b: Array, *, adjoint: bool = False) -> Ar
     else:
         x = _solve_standard(lu, pivots, b, adjoint)
     xp = array_api_compat.array_namespace(lu)
-    return nan_where(xp.isnan(lu[..., :1, :1]), x)  # a zero on the right may come out as zero
+    return nan_where(xp.isnan(lu[..., :1, :1]), x)  # NaN factors may turn a zero right-hand side into zero
 
 
 def solve_triangular(a: Array, b: Array, *, lower: bool, unit_diagonal: bool = False) -> Array:
-    """``A⁻¹ B`` of triangular ``(..., n, n)`` and ``(..., n, k)`` with equal batch axes; reads one triangle only.
+    """Return ``A⁻¹ B`` of triangular ``(..., n, n)`` and ``(..., n, k)`` with equal batch axes.
 
-    A zero on the diagonal gives infinity or NaN, as a division does.
+    Only one triangle is read. A zero on the diagonal gives infinity or NaN.
     """
     if 0 in b.shape:
         return b
@@ -86,34 +87,32 @@ def solve_triangular(a: Array, b: Array, *, lower: bool, unit_diagonal: bool = F
 
 
 def unpack(lu: Array) -> tuple[Array, Array]:
-    """The factors L, with ones on its diagonal, and U."""
+    """Return the factors L, with ones on its diagonal, and U."""
     xp = array_api_compat.array_namespace(lu)
     return xp.tril(lu, k=-1) + identity(lu.shape[-1], lu), xp.triu(lu)
 
 
 def lu_factor_vjp(lu_bar: Array, lu: Array, pivots: Array) -> Array:
-    """From a cotangent of the packed factors to that of the matrix; second derivatives pass through it.
-
-    With ``Φ = tril(Lᴴ L̄, −1) + triu(Ū Uᴴ)``: ``Ā = Pᵀ L⁻ᴴ Φ U⁻ᴴ = A⁻ᴴ (Uᴴ Φ U⁻ᴴ)``, so that no pivot is interpreted.
-    """
-    xp = array_api_compat.array_namespace(lu_bar, lu)
-    low, u = unpack(lu)
-    u_h = adjoint(u)
-    phi = xp.tril(adjoint(low) @ xp.tril(lu_bar, k=-1), k=-1) + xp.triu(xp.triu(lu_bar) @ u_h)
-    right = u_h @ adjoint(solve_triangular(u, adjoint(phi), lower=False))
-    return lu_solve(lu, pivots, right, adjoint=True)
+    """Return the cotangent of the matrix from that of the packed factors; second derivatives pass through it."""
+    return packed_lu_vjp(
+        lu_bar,
+        *unpack(lu),
+        lambda u, b: solve_triangular(u, b, lower=False),
+        lambda b: lu_solve(lu, pivots, b, adjoint=True),
+    )
 
 
 def _factor(a: Array) -> tuple[Array, Array]:
-    """Of finite items, on any library but NumPy."""
+    """Factor finite items on any library but NumPy."""
     if array_api_compat.is_torch_array(a):
-        from ddnref._kernels import torch as _torch_lu
+        from ddnref._kernels import torch as _torch
 
-        lu, pivots, _ = _torch_lu.lu_factor(a)
+        lu, pivots, _ = _torch.lu_factor(a)
         return lu, pivots - 1
     if array_api_compat.is_jax_array(a):
         import jax
 
+        # JAX counts pivots from 0 already.
         lu, pivots = jax.scipy.linalg.lu_factor(a)
         return lu, pivots
     if array_api_compat.is_cupy_array(a):
@@ -121,26 +120,17 @@ def _factor(a: Array) -> tuple[Array, Array]:
     return _factor_standard(a)
 
 
-def _singular(lu: Array) -> Array:
-    xp = array_api_compat.array_namespace(lu)
-    size = xp.abs(lu)
-    terms = xp.sum(xp.tril(size, k=-1) * xp.matrix_transpose(xp.triu(size, k=1)), axis=-1)
-    pivot = xp.linalg.diagonal(size)
-    rounding = PIVOT_RTOL * eps(xp, lu.dtype) * terms
-    return xp.any(~(pivot > rounding), axis=-1)
-
-
 # --- NumPy: LAPACK, item by item --------------------------------------------------------------------------------
 
 
 def _factor_numpy(a: Any) -> tuple[Array, Array, Array]:
-    """Factors stored by columns, as LAPACK has them: stored by rows, each solve would copy them first.
+    """Factor item by item, because NumPy's batched functions neither keep the factors nor compute in float32.
 
-    A loop, because what NumPy offers for a batch neither keeps the factors nor computes in single precision.
+    Factors are stored by columns, as LAPACK wants them; stored by rows, each solve would copy them first.
     """
     *batch, n = a.shape[:-1]
     flat = a.reshape(math.prod(batch), n, n)
-    alone = len(flat) == 1 and n > 0  # then what LAPACK wrote is not copied: 0.1 of the time at n = 1000
+    alone = len(flat) == 1 and n > 0  # without a copy of what LAPACK wrote: 0.1 of the time at n = 1000
     lu_t, pivots = np.empty((0 if alone else len(flat), n, n), a.dtype), np.empty(flat.shape[:-1], np.int32)
     singular = np.zeros(len(flat), dtype=bool)
     getrf: Any = scipy.linalg.get_lapack_funcs("getrf", (a,))
@@ -158,18 +148,18 @@ def _factor_numpy(a: Any) -> tuple[Array, Array, Array]:
 
 
 def _judge(lu: Any, info: int) -> tuple[bool, bool]:
-    """`_singular` and whether the item is finite, from one pass and the pivots that could be rounding.
+    """Return what `singularity.pivots` does for one item, and whether it is finite, from little more than one pass.
 
-    ``Σ_k |l_jk| |u_kj| <= √n ‖U‖_F``, as no entry of L exceeds 1, so that larger pivots need no look at their sum.
+    No entry of L exceeds 1, so that ``Σ_k |l_jk| |u_kj| <= √n ‖U‖_F``. Only pivots below that bound need their sum.
     """
     flat = lu.ravel(order="K")
     square = float(np.vdot(flat, flat).real)
     size = square**0.5
-    if not 1e-20 < square < np.inf:  # too small or too large to be squared, or not finite
+    if not 1e-20 < square < np.inf:  # squares may have left the range of exponents
         size = float(abs(flat).max(initial=0.0)) * flat.size**0.5
         if not size < np.inf:
             return False, False
-    rounding = PIVOT_RTOL * float(np.finfo(lu.dtype).eps)
+    rounding = singularity.PIVOT * float(np.finfo(lu.dtype).eps)
     pivot = abs(lu.diagonal())
     suspects = np.flatnonzero(pivot <= rounding * len(lu) ** 0.5 * size)
     terms = (abs(lu[j, :j]) @ abs(lu[:j, j]) for j in suspects)
@@ -177,6 +167,7 @@ def _judge(lu: Any, info: int) -> tuple[bool, bool]:
 
 
 def _solve_numpy(lu: Any, pivots: Any, b: Any, adjoint: bool) -> Any:
+    # LAPACK solves all right-hand sides of an item at a time.
     getrs: Any = scipy.linalg.get_lapack_funcs("getrs", (lu, b))
     n, k = b.shape[-2:]
     x_t = np.empty((*b.shape[:-2], k, n), b.dtype)
@@ -189,25 +180,28 @@ def _triangular_numpy(a: Any, b: Any, lower: bool, unit_diagonal: bool) -> Any:
     trsm: Any = scipy.linalg.get_blas_funcs("trsm", (a, b))
     x = np.empty_like(b)
     for item in np.ndindex(b.shape[:-2]):
+        # BLAS reads by columns: a row-major factor is its transpose.
         by_columns = a[item].flags.f_contiguous
         factor = a[item] if by_columns else a[item].T
         x[item] = trsm(1.0, factor, b[item], lower=lower == by_columns, trans_a=not by_columns, diag=unit_diagonal)
     return x
 
 
-# --- any other library: in nothing but the standard -------------------------------------------------------------
+# --- any other library: nothing but the standard -------------------------------------------------------------
 
 
 def _factor_standard(a: Array) -> tuple[Array, Array]:
-    """Gaussian elimination of a whole batch, one column a step."""
+    """Eliminate a whole batch at once, one column per step."""
     xp = array_api_compat.array_namespace(a)
     i = xp.arange(a.shape[-1], device=array_api_compat.device(a))
     pivots = []
     for k in range(a.shape[-1]):
+        # Find the largest entry on or below the diagonal, and exchange its row with row k.
         size = xp.abs(a[..., :, k])
         p = xp.argmax(xp.where(i >= k, size, full((), -1.0, size)), axis=-1, keepdims=True)
         pivots.append(p)
         a = xp.take_along_axis(a, xp.broadcast_to(_swap(xp, i, k, p)[..., None], a.shape), axis=-2)
+        # Store the multipliers below the diagonal and update the remaining block.
         below = i > k
         pivot = a[..., k, k][..., None]
         column = a[..., :, k] / xp.where(pivot == 0, xp.ones_like(pivot), pivot)
@@ -220,13 +214,14 @@ def _factor_standard(a: Array) -> tuple[Array, Array]:
 
 
 def _swap(xp: Namespace, i: Array, k: int, p: Array) -> Array:
-    """Row numbers `i` with k and p exchanged."""
+    """Return the row numbers `i` with k and p exchanged."""
     return xp.where(i == k, p, xp.where(i == p, k, i))
 
 
 def _solve_standard(lu: Array, pivots: Array, b: Array, is_adjoint: bool) -> Array:
     xp = array_api_compat.array_namespace(lu)
     i = xp.arange(lu.shape[-1], device=array_api_compat.device(lu))
+    # Turn the sequence of exchanges into one permutation of the rows.
     order = xp.broadcast_to(i, pivots.shape)
     for k in range(lu.shape[-1]):
         order = xp.take_along_axis(order, _swap(xp, i, k, xp.astype(pivots[..., k][..., None], i.dtype)), axis=-1)
@@ -240,12 +235,13 @@ def _solve_standard(lu: Array, pivots: Array, b: Array, is_adjoint: bool) -> Arr
 
 
 def _triangular_standard(a: Array, b: Array, lower: bool, unit_diagonal: bool) -> Array:
-    """Substitution, one row a step."""
+    """Substitute, one row per step."""
     xp = array_api_compat.array_namespace(a)
     n = a.shape[-1]
     rows: dict[int, Array] = {}
     for k in range(n) if lower else range(n - 1, -1, -1):
         total = b[..., k, :]
+        # Subtract what is known, then divide by the diagonal.
         for j, x in rows.items():
             total = total - a[..., k, j][..., None] * x
         rows[k] = total if unit_diagonal else total / a[..., k, k][..., None]

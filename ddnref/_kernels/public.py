@@ -1,4 +1,4 @@
-"""What all public functions have in common: options are what their names say, arrays are there, nothing warns."""
+"""The decorator of public functions: it validates options by name, refuses missing arrays and silences warnings."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ REQUIRED = ("Array", "Array | LinearOperator", "Factor")
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, with a look at what is given to it that no algorithm should have to take.
+    """Validate the options and arrays of `function` on each call, and silence NumPy's floating-point warnings.
 
-    Options that were not given cost nothing. NumPy's floating-point warnings are off inside: an item that is not finite
-    comes out as NaN or is raised, and a warning from the middle of an algorithm helps nobody. Measured beside other
-    work: 2 µs a call, 1.4 of them for the warnings.
+    Options that are not given cost nothing. Warnings are off because an item that is not finite comes out as NaN or is
+    raised, and a warning from the middle of an algorithm helps nobody. The decorator costs 2 µs per call, 1.4 of them
+    for the warnings.
     """
+    # Everything that depends on the signature alone is worked out once.
     parameters = inspect.signature(function).parameters
     defaults = {name: p.default for name, p in parameters.items()}
     checks = {n: CHECKS[n] for n, p in parameters.items() if n in CHECKS and p.annotation not in (bool, "bool")}
@@ -41,16 +42,18 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        # Check the options that were given; defaults are right.
         for name, value in kwargs.items():
             check(name, value)
         for i, name in positional:
             if i < len(args):
                 check(name, args[i])
+        # A missing array is named here, before an algorithm fails on it.
         for i, name in required:
             if (args[i] if i < len(args) else kwargs.get(name, ...)) is None:
                 raise TypeError(f"{name} is None: {function.__name__} needs an array there.")
         if np.ndarray not in map(type, args) and any(map(array_api_compat.is_torch_array, args)):
-            return function(*args, **kwargs)  # which has no warnings, and traces
+            return function(*args, **kwargs)  # PyTorch has no such warnings, and cannot trace the context manager
         with quiet():
             return function(*args, **kwargs)
 
@@ -93,6 +96,7 @@ def _step(name: str, value: Any) -> None:
 
 
 def _integer(name: str, value: Any) -> None:
+    # Accept anything that Python accepts as an index, NumPy's integers too.
     try:
         operator.index(value)
     except TypeError:
@@ -120,8 +124,8 @@ def _array(name: str, value: Any) -> None:
 
 CHECKS: dict[str, Callable[[str, Any], None]] = {
     **dict.fromkeys(("rtol", "atol", "gauge_rtol", "cluster_rtol", "check_rtol", "zero_rtol", "vjp_rtol"), _tolerance),
-    **dict.fromkeys(("radius", "total", "alpha", "eps", "sigma"), _finite),
-    "step": _step,
+    **dict.fromkeys(("step", "radius", "total", "alpha", "eps"), _step),
+    "sigma": _finite,
     "gap": _positive,
     **dict.fromkeys(("maxiter", "n_iter", "seed", "equalities"), _from(0)),
     **dict.fromkeys(("check_every", "restart", "directions", "mc_samples"), _from(1)),
@@ -135,4 +139,4 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
         _callable,
     ),
 }  # fmt: skip
-"""What an option of a name must be, in every function that has it; its default is never looked at."""
+"""The check of each option by its name, the same in every function that has it. Defaults are not checked."""

@@ -1,4 +1,4 @@
-"""Special functions that the standard lacks: each library's own, or a form in the standard's own functions."""
+"""Special functions that the standard lacks: the library's own, or a form in the functions of the standard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SERIES_TERMS, FRACTION_TERMS, SPLIT = 40, 80, 1.5
 
 
 def erf(x: Array) -> Array:
-    """The error function of a real array."""
+    """Return the error function of a real array."""
     return _own_erf(x)(x)
 
 
@@ -39,13 +39,14 @@ def _own_erf(x: Array) -> Callable[[Array], Array]:
 
 
 def erf_standard(x: Array) -> Array:
-    """`erf` in the standard's functions, within 5 eps: a series of positive terms, a continued fraction beyond 1.5.
+    """Compute `erf` within 5 eps in functions of the standard: by a series, beyond 1.5 by a continued fraction.
 
     erf x = 2/√π e^(−x²) Σ_n 2ⁿ x^(2n+1) / (2n+1)!!,    1 − erf x = e^(−x²)/√π · 1/(x + ½/(x + 1/(x + 3⁄2/(x + …))))
     """
     xp = array_api_compat.array_namespace(x)
     size = xp.abs(x)
-    small = xp.where(size < SPLIT, size, full((), SPLIT, x))  # NaN stays in neither: it is put back below
+    # The series has positive terms only, so nothing cancels. NaN is in neither part and is put back at the end.
+    small = xp.where(size < SPLIT, size, full((), SPLIT, x))
     term = total = small
     for n in range(1, SERIES_TERMS):
         term = term * (2 * small * small) / (2 * n + 1)

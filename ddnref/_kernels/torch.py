@@ -1,4 +1,4 @@
-"""What PyTorch's kernels for the CPU cannot be trusted with, done another way."""
+"""LU factors on PyTorch, which avoid the batched CPU kernels that can hang or return wrong numbers."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ALONE = 128  # order of a matrix; MKL factors by several threads from 151
+from ddnref._kernels.lu_vjp import packed_lu_vjp
 
-# PyTorch's own test of what `autograd.Function.apply` has to do; should it ever go, so do the shorter ways.
+ALONE = 128  # order from which matrices are factored one by one; MKL uses several threads from 151
+
+# PyTorch's own test for active transforms. Without it, everything counts as transformed, which is right but slower.
 _transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 def is_eager() -> bool:
-    """Whether neither a compiler nor a transform of ``torch.func`` is at work."""
+    """Return whether neither a compiler nor a transform of ``torch.func`` is active."""
     return not (torch.compiler.is_compiling() or _transforms_are_active())
 
 
 def lu_factor(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``torch.linalg.lu_factor_ex``, on the CPU one matrix after the other once they are large.
+    """Call ``torch.linalg.lu_factor_ex``, for large matrices on the CPU once per matrix.
 
-    PyTorch factors several matrices at once, on threads of its own. Where MKL takes threads for each of them too, the
-    call does not return, or the factors are wrong (PyTorch 2.13, five matrices of order 160, two threads or more; its
+    PyTorch factors several matrices at once on its own threads. Where MKL uses threads for each of them too, the call
+    does not return, or the factors are wrong (PyTorch 2.13, five matrices of order 160, two threads or more; PyTorch
     issues 141358 and 142815).
     """
     if not _several_large(a):
@@ -31,7 +33,7 @@ def lu_factor(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def solve(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """``torch.linalg.solve_ex``, likewise."""
+    """Call ``torch.linalg.solve_ex``, for large matrices on the CPU with factors computed one by one."""
     if not _several_large(a):
         return torch.linalg.solve_ex(a, b)  # type: ignore[no-any-return]
     lu, pivots, info = _Factor.apply(a)
@@ -39,12 +41,12 @@ def solve(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _several_large(a: Tensor) -> bool:
-    several = a.ndim > 2 or not is_eager()  # `torch.func.vmap` hides an axis
+    several = a.ndim > 2 or not is_eager()  # `torch.func.vmap` hides a batch axis
     return several and a.shape[-1] >= ALONE and a.device.type == "cpu"
 
 
 class _Factor(torch.autograd.Function):
-    """Packed factors stored by columns, as LAPACK has them, pivots counted from 1, and the first one that is zero."""
+    """Factor one by one: packed factors stored by columns, pivots counted from 1, and the first zero pivot."""
 
     generate_vmap_rule = True
 
@@ -59,14 +61,19 @@ class _Factor(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, lu_bar: Tensor, *_: object) -> Tensor:
-        from ddnref._kernels.lu import lu_factor_vjp
-
         lu, pivots = ctx.saved_tensors
-        return lu_factor_vjp(lu_bar, lu, pivots - 1)
+        lower = torch.tril(lu, -1) + torch.eye(lu.shape[-1], dtype=lu.dtype, device=lu.device)
+        return packed_lu_vjp(
+            lu_bar,
+            lower,
+            torch.triu(lu),
+            lambda u, b: torch.linalg.solve_triangular(u, b, upper=True),
+            lambda b: torch.linalg.lu_solve(lu, pivots, b, adjoint=True),
+        )
 
 
-# One operation for `torch.func.vmap`, which hides an axis of the batch from a loop in Python, and for `torch.compile`,
-# which would unroll one.
+# A custom operation, because `torch.func.vmap` hides a batch axis from a loop in Python, and `torch.compile` would
+# unroll the loop.
 torch.library.define("ddnref::lu_factor", "(Tensor a) -> (Tensor lu, Tensor pivots, Tensor info)")
 
 

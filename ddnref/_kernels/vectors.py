@@ -9,7 +9,7 @@ solves took 8 to 16 times as long on an idle machine.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import array_api_compat
@@ -85,6 +85,12 @@ def real_dot(y: Array, z: Array, axes: int = 1) -> Array:
 def norm(y: Array, axes: int = 1) -> Array:
     """Euclidean norm; squares may leave the range of exponents, for which there is `safe_norm`."""
     return real_dot(y, y, axes) ** 0.5
+
+
+def norm_of_pieces(pieces: Sequence[Array], axes: int) -> Array:
+    """Euclidean norm of vectors whose entries are spread over several arrays, each with `axes` trailing axes."""
+    xp = namespace_of(pieces[0])
+    return xp.sqrt(real(xp.sum(xp.stack([dot(piece, piece, axes) for piece in pieces]), axis=0)))
 
 
 def safe_norm(y: Array, axes: int = 1) -> Array:

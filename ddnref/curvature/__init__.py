@@ -4,50 +4,23 @@ from ddnref.curvature._gram import (
     gram_eigh,
     gram_eigh_fwd,
     gram_eigh_vjp,
-)
-from ddnref.curvature._gram_values import (
     gram_eigvalsh,
     gram_eigvalsh_fwd,
     gram_eigvalsh_vjp,
 )
-from ddnref.curvature._reducers import (
-    GramState,
-    Reducer,
-    SumState,
-    gram_reducer,
-    sum_reducer,
-)
-from ddnref.curvature.ggn._directional import (
-    DirectionalDerivatives,
-    ggn_damped_newton,
-    ggn_directional_derivatives,
-)
-from ddnref.curvature.ggn._functions import (
-    ggn_eigh,
-    ggn_eigvalsh,
-)
-from ddnref.curvature.ggn._state import (
-    Ggn,
-    GgnState,
-    ggn_reducer,
-)
-from ddnref.curvature.hessian._factor import (
-    HessianFactor,
-    Inertia,
-)
-from ddnref.curvature.hessian._result import (
-    HessianSolveInfo,
-)
+from ddnref.curvature._reducers import GramState, Reducer, SumState, gram_reducer, sum_reducer
+from ddnref.curvature.ggn._directional import DirectionalDerivatives, ggn_damped_newton, ggn_directional_derivatives
+from ddnref.curvature.ggn._functions import ggn_eigh, ggn_eigvalsh
+from ddnref.curvature.ggn._state import Ggn, GgnState, ggn_reducer
 from ddnref.curvature.hessian._solve import (
+    HessianFactor,
+    HessianSolveInfo,
+    Inertia,
     hessian_factor,
     hessian_solve,
     hessian_solve_vjp,
 )
-from ddnref.curvature.hessian._spectrum import (
-    EigvalCountInfo,
-    hessian_eigval_count,
-    hessian_eigvals,
-)
+from ddnref.curvature.hessian._spectrum import EigvalCountInfo, hessian_eigval_count, hessian_eigvals
 
 __all__ = [
     "DirectionalDerivatives",

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, namespace, quiet
+from ddnref._core.arrays import Array, adjoint, namespace, quiet
 from ddnref._core.checks import check_dtypes, check_shapes
-from ddnref._kernels.dense import adjoint, hermitian_part
+from ddnref._kernels.dense import hermitian_part
 from ddnref._kernels.public import public
 from ddnref.operators._blocks import Pieces, tall
 
@@ -34,7 +34,7 @@ class Reducer(NamedTuple):
     update: Callable[..., Any]
     """``update(state, *shard)``: the state with one more shard; the old one stays valid."""
     merge: Callable[[Any, Any], Any]
-    """Two states as one, the second one's data after the first one's: for processes that work side by side."""
+    """``merge(a, b)``: one state of the data of a followed by that of b, for processes that work in parallel."""
     finalise: Callable[[Any], Any]
     """The result of a state."""
 
@@ -104,9 +104,8 @@ def gram_reducer(shards: str = "columns") -> Reducer:
     """
     if shards not in SHARDS:
         raise ValueError(f'shards is {shards!r}, expected "columns" (samples) or "rows" (parameters).')
-    if shards == "rows":
-        return Reducer(GramState, _add_rows, _merge_rows, _finalise)
-    return Reducer(GramState, _add_columns, merge_columns, _finalise)
+    update, merge = (_add_rows, _merge_rows) if shards == "rows" else (_add_columns, _merge_columns)
+    return Reducer(GramState, update, merge, lambda state: assemble(state.blocks))
 
 
 @public
@@ -142,6 +141,7 @@ def sum_reducer(function: Callable[..., Any], *, weight: Callable[..., float] | 
     """
 
     def update(state: SumState, *shard: Any) -> SumState:
+        # A weighted sum is divided by the sum of the weights at the end.
         share = 1.0 if weight is None else float(weight(*shard))
         value = function(*shard)
         return _add(state, SumState(value if weight is None else _map(lambda a: a * share, value), share))
@@ -161,7 +161,7 @@ def sum_reducer(function: Callable[..., Any], *, weight: Callable[..., float] | 
 def reduce_shards(
     reducer: Reducer, shards: Any, progress: Callable[[int, int | None], object] | None = None, state: Any = None
 ) -> Any:
-    """The state after all shards; ``progress(done, total)`` is called after each, total ``None`` where unknown."""
+    """Return the state after all shards; ``progress(done, total)`` is called after each, total ``None`` if unknown."""
     total = len(shards) if hasattr(shards, "__len__") else None
     state = reducer.init() if state is None else state
     for done, shard in enumerate(shards, 1):
@@ -171,7 +171,7 @@ def reduce_shards(
     return state
 
 
-# --- rows ---------------------------------------------------------------------------------------------------------
+# --- Gram matrices ----------------------------------------------------------------------------------------------------
 
 
 @quiet()
@@ -188,29 +188,26 @@ def _merge_rows(a: GramState, b: GramState) -> GramState:
     return GramState(((k_a + k_b,),))
 
 
-# --- columns ------------------------------------------------------------------------------------------------------
-
-
 @quiet()
 def _add_columns(state: GramState, factor: Any) -> GramState:
-    v = tall(factor)
     pieces = tuple(factor) if isinstance(factor, (list, tuple)) else (factor,)
-    return merge_columns(state, GramState(((v.gram(),),), (pieces,)))
+    return _merge_columns(state, GramState(((tall(factor).gram(),),), (pieces,)))
 
 
 @quiet()
-def merge_columns(a: GramState, b: GramState) -> GramState:
-    """Blocks of both, and those between the shards of b and those of a."""
+def _merge_columns(a: GramState, b: GramState) -> GramState:
+    """Append the block rows of b, after the products of each of its shards with those of a."""
     below = tuple((*(_cross(v_i, v_j) for v_j in a.shards), *row) for v_i, row in zip(b.shards, b.blocks, strict=True))
     return GramState(a.blocks + below, a.shards + b.shards)
 
 
 def _cross(v: Pieces, w: Pieces) -> Array:
-    """``VᴴW``, the sum over the pieces."""
+    """Return ``VᴴW``, the sum over the pieces."""
     if len(v) != len(w):
         raise ValueError(f"The factor of a shard has {len(v)} pieces, another {len(w)}: all need the same rows.")
     for v_l, w_l in zip(v, w, strict=True):
         namespace(**{"factor of a shard": v_l, "factor of another": w_l})
+        # Rows and batch axes must agree; the number of columns may differ.
         if tuple(v_l.shape[:-1]) != tuple(w_l.shape[:-1]):
             raise ValueError(
                 f"The factor of a shard has shape {tuple(v_l.shape)}, of another {tuple(w_l.shape)}: only the last "
@@ -221,12 +218,8 @@ def _cross(v: Pieces, w: Pieces) -> Array:
 
 
 @quiet()
-def _finalise(state: GramState) -> Array:
-    return assemble(state.blocks)
-
-
 def assemble(blocks: tuple[tuple[Array, ...], ...]) -> Array:
-    """The whole matrix of its lower block triangle, exactly Hermitian."""
+    """Return the whole matrix from its lower block triangle, exactly Hermitian."""
     if not blocks:
         raise ValueError("There was no shard: the Gram matrix of nothing. Update the state with at least one.")
     if len(blocks) == 1:
@@ -234,12 +227,10 @@ def assemble(blocks: tuple[tuple[Array, ...], ...]) -> Array:
     xp = array_api_compat.array_namespace(blocks[0][0])
     rows = []
     for i, row in enumerate(blocks):
+        # The blocks right of the diagonal are the adjoints of those below it.
         right = [adjoint(blocks[j][i]) for j in range(i + 1, len(blocks))]
         rows.append(xp.concat([*row, *right], axis=-1))
     return hermitian_part(xp.concat(rows, axis=-2))
-
-
-# --- sums ---------------------------------------------------------------------------------------------------------
 
 
 @quiet()
@@ -250,9 +241,10 @@ def _add(a: SumState, b: SumState) -> SumState:
 
 
 def _map(function: Callable[..., Any], *values: Any) -> Any:
-    """A function of arrays, of each entry of lists and tuples of them."""
+    """Apply a function of arrays to each entry of lists and tuples of them."""
     first = values[0]
     if isinstance(first, (list, tuple)):
         entries = [_map(function, *entry) for entry in zip(*values, strict=True)]
+        # A NamedTuple takes its entries one by one.
         return type(first)(*entries) if hasattr(first, "_fields") else type(first)(entries)
     return function(*values)

@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ddnref._core.arrays import Array, namespace
-from ddnref._core.checks import check_dtypes, check_real, check_shapes
+from ddnref._core.arrays import Array
+from ddnref._core.checks import conform
 from ddnref._kernels.dense import matvec
 from ddnref._kernels.public import public
-from ddnref.implicit._bordered import Products, Structure, as_structure, solve
+from ddnref.implicit._bordered import solve
 from ddnref.implicit._point import Bars, Functions, Point, as_tuple, constrained, negative, of_shape, unconstrained
+from ddnref.implicit._structures import Products, Structure, as_structure
 
 
 @public
@@ -42,7 +43,7 @@ def root_vjp(
     y_bar, y : (..., n) real arrays
         Cotangent of the root, and the root.
     *inputs : arrays
-        What it depends on: x.
+        The arrays x that the root depends on.
     residual : callable
         ``residual(y, *inputs) = r``, (..., n).
     jacobian : callable
@@ -93,8 +94,9 @@ def root_vjp(
     point = Point("root_vjp", y, y_bar, None, rtol, atol)
     h = as_structure(jacobian(y, *inputs), y, "jacobian")
     r = of_shape("residual", residual(y, *inputs), y, tuple(y.shape))
-    if isinstance(h, Products):
+    if isinstance(h, Products):  # symmetric: one solve serves both
         return unconstrained(point, h, y_bar, r, residual_vjp, inputs, throw)
+    # The transposed Jacobian takes the cotangent back; the Jacobian itself takes the Newton step that judges `y`.
     back, newton = solve(h.transpose(), y_bar[..., None]), solve(h, -r[..., None])
     optimal = point.is_near(newton.w[..., 0])
     w, _ = point.report(back._replace(singular=back.singular | newton.singular), optimal, throw)
@@ -154,6 +156,7 @@ def argmin_vjp(
     ...     hessian=lambda y, x: np.eye(2), gradient_vjp=lambda w, y, x: -w)
     array([1., 2.])
     """
+    # A minimum is a root of the gradient whose Jacobian, the Hessian, is symmetric.
     point = Point("argmin_vjp", y, y_bar, None, rtol, atol)
     h = as_structure(hessian(y, *inputs), y, "hessian")
     f_y = of_shape("gradient", gradient(y, *inputs), y, tuple(y.shape))
@@ -233,7 +236,7 @@ def eq_argmin_vjp(
     """
     point = Point("eq_argmin_vjp", y, y_bar, nu, rtol, atol)
     functions = Functions(gradient, hessian, constraint, constraint_jacobian, residual_vjp)
-    return constrained(point, y_bar, nu, inputs, functions, None, throw)
+    return constrained(point, y_bar, nu, inputs, functions, None, throw)  # None: all are equalities
 
 
 @public
@@ -294,19 +297,16 @@ def lineq_argmin_vjp(
     array([0.5])
     """
     point = Point("lineq_argmin_vjp", y, y_bar, nu, rtol, atol)
-    namespace(y=y, a=a, b=b)
-    check_real(a=a, b=b)
-    check_dtypes(a=(a, y.dtype), b=(b, y.dtype))
-    if b.ndim < 1:
-        raise ValueError(f"b has shape {tuple(b.shape)}, expected (..., p): one number for each row of a.")
-    check_shapes(a=(a, (*b.shape, y.shape[-1])), b=(b, (*y.shape[:-1], *b.shape[-1:])))
+    conform("(n),(p),(p,n)", real_only=True, y=y, b=b, a=a)
     if inputs and gradient_vjp is None:
         raise TypeError("gradient_vjp must be given: the objective depends on inputs.")
 
     def residual_vjp(w: Array, eta: Array, y: Array, nu: Array, a: Array, b: Array, *x: Array) -> Any:  # noqa: ARG001
+        # ∂/∂A and ∂/∂b of ``wᵀ ∇_yℒ + ηᵀ h`` with ``∇_yℒ = ∇_y f − Aᵀ ν`` and ``h = A y − b``.
         a_bar = eta[..., :, None] * y[..., None, :] - nu[..., :, None] * w[..., None, :]
         return a_bar, -eta, *(as_tuple(gradient_vjp(w, y, *x)) if gradient_vjp else ())
 
+    # The same problem for `constrained`, for which A and b are the first inputs.
     functions = Functions(
         gradient=lambda y, a, b, *x: gradient(y, *x),  # noqa: ARG005
         hessian=lambda y, nu, a, b, *x: hessian(y, *x),  # noqa: ARG005
@@ -342,7 +342,7 @@ def ineq_argmin_vjp(
         As in `eq_argmin_vjp`. With ``ℒ = f − νᵀh`` the multipliers of inequalities are negative or zero. The
         callables always see all p constraints; those not active have ``ν = η = 0``.
     equalities : int, default 0
-        The first so many constraints are equalities ``h_j = 0``.
+        Number of leading constraints that are equalities ``h_j = 0``.
 
     Returns
     -------
@@ -351,16 +351,16 @@ def ineq_argmin_vjp(
     Raises
     ------
     OptimalityError
-        `y` is not stationary or not feasible; where a multiplier of an inequality is positive it is not stationary.
+        `y` is not feasible or not stationary, which includes a positive multiplier of an inequality.
     SingularError, ConvergenceError, TypeError, ValueError
         As `eq_argmin_vjp`.
 
     Notes
     -----
     A constraint is active where `y` is within ``rtol * ‖y‖ + atol`` of its boundary (to first order) and its
-    multiplier is not zero, ``−ν_j ‖∂h_j‖ > rtol * ‖∇f‖``; the system of `eq_argmin_vjp` holds the active ones, each
-    item of a batch its own. Where a constraint is touched with a zero multiplier the activity changes and only
-    one-sided derivatives exist: what comes back is the one of the side on which the constraint is not active.
+    multiplier is not zero, ``−ν_j ‖∂h_j‖ > rtol * ‖∇f‖``; the system of `eq_argmin_vjp` holds the active ones,
+    which may differ between the items of a batch. Where a constraint is touched with a zero multiplier the activity
+    changes and only one-sided derivatives exist; the one returned is that of the side where it is not active.
 
     References
     ----------

@@ -1,11 +1,11 @@
-"""HIPS autograd: ``differentiable(op)`` makes an operation use our VJP; NumPy arrays, first derivatives.
+"""HIPS autograd: ``differentiable(op)`` makes an operation on NumPy arrays use our VJP, for first derivatives.
 
-autograd's convention for complex gradients is the conjugate of ours; the bridge converts.
+A complex gradient of autograd is the conjugate of ours; the bridge converts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -15,10 +15,10 @@ from autograd.extend import Box, primitive
 from autograd.tracer import getval
 
 from ddnref._core.arrays import Array
-from ddnref._rules.contract import Bound, Rule, bind
-from ddnref._rules.layout import Layout, flatten, refuse_foreign
+from ddnref._rules.binding import Bound, Layout, bind, flatten, refuse_foreign
+from ddnref._rules.contract import Rule
 from ddnref._rules.table import rule_of
-from ddnref.interop._host import FIRST_ORDER, pair
+from ddnref.interop._numpy_pair import numpy_pair, refuse_second_derivative
 
 
 def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -34,7 +34,8 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     Returns
     -------
     function : callable
-        Takes arrays or boxes, returns what the operation returns; gradients follow ``autograd.grad``'s convention.
+        Takes arrays or autograd's boxes and returns the same values as the operation. Gradients follow the convention
+        of ``autograd.grad``.
 
     Raises
     ------
@@ -46,8 +47,8 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     Notes
     -----
     Where no gradient exists (a gauge-dependent loss, a singular matrix), that item's gradient is NaN and a warning
-    says why. The status of an iteration is a plain array. An operator is made of plain arrays first; then
-    ``operator.with_params(...)`` takes autograd's boxes.
+    says why. The status of an iteration is a plain array. Make an operator from plain arrays first; its method
+    ``with_params(...)`` then takes autograd's boxes.
 
     Examples
     --------
@@ -67,6 +68,7 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
         refuse_foreign(rule, inputs, lambda x: isinstance(x, np.ndarray | np.generic | Box), "a NumPy array")
         layout, arrays = flatten(inputs)
         flat = operate(layout)(*arrays)
+        # The status has no gradient, so it leaves autograd here.
         info = tuple(_bare(flat[i]) for i in range(len(flat) - fields, len(flat)))
         return bound.result(tuple(flat[i] for i in range(n)), info)
 
@@ -76,39 +78,36 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
 
 
 def _operation(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., Any]:
-    """Outputs, saved arrays and status in one tuple, as a primitive of arrays."""
-    host = pair(rule, bound, layout)
-    operate = primitive(host.forward)
+    """A primitive of the arrays of a layout, which returns outputs, saved arrays and status in one tuple."""
+    forward, reverse_on_numpy = numpy_pair(rule, bound, layout)
+    operate = primitive(forward)
     needs, n, fields = layout.places(rule.needs), rule.outputs, rule.info_fields
 
+    # The VJP is a primitive too, so that its own derivative can be refused.
     @primitive
     def reverse(*arrays: Array) -> tuple[Array, ...]:
-        gradients = host.reverse(tuple(map(np.conj, arrays[:n])), arrays[n:])
+        # Conjugate on the way in and out, for autograd's convention.
+        gradients = reverse_on_numpy(tuple(map(np.conj, arrays[:n])), arrays[n:])
         return tuple(None if g is None else np.conj(g) for g in gradients)
 
-    def pull(argnums: Sequence[int], flat: Any, inputs: tuple[Any, ...], _: Any) -> Callable[[Any], Iterator[Any]]:
+    def pull(argnums: Sequence[int], flat: Any, inputs: tuple[Any, ...], _: Any) -> Callable[[Any], list[Any]]:
         results = tuple(flat[i] for i in range(len(flat) - fields))
 
-        def cotangents(bars: Any) -> Iterator[Any]:
+        def cotangents(bars: Any) -> list[Any]:
             arrays = *results, *(inputs[i] for i in needs if i < len(inputs))
             found = reverse(*(bars[i] for i in range(n)), *arrays)
-            for i in argnums:
-                x_bar = found[i] if i < len(found) else None
-                yield np.zeros_like(_bare(inputs[i])) if x_bar is None else x_bar
+            found = found or (None,) * len(inputs)  # no output was used
+            return [np.zeros_like(_bare(inputs[i])) if found[i] is None else found[i] for i in argnums]
 
         return cotangents
 
     defvjp_argnums(operate, pull)
-    defvjp_argnums(reverse, _refuse)
+    defvjp_argnums(reverse, refuse_second_derivative("autograd"))
     return operate  # type: ignore[no-any-return]
 
 
-def _refuse(*_: Any) -> Any:
-    raise NotImplementedError(FIRST_ORDER.format("autograd"))
-
-
 def _bare(value: Any) -> Any:
-    """The value under all of autograd's boxes."""
+    """The array inside all of autograd's boxes."""
     while isinstance(value, Box):
         value = getval(value)
     return value

@@ -1,8 +1,8 @@
-"""Dask: operations, VJPs and reducers over the blocks of a collection, for more items than one process has time for.
+"""Dask: operations, VJPs and reducers over the blocks of a collection, for more items than one process can handle.
 
-A block is handed to the plain function as it is, a NumPy or a CuPy array, and every result's shape, dtype and array
-type are known before anything runs: they follow from the signature of the rule, not from a trial run. A worker needs
-ddnref installed, and one thread for BLAS (the page on scale-out says how).
+The plain function gets each block as it is, a NumPy or a CuPy array. Shape, dtype and array type of every result are
+known before anything runs: they follow from the signature of the rule, without a trial run. A worker needs ddnref, and
+one thread for BLAS (see the page on scale-out).
 """
 
 from __future__ import annotations
@@ -13,30 +13,19 @@ from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from itertools import accumulate
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask
 import dask.array as da
+import numpy as np
+from dask.array.utils import meta_from_array
 
 from ddnref._core.arrays import Array, nan_where
 from ddnref._core.checks import check_dtypes, check_shapes
-from ddnref._rules.contract import as_tuple, bind, options_of, spread
+from ddnref._rules.binding import as_tuple, bind, leaves, options_of, plain_vjp, spread
 from ddnref._rules.table import RULES, rule_of
 from ddnref.curvature._reducers import Reducer
-from ddnref.interop._dask_blocks import (
-    Given,
-    Item,
-    Output,
-    blockwise,
-    called,
-    checked,
-    items_of,
-    leaves,
-    mapped,
-    names_of,
-    refuse_others,
-    unlisted,
-)
+from ddnref.interop._dask_signatures import Given, Item, called, checked, items_of, names_of, refuse_others
 
 __all__ = ["map_gradients", "map_items", "reduce_blocks"]
 
@@ -49,15 +38,16 @@ def map_items(function: Callable[..., Any], /, *arrays: da.Array | None, **optio
     function : callable
         A public function of an operation with a rule, such as ``ddnref.eigh`` or ``ddnref.eigh_vjp``.
     *arrays : dask.array.Array or None
-        Its arrays, in its order. Batch axes lead and may be chunked; the axes of one item lie in one chunk. An array
-        that others share has fewer batch axes, or some of length one, as for the function itself.
+        The arrays of the function, in its order. Batch axes lead and may be chunked; the axes of one item must be in
+        one chunk. An array that several items share has fewer batch axes, or some of length one, as for the function
+        itself.
     **options
-        Its options, such as ``k=4``, the same for every block.
+        Options of the function, such as ``k=4``, the same for every block.
 
     Returns
     -------
     result : dask.array.Array, or tuples and named tuples of them
-        What the function returns. The cotangent of an array that is shared is the sum over all blocks.
+        The results of the function. The cotangent of a shared array is the sum over all blocks.
 
     Raises
     ------
@@ -65,12 +55,12 @@ def map_items(function: Callable[..., Any], /, *arrays: da.Array | None, **optio
         The function belongs to no rule, arguments do not fit its signature, an argument is not a Dask array, or dtypes
         and libraries are mixed.
     ValueError
-        The axes of one item are in several chunks, have unknown sizes, or do not fit each other.
+        The axes of one item are in several chunks, have unknown lengths, or do not fit each other.
 
     Notes
     -----
-    What a value raises, such as `GaugeError` with ``throw=True``, is raised by the worker and comes out of ``compute``
-    with its own type; with ``throw=False`` that item is NaN, and the others of its block are right.
+    A worker raises errors that depend on values, such as `GaugeError` with ``throw=True``, and they come out of
+    ``compute`` with their type. With ``throw=False`` such an item is NaN, and the others of its block are right.
 
     Batch axes of unknown length are allowed where the arrays have the same chunks. Blocks may hold no items at all.
 
@@ -85,23 +75,33 @@ def map_items(function: Callable[..., Any], /, *arrays: da.Array | None, **optio
     >>> x_bar.compute()[1].tolist()
     [[6.0, 0.0], [0.0, 10.0]]
     """
+    # Find the function's rule, and validate the arrays against its signature.
     own = called(function)
     names = names_of(function, arrays, options)
     given = {i: Given(names[i], x, own.items[i]) for i, x in enumerate(arrays) if x is not None}
     sizes, dtype = checked(list(given.values()), options)
-    batches = {str(x.shape[: x.ndim - len(item.axes)]) for _, x, item in given.values()}  # nan is not equal to nan
-    if own.saves and len(batches) > 1:
+    batches = {str(each.batch) for each in given.values()}  # as text, because nan is not equal to nan
+    if function is own.rule.forward and len(batches) > 1:
         raise ValueError(
             f"{' and '.join(names)} have different batch axes: every block would compute again what "
             f"{function.__name__} saves of a shared array. Give them the same, or use map_gradients."
         )
+    # Say what each result will be, and build the graph that computes them all.
+    results = own.results(len(arrays))
     outputs = [
-        Output(tuple(sizes[axis] for axis in item.axes), item.dtype_of(dtype), own.like(place, given))
-        for place, item in enumerate(leaves(own.results(len(arrays))))
+        _Output(tuple(sizes[axis] for axis in item.axes), item.dtype_of(dtype), own.like(place, given))
+        for place, item in enumerate(_present(results))
     ]
     run = partial(_call, function, len(arrays), tuple(given), options)
-    found = iter(blockwise(function.__name__, run, list(given.values()), outputs))
-    return mapped(lambda _: next(found), own.results(len(arrays)))
+    found = iter(_blockwise(function.__name__, run, list(given.values()), outputs))
+
+    def nested(items: Any) -> Any:
+        if not isinstance(items, tuple):
+            return None if items is None else next(found)
+        entries = [nested(entry) for entry in items]
+        return type(items)(*entries) if hasattr(items, "_fields") else tuple(entries)
+
+    return nested(results)
 
 
 def map_gradients(
@@ -113,24 +113,24 @@ def map_gradients(
     throw: bool = True,
     **options: Any,
 ) -> tuple[da.Array, Any]:
-    """Loss and gradient of every item: forward, loss and VJP of a block in one task, whose saved arrays stay there.
+    """Loss and gradient of every item: forward, loss and VJP of a block are one task, which keeps the saved arrays.
 
     Parameters
     ----------
     operation : callable
         A public operation with a rule, such as ``ddnref.eigh``.
     loss : callable
-        ``loss(*outputs, *data)`` of the plain blocks returns ``(value, bars)``: a real number for each item, ``(...)``,
-        and a tuple of the cotangents of the outputs, ``None`` for one that the loss does not use.
+        ``loss(*outputs, *data)`` gets plain blocks and returns ``(value, bars)``: a real number for each item,
+        ``(...)``, and a tuple of the cotangents of the outputs, ``None`` for one that the loss does not use.
     *inputs : dask.array.Array
-        Of the operation, as in `map_items`.
+        Inputs of the operation, as in `map_items`.
     data : sequence of dask.array.Array
-        What else the loss needs of each item, with the batch axes of the inputs in front: targets, weights.
+        Other arrays that the loss needs, such as targets and weights, with the batch axes of the inputs in front.
     throw : bool, default True
-        Raise what the operation and its VJP raise. With ``False`` the gradient of such an item is NaN, as are outputs
-        that have not converged.
+        Raise the errors of the operation and its VJP. With ``False`` the gradient of such an item is NaN, and so are
+        outputs that have not converged.
     **options
-        Of the operation and of its VJP.
+        Options of the operation and of its VJP.
 
     Returns
     -------
@@ -155,36 +155,39 @@ def map_gradients(
     """
     rule = rule_of(operation)
     names = names_of(rule.function, inputs, options_of(rule, options)[0])
-    bind(rule, options)  # refuses what only the VJP misses
+    bind(rule, options)  # raises for options that only the VJP misses
     given = [Given(*each) for each in zip(names, inputs, items_of(rule)[0][: len(inputs)], strict=True)]
     sizes, dtype = checked(given, options)
-    batch = max(x.ndim - len(item.axes) for _, x, item in given)
+    # The axes of data behind the batch axes have no names, and their dtypes are free.
+    batch = max(len(each.batch) for each in given)
     refuse_others((f"data[{j}]", x) for j, x in enumerate(data))
     others = [Given(f"data[{j}]", x, Item(("",) * (x.ndim - batch), "?")) for j, x in enumerate(data)]
     checked(others, {})
-    outputs = [Output((), Item((), "r").dtype_of(dtype), None)]
-    outputs += [Output(tuple(sizes[axis] for axis in each.item.axes), dtype, each) for each in given]
+    # The task returns the values and one gradient for each input.
+    outputs = [_Output((), Item((), "r").dtype_of(dtype), None)]
+    outputs += [_Output(tuple(sizes[axis] for axis in each.item.axes), dtype, each) for each in given]
     run = partial(_value_and_gradients, rule.name, loss, len(inputs), throw, options)
-    value, *gradients = blockwise(f"{rule.name}_gradient", run, given + others, outputs)
+    value, *gradients = _blockwise(f"{rule.name}_gradient", run, given + others, outputs)
     return value, gradients[0] if len(gradients) == 1 else tuple(gradients)
 
 
 def reduce_blocks(reducer: Reducer, /, *collections: Any, split_every: int = 4) -> Any:
-    """The result of a reducer over the blocks of collections: one update a block, merged in a tree, in order.
+    """The result of a reducer over the blocks of collections: one update per block, merged in a tree, in order.
 
     Parameters
     ----------
     reducer : Reducer
         From `gram_reducer`, `sum_reducer` or `ggn_reducer`.
     *collections : dask.array.Array, or sequence of Delayed
-        What ``reducer.update`` takes, block by block: arrays chunked along one axis and alike, or one Delayed a shard.
+        The arguments of ``reducer.update``, block by block: arrays with the same chunks along one axis, or sequences
+        with one Delayed per shard.
     split_every : int, default 4
-        Up to how many states are merged by one task.
+        The most states that one task merges. More states need more memory in a task and fewer rounds.
 
     Returns
     -------
     result : dask.delayed.Delayed
-        Of ``reducer.finalise``.
+        The result of ``reducer.finalise``.
 
     Raises
     ------
@@ -194,8 +197,8 @@ def reduce_blocks(reducer: Reducer, /, *collections: Any, split_every: int = 4) 
 
     Notes
     -----
-    Where ``reducer.init`` takes the number of the first sample, as that of `ggn_reducer`, it is given. Blocks without
-    samples are left out. The reducer, with the parameters of the network inside, is sent to each worker once.
+    If ``reducer.init`` takes the number of the first sample, as that of `ggn_reducer`, it gets it. Blocks without
+    samples are left out. The reducer, which holds the parameters of a network, is sent to each worker once.
 
     Examples
     --------
@@ -210,57 +213,141 @@ def reduce_blocks(reducer: Reducer, /, *collections: Any, split_every: int = 4) 
     if split_every < 2:
         raise ValueError(f"split_every is {split_every}; a task merges at least 2 states.")
     shards = _shards(collections)
-    held = dask.delayed(SimpleNamespace(**reducer._asdict()), traverse=False)  # a value of its own, not in every task
+    # The reducer is a separate value of the graph: it is not sent with every task.
+    held = dask.delayed(SimpleNamespace(**reducer._asdict()), traverse=False)
     update, merge = dask.delayed(_update), dask.delayed(_merged)
     numbered = "first" in inspect.signature(reducer.init).parameters
     firsts = _firsts(collections, shards) if numbered else [None] * len(shards)
     states = [update(held, first, *shard) for first, shard in zip(firsts, shards, strict=True)]
     while len(states) > 1:
         states = [merge(held, states[i : i + split_every]) for i in range(0, len(states), split_every)]
-    return dask.delayed(_finalised)(held, states[0])
+    return held.finalise(states[0])
+
+
+# --- the graph -------------------------------------------------------------------------------------------------------
+
+
+class _Output(NamedTuple):
+    """A result: the shape of an item, the dtype, and for a cotangent the argument that has its batch axes."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    like: Given | None
+
+
+def _blockwise(
+    name: str, run: Callable[..., Any], given: Sequence[Given], outputs: Sequence[_Output]
+) -> list[da.Array]:
+    """Call `run` on every block, and return one array for each entry of the tuples that it returns.
+
+    One layer of the graph has a task per block, which returns a tuple. Another layer for each result picks an entry of
+    the tuples. Dask can fuse the layers.
+    """
+    lead = max(len(each.batch) for each in given)
+    lengths = [_batch_length(j - lead, given) for j in range(lead)]
+    # Batch axes have the same index in all arrays, except where an array of length one is repeated; Dask then hands
+    # the only block to every task. The axes of an item have an index that no other array has.
+    batch = tuple(f"batch{j}" for j in range(lead))
+    pairs: list[Any] = []
+    for n, each in enumerate(given):
+        repeated = _repeated(each, lengths)
+        index = [f"{n}:{j}" if j in repeated else batch[j] for j in range(lead - len(each.batch), lead)]
+        pairs += [each.array, (*index, *(f"{n}.{a}" for a in range(len(each.item.axes))))]
+    nothing = np.empty((0,) * lead, dtype=object)
+    tuples = da.blockwise(run, batch, *pairs, token=name, dtype=object, meta=nothing)
+
+    arrays = []
+    for place, (shape, dtype, like) in enumerate(outputs):
+        own = tuple(f"own{a}" for a in range(len(shape)))
+        missing = 0 if like is None else lead - len(like.batch)
+        repeated = [] if like is None else _repeated(like, lengths)
+        array = da.blockwise(
+            partial(_entry, place, missing), (*batch, *own), tuples, batch, token=f"{name}-{place}",
+            new_axes=dict(zip(own, shape, strict=True)),
+            adjust_chunks=dict.fromkeys([*batch[:missing], *(batch[j] for j in repeated)], 1),
+            meta=np.empty_like(meta_from_array(given[0].array._meta, ndim=lead + len(own)), dtype=dtype),
+        )  # fmt: skip
+        # The function sums the cotangent of a shared array inside a block; sum it over the blocks too.
+        array = array.sum(axis=tuple(repeated), keepdims=True) if repeated else array
+        arrays.append(array.sum(axis=tuple(range(missing))) if missing else array)
+    return arrays
+
+
+def _batch_length(axis: int, given: Sequence[Given]) -> float:
+    """The common length of a batch axis, which is counted from the last one: -1, -2, ..."""
+    found = {each.name: each.batch[axis] for each in given if len(each.batch) >= -axis and each.batch[axis] != 1}
+    if len({length for length in found.values() if not math.isnan(length)}) > 1:
+        raise ValueError(f"Batch axes do not fit each other: batch axis {axis} has length {found}.")
+    return next(iter(found.values()), 1)
+
+
+def _repeated(each: Given, lengths: Sequence[float]) -> list[int]:
+    """Batch axes in which the array has length one and others do not."""
+    missing = len(lengths) - len(each.batch)
+    return [j for j in range(missing, len(lengths)) if each.batch[j - missing] == 1 != lengths[j]]
+
+
+def _present(nested: Any) -> list[Any]:
+    """The entries of nested tuples that are not ``None``, in order."""
+    return [entry for entry in leaves((nested,)) if entry is not None]
 
 
 # --- on a worker -----------------------------------------------------------------------------------------------------
 
 
+def _entry(place: int, missing: int, result: tuple[Array, ...]) -> Array:
+    """An entry of a block's tuple, with an axis of length one for every batch axis that it lacks."""
+    return result[place][(None,) * missing] if missing else result[place]
+
+
+def _unlisted(block: Any) -> Array:
+    """The array inside the lists that Dask hands over for axes that are not in the result."""
+    while isinstance(block, list):
+        (block,) = block
+    return block
+
+
 def _call(
     function: Callable[..., Any], count: int, given: tuple[int, ...], options: dict[str, Any], *blocks: Any
 ) -> tuple[Array, ...]:
-    """What `map_items` runs on a block."""
-    found = dict(zip(given, map(unlisted, blocks), strict=True))
-    return tuple(leaves(function(*(found.get(i) for i in range(count)), **options)))
+    """The task of `map_items`."""
+    found = dict(zip(given, map(_unlisted, blocks), strict=True))
+    return tuple(_present(function(*(found.get(i) for i in range(count)), **options)))
 
 
 def _value_and_gradients(
     name: str, loss: Callable[..., Any], count: int, throw: bool, options: dict[str, Any], *blocks: Any
 ) -> tuple[Array, ...]:
-    """What `map_gradients` runs on a block."""
-    rule, arrays = RULES[name], [unlisted(block) for block in blocks]
+    """The task of `map_gradients`."""
+    rule, arrays = RULES[name], [_unlisted(block) for block in blocks]
     inputs, data = arrays[:count], arrays[count:]
+    # Run the forward. Outputs that have not converged are NaN.
     forward, vjp = ({**o, "throw": throw} if "throw" in o else o for o in options_of(rule, options))
     result = rule.forward(*inputs, **forward)
     (outputs, saved), info = result if rule.info is not None else (result, None)
     outputs = as_tuple(outputs)
     if info is not None:
         outputs = tuple(nan_where(~spread(info.converged, y), y) for y in outputs)
+    # Run the loss, and check its value against the batch axes of the first output.
     value, bars = loss(*outputs, *data)
     first = items_of(rule)[1][0]
     check_shapes(value=(value, outputs[0].shape[: outputs[0].ndim - len(first.axes)]))
     check_dtypes(value=(value, outputs[0].real.dtype))
-    found = rule.vjp(*as_tuple(bars), *outputs, *saved, *(inputs[i] for i in rule.needs if i < count), **vjp)
-    return value, *as_tuple(found[0] if rule.vjp_info is not None else found)[:count]
+    needed = (inputs[i] for i in rule.needs if i < count)
+    return value, *plain_vjp(rule)(*as_tuple(bars), *outputs, *saved, *needed, **vjp)[:count]
 
 
 # --- reducers --------------------------------------------------------------------------------------------------------
 
 
 def _shards(collections: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """One tuple of Delayed for each block."""
+    """One tuple of Delayed per block, with an entry for each collection."""
     columns, chunks = [], set()
     for i, collection in enumerate(collections):
         if not isinstance(collection, da.Array):
             columns.append(list(collection))
             continue
+        # An array is chunked along one axis at most, and known chunks must agree with those of the others.
         axes = [axis for axis, blocks in enumerate(collection.numblocks) if blocks > 1]
         if len(axes) > 1:
             raise ValueError(f"Collection {i} is chunked along axes {axes}; rechunk it along all but one.")
@@ -293,7 +380,3 @@ def _update(reducer: Any, first: int | None, *shard: Any) -> Any:
 
 def _merged(reducer: Any, states: list[Any]) -> Any:
     return reduce(reducer.merge, states)
-
-
-def _finalised(reducer: Any, state: Any) -> Any:
-    return reducer.finalise(state)

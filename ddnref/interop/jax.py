@@ -1,7 +1,7 @@
 """JAX: ``differentiable(op)`` makes an operation use our VJP instead of JAX's own derivative.
 
-Works with ``jit``, ``vmap`` and ``grad``; second derivatives go reverse over reverse, ``jax.jacrev(jax.grad(f))``.
-JAX's convention for complex gradients is the conjugate of ours; the bridge converts.
+It works with ``jit``, ``vmap`` and ``grad``. Second derivatives need reverse mode twice, ``jax.jacrev(jax.grad(f))``.
+A complex gradient of JAX is the conjugate of ours; the bridge converts.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from ddnref._core.arrays import Array
-from ddnref._rules.contract import WARNING, Bound, Rule, bind, failed, spread
-from ddnref._rules.layout import Layout, flatten, on_arrays, refuse_foreign
+from ddnref._rules.binding import WARNING, Bound, Layout, bind, failed, flatten, on_arrays, refuse_foreign, spread
+from ddnref._rules.contract import Rule
 from ddnref._rules.table import rule_of
-from ddnref.interop._kept import constant, kept
+from ddnref.interop._bridge_cache import cached_by_options, is_constant
 
 
 def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -36,7 +36,7 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     Returns
     -------
     function : callable
-        Takes arrays, returns what the operation returns; gradients follow ``jax.grad``'s convention.
+        Takes arrays and returns the same values as the operation. Gradients follow the convention of ``jax.grad``.
 
     Raises
     ------
@@ -46,9 +46,9 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     Notes
     -----
     Where no gradient exists (a gauge-dependent loss, a singular matrix), that item's gradient is NaN and a warning
-    says why; a second derivative through repeated eigenvalues is NaN too. Forward mode, and so ``jax.hessian``,
-    raises: take ``jax.jacrev(jax.grad(f))``. Calling ``ddnref.eigh`` itself under ``jax.grad`` would use JAX's
-    derivative of ``jnp.linalg.eigh``, which is NaN or wrong there.
+    says why. A second derivative through repeated eigenvalues is NaN too. Forward mode raises, and so does
+    ``jax.hessian``; use ``jax.jacrev(jax.grad(f))``. Calling ``ddnref.eigh`` itself under ``jax.grad`` would use
+    JAX's derivative of ``jnp.linalg.eigh``, which is NaN or wrong at repeated eigenvalues.
 
     Examples
     --------
@@ -61,15 +61,24 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     return _bridge(rule_of(operation), options)
 
 
-@kept
+@cached_by_options
 def _bridge(rule: Rule, options: dict[str, Any]) -> Callable[..., Any]:
-    bound = bind(rule, options, jax.lax.while_loop, _again(rule) if rule.recursive else None)
-    operate = lru_cache(maxsize=16)(partial(_operation, rule, bound, all(map(constant, options.values()))))
+    def solve(*inputs: Any, **others: Any) -> Any:
+        return _bridge(rule, others)(*inputs)
+
+    # A VJP that solves its own systems solves them with this bridge, and so it can be differentiated again.
+    bound = bind(rule, options, jax.lax.while_loop, solve if rule.recursive else None)
+    operate = lru_cache(maxsize=16)(partial(_operation, rule, bound, all(map(is_constant, options.values()))))
 
     def function(*inputs: Array) -> Any:
         layout, arrays = flatten(inputs)
         if not all(isinstance(x, jax.Array) for x in arrays):
-            refuse_foreign(rule, inputs, _is_array, "an array of JAX or NumPy")
+            # JAX's constants may be NumPy arrays, or of a private type.
+            own = jax.Array | np.ndarray | np.generic
+            refuse_foreign(
+                rule, inputs, lambda x: isinstance(x, own) or type(x).__module__.startswith("jax."),
+                "an array of JAX or NumPy",
+            )  # fmt: skip
             arrays = tuple(map(jnp.asarray, arrays))
         outputs, _, info = operate(layout)(*arrays)
         return bound.result(outputs, info)
@@ -79,29 +88,23 @@ def _bridge(rule: Rule, options: dict[str, Any]) -> Callable[..., Any]:
     return function
 
 
-def _is_array(x: Any) -> bool:
-    """Also constants, which JAX hands on as NumPy's or in a type of its own."""
-    return isinstance(x, jax.Array | np.ndarray | np.generic) or type(x).__module__.startswith("jax.")
-
-
-def _again(rule: Rule) -> Callable[..., Any]:
-    """The operation made differentiable, for a VJP that solves its own systems with it."""
-
-    def solve(*inputs: Any, **options: Any) -> Any:
-        return _bridge(rule, options)(*inputs)
-
-    return solve
-
-
 def _operation(
     rule: Rule, bound: Bound, is_constant: bool, layout: Layout
 ) -> Callable[..., tuple[tuple[Array, ...], ...]]:
-    """Outputs, saved arrays and status as a function of arrays, with our VJP; compiled where no option can change."""
+    """A function of the arrays of a layout, with our VJP, that returns outputs, saved arrays and status."""
     own = on_arrays(bound, rule, layout)
+    # Compile each step where no option can change.
     compiled = _compiled if is_constant and layout.plain else lambda function: function
-    forward, reverse = compiled(own.forward), compiled(_conjugate(own.reverse, sum(layout.counts)))
-    first_order = _first_order(own.undefined)
-    needs = layout.places(rule.needs)
+    forward, first_order = compiled(own.forward), _first_order(own.undefined)
+    needs, count = layout.places(rule.needs), sum(layout.counts)
+
+    # The VJP in JAX's convention, and whether any gradient is NaN.
+    @compiled
+    def reverse(bars: tuple[Array | None, ...], arrays: tuple[Array, ...]) -> tuple[tuple[Array | None, ...], Any]:
+        bars = tuple(None if bar is None else jnp.conj(bar) for bar in bars)
+        gradients = tuple(None if g is None else jnp.conj(g) for g in own.reverse(bars, arrays)[:count])
+        flags = [jnp.any(failed(g)) for g in gradients if g is not None]
+        return gradients, reduce(jnp.logical_or, flags) if flags else None
 
     @jax.custom_vjp
     def operate(*inputs: Array) -> tuple[tuple[Array, ...], ...]:
@@ -109,6 +112,7 @@ def _operation(
 
     def operate_fwd(*inputs: Any) -> tuple[tuple[tuple[Array, ...], ...], tuple[tuple[Array, ...], tuple[Array, ...]]]:
         values = tuple(primal.value for primal in inputs)
+        # Traced values are differentiated once more, which must find our VJP; others can skip JAX's tracing.
         outputs, saved, info = (operate if _traced(values) else forward)(*values)
         return (outputs, saved, info), ((*outputs, *saved), values)
 
@@ -117,39 +121,29 @@ def _operation(
     ) -> tuple[Array | None, ...]:
         results, inputs = residuals
         arrays = *results, *(inputs[i] for i in needs)
+        # Cotangents that are symbolically zero are absent, so that the VJP does not compute with them.
         used = tuple(None if isinstance(bar, SymbolicZero) else bar for bar in (*bars[0], *bars[1]))
         gradients, flag = reverse(used, arrays)
-        if not gradients:
+        if not gradients:  # no cotangent was given
             return tuple(None for _ in inputs)
         _warn(flag)
+        # A second derivative can only follow under a trace.
         if not _traced((*gradients, *arrays)):
             return gradients  # type: ignore[no-any-return]
         return tuple(None if g is None else first_order(g, *arrays) for g in gradients)
 
-    operate.defvjp(operate_fwd, operate_bwd, symbolic_zeros=True)
+    operate.defvjp(operate_fwd, operate_bwd, symbolic_zeros=True)  # or absent cotangents would be arrays of zeros
     return operate  # type: ignore[no-any-return]
 
 
-def _conjugate(reverse: Callable[..., Any], count: int) -> Callable[..., Any]:
-    """The VJP in JAX's convention, of so many arrays; and whether any gradient is NaN."""
-
-    def conjugate(bars: tuple[Array | None, ...], arrays: tuple[Array, ...]) -> tuple[tuple[Array | None, ...], Any]:
-        bars = tuple(None if bar is None else jnp.conj(bar) for bar in bars)
-        gradients = tuple(None if g is None else jnp.conj(g) for g in reverse(bars, arrays)[:count])
-        flags = [jnp.any(failed(g)) for g in gradients if g is not None]
-        return gradients, reduce(jnp.logical_or, flags) if flags else None
-
-    return conjugate
-
-
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``jax.jit``, unless the function looks at values, as ``check_finite=True`` does."""
+    """``jax.jit`` of a function, or the function itself if it reads values, as with ``check_finite=True``."""
     jitted = jax.jit(function, inline=True)
 
     def call(*arrays: Any) -> Any:
         try:
             return jitted(*arrays)
-        except jax.errors.JAXTypeError:
+        except jax.errors.JAXTypeError:  # it asked a tracer for its value
             return function(*arrays)
 
     return call
@@ -160,7 +154,7 @@ def _traced(arrays: tuple[Array | None, ...]) -> bool:
 
 
 def _first_order(undefined: Callable[..., Array] | None) -> Callable[..., Array]:
-    """Identity on a gradient; its own derivative is NaN where that would be wrong."""
+    """An identity on gradients whose own derivative is NaN for items where it would be wrong."""
     if undefined is None:
         return lambda x_bar, *arrays: x_bar  # noqa: ARG005
 
@@ -178,7 +172,7 @@ def _first_order(undefined: Callable[..., Array] | None) -> Callable[..., Array]
 
 
 def _warn(flag: Array) -> None:
-    """Warn where the flag is set: now where it lies on a CPU, else from the device's own stream."""
+    """Warn if the flag is set: at once if it is on a CPU, else from the stream of its device, without waiting."""
     if isinstance(flag, jax.core.Tracer):
         _warn_in_stream(flag)
     elif flag.is_fully_addressable and all(device.platform == "cpu" for device in flag.devices()):

@@ -166,7 +166,7 @@ def _step(system: System, state: _State, go: Array) -> _State:
 
 
 def _divisor(go: Array, status: Array, value: Array, smallest: Array) -> tuple[Array, Array]:
-    """Where a step may divide by `value`, and the status where it may not."""
+    """Return where a step may divide by `value`, and the status where it may not."""
     size = namespace_of(value).abs(value)
     small = go & (size <= smallest)  # a restart may help
     wild = go & ~small & ~(size < float("inf"))

@@ -307,7 +307,7 @@ ADVICE = {
         "symmetric positive definite",
     ),
 }
-"""For each failure the event and its most likely cause."""
+"""The event behind each failure, and its most likely cause."""
 
 
 def raise_if_failed(function: str, info: Any, options: LoopOptions) -> None:

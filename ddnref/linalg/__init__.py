@@ -1,43 +1,9 @@
 """Decompositions, functions of matrices and linear systems, each with its derivatives."""
 
-from ddnref._core.loops import (
-    IterationInfo,
-)
-from ddnref.linalg._eigh import (
-    eigh,
-    eigh_vjp,
-    gauge_residual,
-)
-from ddnref.linalg._eigsh import (
-    EigshInfo,
-    eigsh,
-    eigsh_fwd,
-)
-from ddnref.linalg._eigsh_vjp import (
-    EigshVjpInfo,
-    eigsh_vjp,
-)
+from ddnref._core.loops import IterationInfo
+from ddnref.linalg._eigh import eigh, eigh_topk, eigh_topk_fwd, eigh_topk_vjp, eigh_vjp, gauge_residual
+from ddnref.linalg._eigsh import EigshInfo, EigshVjpInfo, eigsh, eigsh_fwd, eigsh_vjp
 from ddnref.linalg._functions import (
-    spectral_function,
-    spectral_function_fwd,
-    spectral_function_vjp,
-)
-from ddnref.linalg._iteration_vjp import (
-    power_iteration_vjp,
-    simultaneous_iteration_vjp,
-)
-from ddnref.linalg._iterations import (
-    power_iteration,
-    simultaneous_iteration,
-)
-from ddnref.linalg._linear_solve import (
-    linear_solve,
-    linear_solve_vjp,
-)
-from ddnref.linalg._linear_solve_jvp import (
-    linear_solve_jvp,
-)
-from ddnref.linalg._matrix_functions import (
     expm,
     expm_fwd,
     expm_vjp,
@@ -47,29 +13,23 @@ from ddnref.linalg._matrix_functions import (
     logm,
     logm_fwd,
     logm_vjp,
+    spectral_function,
+    spectral_function_fwd,
+    spectral_function_vjp,
     sqrtm,
     sqrtm_fwd,
     sqrtm_vjp,
 )
-from ddnref.linalg._pairs import (
-    align_signs,
-    eigen_residual,
-    fixed_point_residual,
+from ddnref.linalg._iterations import (
+    power_iteration,
+    power_iteration_vjp,
+    simultaneous_iteration,
+    simultaneous_iteration_vjp,
 )
-from ddnref.linalg._qr import (
-    qr,
-    qr_vjp,
-)
-from ddnref.linalg._solve import (
-    solve,
-    solve_fwd,
-    solve_vjp,
-)
-from ddnref.linalg._topk import (
-    eigh_topk,
-    eigh_topk_fwd,
-    eigh_topk_vjp,
-)
+from ddnref.linalg._linear_solve import linear_solve, linear_solve_jvp, linear_solve_vjp
+from ddnref.linalg._qr import qr, qr_vjp
+from ddnref.linalg._residuals import align_signs, eigen_residual, fixed_point_residual
+from ddnref.linalg._solve import solve, solve_fwd, solve_vjp
 
 __all__ = [
     "EigshInfo",

@@ -8,11 +8,10 @@ Hermitian matrix that has the lower triangle of M and the real part of its diago
 
 from __future__ import annotations
 
-import array_api_compat
-
-from ddnref._core.arrays import Array, conj, eps, is_true, namespace, nan_where, refuse_recording
-from ddnref._core.checks import check_dtypes, check_shapes
-from ddnref._kernels.dense import adjoint, identity, solve
+from ddnref._core.arrays import Array, adjoint, conj, is_true, namespace, nan_where, refuse_recording
+from ddnref._core.checks import conform
+from ddnref._kernels import singularity
+from ddnref._kernels.dense import identity, solve
 from ddnref._kernels.dense import qr as _qr
 from ddnref._kernels.public import public
 from ddnref.errors import SingularError
@@ -59,8 +58,10 @@ def qr(a: Array, /) -> tuple[Array, Array]:
     refuse_recording("qr", a)
     if a.ndim < 2 or a.shape[-2] < a.shape[-1]:
         raise ValueError(f"a has shape {tuple(a.shape)}, expected (..., m, n) with m >= n: pass its adjoint.")
+    # Items that are not finite are replaced, and come out as NaN.
     finite = xp.all(xp.isfinite(a), axis=(-2, -1), keepdims=True)
     q, r = _qr(xp.where(finite, a, xp.ones_like(a)))
+    # Turn each column of Q so that the diagonal of R is not negative.
     diagonal = xp.linalg.diagonal(r)
     size = xp.abs(diagonal)
     one = xp.ones_like(diagonal)
@@ -78,7 +79,7 @@ def qr_vjp(q_bar: Array | None, r_bar: Array | None, q: Array, r: Array, /, *, t
     ----------
     q_bar : (..., m, n) array or None
     r_bar : (..., n, n) array or None
-        Only its upper triangle is used: the rest of R is zero whatever the matrix is.
+        Only its upper triangle is used, because the rest of R is zero whatever the matrix is.
     q, r
         The outputs of `qr`.
     throw : bool, default True
@@ -91,7 +92,7 @@ def qr_vjp(q_bar: Array | None, r_bar: Array | None, q: Array, r: Array, /, *, t
     Raises
     ------
     SingularError
-        The columns of `a` are linearly dependent to working precision: Q is not determined by it.
+        The columns of `a` are linearly dependent to working precision, so that they do not determine Q.
     TypeError, ValueError
         Mixed libraries, devices or dtypes; shapes that do not fit.
 
@@ -117,35 +118,25 @@ def qr_vjp(q_bar: Array | None, r_bar: Array | None, q: Array, r: Array, /, *, t
     array([[-0.6],
            [ 0.8]])
     """
-    xp = namespace(q_bar=q_bar, r_bar=r_bar, q=q, r=r)
     if q_bar is None and r_bar is None:
         raise TypeError("q_bar and r_bar are both None: there is nothing to differentiate.")
-    check_dtypes(q_bar=(q_bar, q.dtype), r_bar=(r_bar, q.dtype), r=(r, q.dtype))
-    if q.ndim < 2:
-        raise ValueError(f"q has shape {tuple(q.shape)}, expected (..., m, n).")
-    n = q.shape[-1]
-    check_shapes(q_bar=(q_bar, q.shape), r_bar=(r_bar, r.shape), r=(r, (*q.shape[:-2], n, n)))
+    xp, _, sizes = conform("(m,n),(n,n),(m,n),(n,n)", q=q, r=r, q_bar=q_bar, r_bar=r_bar)
+    n = sizes["n"]
     q_bar = xp.zeros_like(q) if q_bar is None else q_bar
-    m_ = -adjoint(q_bar) @ q
+    m_ = -adjoint(q_bar) @ q  # M = R R̄ᴴ − Q̄ᴴ Q
     if r_bar is not None:
         m_ = m_ + r @ adjoint(xp.triu(r_bar))
-    total = q_bar + q @ _copyltu(m_)
+    # copyltu(M): the lower triangle mirrored, the real part of the diagonal.
+    lower, diagonal = xp.tril(m_, k=-1), m_ * identity(n, m_)
+    total = q_bar + q @ (lower + adjoint(lower) + (diagonal + adjoint(diagonal)) / 2)
     a_bar = adjoint(solve(r, adjoint(total)))
     if n == 0:
         return a_bar
-    size = xp.abs(xp.linalg.diagonal(r))
-    singular = ~(xp.min(size, axis=-1) > n * eps(xp, q.dtype) * xp.max(size, axis=-1))
+    # Q is not determined where a diagonal entry of R is no more than rounding.
+    singular = singularity.diagonal(r)
     if throw and is_true(xp.any(singular)):
         raise SingularError(
             "R is singular to working precision, so the columns of the matrix are linearly dependent and Q is not "
             "determined by it. Drop dependent columns, or pass throw=False to get NaN for these items."
         )
     return nan_where(singular[..., None, None], a_bar)
-
-
-def _copyltu(m_: Array) -> Array:
-    """The Hermitian matrix with the lower triangle of M, the real part of its diagonal on the diagonal."""
-    xp = array_api_compat.array_namespace(m_)
-    lower = xp.tril(m_, k=-1)
-    diagonal = m_ * identity(m_.shape[-1], m_)
-    return lower + adjoint(lower) + (diagonal + adjoint(diagonal)) / 2

@@ -43,7 +43,8 @@ class Activation(NamedTuple):
 
 
 def jet(activation: Activation, z: Array, order: int) -> Jet:
-    """φ and its derivatives up to `order`; those beyond it are ``None`` too."""
+    """Return φ and its derivatives up to `order`; higher ones are ``None``."""
+    # One call for all orders, where they share work.
     if activation.jet is not None:
         return activation.jet(z, order)
     y = activation.value(z)
@@ -51,7 +52,7 @@ def jet(activation: Activation, z: Array, order: int) -> Jet:
 
 
 def resolve(activation: str | Activation) -> Activation:
-    """An activation by its name, or the triple that was given."""
+    """Return an activation by its name, or the triple that was given."""
     if isinstance(activation, Activation):
         return activation
     if isinstance(activation, str) and activation in ACTIVATIONS:
@@ -61,7 +62,7 @@ def resolve(activation: str | Activation) -> Activation:
 
 
 def from_jet(jet: Callable[[Array, int], Jet]) -> Activation:
-    """The triple whose work is shared in `jet`."""
+    """Make an `Activation` whose three functions share the work of one `jet`."""
 
     def slope(z: Array) -> Array:
         d = jet(z, 1)[1]
@@ -82,15 +83,16 @@ def _identity(z: Array, order: int) -> Jet:
 
 
 def _relu(z: Array, order: int) -> Jet:
-    """max(z, 0); 0 at the kink, as in PyTorch."""
+    """Return max(z, 0), with derivative 0 at the kink as in PyTorch."""
     xp = array_api_compat.array_namespace(z)
+    # The first condition alone would turn NaN into zero.
     positive = z > 0
     y = xp.where(positive | xp.isnan(z), z, xp.zeros_like(z))
     return y, xp.astype(positive, z.dtype) if order else None, None
 
 
 def leaky_relu(negative_slope: float) -> Activation:
-    """``z`` above zero, ``negative_slope · z`` elsewhere."""
+    """Return ``z`` above zero and ``negative_slope · z`` elsewhere."""
 
     def jet(z: Array, order: int) -> Jet:
         xp = array_api_compat.array_namespace(z)
@@ -105,13 +107,15 @@ def _tanh(z: Array, order: int) -> Jet:
     y = xp.tanh(z)
     if not order:
         return y, None, None
+    # tanh' = 1 − tanh², tanh'' = −2 tanh tanh'.
     slope = 1 - y * y
     return y, slope, -2 * y * slope if order > 1 else None
 
 
 def sigmoid(z: Array, order: int) -> Jet:
-    """``1 / (1 + e^(−z))``, its derivatives relatively accurate in both tails."""
+    """Return ``1 / (1 + e^(−z))`` with derivatives that are relatively accurate in both tails."""
     xp = array_api_compat.array_namespace(z)
+    # e never overflows, and each tail is a quotient of positive numbers.
     e = xp.exp(-xp.abs(z))
     inverse = 1 / (1 + e)
     y = xp.where(z >= 0, inverse, e * inverse)
@@ -123,13 +127,15 @@ def sigmoid(z: Array, order: int) -> Jet:
 
 def _softplus(z: Array, order: int) -> Jet:
     xp = array_api_compat.array_namespace(z)
+    # log(1 + e^z) = max(z, 0) + log(1 + e^−|z|), whose slope is the sigmoid.
     y = xp.where(z > 0, z, xp.zeros_like(z)) + xp.log1p(xp.exp(-xp.abs(z)))
     return (y, *sigmoid(z, order - 1)[:2]) if order else (y, None, None)
 
 
 def _gelu(z: Array, order: int) -> Jet:
-    """``z Φ(z)`` with the normal distribution Φ and its density."""
+    """Return ``z Φ(z)`` with the normal distribution Φ and its density."""
     xp = array_api_compat.array_namespace(z)
+    # φ(z) = z Φ(z), φ' = Φ + z Φ', φ'' = (2 − z²) Φ'.
     cdf = (1 + erf(z * math.sqrt(0.5))) / 2
     if not order:
         return z * cdf, None, None
@@ -138,11 +144,12 @@ def _gelu(z: Array, order: int) -> Jet:
 
 
 def _gelu_tanh(z: Array, order: int) -> Jet:
-    """``z (1 + tanh g) / 2 = z σ(2 g)`` with ``g = √(2/π) (z + 0.044715 z³)``: the sigmoid keeps the tail's digits."""
+    """Return ``z (1 + tanh g) / 2 = z σ(2 g)`` with ``g = √(2/π) (z + 0.044715 z³)``; σ keeps the tail's digits."""
     c = 2 * math.sqrt(2 / math.pi)
     s, s1, s2 = sigmoid(c * z * (1 + 0.044715 * z * z), order)
     if s1 is None:
         return z * s, None, None
+    # The chain rule through 2 g(z): g1 is its first derivative, 6 · 0.044715 c z its second.
     g1 = c * (1 + 3 * 0.044715 * z * z)
     slope = s + z * s1 * g1
     if s2 is None:

@@ -1,4 +1,4 @@
-"""Chains of layers under a loss: gradient, Hessian-vector and Gauss–Newton-vector products, all written out.
+"""Chains of layers under a loss, with gradients, Hessian-vector and Gauss–Newton-vector products written out.
 
 With the outputs ``y(θ)``, ``J = ∂y/∂θ`` and the loss ``Σ_n ℓ(y_n)`` (times 1/N for the mean):
 
@@ -9,23 +9,25 @@ With the outputs ``y(θ)``, ``J = ∂y/∂θ`` and the loss ``Σ_n ℓ(y_n)`` (t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Self
 
 import array_api_compat
+import numpy as np
 
 from ddnref._core.arrays import Array, namespace
 from ddnref._core.checks import check_dtypes, check_real
 from ddnref._kernels.public import public
-from ddnref.networks import _checks, _construct, _from_torch, _losses
-from ddnref.networks import _protocol as _sweeps
+from ddnref.networks import _checks, _from_torch, _losses, _protocol
 from ddnref.networks._activations import Activation
+from ddnref.networks._layers import Dense
 from ddnref.networks._losses import Loss
 from ddnref.networks._protocol import AnyLayer, LayerDerivatives, Params
 
 
 class Chain:
-    r"""Layers under a loss, with every derivative of it written out.
+    r"""Layers under a loss, with all its derivatives written out.
 
     Parameters
     ----------
@@ -35,7 +37,7 @@ class Chain:
         ``"cross_entropy"`` of class indices ``(N,)`` or of weights ``(N, C)``, ``"mse"`` or ``"bce"`` (of logits) of
         targets ``(N, C)``, or functions of your own.
     reduction : {"mean", "sum"}
-        Over the samples; for ``"mse"`` and ``"bce"`` over the C outputs too, as PyTorch does it.
+        Over the samples, and for ``"mse"`` and ``"bce"`` over the C outputs too, as in PyTorch.
 
     Attributes
     ----------
@@ -64,9 +66,9 @@ class Chain:
     .. math:: g = J^T \nabla\ell, \qquad G v = J^T \nabla^2\ell\, J v, \qquad
               H v = G v + \left(\tfrac{d}{d\tau} J(\theta + \tau v)\right)^T \nabla\ell .
 
-    Nothing is recorded or cached: each call runs forward. In products with the weights, for a deep network, the loss
-    costs 1 a layer, the gradient 3, `ggnvp` 5 and `hvp` 9; several vectors at once share the first pass. Memory: what
-    each layer saves, input, pre-activation and one or two derivatives of the activation.
+    Nothing is recorded or cached: each call runs forward. Counted in products with the weights, the loss of a
+    deep network costs 1 per layer, the gradient 3, `ggnvp` 5 and `hvp` 9; several vectors share the first pass. Each
+    layer keeps its input, pre-activation, and one or two derivatives of the activation in memory.
 
     A sample whose values are NaN leaves the others' outputs and gradients alone, as do targets out of range with
     ``throw=False``, which reads no value on the host and is what ``jax.jit`` needs. A kink counts as smooth: the
@@ -88,6 +90,7 @@ class Chain:
     """
 
     def __init__(self, layers: Sequence[AnyLayer], loss: str | Loss, reduction: str = "mean") -> None:
+        # Every array must come from one library, device and dtype, constants of frozen layers included.
         self.layers = tuple(layers)
         self.criterion = _losses.resolve(loss, reduction)
         self.reduction = reduction
@@ -101,15 +104,16 @@ class Chain:
         check_real(**names)
         check_dtypes(**{name: (array, names["params[0]"].dtype) for name, array in names.items()})
         _checks.refuse_recorded(names)
-        _sweeps.output_shape(self.layers, None)
+        # Shapes that are known without an input must fit from layer to layer.
+        _protocol.output_shape(self.layers, None)
 
     @property
     def params(self) -> list[Array]:
-        """The arrays of all layers, a new list at each call."""
-        return _sweeps.joined(self._parts)
+        """The arrays of all layers, as a new list on each call."""
+        return _protocol.joined(self._parts)
 
     def with_params(self, params: Sequence[Array]) -> Self:
-        """The same chain with other arrays.
+        """Return the same chain with other arrays.
 
         Parameters
         ----------
@@ -127,23 +131,23 @@ class Chain:
         return type(self)(layers, self.criterion, self.reduction)
 
     def split(self, params: Sequence[Array]) -> list[Params]:
-        """A list like `params` as one tuple for each layer."""
-        return _sweeps.split(self.layers, params)
+        """Split a list like `params` into one tuple for each layer."""
+        return _protocol.split(self.layers, params)
 
     def scale(self, n: int) -> float:
-        """What the sum over n samples is multiplied by: 1/n for the mean, 1 for the sum."""
+        """Return the factor of the sum over n samples: 1/n for the mean, 1 for the sum."""
         return 1 / n if self.reduction == "mean" else 1.0
 
     # --- values ---------------------------------------------------------------------------------------------------
 
     def forward(self, x: Array, order: int = 2) -> tuple[Array, list[Any]]:
-        """Outputs ``(N, C)``, and what derivatives up to `order` (of the activations: 0, 1 or 2) need of each layer."""
+        """Return outputs ``(N, C)``, and what each layer saves for derivatives up to `order` (0, 1 or 2)."""
         _checks.inputs(self.layers, x, next(part[0] for part in self._parts if part))
-        return _sweeps.forward(self.layers, self._parts, x, order)
+        return _protocol.forward(self.layers, self._parts, x, order)
 
     @public
     def output(self, x: Array) -> Array:
-        """Outputs of the last layer.
+        """Return the outputs of the last layer.
 
         Parameters
         ----------
@@ -158,7 +162,7 @@ class Chain:
 
     @public
     def loss(self, x: Array, t: Array, *, throw: bool = True) -> Array:
-        """The loss.
+        """Return the loss.
 
         Parameters
         ----------
@@ -183,7 +187,7 @@ class Chain:
 
     @public
     def gradient(self, x: Array, t: Array, *, throw: bool = True) -> list[Array]:
-        """The gradient of the loss.
+        """Return the gradient of the loss.
 
         Parameters
         ----------
@@ -198,18 +202,18 @@ class Chain:
 
     @public
     def loss_and_gradient(self, x: Array, t: Array, *, throw: bool = True) -> tuple[Array, list[Array]]:
-        """The loss and its gradient, as `loss` and `gradient` return them, from one pass."""
+        """Return the loss and its gradient from one pass."""
         (y, bad), gradient = self._gradient(x, t, throw)
         return self._loss(y, t, bad), gradient
 
     def _gradient(self, x: Array, t: Array, throw: bool) -> tuple[tuple[Array, Array | None], list[Array]]:
         y, saved, y_bar, bad = self._reverse(x, t, 1, throw)
-        bars, _ = _sweeps.vjp(self.layers, self._parts, saved, y_bar, wrt="params")
-        return (y, bad), _sweeps.joined(bars)
+        bars, _ = _protocol.vjp(self.layers, self._parts, saved, y_bar, wrt="params")
+        return (y, bad), _protocol.joined(bars)
 
     @public
     def per_sample_gradients(self, x: Array, t: Array, *, throw: bool = True) -> list[Array]:
-        """The gradient of every sample's own loss; `gradient` is their mean or sum.
+        """Return the gradient of each sample's own loss; `gradient` is their mean or sum.
 
         Parameters
         ----------
@@ -221,12 +225,13 @@ class Chain:
         gradients : list of arrays ``(N, *shape)``
         """
         y, saved, y_bar, _ = self._reverse(x, t, 1, throw)
+        # The loss of one sample carries no factor of the mean.
         y_bar = y_bar / self.scale(y.shape[0])
-        return _sweeps.joined(_sweeps.vjp(self.layers, self._parts, saved, y_bar, wrt="params", per_sample=True)[0])
+        return _protocol.joined(_protocol.vjp(self.layers, self._parts, saved, y_bar, wrt="params", per_sample=True)[0])
 
     @public
     def layer_derivatives(self, x: Array, t: Array, *, throw: bool = True) -> tuple[LayerDerivatives, ...]:
-        """What every layer sees of the derivatives of the loss.
+        """Return the inputs, outputs and derivatives of the loss at each layer.
 
         Parameters
         ----------
@@ -240,13 +245,13 @@ class Chain:
             derivative of the loss with respect to that; `inner`, the records inside a `Residual`. All ``(N, ...)``.
         """
         _, saved, y_bar, _ = self._reverse(x, t, 1, throw)
-        return _sweeps.derivatives(self.layers, self._parts, saved, y_bar)
+        return _protocol.derivatives(self.layers, self._parts, saved, y_bar)
 
     # --- second order ---------------------------------------------------------------------------------------------
 
     @public
     def hvp(self, x: Array, t: Array, v: Sequence[Array], *, throw: bool = True) -> list[Array]:
-        """Product of the Hessian of the loss with one or several vectors.
+        """Multiply the Hessian of the loss with one or several vectors.
 
         Parameters
         ----------
@@ -262,15 +267,17 @@ class Chain:
         v = list(v)
         _checks.like_params("v", v, self.params, leading=True)
         y, saved, y_bar, bad = self._reverse(x, t, 2, throw)
+        # Tangent forward: ẏ = J v.
         parts, v_parts = self._parts, self.split(v)
-        y_dot, saved_dot = _sweeps.forward_dot(self.layers, parts, saved, v_parts)
+        y_dot, saved_dot = _protocol.forward_dot(self.layers, parts, saved, v_parts)
         y_bar_dot = self._curved(y, t, y_dot, bad)
-        dots = _sweeps.vjp_dot(self.layers, parts, saved, y_bar, v_parts, saved_dot, y_bar_dot, wrt="params")
-        return _sweeps.joined(dots[0])
+        # Tangent of the backward pass: d(Jᵀ ∇ℓ) along v.
+        dots = _protocol.vjp_dot(self.layers, parts, saved, y_bar, v_parts, saved_dot, y_bar_dot, wrt="params")
+        return _protocol.joined(dots[0])
 
     @public
     def ggnvp(self, x: Array, t: Array, v: Sequence[Array], *, throw: bool = True) -> list[Array]:
-        """Product of the generalised Gauss–Newton matrix with one or several vectors.
+        """Multiply the generalised Gauss–Newton matrix with one or several vectors.
 
         Parameters
         ----------
@@ -286,18 +293,19 @@ class Chain:
         y, saved = self.forward(x, 1)
         bad = _checks.bad_targets(self.criterion, self.reduction, y, t, throw)
         parts = self._parts
-        y_dot, _ = _sweeps.forward_dot(self.layers, parts, saved, self.split(v))
-        bars, _ = _sweeps.vjp(self.layers, parts, saved, self._curved(y, t, y_dot, bad), wrt="params")
-        return _sweeps.joined(bars)
+        # G v = Jᵀ ∇²ℓ J v: tangent forward, Hessian of the loss, backward.
+        y_dot, _ = _protocol.forward_dot(self.layers, parts, saved, self.split(v))
+        bars, _ = _protocol.vjp(self.layers, parts, saved, self._curved(y, t, y_dot, bad), wrt="params")
+        return _protocol.joined(bars)
 
     def _reverse(self, x: Array, t: Array, order: int, throw: bool) -> tuple[Array, list[Any], Array, Array | None]:
-        """Outputs, what was saved, the loss's derivative by the outputs, and which samples have bad targets."""
+        """Return outputs, saved values, the cotangent of the outputs, and which samples have bad targets."""
         y, saved = self.forward(x, order)
         bad = _checks.bad_targets(self.criterion, self.reduction, y, t, throw)
         return y, saved, self.scale(y.shape[0]) * _checks.marked(self.criterion.gradient(y, t), bad), bad
 
     def _curved(self, y: Array, t: Array, y_dot: Array | None, bad: Array | None) -> Array:
-        """``∇²ℓ ẏ`` with the factor of the mean."""
+        """Return ``∇²ℓ ẏ`` with the factor of the reduction."""
         product = _losses.hessian_product(self.criterion, y, t, y_dot)
         return self.scale(y.shape[0]) * _checks.marked(product, bad)
 
@@ -324,11 +332,11 @@ class Chain:
         Parameters
         ----------
         inputs, hidden, outputs : int
-            Widths: of the input, of every hidden layer, of the output.
+            Widths of the input, of every hidden layer and of the output.
         layers : int
             How many weight matrices; one is a linear model.
         activation : str or Activation
-            Of all layers but the last, which has none.
+            The activation of all layers but the last, which has none.
         loss, reduction
             As in `Chain`.
         bias : bool
@@ -351,7 +359,20 @@ class Chain:
         >>> [p.shape for p in chain.params]
         [(5, 7), (5,), (5, 5), (5,), (3, 5), (3,)]
         """
-        dense = _construct.mlp(inputs, hidden, outputs, layers, activation, bias, gain, seed, like)
+        for name, value in {"inputs": inputs, "hidden": hidden, "outputs": outputs, "layers": layers}.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1.")
+        like = np.zeros(()) if like is None else like
+        xp, device = array_api_compat.array_namespace(like), array_api_compat.device(like)
+        # NumPy draws the weights, so that a seed means the same for every library.
+        rng = np.random.default_rng(seed)
+        widths = [inputs, *[hidden] * (layers - 1), outputs]
+        dense = []
+        for i in range(layers):
+            draw = gain / math.sqrt(widths[i]) * rng.standard_normal((widths[i + 1], widths[i]))
+            weight = xp.asarray(draw, dtype=like.dtype, device=device)
+            zero = xp.zeros((widths[i + 1],), dtype=like.dtype, device=device) if bias else None
+            dense.append(Dense(weight, zero, activation if i < layers - 1 else "identity"))
         return cls(dense, loss, reduction)
 
     @classmethod
@@ -370,7 +391,7 @@ class Chain:
         arrays : sequence of arrays
             Weights ``(a_out, a_in)``; a vector is the bias of the matrix before it. Shared, not copied.
         activation : str or Activation
-            Of all layers but the last, which has none.
+            The activation of all layers but the last, which has none.
         loss, reduction
             As in `Chain`.
 
@@ -378,7 +399,26 @@ class Chain:
         -------
         chain : Chain
         """
-        return cls(_construct.from_arrays(arrays, activation), loss, reduction)
+        # Group each weight with the bias that follows it, if any.
+        pairs: list[list[Array]] = []
+        for i, array in enumerate(arrays):
+            if getattr(array, "ndim", None) == 2:
+                pairs.append([array])
+            elif getattr(array, "ndim", None) == 1 and pairs and len(pairs[-1]) == 1:
+                pairs[-1].append(array)
+            else:
+                raise ValueError(
+                    f"arrays[{i}] has shape {tuple(getattr(array, 'shape', ()))}; expected weights (a_out, a_in), each "
+                    "followed by its bias (a_out,) or by none."
+                )
+        if not pairs:
+            raise ValueError("arrays is empty: expected weights (a_out, a_in) and biases (a_out,).")
+        last = len(pairs) - 1
+        dense = [
+            Dense(pair[0], pair[1] if len(pair) > 1 else None, activation if i < last else "identity")
+            for i, pair in enumerate(pairs)
+        ]
+        return cls(dense, loss, reduction)
 
     @classmethod
     def from_torch(cls, module: Any, *, loss: Any = "cross_entropy", reduction: str | None = None) -> Self:

@@ -1,4 +1,4 @@
-"""Convolution of images as a product with their patches, cut out by one slice for each position of the kernel.
+"""Convolution of images as a product with their patches, which one slice per position of the kernel cuts out.
 
 The transposed map ``Wᵀ δ`` is such a convolution too: of δ, with ``stride − 1`` zeros between its entries and a margin
 of zeros, by the kernel turned around.
@@ -66,7 +66,7 @@ class Conv2d(Affine):
         object.__setattr__(self, "margin", _pair("padding", self.padding, 0))
 
     def output_shape(self, shape: Shape | None) -> Shape | None:
-        """``(c_out, rows, columns)``."""
+        """Return ``(c_out, rows, columns)``."""
         if shape is None:
             return None
         c_in, kernel = self.weight.shape[1], tuple(self.weight.shape[2:])
@@ -78,37 +78,42 @@ class Conv2d(Affine):
         return (self.weight.shape[0], *out)
 
     def positions(self, shape: Shape) -> Pair:
-        """Rows and columns of the output for an input ``(..., height, width)``."""
+        """Return the rows and columns of the output for an input ``(..., height, width)``."""
         p, s, k = self.margin, self.step, self.weight.shape[2:]
         rows, columns = ((shape[i - 2] + 2 * p[i] - k[i]) // s[i] + 1 for i in (0, 1))
         return rows, columns
 
     def lift(self, x: Array) -> Array:
-        """Patches ``(..., N, c_in kh kw, positions)``."""
+        """Return the patches ``(..., N, c_in kh kw, positions)``."""
+        # One column of u per position of the kernel.
         (p, q), out = self.margin, self.positions(x.shape)
         return _patches(_margins(x, (p, p), (q, q)), tuple(self.weight.shape[2:]), self.step, out)
 
     def linear(self, weight: Array, u: Array) -> Array:
-        """``W u`` with the kernels as rows."""
+        """Return ``W u`` with the kernels as rows."""
         return _kernels(weight) @ u
 
     def linear_x(self, weight: Array, delta: Array, saved: AffineSaved) -> Array:
-        """The convolution of δ, spread out by the stride, with the kernel turned around."""
+        """Convolve δ, spread out by the stride, with the flipped kernel."""
         xp = array_api_compat.array_namespace(delta)
         size, (kh, kw) = saved.x.shape[-2:], tuple(weight.shape[-2:])
+        # The adjoint of striding inserts zeros, the adjoint of padding crops, and the kernel is flipped.
         image = _spread_out(self.shaped(delta, saved.x), self.step)
+        # Zeros around δ such that each input pixel sees all outputs that it contributed to.
         margins = [
             (k - 1 - p, n + p - image.shape[i])
             for i, k, p, n in zip((-2, -1), (kh, kw), self.margin, size, strict=True)
         ]
         patches = _patches(_margins(image, *margins), (kh, kw), (1, 1), tuple(size))
+        # Exchange channels of input and output.
         turned = xp.flip(xp.moveaxis(weight, -4, -3), axis=(-2, -1))
         x_bar = _kernels(turned) @ patches
         return xp.reshape(x_bar, (*x_bar.shape[:-1], *size))
 
     def linear_w(self, delta: Array, u: Array, per_sample: bool = False) -> Array:
-        """``Σ_positions δ uᵀ``, summed over the samples too or not."""
+        """Return ``Σ_positions δ uᵀ``, summed over the samples unless `per_sample`."""
         xp = array_api_compat.array_namespace(u)
+        # The sum over positions is a matrix product; that over the samples joins it where axes allow.
         if per_sample:
             w_bar = delta @ xp.matrix_transpose(u)
         elif u.ndim == 3:
@@ -118,34 +123,35 @@ class Conv2d(Affine):
         return xp.reshape(w_bar, (*w_bar.shape[:-1], *self.weight.shape[1:]))
 
     def linear_b(self, delta: Array, per_sample: bool = False) -> Array:
-        """``Σ_positions δ``, summed over the samples too or not."""
+        """Return ``Σ_positions δ``, summed over the samples unless `per_sample`."""
         xp = array_api_compat.array_namespace(delta)
         return xp.sum(delta, axis=-1 if per_sample else (-3, -1))
 
     def spread(self, bias: Array) -> Array:
-        """One number for each output channel."""
+        """Return one number for each output channel."""
         return bias[..., None, :, None]
 
     def shaped(self, s: Array, saved_x: Array) -> Array:
-        """Positions as rows and columns."""
+        """Reshape positions to rows and columns."""
         return array_api_compat.array_namespace(s).reshape(s, (*s.shape[:-1], *self.positions(saved_x.shape)))
 
     def flat(self, y_bar: Array) -> Array:
-        """Rows and columns as positions."""
+        """Reshape rows and columns to positions."""
         xp = array_api_compat.array_namespace(y_bar)
         return xp.reshape(y_bar, (*y_bar.shape[:-2], y_bar.shape[-2] * y_bar.shape[-1]))
 
 
 def _kernels(weight: Array) -> Array:
-    """``(..., c_out, c_in, kh, kw)`` as matrices ``(..., 1, c_out, c_in kh kw)``: one for all samples."""
+    """Return kernels ``(..., c_out, c_in, kh, kw)`` as matrices ``(..., 1, c_out, c_in kh kw)``."""
     *lead, c_out, c_in, kh, kw = weight.shape
     return array_api_compat.array_namespace(weight).reshape(weight, (*lead, 1, c_out, c_in * kh * kw))
 
 
 def _patches(x: Array, kernel: Pair, stride: Pair, out: Pair) -> Array:
-    """Patches ``(..., c kh kw, positions)`` of images ``(..., c, height, width)``."""
+    """Return the patches ``(..., c kh kw, positions)`` of images ``(..., c, height, width)``."""
     xp = array_api_compat.array_namespace(x)
     (rows, columns), (s, t) = out, stride
+    # Each position of the kernel sees one strided slice of the image.
     slices = [
         x[..., i : i + (rows - 1) * s + 1 : s, j : j + (columns - 1) * t + 1 : t]
         for i in range(kernel[0])
@@ -156,9 +162,10 @@ def _patches(x: Array, kernel: Pair, stride: Pair, out: Pair) -> Array:
 
 
 def _margins(x: Array, rows: Pair, columns: Pair) -> Array:
-    """Images with zeros added before and after; a negative number takes away as much."""
+    """Add zeros before and after images; a negative number crops."""
     for axis, (before, after) in ((x.ndim - 2, rows), (x.ndim - 1, columns)):
         n = x.shape[axis]
+        # Crop where the number is negative, then add zeros.
         keep = slice(max(-before, 0), n - max(-after, 0))
         x = x[..., keep, :] if axis == x.ndim - 2 else x[..., keep]
         x = _with_zeros(x, max(before, 0), max(after, 0), axis)
@@ -173,12 +180,13 @@ def _with_zeros(x: Array, before: int, after: int, axis: int) -> Array:
 
 
 def _spread_out(x: Array, stride: Pair) -> Array:
-    """Images with ``stride − 1`` zeros between neighbours."""
+    """Insert ``stride − 1`` zeros between neighbouring entries of images."""
     xp = array_api_compat.array_namespace(x)
     for back, s in ((2, stride[0]), (1, stride[1])):
         if s > 1:
             axis = x.ndim - back
             n = x.shape[axis]
+            # Append zeros behind each entry along a new axis, merge the axes, and cut the last ones.
             apart = _with_zeros(xp.expand_dims(x, axis=axis + 1), 0, s - 1, axis + 1)
             x = xp.reshape(apart, (*x.shape[:axis], n * s, *x.shape[axis + 1 :]))
             x = x[..., : (n - 1) * s + 1, :] if back == 2 else x[..., : (n - 1) * s + 1]

@@ -1,4 +1,4 @@
-"""Layers of a `torch.nn.Sequential`, whose weights are shared, not copied; torch itself is not imported."""
+"""Layers of a `torch.nn.Sequential` that share its weights; torch itself is not imported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMED_LOSSES = {"CrossEntropyLoss": "cross_entropy", "MSELoss": "mse", "BCEWithL
 
 
 def layers_from(module: Any) -> list[AnyLayer]:
-    """The layers of a Sequential, each activation merged into the affine layer before it."""
+    """Return the layers of a Sequential, each activation merged into the affine layer before it."""
     if type(module).__name__ != "Sequential" or not hasattr(module, "parameters"):
         raise TypeError(f"module is a {type(module).__name__}, expected a torch.nn.Sequential.")
     layers: list[AnyLayer] = []
@@ -42,7 +42,7 @@ def layers_from(module: Any) -> list[AnyLayer]:
 
 
 def loss_from(loss: Any, reduction: str | None) -> tuple[str | Loss, str]:
-    """A loss by name, or that of a PyTorch loss module, and its reduction."""
+    """Return a loss, by name or from a PyTorch loss module, and its reduction."""
     if isinstance(loss, str | Loss):
         return loss, reduction or "mean"
     kind = type(loss).__name__
@@ -72,7 +72,7 @@ def _children(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _refuse_hooks(name: str, module: Any) -> None:
-    """Functions that PyTorch calls before or after a module, which may change its input, its weights or its output."""
+    """Refuse hooks and parametrisations, which may change a module's input, weights or output."""
     for hooks in ("_forward_pre_hooks", "_forward_hooks"):
         if getattr(module, hooks, None):
             raise _unsupported(name, module, f"its {hooks} (weight_norm is one) may change what it computes")
@@ -94,6 +94,7 @@ def _layer(name: str, module: Any) -> list[AnyLayer]:
 def _convolution(name: str, module: Any) -> Conv2d:
     if module.padding_mode != "zeros" or module.groups != 1 or tuple(module.dilation) != (1, 1):
         raise _unsupported(name, module, "only padding with zeros, one group and no dilation are")
+    # "same" means equal margins, which only odd kernels have.
     padding = module.padding
     if padding == "valid":
         padding = (0, 0)
@@ -110,7 +111,7 @@ def _arrays(module: Any) -> tuple[Any, Any]:
 
 
 def _frozen(name: str, module: Any, layer: Dense | Conv2d) -> AnyLayer:
-    """The layer, or its constant form where PyTorch was told not to train it."""
+    """Return the layer, frozen if PyTorch was told not to train it."""
     trained = {p.requires_grad for p in module.parameters()}
     if len(trained) > 1:
         raise _unsupported(name, module, "weight and bias are frozen together or not at all")
@@ -118,7 +119,8 @@ def _frozen(name: str, module: Any, layer: Dense | Conv2d) -> AnyLayer:
 
 
 def _merged(layer: AnyLayer, activation: str | Activation) -> AnyLayer | None:
-    """An affine layer that has no activation yet, with this one; else ``None``."""
+    """Return the affine layer with this activation if it has none yet, else ``None``."""
+    # An activation merges into an affine layer that has none yet.
     inner = layer.layer if isinstance(layer, Frozen) else layer
     if not isinstance(inner, Dense | Conv2d) or inner.activation != "identity":
         return None
@@ -130,7 +132,7 @@ def _merged(layer: AnyLayer, activation: str | Activation) -> AnyLayer | None:
 
 
 def _activation(name: str, module: Any) -> str | Activation | None:
-    """The activation that a module is, or ``None``."""
+    """Return the activation that a module is, or ``None``."""
     kind = type(module).__name__
     if kind == "Identity" or (kind == "Dropout" and (not module.training or module.p == 0)):
         return "identity"

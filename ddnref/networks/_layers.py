@@ -1,4 +1,4 @@
-"""Dense layers, and what they share with convolutions: an affine map followed by an activation.
+"""Dense layers, and the affine map with an activation that they share with convolutions.
 
     s = W x + b,   y = φ(s)                         ṡ = Ẇ x + W ẋ + ḃ,       ẏ = φ' ∘ ṡ
     δ = ȳ ∘ φ'(s)                                   δ̇ = dȳ ∘ φ' + ȳ ∘ φ'' ∘ ṡ
@@ -23,7 +23,7 @@ from ddnref.networks._protocol import LayerDerivatives, Params, Shape, add
 
 
 class AffineSaved(NamedTuple):
-    """What an affine layer keeps of its forward."""
+    """Forward values that an affine layer saves."""
 
     u: Array
     """The input as the linear map takes it: ``(N, a_in)``, or the patches of an image."""
@@ -37,14 +37,14 @@ class AffineSaved(NamedTuple):
 
 
 class AffineDot(NamedTuple):
-    """What an affine layer keeps of the tangents."""
+    """Tangents that an affine layer saves."""
 
     u: Array | None
     s: Array | None
 
 
 class Affine:
-    """What dense and convolutional layers share; these say how the linear map and its transposes are applied."""
+    """An affine map followed by an activation; subclasses apply the linear map and its transposes."""
 
     weight: Array
     bias: Array | None
@@ -57,12 +57,12 @@ class Affine:
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     def with_params(self, params: Params) -> Self:
-        """The same layer with other arrays."""
+        """Return the same layer with other arrays."""
         bias = None if self.bias is None else params[1]
         return replace(self, weight=params[0], bias=bias)  # type: ignore[type-var]
 
     def check(self, ndim: int, layout: str) -> None:
-        """Static facts of weight and bias."""
+        """Check weight and bias."""
         name = type(self).__name__
         given(weight=self.weight)
         namespace(weight=self.weight, bias=self.bias)
@@ -75,39 +75,40 @@ class Affine:
 
     # linear maps, for any leading axes
     def lift(self, x: Array) -> Array:
-        """The input, or its tangent, as the linear map takes it."""
+        """Return the input, or its tangent, as the linear map takes it."""
         raise NotImplementedError
 
     def linear(self, weight: Array, u: Array) -> Array:
-        """``W u``."""
+        """Return ``W u``."""
         raise NotImplementedError
 
     def linear_x(self, weight: Array, delta: Array, saved: AffineSaved) -> Array:
-        """``Wᵀ δ``, shaped like the input."""
+        """Return ``Wᵀ δ``, shaped like the input."""
         raise NotImplementedError
 
     def linear_w(self, delta: Array, u: Array, per_sample: bool = False) -> Array:
-        """``δ uᵀ``, summed over the samples or not."""
+        """Return ``δ uᵀ``, summed over the samples unless `per_sample`."""
         raise NotImplementedError
 
     def linear_b(self, delta: Array, per_sample: bool = False) -> Array:
-        """δ summed over all that shares a bias."""
+        """Sum δ over all entries that share a bias."""
         raise NotImplementedError
 
     def spread(self, bias: Array) -> Array:
-        """A bias, broadcastable against s."""
+        """Make a bias broadcastable against s."""
         raise NotImplementedError
 
     def shaped(self, s: Array, saved_x: Array) -> Array:
-        """``s`` or ``y`` as the layer hands it on."""
+        """Shape ``s`` or ``y`` as the layer returns it."""
         return s
 
     def flat(self, y_bar: Array) -> Array:
-        """The inverse of `shaped`."""
+        """Undo `shaped`."""
         return y_bar
 
     def forward(self, params: Params, x: Array, order: int = 2) -> tuple[Array, AffineSaved | None]:
-        """``y = φ(W x + b)``; with `order` 0 nothing is saved."""
+        """Return ``y = φ(W x + b)`` and what derivatives need, or ``None`` with `order` 0."""
+        # s = W u + b, then the activation with as many derivatives as are needed later.
         u = self.lift(x)
         s = self.linear(params[0], u)
         if self.bias is not None:
@@ -118,7 +119,8 @@ class Affine:
     def vjp(
         self, params: Params, saved: AffineSaved, y_bar: Array, *, wrt: str = "both", per_sample: bool = False
     ) -> tuple[Params | None, Array | None]:
-        """``W̄ = δᵀ x, b̄ = Σ δ, x̄ = δ W``."""
+        """Return ``W̄ = δᵀ x, b̄ = Σ δ, x̄ = δ W``."""
+        # δ = ȳ ∘ φ' is the cotangent of the pre-activation.
         delta = times(self.flat(y_bar), saved.slope)
         bars = None if wrt == "x" else self._bars(delta, saved.u, per_sample)
         return bars, None if wrt == "params" else self.linear_x(params[0], delta, saved)
@@ -130,7 +132,8 @@ class Affine:
     def forward_dot(
         self, params: Params, saved: AffineSaved, params_dot: Params | None, x_dot: Array | None
     ) -> tuple[Array | None, AffineDot]:
-        """``ẏ = φ' ∘ (Ẇ x + W ẋ + ḃ)``."""
+        """Return ``ẏ = φ' ∘ (Ẇ x + W ẋ + ḃ)`` and what `vjp_dot` needs."""
+        # ṡ = W ẋ + Ẇ x + ḃ, where each term may be zero.
         u_dot = None if x_dot is None else self.lift(x_dot)
         s_dot = None if u_dot is None else self.linear(params[0], u_dot)
         if params_dot is not None:
@@ -141,14 +144,15 @@ class Affine:
         return y_dot, AffineDot(u_dot, s_dot)
 
     def jvp(self, params: Params, saved: AffineSaved, params_dot: Params | None, x_dot: Array | None) -> Array | None:
-        """``ẏ`` alone."""
+        """Return ``ẏ`` alone."""
         return self.forward_dot(params, saved, params_dot, x_dot)[0]
 
     def vjp_dot(
         self, params: Params, saved: AffineSaved, y_bar: Array, params_dot: Params | None, saved_dot: AffineDot,
         y_bar_dot: Array | None, *, wrt: str = "both",
     ) -> tuple[Params, Array | None, Array | None]:  # fmt: skip
-        """``dW̄ = δ̇ᵀ x + δᵀ ẋ,  dx̄ = δ̇ W + δ Ẇ``; where δ̇ is zero, so are its products."""
+        """Return ``dW̄ = δ̇ᵀ x + δᵀ ẋ``, ``dx̄ = δ̇ W + δ Ẇ`` and ``x̄``."""
+        # δ̇ = dȳ ∘ φ' + ȳ ∘ φ'' ∘ ṡ.
         y_bar = self.flat(y_bar)
         delta = times(y_bar, saved.slope)
         delta_dot = None if y_bar_dot is None else times(self.flat(y_bar_dot), saved.slope)
@@ -156,18 +160,20 @@ class Affine:
             delta_dot = add(delta_dot, (y_bar * saved.curvature) * saved_dot.s)
         if delta_dot is None:
             delta_dot = array_api_compat.array_namespace(delta).zeros_like(delta)
+        # dW̄ = δ̇ᵀ x + δᵀ ẋ and db̄ = Σ δ̇.
         bars: Params = () if wrt == "x" else self._bars(delta_dot, saved.u)
         if saved_dot.u is not None and bars:
             bars = (bars[0] + self.linear_w(delta, saved_dot.u), *bars[1:])
         if wrt == "params":
             return bars, None, None
+        # dx̄ = δ̇ W + δ Ẇ.
         x_bar_dot = self.linear_x(params[0], delta_dot, saved)
         if params_dot is not None:
             x_bar_dot = x_bar_dot + self.linear_x(params_dot[0], delta, saved)
         return bars, x_bar_dot, self.linear_x(params[0], delta, saved)
 
     def derivatives(self, params: Params, saved: AffineSaved, y_bar: Array) -> LayerDerivatives:
-        """Input, pre-activation, output and its cotangent."""
+        """Return input, pre-activation, output and the output's cotangent."""
         return LayerDerivatives(saved.x, self.shaped(saved.s, saved.x), self.shaped(saved.y, saved.x), y_bar)
 
 
@@ -206,7 +212,7 @@ class Dense(Affine):
         self.check(2, "(a_out, a_in)")
 
     def output_shape(self, shape: Shape | None) -> Shape:
-        """``(a_out,)``."""
+        """Return ``(a_out,)``."""
         a_out, a_in = self.weight.shape
         if shape is not None and shape != (a_in,):
             raise ValueError(
@@ -216,48 +222,49 @@ class Dense(Affine):
         return (a_out,)
 
     def lift(self, x: Array) -> Array:
-        """The input itself."""
+        """Return the input itself."""
         return x
 
     def linear(self, weight: Array, u: Array) -> Array:
-        """``u Wᵀ``."""
+        """Return ``u Wᵀ``."""
         return _rows(u, _transposed(weight))
 
     def linear_x(self, weight: Array, delta: Array, saved: AffineSaved) -> Array:
-        """``δ W``."""
+        """Return ``δ W``."""
         return _rows(delta, weight)
 
     def linear_w(self, delta: Array, u: Array, per_sample: bool = False) -> Array:
-        """``δᵀ u``."""
+        """Return ``δᵀ u``."""
+        # Without the sum over samples this is an outer product for each of them.
         if per_sample:
             return delta[..., :, None] * u[..., None, :]
         return _transposed(delta) @ u
 
     def linear_b(self, delta: Array, per_sample: bool = False) -> Array:
-        """``Σ_n δ_n``."""
+        """Return ``Σ_n δ_n``."""
         return delta if per_sample else array_api_compat.array_namespace(delta).sum(delta, axis=-2)
 
     def spread(self, bias: Array) -> Array:
-        """One row for all samples."""
+        """Return the bias as one row for all samples."""
         return bias[..., None, :]
 
 
 class Parameterless:
-    """What layers without parameters share."""
+    """The methods that layers without parameters share."""
 
     @property
     def params(self) -> Params:
-        """None."""
+        """The empty tuple."""
         return ()
 
     def with_params(self, params: Params) -> Self:
-        """Itself."""
+        """Return the layer itself."""
         return self
 
 
 @dataclass(frozen=True, eq=False)
 class Flatten(Parameterless):
-    """Each sample as one vector: ``(N, ...)`` to ``(N, features)``.
+    """A layer that makes one vector of each sample: ``(N, ...)`` to ``(N, features)``.
 
     Examples
     --------
@@ -268,50 +275,50 @@ class Flatten(Parameterless):
     """
 
     def output_shape(self, shape: Shape | None) -> Shape | None:
-        """``(features,)``."""
+        """Return ``(features,)``."""
         return None if shape is None else (math.prod(shape),)
 
     def forward(self, params: Params, x: Array, order: int = 2) -> tuple[Array, Array]:
-        """``y = x``, reshaped."""
+        """Return ``y = x``, reshaped."""
         return _reshaped(x, x.ndim - 1, (math.prod(x.shape[1:]),)), x
 
     def vjp(
         self, params: Params, saved: Array, y_bar: Array, *, wrt: str = "both", per_sample: bool = False
     ) -> tuple[Params, Array]:
-        """``x̄ = ȳ``, reshaped back."""
+        """Return ``x̄ = ȳ``, reshaped back."""
         return (), _reshaped(y_bar, 1, saved.shape[1:])
 
     def forward_dot(
         self, params: Params, saved: Array, params_dot: Params | None, x_dot: Array | None
     ) -> tuple[Array | None, None]:
-        """``ẏ = ẋ``."""
+        """Return ``ẏ = ẋ``, reshaped."""
         return None if x_dot is None else _reshaped(x_dot, saved.ndim - 1, (math.prod(saved.shape[1:]),)), None
 
     def vjp_dot(
         self, params: Params, saved: Array, y_bar: Array, params_dot: Params | None, saved_dot: None,
         y_bar_dot: Array | None, *, wrt: str = "both",
     ) -> tuple[Params, Array | None, Array | None]:  # fmt: skip
-        """``dx̄ = dȳ``."""
+        """Return ``dx̄ = dȳ``, reshaped back."""
         back = saved.shape[1:]
         return (), None if y_bar_dot is None else _reshaped(y_bar_dot, 1, back), _reshaped(y_bar, 1, back)
 
     def derivatives(self, params: Params, saved: Array, y_bar: Array) -> LayerDerivatives:
-        """Input and output."""
+        """Return input and output."""
         return LayerDerivatives(saved, None, self.forward((), saved)[0], y_bar)
 
 
 def times(a: Array, b: Array | None) -> Array:
-    """``a ∘ b``, where ``None`` is one."""
+    """Return ``a ∘ b``, where ``None`` stands for one."""
     return a if b is None else a * b
 
 
 def _transposed(x: Array) -> Array:
-    """Of the last two axes; of a single matrix without asking for its namespace, which takes as long as a product."""
+    """Transpose the last two axes; ``.T`` serves a single matrix, because a namespace costs as much as a product."""
     return x.T if x.ndim == 2 else array_api_compat.array_namespace(x).matrix_transpose(x)
 
 
 def _rows(x: Array, w: Array) -> Array:
-    """``x w``; one product for all rows where w is a single matrix."""
+    """Return ``x w``, as one product for all rows if w is a single matrix."""
     if w.ndim > 2 or x.ndim == 2:
         return x @ w
     xp = array_api_compat.array_namespace(x)
@@ -319,6 +326,6 @@ def _rows(x: Array, w: Array) -> Array:
 
 
 def _reshaped(x: Array, trailing: int, shape: Sequence[int]) -> Array:
-    """`x` with its last axes, `trailing` in number, in another shape."""
+    """Reshape the last `trailing` axes of `x`."""
     leading = x.shape[: x.ndim - trailing]
     return array_api_compat.array_namespace(x).reshape(x, (*leading, *shape))

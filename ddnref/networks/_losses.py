@@ -1,4 +1,4 @@
-"""Losses of one sample: value, gradient, Hessian and a square root of it with as few columns as its rank."""
+"""Losses of one sample: value, gradient, Hessian, and a square root of it with as few columns as its rank."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class Loss(NamedTuple):
 
 
 def hessian_product(loss: Loss, y: Array, t: Array, u: Array) -> Array:
-    """``∇²ℓ u`` sample by sample."""
+    """Return ``∇²ℓ u`` sample by sample."""
     if loss.hessian_product is not None:
         return loss.hessian_product(y, t, u)
     return _linalg.matvec(loss.hessian(y, t), u)
 
 
 def resolve(loss: str | Loss, reduction: str) -> Loss:
-    """A loss by its name, as PyTorch reduces it over the outputs of a sample, or the one that was given."""
+    """Return the loss that was given, or the one of that name, as PyTorch reduces it over the outputs of a sample."""
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction is {reduction!r}, expected "mean" or "sum".')
     if isinstance(loss, Loss):
@@ -68,7 +68,7 @@ def resolve(loss: str | Loss, reduction: str) -> Loss:
 
 
 def cross_entropy(mean: bool) -> Loss:
-    """Of class indices ``(N,)`` or weights ``(N, C)``; a sum over the outputs under either reduction."""
+    """Make the cross-entropy of class indices ``(N,)`` or weights ``(N, C)``, summed over the outputs."""
     return Loss(_ce_value, _ce_gradient, _ce_hessian_sqrt, _ce_hessian, _ce_product, _ce_check, _ce_valid)
 
 
@@ -78,15 +78,16 @@ def _ce_value(y: Array, t: Array) -> Array:
 
 
 def _ce_gradient(y: Array, t: Array) -> Array:
-    """``T p − t``."""
+    """Return ``T p − t``."""
     xp = array_api_compat.array_namespace(y)
+    # Class indices have weights that sum to one, which saves a sum.
     p = xp.exp(_log_softmax(y))
     weights = _weights(y, t)
     return (p if _is_index(t) else _total(weights) * p) - weights
 
 
 def _ce_hessian(y: Array, t: Array) -> Array:
-    """``T (diag p − p pᵀ)``."""
+    """Return ``T (diag p − p pᵀ)``."""
     p, total = _softmax_and_total(y, t)
     return total[..., None] * (p[..., :, None] * _linalg.identity(y.shape[-1], y) - _linalg.outer(p, p))
 
@@ -99,16 +100,18 @@ def _ce_product(y: Array, t: Array, u: Array) -> Array:
 
 
 def _ce_hessian_sqrt(y: Array, t: Array) -> Array:
-    """``√T diag(q) Q``, q = √p, with C − 1 columns Q orthonormal to q.
+    """Return ``√T diag(q) Q`` with q = √p and C − 1 columns Q orthonormal to q.
 
     Q is the reflection ``I − v vᵀ / (1 + q_C)``, ``v = q + e_C``, without its last column, which is ``−q``: nothing
     cancels, because ``q ≥ 0``.
     """
     xp = array_api_compat.array_namespace(y)
     c = y.shape[-1]
+    # Half the logarithm gives the root without losing the smallest probabilities.
     q = xp.exp(_log_softmax(y) / 2)
     total = xp.ones_like(q[..., :1]) if _is_index(t) else _total(_weights(y, t))
     eye = _linalg.identity(c, y)
+    # Reflect e_C to −q, and drop the last column.
     v = q + eye[-1, :]
     complement = eye[:, : c - 1] - _linalg.outer(v / (1 + q[..., -1:]), q[..., : c - 1])
     return xp.sqrt(total)[..., None] * q[..., :, None] * complement
@@ -116,6 +119,7 @@ def _ce_hessian_sqrt(y: Array, t: Array) -> Array:
 
 def _ce_check(y: Array, t: Array) -> None:
     xp = array_api_compat.array_namespace(y, t)
+    # Integers are class indices, numbers of the outputs' dtype are weights.
     if xp.isdtype(t.dtype, "integral"):
         check_shapes(t=(t, (y.shape[0],)))
         return
@@ -139,7 +143,7 @@ def _is_index(t: Array) -> bool:
 
 
 def _weights(y: Array, t: Array) -> Array:
-    """Targets as weights ``(N, C)``."""
+    """Return targets as weights ``(N, C)``."""
     if not _is_index(t):
         return t
     xp = array_api_compat.array_namespace(y)
@@ -159,6 +163,7 @@ def _softmax_and_total(y: Array, t: Array) -> tuple[Array, Array]:
 
 def _log_softmax(y: Array) -> Array:
     xp = array_api_compat.array_namespace(y)
+    # Shift by the largest output, so that no exponential overflows.
     z = y - xp.max(y, axis=-1, keepdims=True)
     return z - xp.log(xp.sum(xp.exp(z), axis=-1, keepdims=True))
 
@@ -167,7 +172,7 @@ def _log_softmax(y: Array) -> Array:
 
 
 def mse(mean: bool) -> Loss:
-    """``w Σ_c (y_c − t_c)²``."""
+    """Make the squared error ``w Σ_c (y_c − t_c)²``."""
     return _elementwise(
         mean,
         value=lambda y, t: (y - t) ** 2,
@@ -178,14 +183,16 @@ def mse(mean: bool) -> Loss:
 
 
 def bce(mean: bool) -> Loss:
-    """Binary cross-entropy of logits: ``w Σ_c log(1 + e^(y_c)) − t_c y_c``."""
+    """Make the binary cross-entropy of logits ``w Σ_c log(1 + e^(y_c)) − t_c y_c``."""
 
     def value(y: Array, t: Array) -> Array:
         xp = array_api_compat.array_namespace(y)
+        # log(1 + e^y) − t y without overflow.
         return xp.where(y > 0, y, xp.zeros_like(y)) - t * y + xp.log1p(xp.exp(-xp.abs(y)))
 
     def curvature_sqrt(y: Array) -> Array:
         xp = array_api_compat.array_namespace(y)
+        # √(p (1 − p)), symmetric in y.
         size = xp.abs(y)
         return xp.exp(-size / 2) / (1 + xp.exp(-size))
 
@@ -231,4 +238,4 @@ def _elementwise(
 
 
 LOSSES = {"cross_entropy": cross_entropy, "mse": mse, "bce": bce}
-"""By name; each takes whether the outputs of a sample are averaged too."""
+"""Losses by name; each function takes whether the outputs of a sample are averaged too."""

@@ -1,4 +1,4 @@
-"""The passes through a sequence of layers, forward and backward, with tangents: shared by chains and residual blocks.
+"""The protocol of layers, and the passes through a sequence of them that chains and residual blocks share.
 
 For each layer ``y = f(θ, x)``:
 
@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 
 
 class LayerDerivatives(NamedTuple):
-    """What one layer contributes to the derivatives of the loss; sample axis first everywhere."""
+    """The contribution of one layer to the derivatives of the loss. The sample axis comes first everywhere."""
 
     z_in: Array
     """(N, ...): its input."""
@@ -31,11 +31,11 @@ class LayerDerivatives(NamedTuple):
     b: Array
     """(N, ...): derivative of the loss, as the chain reduces it, with respect to its output."""
     inner: tuple[LayerDerivatives, ...] = ()
-    """Those of the layers inside a residual block."""
+    """The records of the layers inside a residual block."""
 
 
 class AnyLayer(Protocol):
-    """What a chain asks of a layer: pure functions of its parameters.
+    """The protocol of a layer: pure functions of its parameters.
 
     Inputs and outputs are ``(N, ...)``. Cotangents and tangents may carry further leading axes, which come back in
     front of everything computed from them. ``None`` stands for a zero tangent.
@@ -43,42 +43,42 @@ class AnyLayer(Protocol):
 
     @property
     def params(self) -> Params:
-        """The arrays that gradients are taken with respect to."""
+        """The arrays with respect to which gradients are taken."""
 
     def with_params(self, params: Params) -> AnyLayer:
-        """The same layer with other parameters."""
+        """Return the same layer with other parameters."""
 
     def output_shape(self, shape: Shape | None) -> Shape | None:
-        """Shape of one sample's output from that of its input; ``None`` where unknown; ``ValueError`` where unfit."""
+        """Return the shape of one sample's output, ``None`` where unknown; ``ValueError`` for an unfit input shape."""
 
     def forward(self, params: Params, x: Array, order: int = 2) -> tuple[Array, Any]:
-        """``y`` and what derivatives up to `order` need."""
+        """Return ``y`` and what derivatives up to `order` need."""
 
     def vjp(
         self, params: Params, saved: Any, y_bar: Array, *, wrt: str = "both", per_sample: bool = False
     ) -> tuple[Params | None, Array | None]:
-        """``θ̄, x̄``, with `wrt` ``"both"``, ``"params"`` or ``"x"``; `per_sample` does not sum θ̄ over the samples."""
+        """Return ``θ̄, x̄`` with `wrt` ``"both"``, ``"params"`` or ``"x"``; `per_sample` does not sum θ̄."""
 
     def forward_dot(
         self, params: Params, saved: Any, params_dot: Params | None, x_dot: Array | None
     ) -> tuple[Array | None, Any]:
-        """``ẏ`` and what `vjp_dot` needs of the tangents."""
+        """Return ``ẏ`` and what `vjp_dot` needs of the tangents."""
 
     def vjp_dot(
         self, params: Params, saved: Any, y_bar: Array, params_dot: Params | None, saved_dot: Any,
         y_bar_dot: Array | None, *, wrt: str = "both",
     ) -> tuple[Params, Array | None, Array | None]:  # fmt: skip
-        """The tangents of ``θ̄`` and ``x̄``, and ``x̄`` itself; the last two are ``None`` with `wrt` ``"params"``."""
+        """Return the tangents of ``θ̄`` and ``x̄``, and ``x̄``; the last two are ``None`` with `wrt` ``"params"``."""
 
     def derivatives(self, params: Params, saved: Any, y_bar: Array) -> LayerDerivatives:
-        """What `Chain.layer_derivatives` tells of this layer."""
+        """Return the layer's record for `Chain.layer_derivatives`."""
 
 
 Layers = Sequence[AnyLayer]
 
 
 def split(layers: Layers, params: Sequence[Array]) -> list[Params]:
-    """A flat list of parameters as one tuple for each layer."""
+    """Split a flat list of parameters into one tuple for each layer."""
     parts, i = [], 0
     for layer in layers:
         n = len(layer.params)
@@ -88,12 +88,12 @@ def split(layers: Layers, params: Sequence[Array]) -> list[Params]:
 
 
 def joined(parts: Sequence[Params]) -> list[Array]:
-    """The inverse of `split`."""
+    """Join tuples of parameters into a flat list: the inverse of `split`."""
     return [array for part in parts for array in part]
 
 
 def forward(layers: Layers, params: Sequence[Params], x: Array, order: int) -> tuple[Array, list[Any]]:
-    """The output, and what each layer saved."""
+    """Return the output, and what each layer saved."""
     saved = []
     for layer, theta in zip(layers, params, strict=True):
         x, kept = layer.forward(theta, x, order)
@@ -105,8 +105,9 @@ def vjp(
     layers: Layers, params: Sequence[Params], saved: Sequence[Any], y_bar: Array, *, wrt: str = "both",
     per_sample: bool = False,
 ) -> tuple[list[Params], Array | None]:  # fmt: skip
-    """Cotangents of all parameters and of the input; with `wrt` ``"params"`` the first layers' work is spared."""
+    """Return the cotangents of all parameters and of the input."""
     bars: list[Params] = [()] * len(layers)
+    # Below the first layer with parameters nobody asks for cotangents.
     first = _first_with_params(layers) if wrt == "params" else 0
     bar: Array | None = y_bar
     for i in range(len(layers) - 1, first - 1, -1):
@@ -120,8 +121,9 @@ def forward_dot(
     layers: Layers, params: Sequence[Params], saved: Sequence[Any], params_dot: Sequence[Params] | None,
     x_dot: Array | None = None,
 ) -> tuple[Array | None, list[Any]]:  # fmt: skip
-    """The tangent of the output, and what each layer saved of it."""
+    """Return the tangent of the output, and what each layer saved of it."""
     saved_dot = []
+    # Tangents enter at every layer that has parameters and travel forward.
     for i, layer in enumerate(layers):
         theta_dot = params_dot[i] if params_dot is not None and params_dot[i] else None
         x_dot, kept = layer.forward_dot(params[i], saved[i], theta_dot, x_dot)
@@ -133,8 +135,9 @@ def vjp_dot(
     layers: Layers, params: Sequence[Params], saved: Sequence[Any], y_bar: Array,
     params_dot: Sequence[Params] | None, saved_dot: Sequence[Any], y_bar_dot: Array | None, *, wrt: str = "both",
 ) -> tuple[list[Params], Array | None, Array | None]:  # fmt: skip
-    """Tangents of the cotangents of all parameters and of the input, and the cotangent of the input."""
+    """Return the tangents of the cotangents of all parameters and of the input, and the cotangent of the input."""
     dots: list[Params] = [()] * len(layers)
+    # As in vjp, the layers below the first parameters are skipped.
     first = _first_with_params(layers) if wrt == "params" else 0
     bar: Array | None = y_bar
     bar_dot = y_bar_dot
@@ -150,7 +153,8 @@ def vjp_dot(
 def derivatives(
     layers: Layers, params: Sequence[Params], saved: Sequence[Any], y_bar: Array
 ) -> tuple[LayerDerivatives, ...]:
-    """One record for each layer, first layer first."""
+    """Return one record for each layer, first layer first."""
+    # The cotangent of each layer's output, from the last layer to the first.
     records, bar = [], y_bar
     for i in range(len(layers) - 1, -1, -1):
         records.append(layers[i].derivatives(params[i], saved[i], bar))
@@ -160,7 +164,7 @@ def derivatives(
 
 
 def output_shape(layers: Layers, shape: Shape | None) -> Shape | None:
-    """Shape of one sample through all layers; ``ValueError`` naming the layer that does not fit the one before it."""
+    """Return the shape of one sample after all layers; a ``ValueError`` names a layer that does not fit."""
     for i, layer in enumerate(layers):
         try:
             shape = layer.output_shape(shape)
@@ -170,7 +174,7 @@ def output_shape(layers: Layers, shape: Shape | None) -> Shape | None:
 
 
 def add(a: Array | None, b: Array | None) -> Array | None:
-    """The sum of two tangents, either of which may be zero (``None``)."""
+    """Add two tangents, either of which may be zero (``None``)."""
     if a is None or b is None:
         return b if a is None else a
     return a + b

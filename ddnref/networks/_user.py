@@ -1,4 +1,4 @@
-"""A layer that its user defines by functions."""
+"""Layers that users define by functions."""
 
 from __future__ import annotations
 
@@ -72,30 +72,31 @@ class Layer:
 
     @property
     def params(self) -> Params:
-        """The arrays it was given."""
+        """The arrays that were given."""
         return self._params
 
     def with_params(self, params: Params) -> Self:
-        """The same functions of other arrays."""
+        """Return a layer with the same functions and other arrays."""
         return type(self)(
             params, forward=self._forward, vjp=self._vjp, jvp=self._jvp, second_order=self._second_order,
             output_shape=self._output_shape,
         )  # fmt: skip
 
     def output_shape(self, shape: Shape | None) -> Shape | None:
-        """What its user says, or unknown."""
+        """Return the output shape that the user states, or ``None``."""
         return None if self._output_shape is None or shape is None else tuple(self._output_shape(shape))
 
     def forward(self, params: Params, x: Array, order: int = 2) -> tuple[Array, _Saved]:
-        """As given."""
+        """Call the user's forward."""
         y, own = self._forward(params, x)
         return y, _Saved(x, y, own)
 
     def vjp(
         self, params: Params, saved: _Saved, y_bar: Array, *, wrt: str = "both", per_sample: bool = False
     ) -> tuple[Params | None, Array | None]:
-        """As given, once for each leading index of the cotangent, or for each sample."""
+        """Call the user's VJP once for each leading index of the cotangent, or for each sample."""
         if y_bar.ndim > saved.y.ndim:
+            # User functions see no extra axes: call them once for each leading index.
             parts = [self.vjp(params, saved, bar, wrt=wrt, per_sample=per_sample) for bar in _unstacked(y_bar)]
             return _stacked([p[0] for p in parts]), _stack([p[1] for p in parts])
         if per_sample:
@@ -105,6 +106,7 @@ class Layer:
 
     def _per_sample(self, params: Params, saved: _Saved, y_bar: Array, wrt: str) -> tuple[Params | None, Array | None]:
         xp = array_api_compat.array_namespace(y_bar)
+        # The cotangent of a single sample needs what forward saves for that sample alone.
         parts = []
         for n in range(y_bar.shape[0]):
             own = self._forward(params, saved.x[n : n + 1, ...])[1]
@@ -115,7 +117,7 @@ class Layer:
     def forward_dot(
         self, params: Params, saved: _Saved, params_dot: Params | None, x_dot: Array | None
     ) -> tuple[Array | None, tuple[Params, Array] | None]:
-        """As given; a missing tangent is zero."""
+        """Call the user's JVP, with zeros for a missing tangent."""
         if params_dot is None and x_dot is None:
             return None, None
         dots = self._tangents(params, saved, params_dot, x_dot)
@@ -126,8 +128,9 @@ class Layer:
     def _tangents(
         self, params: Params, saved: _Saved, params_dot: Params | None, x_dot: Array | None
     ) -> tuple[Params, Array]:
-        """Both tangents with the same leading axes."""
+        """Broadcast both tangents to the same leading axes."""
         xp = array_api_compat.array_namespace(saved.x)
+        # Leading axes come from whichever tangent is present; the missing one is zero.
         if params_dot is not None and params:
             lead = params_dot[0].shape[: params_dot[0].ndim - params[0].ndim]
         else:
@@ -137,14 +140,15 @@ class Layer:
         return theta, xp.broadcast_to(xp.zeros_like(saved.x) if x_dot is None else x_dot, (*lead, *saved.x.shape))
 
     def jvp(self, params: Params, saved: _Saved, params_dot: Params | None, x_dot: Array | None) -> Array | None:
-        """``ẏ`` alone."""
+        """Return ``ẏ`` alone."""
         return self.forward_dot(params, saved, params_dot, x_dot)[0]
 
     def vjp_dot(
         self, params: Params, saved: _Saved, y_bar: Array, params_dot: Params | None, saved_dot: Any,
         y_bar_dot: Array | None, *, wrt: str = "both",
     ) -> tuple[Params, Array | None, Array | None]:  # fmt: skip
-        """The VJP of the cotangent's tangent, plus `second_order` of the cotangent."""
+        """Return the VJP of the cotangent's tangent, plus `second_order` of the cotangent."""
+        # d(Jᵀ ȳ) = (dJ)ᵀ ȳ + Jᵀ dȳ: the user's second_order, and the VJP of dȳ.
         x_bar = self._vjp(params, saved.own, y_bar)[1]
         bars, x_bar_dot = self._fixed(params, saved, y_bar, saved_dot)
         if y_bar_dot is not None:
@@ -167,7 +171,7 @@ class Layer:
         return _stacked([tuple(p[0]) for p in parts]), _stack([p[1] for p in parts])
 
     def derivatives(self, params: Params, saved: _Saved, y_bar: Array) -> LayerDerivatives:
-        """Input and output."""
+        """Return input and output."""
         return LayerDerivatives(saved.x, None, saved.y, y_bar)
 
 
@@ -176,7 +180,7 @@ def _unstacked(x: Array) -> list[Array]:
 
 
 def _each(params_dot: Params, x_dot: Array) -> list[tuple[Params, Array]]:
-    """One pair of tangents for each leading index."""
+    """Return one pair of tangents for each leading index."""
     return [(tuple(d[i, ...] for d in params_dot), x_dot[i, ...]) for i in range(x_dot.shape[0])]
 
 
@@ -187,7 +191,7 @@ def _stack(parts: list[Any]) -> Array | None:
 
 
 def _stacked(parts: list[Params | None]) -> Params | None:
-    """Tuples of arrays as one tuple of stacked arrays."""
+    """Stack tuples of arrays into one tuple."""
     if parts[0] is None:
         return None
     return tuple(_stack(list(column)) for column in zip(*parts, strict=True))

@@ -14,16 +14,8 @@ from ddnref.nodes._projections import (
     project_sphere,
     project_sphere_vjp,
 )
-from ddnref.nodes._robust_pool import (
-    RobustPoolInfo,
-    robust_pool,
-    robust_pool_vjp,
-)
-from ddnref.nodes._sinkhorn import (
-    SinkhornInfo,
-    sinkhorn,
-    sinkhorn_vjp,
-)
+from ddnref.nodes._robust_pool import RobustPoolInfo, robust_pool, robust_pool_vjp
+from ddnref.nodes._sinkhorn import SinkhornInfo, sinkhorn, sinkhorn_vjp
 
 __all__ = [
     "RobustPoolInfo",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, Namespace, eps, full, is_true, namespace, nan_where, refuse_recording
-from ddnref._core.checks import check_dtypes, check_real, check_shapes
-from ddnref._kernels import dense as _linalg
+from ddnref._core.arrays import Array, eps, full, is_true, namespace_of, nan_where, refuse_recording
+from ddnref._core.checks import conform
+from ddnref._kernels import dense
 from ddnref._kernels.public import public
+from ddnref._kernels.vectors import safe_norm
 from ddnref.errors import SingularError
-from ddnref.implicit._bordered import Dense, probed
 from ddnref.implicit._derivatives import eq_argmin_vjp
-from ddnref.implicit._point import norm
+from ddnref.implicit._structures import Dense, checked_solve
 
 NEWTON_STEPS = 25  # quadratic and monotone; 12 suffice where c_1 is 1e-12 of the others
 HARD = 64  # a component of the solution below this many eps of the radius is rounding
@@ -66,17 +66,18 @@ def least_squares_on_sphere(a: Array, b: Array, /, *, radius: float = 1.0, throw
     >>> ddnref.nodes.least_squares_on_sphere(np.eye(2), np.asarray([3.0, 4.0])).round(12)
     array([0.6, 0.8])
     """
-    xp = _check(radius, a, b)
+    xp = conform("(m,n+),(m)", real_only=True, a=a, b=b).xp
     refuse_recording("least_squares_on_sphere", a)
     a, b = _finite_or_nan(a, b)
+    # In the eigenvectors of AᵀA the solution has the components z = c / (δ + μ), and one equation for μ remains.
     a_t = xp.matrix_transpose(a)
-    w, v = _linalg.eigh(_linalg.hermitian_product(a_t, a_t))
-    c = (xp.matrix_transpose(v) @ (a_t @ b[..., None]))[..., 0]
+    w, v = dense.eigh(dense.hermitian_product(a_t, a_t))
+    c = dense.matvec(xp.matrix_transpose(v), dense.matvec(a_t, b))
     delta = w - w[..., :1]
     mu = _secular(c, delta, radius)
     z = c / nan_where(~(delta + mu > 0), delta + mu)
-    # Hard, where the components with a definite quotient do not reach the sphere: μ is lost in rounding.
-    hard = ~(xp.abs(norm(z) - radius) <= 1e3 * eps(xp, z.dtype) * radius)
+    # The hard case: μ is lost in rounding, and the components with a definite quotient do not reach the sphere.
+    hard = ~(xp.abs(safe_norm(z) - radius) <= 1e3 * eps(xp, z.dtype) * radius)
     hard = hard | ~(mu[..., 0] > HARD * eps(xp, w.dtype) * (w[..., -1] + mu[..., 0]))
     finite = xp.isfinite(w[..., 0])
     if throw and is_true(xp.any(hard & finite)):
@@ -85,8 +86,7 @@ def least_squares_on_sphere(a: Array, b: Array, /, *, radius: float = 1.0, throw
             "the smallest singular vector of A (b = 0, or a column of A that is zero or repeated). Add a ridge row to "
             "A along the wanted solution, perturb b, or pass throw=False to get NaN for these items."
         )
-    y = _linalg.matvec(v, z)
-    return nan_where(hard[..., None], y)
+    return nan_where(hard[..., None], dense.matvec(v, z))
 
 
 @public
@@ -146,27 +146,25 @@ def least_squares_on_sphere_vjp(
     >>> ddnref.nodes.least_squares_on_sphere_vjp(np.ones(2), np.asarray([0.0, 1.0]), a, b)[1] + 0.0
     array([0.5, 0. ])
     """
-    namespace(y_bar=y_bar, y=y, a=a, b=b)
-    xp = _check(radius, a, b)
-    n = a.shape[-1]
-    check_dtypes(y=(y, a.dtype))
-    check_shapes(y=(y, (*b.shape[:-1], n)))
+    xp = conform("(m,n+),(m),(n),(n)", real_only=True, a=a, b=b, y=y, y_bar=y_bar).xp
     a, b = _finite_or_nan(a, b)
     a_t = xp.matrix_transpose(a)
-    s = _linalg.hermitian_product(a_t, a_t)
+    s = dense.hermitian_product(a_t, a_t)
 
     def residual_vjp(w: Array, eta: Array, y: Array, nu: Array, a: Array, b: Array) -> tuple[Array, Array]:  # noqa: ARG001
-        a_w = _linalg.matvec(a, w)
-        return _linalg.outer(_linalg.matvec(a, y) - b, w) + _linalg.outer(a_w, y), -a_w
+        # The constraint does not depend on A and b, and so η takes no part.
+        a_w = dense.matvec(a, w)
+        return dense.outer(dense.matvec(a, y) - b, w) + dense.outer(a_w, y), -a_w
 
+    # The problem ``min ½ ‖A y − b‖²`` subject to ``½ (yᵀy − r²) = 0``, as `eq_argmin_vjp` wants it stated.
     a_bar, b_bar = eq_argmin_vjp(
         y_bar,
         y,
         None,
         a,
         b,
-        gradient=lambda y, a, b: _linalg.matvec(a_t, _linalg.matvec(a, y) - b),
-        hessian=lambda y, nu, a, b: s - nu[..., None] * _linalg.identity(n, s),  # noqa: ARG005
+        gradient=lambda y, a, b: dense.matvec(a_t, dense.matvec(a, y) - b),
+        hessian=lambda y, nu, a, b: s - nu[..., None] * dense.identity(y.shape[-1], s),  # noqa: ARG005
         constraint=lambda y, a, b: (xp.sum(y * y, axis=-1, keepdims=True) - radius * radius) / 2,  # noqa: ARG005
         constraint_jacobian=lambda y, a, b: y[..., None, :],  # noqa: ARG005
         residual_vjp=residual_vjp,
@@ -174,6 +172,28 @@ def least_squares_on_sphere_vjp(
         throw=throw,
     )
     return a_bar, b_bar
+
+
+def _secular(c: Array, delta: Array, radius: float) -> Array:
+    """The root μ ≥ 0 of ``‖c / (δ + μ)‖ = r``, (..., 1), by a fixed number of Newton steps from below.
+
+    ``1 / ‖y(μ)‖`` is concave, so no step overshoots.
+    """
+    xp = namespace_of(c)
+    # Start from the best bound that a single component gives.
+    mu = xp.max(xp.abs(c) / radius - delta, axis=-1, keepdims=True)
+    zero = full((), 0.0, c)
+    mu = xp.where(mu > 0, mu, zero * mu)
+    for _ in range(NEWTON_STEPS):
+        d = delta + mu
+        safe = xp.where(d > 0, d, xp.ones_like(d))
+        z = xp.where(d > 0, c / safe, zero)  # where d = 0 so is c, or μ would be larger
+        length = safe_norm(z)[..., None]
+        slope = xp.sum(z * z / safe, axis=-1, keepdims=True)
+        step = (length / radius - 1) * length * length / xp.where(slope > 0, slope, xp.ones_like(slope))
+        # Multiplied by μ, zero is NaN for items that are NaN.
+        mu = xp.maximum(mu + step, zero * mu)
+    return mu
 
 
 @public
@@ -227,14 +247,17 @@ def weighted_least_squares(
     >>> ddnref.nodes.weighted_least_squares(a, b, np.asarray([1.0, 1.0, 0.0])).round(12)  # the outlier has no weight
     array([2., 1.])
     """
-    xp = _check_weighted(a, b, weights, ridge)
+    xp = conform("(m,n+),(m),(m),()", real_only=True, a=a, b=b, weights=weights, ridge=ridge).xp
     refuse_recording("weighted_least_squares", a)
     a, b = _finite_or_nan(a, b)
     weights = nan_where(~xp.isfinite(weights), weights)
-    a_ = _with_bias(a, bias)
-    h = _normal_matrix(a_, weights, ridge, bias)
-    y, singular = probed(Dense(h), xp.matrix_transpose(a_) @ (weights * b)[..., None])
-    singular = singular | _negative(weights, ridge)
+    a_, h = _normal_equations(a, weights, ridge, bias)
+    y, singular = checked_solve(Dense(h), xp.matrix_transpose(a_) @ (weights * b)[..., None])
+    # A negative weight or ridge would turn the minimum into a saddle.
+    singular = singular | ~xp.all(weights >= 0, axis=-1)
+    if ridge is not None:
+        singular = singular | ~(ridge >= 0)
+    # Items that are not finite are NaN without an error.
     finite = xp.all(xp.isfinite(b), axis=-1) & xp.all(xp.isfinite(weights), axis=-1)
     _refuse(singular & finite, throw)
     return nan_where(singular[..., None], y[..., 0])
@@ -290,101 +313,48 @@ def weighted_least_squares_vjp(
     >>> ddnref.nodes.weighted_least_squares_vjp(np.ones(1), y, a, b, np.ones(2), bias=False)[1]
     array([0.5, 0.5])
     """
-    xp = _check_weighted(a, b, weights, ridge, y_bar=y_bar, y=y)
-    n = a.shape[-1]
-    shape = (*b.shape[:-1], n + 1 if bias else n)
-    check_shapes(y_bar=(y_bar, shape), y=(y, shape))
+    xp, _, sizes = conform("(m,n+),(m),(m),()", real_only=True, a=a, b=b, weights=weights, ridge=ridge)
+    n = sizes["n"]
+    conform("(m),(k),(k)", sizes={"k": n + bias}, b=b, y=y, y_bar=y_bar)
     a, b = _finite_or_nan(a, b)
     weights = nan_where(~xp.isfinite(weights), weights)
-    a_ = _with_bias(a, bias)
-    u, singular = probed(Dense(_normal_matrix(a_, weights, ridge, bias)), y_bar[..., None])
+    a_, h = _normal_equations(a, weights, ridge, bias)
+    u, singular = checked_solve(Dense(h), y_bar[..., None])
     _refuse(singular, throw)
     u = nan_where(singular[..., None], u[..., 0])
-    z, r = _linalg.matvec(a_, u), b - _linalg.matvec(a_, y)
-    a_bar = _linalg.outer(weights * r, u) - _linalg.outer(weights * z, y)
+    z, r = dense.matvec(a_, u), b - dense.matvec(a_, y)
+    # The last column of the gradient is that of the constant column, which is no input.
+    a_bar = dense.outer(weights * r, u) - dense.outer(weights * z, y)
     ridge_bar = None if ridge is None else -xp.sum(u[..., :n] * y[..., :n], axis=-1)
     return a_bar[..., :n], weights * z, z * r, ridge_bar
 
 
-# --- the algorithms -----------------------------------------------------------------------------------------------
-
-
-def _secular(c: Array, delta: Array, radius: float) -> Array:
-    """The root μ ≥ 0 of ``‖c / (δ + μ)‖ = r``, (..., 1), by a fixed number of Newton steps from below.
-
-    ``1 / ‖y(μ)‖`` is concave, so no step overshoots; the start is the best bound that one component gives.
-    """
-    xp = array_api_compat.array_namespace(c)
-    mu = xp.max(xp.abs(c) / radius - delta, axis=-1, keepdims=True)
-    tiny = full((), 0.0, c)
-    mu = xp.where(mu > 0, mu, tiny * mu)
-    for _ in range(NEWTON_STEPS):
-        d = delta + mu
-        safe = xp.where(d > 0, d, xp.ones_like(d))
-        z = xp.where(d > 0, c / safe, tiny)  # where d = 0 so is c, or μ would be larger
-        length = norm(z)[..., None]
-        slope = xp.sum(z * z / safe, axis=-1, keepdims=True)
-        step = (length / radius - 1) * length * length / xp.where(slope > 0, slope, xp.ones_like(slope))
-        mu = xp.maximum(mu + step, tiny * mu)
-    return mu
-
-
-def _normal_matrix(a_: Array, weights: Array, ridge: Array | None, bias: bool) -> Array:
-    """``Ãᵀ W Ã + ρ D``, symmetric to the last bit."""
-    xp = array_api_compat.array_namespace(a_)
-    a_t = xp.matrix_transpose(a_)
-    h = _linalg.hermitian_part(a_t @ (weights[..., None] * a_))
+def _normal_equations(a: Array, weights: Array, ridge: Array | None, bias: bool) -> tuple[Array, Array]:
+    """``Ã = [A 1]``, and ``Ãᵀ W Ã + ρ D``, symmetric to the last bit."""
+    xp = namespace_of(a)
+    n = a.shape[-1]
+    a_ = xp.concat([a, full((*a.shape[:-1], 1), 1.0, a)], axis=-1) if bias else a
+    h = dense.hermitian_part(xp.matrix_transpose(a_) @ (weights[..., None] * a_))
     if ridge is None:
-        return h
-    i = xp.arange(a_.shape[-1], device=array_api_compat.device(a_))
-    d = xp.astype(i < a_.shape[-1] - bias, a_.dtype)
-    ridge = nan_where(~xp.isfinite(ridge), ridge)
-    return h + ridge[..., None, None] * (d * _linalg.identity(a_.shape[-1], a_))
-
-
-def _with_bias(a: Array, bias: bool) -> Array:
-    xp = array_api_compat.array_namespace(a)
-    return xp.concat([a, full((*a.shape[:-1], 1), 1.0, a)], axis=-1) if bias else a
-
-
-def _negative(weights: Array, ridge: Array | None) -> Array:
-    xp = array_api_compat.array_namespace(weights)
-    bad = ~xp.all(weights >= 0, axis=-1)
-    return bad if ridge is None else bad | ~(ridge >= 0)
+        return a_, h
+    # D is the identity, but for the zero of a bias.
+    i = xp.arange(a_.shape[-1], device=array_api_compat.device(a))
+    d = xp.astype(i < n, a.dtype) * dense.identity(a_.shape[-1], a)
+    return a_, h + nan_where(~xp.isfinite(ridge), ridge)[..., None, None] * d
 
 
 def _refuse(singular: Array, throw: bool) -> None:
-    if throw and is_true(array_api_compat.array_namespace(singular).any(singular)):
+    if throw and is_true(namespace_of(singular).any(singular)):
         raise SingularError(
             "The normal equations of weighted least squares are singular to working precision, or a weight or the "
-            "ridge is negative. Likely there are more columns than samples of positive weight, or columns repeat each "
-            "other (a constant one beside the bias). Pass a ridge, drop columns, or pass throw=False to get NaN for "
-            "these items."
+            "ridge is negative. The most likely causes: more columns than samples of positive weight, or linearly "
+            "dependent columns (a constant one beside the bias). Pass a ridge, drop columns, or pass throw=False to "
+            "get NaN for these items."
         )
 
 
 def _finite_or_nan(a: Array, b: Array) -> tuple[Array, Array]:
-    """Items NaN as a whole where a or b is not finite."""
-    xp = array_api_compat.array_namespace(a, b)
+    """Make an item NaN as a whole where a or b is not finite."""
+    xp = namespace_of(a)
     bad = ~(xp.all(xp.isfinite(a), axis=(-2, -1)) & xp.all(xp.isfinite(b), axis=-1))
     return nan_where(bad[..., None, None], a), nan_where(bad[..., None], b)
-
-
-def _check(radius: float, a: Array, b: Array) -> Namespace:
-    xp = namespace(a=a, b=b)
-    check_real(a=a, b=b)
-    check_dtypes(b=(b, a.dtype))
-    if a.ndim < 2 or a.shape[-1] < 1:
-        raise ValueError(f"a has shape {tuple(a.shape)}, expected (..., m, n) with n at least 1.")
-    check_shapes(b=(b, tuple(a.shape[:-1])))
-    if not radius > 0:
-        raise ValueError(f"radius is {radius!r}, expected a positive number.")
-    return xp
-
-
-def _check_weighted(a: Array, b: Array, weights: Array, ridge: Array | None, **more: Array) -> Namespace:
-    xp = namespace(a=a, b=b, weights=weights, ridge=ridge, **more)
-    _check(1.0, a, b)
-    check_dtypes(weights=(weights, a.dtype), ridge=(ridge, a.dtype), **{k: (z, a.dtype) for k, z in more.items()})
-    check_shapes(weights=(weights, tuple(b.shape)), ridge=(ridge, tuple(b.shape[:-1])))
-    return xp

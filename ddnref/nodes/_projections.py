@@ -6,8 +6,8 @@ With ``θ`` such that ``Σ max(|x_i| − θ, 0) = r``, s the signs of x and S th
     L2   y = r x / ‖x‖                x̄ = (r / ‖x‖) (ȳ − u uᵀȳ),  u = y / r
     L∞   y = clip(x, −r, r)           x̄ = ȳ where |x_i| < r, 0 elsewhere
 
-for x outside the ball. From inside, θ is negative and the L1 form still holds; on the L∞ sphere the largest entry
-alone moves to ``±r``.
+for x outside the ball. From inside, θ is negative and the L1 form still holds, and only the largest entry moves to
+the L∞ sphere, to ``±r``.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import math
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, Namespace, is_true, namespace, nan_where, refuse_recording
-from ddnref._core.checks import check_dtypes, check_real, check_shapes
+from ddnref._core.arrays import Array, is_true, namespace_of, nan_where, refuse_recording
+from ddnref._core.checks import conform
 from ddnref._kernels.public import public
+from ddnref._kernels.vectors import normalised, safe_norm
 from ddnref.errors import SingularError
-from ddnref.implicit._point import norm as l2_norm
 
 NORMS = (1, 2, math.inf)
 
 
 @public
 def project_sphere(x: Array, /, *, norm: float = 2, radius: float = 1.0, throw: bool = True) -> Array:
-    """Nearest point of the sphere ``‖u‖ = radius``, which is not convex: from inside as well as from outside.
+    """Nearest point of the sphere ``‖u‖ = radius``, from inside as well as from outside.
 
     Parameters
     ----------
@@ -35,7 +35,8 @@ def project_sphere(x: Array, /, *, norm: float = 2, radius: float = 1.0, throw: 
     norm : {1, 2, inf}
     radius : float, positive
     throw : bool, default True
-        Raise `SingularError` where the nearest point is not unique; with ``False`` such items are NaN.
+        Raise `SingularError` where the nearest point is not unique, as it may be because the sphere is not convex;
+        with ``False`` such items are NaN.
 
     Returns
     -------
@@ -68,12 +69,11 @@ def project_sphere(x: Array, /, *, norm: float = 2, radius: float = 1.0, throw: 
     >>> ddnref.nodes.project_sphere(np.asarray([3.0, 4.0]))
     array([0.6, 0.8])
     """
-    _check(norm, radius, x=x)
+    _check(norm, "(m+)", x=x)
     refuse_recording("project_sphere", x)
     x = _finite_or_nan(x)
-    bad = _ambiguous(x, norm, radius)
-    _refuse("project_sphere", bad, x, throw)
-    return nan_where(bad, _PROJECT[norm](x, radius, False))
+    bad = _ambiguous("project_sphere", x, norm, radius, throw)
+    return nan_where(bad, _nearest(x, norm, radius))
 
 
 @public
@@ -111,11 +111,10 @@ def project_sphere_vjp(
     >>> ddnref.nodes.project_sphere_vjp(np.ones(2), ddnref.nodes.project_sphere(x), x)
     array([0.5, 0. ])
     """
-    _check(norm, radius, y_bar=y_bar, y=y, x=x)
+    _check(norm, "(m+),(m),(m)", x=x, y=y, y_bar=y_bar)
     x = _finite_or_nan(x)
-    bad = _ambiguous(x, norm, radius)
-    _refuse("project_sphere_vjp", bad, x, throw)
-    return nan_where(bad | _not_finite(x), _REVERSE[norm](y_bar, y, x, radius))
+    bad = _ambiguous("project_sphere_vjp", x, norm, radius, throw)
+    return nan_where(bad | _not_finite(x), _nearest_vjp(y_bar, y, x, norm, radius))
 
 
 @public
@@ -153,9 +152,11 @@ def project_ball(x: Array, /, *, norm: float = 2, radius: float = 1.0) -> Array:
     >>> ddnref.nodes.project_ball(np.asarray([2.0, -1.0, 0.5]), norm=1)
     array([ 1., -0.,  0.])
     """
-    _check(norm, radius, x=x)
+    _check(norm, "(m+)", x=x)
     refuse_recording("project_ball", x)
-    return _PROJECT[norm](_finite_or_nan(x), radius, True)
+    x = _finite_or_nan(x)
+    # The ball is convex: from outside, its nearest point is that of the sphere.
+    return namespace_of(x).where(_length(x, norm) <= radius, x, _nearest(x, norm, radius))
 
 
 @public
@@ -180,8 +181,8 @@ def project_ball_vjp(y_bar: Array, y: Array, x: Array, /, *, norm: float = 2, ra
 
     Notes
     -----
-    Inside, `y_bar` itself; outside, the formula of the sphere. Exactly on the boundary only one-sided derivatives
-    exist: what comes back is the one from inside, `y_bar`. Elsewhere as `project_sphere_vjp`.
+    Inside, `y_bar` itself; outside, the formula of `project_sphere_vjp`. Exactly on the boundary only one-sided
+    derivatives exist; the one from inside is returned, `y_bar`.
 
     Examples
     --------
@@ -190,12 +191,12 @@ def project_ball_vjp(y_bar: Array, y: Array, x: Array, /, *, norm: float = 2, ra
     >>> ddnref.nodes.project_ball_vjp(np.ones(2), ddnref.nodes.project_ball(x, norm=np.inf), x, norm=np.inf)
     array([0., 1.])
     """
-    xp = _check(norm, radius, y_bar=y_bar, y=y, x=x)
-    x = _finite_or_nan(x)
-    if norm == math.inf:
+    _check(norm, "(m+),(m),(m)", x=x, y=y, y_bar=y_bar)
+    xp, x = namespace_of(x), _finite_or_nan(x)
+    if norm == math.inf:  # the entries are projected one by one, and so each has its own boundary
         x_bar = xp.where(xp.abs(x) <= radius, y_bar, xp.zeros_like(y_bar))
     else:
-        x_bar = xp.where(_length(x, norm) <= radius, y_bar, _REVERSE[norm](y_bar, y, x, radius))
+        x_bar = xp.where(_length(x, norm) <= radius, y_bar, _nearest_vjp(y_bar, y, x, norm, radius))
     return nan_where(_not_finite(x), x_bar)
 
 
@@ -233,7 +234,7 @@ def project_simplex(x: Array, /, *, total: float = 1.0) -> Array:
     >>> ddnref.nodes.project_simplex(np.asarray([0.75, 0.5, -1.0]))
     array([0.625, 0.375, 0.   ])
     """
-    _check(1, total, x=x)
+    _check(1, "(m+)", x=x)
     refuse_recording("project_simplex", x)
     return _simplex(_finite_or_nan(x), total)
 
@@ -263,7 +264,7 @@ def project_simplex_vjp(y_bar: Array, y: Array, /) -> Array:
     .. math:: \bar x_S = \bar y_S - \frac{1}{|S|} \sum_S \bar y, \qquad \bar x = 0 \text{ elsewhere}
 
     Where ``x_i = θ`` exactly the support changes and only one-sided derivatives exist; such an entry counts as
-    outside of it.
+    outside the support.
 
     Examples
     --------
@@ -271,126 +272,103 @@ def project_simplex_vjp(y_bar: Array, y: Array, /) -> Array:
     >>> ddnref.nodes.project_simplex_vjp(np.asarray([1.0, 0.0, 5.0]), np.asarray([0.625, 0.375, 0.0]))
     array([ 0.5, -0.5,  0. ])
     """
-    xp = _check(1, 1.0, y_bar=y_bar, y=y)
-    return nan_where(_not_finite(y), _reverse_face(y_bar, xp.astype(y > 0, y.dtype)))
+    _check(1, "(m+),(m)", y=y, y_bar=y_bar)
+    return nan_where(_not_finite(y), _reverse_face(y_bar, namespace_of(y).astype(y > 0, y.dtype)))
 
 
-# --- the algorithms -----------------------------------------------------------------------------------------------
+# --- the algorithms -------------------------------------------------------------------------------------------------
+
+
+def _nearest(x: Array, norm: float, radius: float) -> Array:
+    """Nearest point of the sphere, one of them where there are several."""
+    xp = namespace_of(x)
+    if norm == 1:
+        return xp.sign(x) * _simplex(xp.abs(x), radius)
+    if norm == 2:
+        return radius * normalised(x, safe_norm(x))  # zero has no direction and stays zero
+    size, bound = xp.abs(x), radius * xp.ones_like(x)
+    # From inside, the largest entry moves out to the bound; from outside it is cut to the bound as others are.
+    moves = size == xp.max(size, axis=-1, keepdims=True)
+    return xp.sign(x) * xp.where(moves, bound, xp.minimum(size, bound))
+
+
+def _nearest_vjp(y_bar: Array, y: Array, x: Array, norm: float, radius: float) -> Array:
+    """Cotangent of `x`: the part of `y_bar` along which y can move on the sphere."""
+    xp = namespace_of(y_bar)
+    if norm == 1:
+        return _reverse_face(y_bar, xp.sign(y))
+    length = _length(x, norm)
+    if norm == 2:
+        u = y / radius
+        # A zero input is ambiguous, and the caller makes it NaN.
+        length = xp.where(length == 0, xp.ones_like(length), length)
+        return (radius / length) * (y_bar - u * xp.sum(u * y_bar, axis=-1, keepdims=True))
+    # Entries at the bound stay there; from inside, this is the largest alone.
+    free = xp.abs(x) < xp.minimum(length, radius * xp.ones_like(length))
+    return xp.where(free, y_bar, xp.zeros_like(y_bar))
 
 
 def _simplex(x: Array, total: float) -> Array:
-    """θ increases with k up to the size of the support and decreases from there: it is the largest."""
-    xp = array_api_compat.array_namespace(x)
-    x = x - xp.max(x, axis=-1, keepdims=True)  # shifts change nothing, and large ones would cost digits
+    """``max(x − θ, 0)``; θ_k increases with k up to the size of the support and then decreases, so θ is the largest."""
+    xp = namespace_of(x)
+    # A common shift changes nothing, and a large one would cost digits.
+    x = x - xp.max(x, axis=-1, keepdims=True)
     count = xp.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=array_api_compat.device(x))
     largest = xp.cumulative_sum(xp.sort(x, axis=-1, descending=True), axis=-1)
     theta = xp.max((largest - total) / count, axis=-1, keepdims=True)
     return xp.maximum(x - theta, xp.zeros_like(x))
 
 
-def _l1(x: Array, radius: float, ball: bool) -> Array:
-    xp = array_api_compat.array_namespace(x)
-    y = xp.sign(x) * _simplex(xp.abs(x), radius)
-    return xp.where(_length(x, 1) <= radius, x, y) if ball else y
-
-
-def _l2(x: Array, radius: float, ball: bool) -> Array:
-    xp = array_api_compat.array_namespace(x)
-    length = _length(x, 2)
-    y = radius * (x / xp.where(length == 0, xp.ones_like(length), length))
-    return xp.where(length <= radius, x, y) if ball else y
-
-
-def _linf(x: Array, radius: float, ball: bool) -> Array:
-    xp = array_api_compat.array_namespace(x)
-    size = xp.abs(x)
-    bound = xp.minimum(size, radius * xp.ones_like(x))
-    if not ball:  # inside, the largest entry moves out; outside it is at the bound already
-        bound = xp.where(size == xp.max(size, axis=-1, keepdims=True), radius * xp.ones_like(x), bound)
-    return xp.sign(x) * bound
-
-
-def _reverse_l1(y_bar: Array, y: Array, x: Array, radius: float) -> Array:  # noqa: ARG001
-    return _reverse_face(y_bar, array_api_compat.array_namespace(y).sign(y))
-
-
 def _reverse_face(y_bar: Array, s: Array) -> Array:
     """``ȳ_S − s_S (s_Sᵀ ȳ_S) / |S|``: the part along the face on which y may move."""
-    xp = array_api_compat.array_namespace(y_bar)
+    xp = namespace_of(y_bar)
     support = s * s
+    # An empty support has no face, and its mean of nothing is zero.
     count = xp.sum(support, axis=-1, keepdims=True)
     mean = xp.sum(s * y_bar, axis=-1, keepdims=True) / xp.where(count > 0, count, xp.ones_like(count))
     return support * y_bar - s * mean
 
 
-def _reverse_l2(y_bar: Array, y: Array, x: Array, radius: float) -> Array:
-    xp = array_api_compat.array_namespace(y_bar)
-    u, length = y / radius, _length(x, 2)
-    length = xp.where(length == 0, xp.ones_like(length), length)
-    return (radius / length) * (y_bar - u * xp.sum(u * y_bar, axis=-1, keepdims=True))
-
-
-def _reverse_linf(y_bar: Array, y: Array, x: Array, radius: float) -> Array:  # noqa: ARG001
-    xp = array_api_compat.array_namespace(y_bar)
-    largest = _length(x, math.inf)
-    free = xp.abs(x) < xp.minimum(largest, radius * xp.ones_like(largest))
-    return xp.where(free, y_bar, xp.zeros_like(y_bar))
-
-
-_PROJECT = {1: _l1, 2: _l2, math.inf: _linf}
-_REVERSE = {1: _reverse_l1, 2: _reverse_l2, math.inf: _reverse_linf}
-
-
 def _length(x: Array, norm: float) -> Array:
     """``‖x‖`` as (..., 1)."""
-    xp = array_api_compat.array_namespace(x)
+    xp = namespace_of(x)
     if norm == 2:
-        return l2_norm(x)[..., None]
+        return safe_norm(x)[..., None]
     return (xp.sum if norm == 1 else xp.max)(xp.abs(x), axis=-1, keepdims=True)
 
 
-def _ambiguous(x: Array, norm: float, radius: float) -> Array:
-    """Where the nearest point of the sphere is not unique, (..., 1)."""
-    xp = array_api_compat.array_namespace(x)
+def _ambiguous(name: str, x: Array, norm: float, radius: float, throw: bool) -> Array:
+    """Return where the nearest point of the sphere is not unique, (..., 1), or raise with `throw`."""
+    xp = namespace_of(x)
     length = _length(x, norm)
-    if norm == 2:
-        return length == 0
-    if norm == 1:
-        return (length < radius) & xp.any(x == 0, axis=-1, keepdims=True)
-    ties = xp.sum(xp.astype(xp.abs(x) == length, xp.int64), axis=-1, keepdims=True)
-    return (length < radius) & ((ties > 1) | (length == 0))
-
-
-def _refuse(name: str, bad: Array, x: Array, throw: bool) -> None:
-    if throw and is_true(array_api_compat.array_namespace(x).any(bad)):
+    if norm == 2:  # all of the sphere is equally near to its centre
+        bad = length == 0
+    elif norm == 1:
+        # From inside, every entry grows in magnitude, and that of zero may take either sign.
+        bad = (length < radius) & xp.any(x == 0, axis=-1, keepdims=True)
+    else:
+        ties = xp.sum(xp.astype(xp.abs(x) == length, xp.int64), axis=-1, keepdims=True)
+        bad = (length < radius) & ((ties > 1) | (length == 0))
+    if throw and is_true(xp.any(bad)):
         raise SingularError(
-            f"{name}: the nearest point of the sphere is not unique, so neither it nor a gradient is determined. "
-            "Likely the input is zero, or (L1) has a zero entry or (L∞) has equal largest entries inside the sphere. "
+            f"{name}: the nearest point of the sphere is not unique, so neither it nor a gradient is determined. The "
+            "input is zero, or lies inside the sphere and has a zero entry (L1) or equal largest entries (L∞). "
             "Project onto the ball, perturb the input, or pass throw=False to get NaN for these items."
         )
+    return bad
 
 
 def _not_finite(x: Array) -> Array:
-    xp = array_api_compat.array_namespace(x)
+    xp = namespace_of(x)
     return ~xp.all(xp.isfinite(x), axis=-1, keepdims=True)
 
 
 def _finite_or_nan(x: Array) -> Array:
-    """Whole items NaN that are not finite."""
+    """Make an item NaN as a whole where one of its numbers is not finite."""
     return nan_where(_not_finite(x), x)
 
 
-def _check(norm: float, radius: float, **arrays: Array) -> Namespace:
-    xp = namespace(**arrays)
-    check_real(**arrays)
-    first = next(iter(arrays.values()))
-    if first.ndim < 1 or first.shape[-1] < 1:
-        name = next(iter(arrays))
-        raise ValueError(f"{name} has shape {tuple(first.shape)}, expected (..., m) with m at least 1.")
-    check_dtypes(**{name: (a, first.dtype) for name, a in arrays.items()})
-    check_shapes(**{name: (a, tuple(first.shape)) for name, a in arrays.items()})
+def _check(norm: float, signature: str, **arrays: Array) -> None:
+    conform(signature, real_only=True, **arrays)
     if norm not in NORMS:
         raise ValueError(f"norm is {norm!r}, expected 1, 2 or inf.")
-    if not 0 < radius < math.inf:
-        raise ValueError(f"radius (or total) is {radius!r}, expected a positive number.")
-    return xp

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, conj, is_complex, library, namespace, namespace_of
+from ddnref._core.arrays import Array, adjoint, conj, is_complex, library, namespace, namespace_of
 from ddnref._core.checks import check_dtypes, check_shapes, check_square
-from ddnref._kernels.dense import adjoint, hermitian_part, hermitian_product, identity, symmetrised
+from ddnref._kernels.dense import hermitian_part, hermitian_product, identity, symmetrised
 from ddnref.operators._operator import LinearOperator, batch_axes
 
 Pieces: TypeAlias = tuple[Array, ...]

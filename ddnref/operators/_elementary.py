@@ -13,7 +13,7 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from ddnref._core.arrays import Array, conj, is_complex, library, namespace
+from ddnref._core.arrays import Array, conj, is_complex, library, namespace, with_scalars_as_arrays
 from ddnref._core.checks import check_precision
 from ddnref._kernels.dense import move_axis
 from ddnref._kernels.public import public
@@ -276,7 +276,7 @@ def coefficient(name: str, c: Any, params: Params, real: bool = False) -> Any:
             raise TypeError(f"{name} is {c!r}, expected a real number or a real array.")
         return c
     # An array must go together with the parameters.
-    c = np.asarray(c) if isinstance(c, np.generic) else c
+    c = with_scalars_as_arrays(c)
     arrays = {name: c, **{f"params[{i}]": parameter for i, parameter in enumerate(params)}}
     check_precision(namespace(**arrays), **arrays)
     if real and is_complex(c):

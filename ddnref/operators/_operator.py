@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import array_api_compat
-import numpy as np
 
-from ddnref._core.arrays import Array, conj, full, is_complex, namespace, namespace_of, with_axes
+from ddnref._core.arrays import Array, conj, full, is_complex, is_number, namespace, namespace_of, quiet, with_axes
 from ddnref._core.checks import check_precision, check_shapes, given
 from ddnref._kernels.dense import identity, move_axis
 from ddnref._kernels.vectors import as_complex
@@ -62,7 +61,7 @@ class LinearOperator(NamedTuple):
         """Validate the shape and the dtype of `x`, and return ``A x``."""
         check_vector("x", x, self.domain_shape, self.params)
         try:
-            with np.errstate(all="ignore"):  # a NaN in one item shows in the result
+            with quiet():  # a NaN in one item shows in the result
                 return self.apply(self.params, x)
         except (ValueError, RuntimeError) as error:
             if isinstance(error, DdnrefError):
@@ -169,8 +168,8 @@ def as_shape(name: str, shape: Any) -> tuple[int, ...]:
 
 
 def is_array(c: Any) -> bool:
-    """Whether a coefficient is an array, which makes it a parameter; a Python number is a constant."""
-    return c is not None and (isinstance(c, np.generic) or not isinstance(c, (int, float, complex)))
+    """Return whether a coefficient is an array, which makes it a parameter; a Python number is a constant."""
+    return c is not None and not is_number(c)
 
 
 def over(c: Array, ndim: int) -> Array:

@@ -1,6 +1,6 @@
 """Textbook forms from the literature: oracles for the tests and the slow rungs of the benchmark ladder.
 
-Nothing here is fast, and nothing in the package but its report calls it.
+They are written for clarity, not for speed. Only examples, tests and benchmarks use them.
 """
 
 from ddnref.reference.declarative import ddn_vjp_jacobian, ddn_vjp_schur, ift_vjp_jacobian, ift_vjp_structured

@@ -1,4 +1,4 @@
-"""Reverse passes through single eigenvectors as the deep declarative networks tutorial derives them.
+"""Reverse passes through single eigenvectors, derived as in the deep declarative networks tutorial.
 
 Each eigenpair (λ, y) of the real symmetric X is a solution of ``min −tr(uᵀXu) s.t. uᵀu = 1``:
 
@@ -9,17 +9,16 @@ or a fixed point of power iteration with the sign of its eigenvalue, ``f(X, y) =
 
     IFT   dy/dX = −(∂f/∂y)⁻¹ ∂f/∂X
 
-Forms "with the Jacobian" build dy/dX or its factors, m×m² numbers for each eigenvector; "structured" ones use what B
-is made of and never store it. H is exactly singular at the solution, for ``H y = 0``, so that these are baselines to
-measure against. Use ``ddnref.simultaneous_iteration_vjp``: its bordered system is the same gradient, well conditioned.
+Forms "with the Jacobian" build dy/dX or its factors, m×m² numbers for each eigenvector; "structured" ones use the two
+vectors in B and never store it. At the solution H is exactly singular, because ``H y = 0``, and so these are baselines
+to measure against. Use ``ddnref.simultaneous_iteration_vjp``, whose well-conditioned bordered system gives the same
+gradient.
 """
 
 from __future__ import annotations
 
-import array_api_compat
-
-from ddnref._core.arrays import Array, Namespace, is_complex, namespace
-from ddnref._core.checks import check_dtypes, check_shapes, check_square
+from ddnref._core.arrays import Array, Namespace, eps, is_complex, namespace_of
+from ddnref._core.checks import conform
 from ddnref._kernels.dense import hermitian_part, identity, solve
 
 MODES = ("solve", "pinv")
@@ -28,7 +27,7 @@ MODES = ("solve", "pinv")
 def ddn_vjp_jacobian(
     v_bar: Array, x: Array, w: Array, v: Array, /, *, mode: str = "pinv", stacked: bool = True
 ) -> Array:
-    """A, B, H and dy/dX of the declarative node, all explicit, times the cotangent.
+    """Gradient of a loss of eigenvectors by explicit A, B, H and dy/dX of the declarative node.
 
     Parameters
     ----------
@@ -55,30 +54,31 @@ def ddn_vjp_jacobian(
 
     Notes
     -----
-    ``solve`` takes the equation as it stands. H is singular up to rounding, so that ``H⁻¹B`` is large along y, and
-    subtracting its like leaves few digits or none. Measured: relative errors of 0.06 to 3 with random cotangents, in
-    float32 and float64 alike, and of 100 to 400 with all ones where X has positive entries, because there the gradient
-    itself is small; NaN where elimination meets an exact zero. ``pinv`` leaves out the null space of H, which is what
-    A sees: ``A H⁺ = 0`` and ``dy/dX = −H⁺B``, right for simple eigenvalues. It leaves out singular values below
-    ``m n eps ‖H‖``.
+    ``solve`` uses the equation unchanged. H is singular up to rounding, so ``H⁻¹B`` is large along y, and the
+    difference of the two terms has few correct digits or none. Measured relative errors are 0.06 to 3 with random
+    cotangents, in float32 and float64 alike, and 100 to 400 with all ones where X has positive entries, because there
+    the gradient itself is small; the result is NaN where elimination meets an exact zero. ``pinv`` leaves out the null
+    space of H (singular values below ``m n eps ‖H‖``), the only space that A acts on: then ``A H⁺ = 0`` and
+    ``dy/dX = −H⁺B``, which is right for simple eigenvalues.
 
     Cost: O(m⁴ n) flops and O(m³ n) memory one pair at a time, O(m⁴ n²) and O(m³ n) + O(m² n²) stacked.
     """
     xp = _check(v_bar, x, w, v, mode)
-    if not stacked:
+    if not stacked:  # each pair as a stack of one
         columns = [slice(i, i + 1) for i in range(w.shape[-1])]
         parts = [ddn_vjp_jacobian(v_bar[..., i], x, w[..., i], v[..., i], mode=mode) for i in columns]
         return sum(parts, xp.zeros_like(x))
+    # The Jacobian of all eigenvectors, one below the other, and their cotangents as one row.
     dy_dx = _ddn(*_stacked(x, w, v), mode)
     y_bar = xp.reshape(xp.matrix_transpose(v_bar), (*x.shape[:-2], 1, dy_dx.shape[-2]))
     return xp.reshape(y_bar @ dy_dx, x.shape)
 
 
 def ddn_vjp_schur(v_bar: Array, x: Array, w: Array, v: Array, /, *, mode: str = "pinv") -> Array:
-    """The same without B, one pair at a time: ``X̄ = −Σ (K yᵀ + y Kᵀ)``.
+    """Gradient of `ddn_vjp_jacobian` without storing B, one pair at a time: ``X̄ = −Σ (K yᵀ + y Kᵀ)``.
 
     ``K = H⁻¹Aᵀ (A H⁻¹Aᵀ)⁻¹ A H⁻¹ ȳ − H⁻¹ȳ`` is the cotangent taken through H, which is symmetric. Parameters, errors,
-    result and modes as `ddn_vjp_jacobian`. Cost: O(m³ n) flops, O(m²) memory.
+    result and modes are those of `ddn_vjp_jacobian`. Cost: O(m³ n) flops, O(m²) memory.
     """
     xp = _check(v_bar, x, w, v, mode)
     eye, x_bar = identity(x.shape[-1], x), xp.zeros_like(x)
@@ -86,20 +86,21 @@ def ddn_vjp_schur(v_bar: Array, x: Array, w: Array, v: Array, /, *, mode: str = 
         y, y_bar = v[..., i : i + 1], v_bar[..., i : i + 1]
         h = 2 * w[..., i, None, None] * eye - (x + xp.matrix_transpose(x))
         k = _ddn(h, 2 * xp.matrix_transpose(y), y_bar, mode)
+        # B holds −(δ_ja y_b + y_a δ_jb), and so k is multiplied by y from either side.
         outer = k @ xp.matrix_transpose(y)
         x_bar = x_bar - (outer + xp.matrix_transpose(outer))
     return x_bar
 
 
 def ift_vjp_jacobian(v_bar: Array, x: Array, w: Array, v: Array, /, *, symmetric: bool = True) -> Array:
-    """``∂f/∂y`` and ``∂f/∂X`` of the fixed point as they follow from f, one pair at a time.
+    """Gradient through the fixed point, with explicit ``∂f/∂y`` and ``∂f/∂X``, one pair at a time.
 
     Parameters
     ----------
     v_bar, x, w, v
         As `ddn_vjp_jacobian`; the eigenvalues with their signs, and none of them zero.
     symmetric : bool, default True
-        Symmetrise the result. With ``False`` the gradient of f as it stands, right for any real matrix.
+        Symmetrise the result. ``False`` returns the plain gradient of f, which is right for any real matrix.
 
     Returns
     -------
@@ -112,14 +113,15 @@ def ift_vjp_jacobian(v_bar: Array, x: Array, w: Array, v: Array, /, *, symmetric
 
     Notes
     -----
-    ``(∂f/∂y)ᵀ q = ȳ``, then ``X̄ = −(∂f/∂X)ᵀ q``. The tutorial assumes λ > 0 and has no sign in f: for λ < 0 no
-    eigenvector is a fixed point of that, and the gradient is off by a factor of two or three. It also goes through
-    the normal equations ``(∂f/∂y)(∂f/∂y)ᵀ``, which square the condition number. Cost: O(m³ n) flops, O(m³) memory.
+    ``(∂f/∂y)ᵀ q = ȳ``, then ``X̄ = −(∂f/∂X)ᵀ q``. The tutorial assumes λ > 0 and has no sign in f. For λ < 0 no
+    eigenvector is a fixed point of its f, and the gradient is off by a factor of two or three. It also solves by the
+    normal equations ``(∂f/∂y)(∂f/∂y)ᵀ``, which square the condition number. Cost: O(m³ n) flops, O(m³) memory.
     """
     xp = _check(v_bar, x, w, v)
     eye, x_bar = identity(x.shape[-1], x), xp.zeros_like(x)
     for i in range(w.shape[-1]):
         y, sign = v[..., i : i + 1], xp.sign(w[..., i, None, None])
+        # f = y − z / l with z = X y and the signed length l = sign(λ) ‖z‖, whose derivative is the projector P / l.
         z = x @ y
         length = sign * xp.sqrt(xp.sum(z * z, axis=-2, keepdims=True))
         p = eye - (z / length) @ xp.matrix_transpose(z / length)
@@ -133,29 +135,20 @@ def ift_vjp_jacobian(v_bar: Array, x: Array, w: Array, v: Array, /, *, symmetric
 def ift_vjp_structured(
     v_bar: Array, x: Array, w: Array, v: Array, /, *, store_b: bool = False, symmetric: bool = True
 ) -> Array:
-    """The same with the eigenpair put in: ``(I − XᵀP/λ) q = ȳ``, ``X̄ = (P q / λ) yᵀ``, ``P = I − y yᵀ``.
+    """Gradient of `ift_vjp_jacobian` simplified at the eigenpair: ``(I − XᵀP/λ) q = ȳ``, ``X̄ = (P q / λ) yᵀ``.
 
     Parameters
     ----------
     v_bar, x, w, v, symmetric
-        As `ift_vjp_jacobian`.
+        As in `ift_vjp_jacobian`, whose result and errors are also these.
     store_b : bool, default False
-        Store ``B = ∂f/∂X``, m×m² numbers, in place of the outer product that it amounts to.
-
-    Returns
-    -------
-    x_bar : (..., m, m) array
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `ddn_vjp_jacobian`.
+        Store ``B = ∂f/∂X``, m×m² numbers, where an outer product gives the same.
 
     Notes
     -----
-    The tutorial's structured form solves with ``I − P X/λ`` in place of its transpose. For a symmetric X they are
-    equal, ``P X = X P``; for any other X that is wrong, and this is right. Cost: O(m³ n) flops; O(m²) memory, O(m³)
-    with `store_b`.
+    ``P = I − y yᵀ``. The tutorial's structured form solves with ``I − P X/λ`` in place of the transpose used here. They
+    are equal for a symmetric X, where ``P X = X P``; for any other X the tutorial's is wrong. Cost: O(m³ n) flops;
+    O(m²) memory, O(m³) with `store_b`.
     """
     xp = _check(v_bar, x, w, v)
     x_t, eye, x_bar = xp.matrix_transpose(x), identity(x.shape[-1], x), xp.zeros_like(x)
@@ -172,12 +165,12 @@ def ift_vjp_structured(
 
 
 def _stacked(x: Array, w: Array, v: Array) -> tuple[Array, Array, Array]:
-    """H, A and B of all pairs, one pair's rows after the other's: of shape mn×mn, n×mn, mn×m²."""
-    xp = array_api_compat.array_namespace(x)
+    """H (mn×mn), A (n×mn) and B (mn×m²) of all pairs, the rows of one pair after those of the other."""
+    xp = namespace_of(x)
     *batch, m, n = v.shape
     eye, pair, y = identity(m, x), identity(n, x), xp.matrix_transpose(v)
     h = 2 * w[..., None, None] * eye - (x + xp.matrix_transpose(x))[..., None, :, :]
-    h = pair[:, None, :, None] * h[..., None, :]
+    h = pair[:, None, :, None] * h[..., None, :]  # block diagonal: pairs do not interact
     a = 2 * pair[:, :, None] * y[..., None, :, :]
     b = -(eye[:, :, None] * y[..., None, None, :] + y[..., None, :, None] * eye[:, None, :])
     shapes = (n * m, n * m), (n, n * m), (n * m, m * m)
@@ -187,20 +180,16 @@ def _stacked(x: Array, w: Array, v: Array) -> tuple[Array, Array, Array]:
 
 def _ddn(h: Array, a: Array, b: Array, mode: str) -> Array:
     """``H⁻¹Aᵀ (A H⁻¹Aᵀ)⁻¹ A H⁻¹B − H⁻¹B``; with H⁺ the first term is zero."""
-    xp = array_api_compat.array_namespace(h)
+    xp = namespace_of(h)
     if mode == "pinv":
-        rtol = h.shape[-1] * float(xp.finfo(h.dtype).eps)
+        rtol = h.shape[-1] * eps(xp, h.dtype)
         return -(xp.linalg.pinv(h, rtol=rtol) @ b)
     h_a, h_b = solve(h, xp.matrix_transpose(a)), solve(h, b)
     return h_a @ solve(a @ h_a, a @ h_b) - h_b
 
 
 def _check(v_bar: Array, x: Array, w: Array, v: Array, mode: str = "pinv") -> Namespace:
-    xp = namespace(v_bar=v_bar, x=x, w=w, v=v)
-    check_square("x", x)
-    batch, n = tuple(x.shape[:-1]), v.shape[-1:]
-    check_shapes(v_bar=(v_bar, (*batch, *n)), w=(w, (*batch[:-1], *n)), v=(v, (*batch, *n)))
-    check_dtypes(v_bar=(v_bar, x.dtype), w=(w, x.dtype), v=(v, x.dtype))
+    xp = conform("(m,m),(n),(m,n),(m,n)", x=x, w=w, v=v, v_bar=v_bar).xp
     if is_complex(x):
         raise TypeError(f"The tutorial's forms take real matrices, got {x.dtype}: use ddnref.eigh_vjp.")
     if mode not in MODES:

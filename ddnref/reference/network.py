@@ -7,8 +7,8 @@ the unit vector of the weight that joins input i to output o (``E_o`` that of a 
     J_s,o = Σ_i W_oi J_i + Σ_i z_i E_oi + E_o                               J ← φ'(s_o) J_s,o
     K_s,o = Σ_i W_oi K_i + Σ_i (E_oi J_iᵀ + J_i E_oiᵀ)                      K ← φ'(s_o) K_s,o + φ''(s_o) J_s,o J_s,oᵀ
 
-With the loss ``ℓ`` on top, ``G = Σ_n J_nᵀ ∇²ℓ_n J_n`` and ``H = G + Σ_n Σ_c (∇ℓ_n)_c K_nc``. Nothing is shared with the
-reverse passes of `ddnref.networks.Chain`, which is why this is their oracle; K takes N·C·D² numbers.
+With the loss ``ℓ`` on top, ``G = Σ_n J_nᵀ ∇²ℓ_n J_n`` and ``H = G + Σ_n Σ_c (∇ℓ_n)_c K_nc``. This is the oracle of the
+reverse passes of `ddnref.networks.Chain`, with which it shares nothing. K takes N·C·D² numbers.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from typing import NamedTuple
 
 import array_api_compat
 
-from ddnref._core.arrays import Array
+from ddnref._core.arrays import Array, namespace_of
 from ddnref._kernels.dense import identity
 from ddnref.networks._chain import Chain
 from ddnref.networks._layers import Dense
 
 
 def network_jacobian(chain: Chain, x: Array) -> Array:
-    """Derivatives of all outputs by all parameters.
+    """Derivatives of all outputs with respect to all parameters.
 
     Parameters
     ----------
     chain : Chain
-        Of `Dense` layers; ``TypeError`` for others.
+        A chain of `Dense` layers; ``TypeError`` for others.
     x : (N, a_0) array
 
     Returns
@@ -43,31 +43,29 @@ def network_jacobian(chain: Chain, x: Array) -> Array:
 
 def network_ggn(chain: Chain, x: Array, t: Array) -> Array:
     """The generalised Gauss–Newton matrix ``(D, D)``; parameters as `network_jacobian` and `Chain.loss`."""
-    state = _propagate(chain, x, second=False)
-    return _ggn(chain, state, t)
+    return _ggn(chain, _propagate(chain, x, second=False), t)
 
 
 def network_hessian(chain: Chain, x: Array, t: Array) -> Array:
     """The Hessian of the loss ``(D, D)``; parameters as `network_jacobian` and `Chain.loss`."""
-    xp = array_api_compat.array_namespace(x)
-    state = _propagate(chain, x, second=True)
+    xp, state = namespace_of(x), _propagate(chain, x, second=True)
+    # The curvature of the loss in the outputs, and that of the outputs in the parameters.
     g = chain.scale(x.shape[0]) * chain.criterion.gradient(state.z, t)
     return _ggn(chain, state, t) + xp.sum(g[..., None, None] * state.second, axis=(0, 1))
 
 
 class _State(NamedTuple):
-    z: Array
-    """(N, a): output of the layers so far."""
-    first: Array
-    """J (N, a, D)."""
-    second: Array
-    """K (N, a, D, D)."""
+    z: Array  # (N, a): output of the layers so far
+    first: Array  # J (N, a, D)
+    second: Array  # K (N, a, D, D)
 
 
 def _propagate(chain: Chain, x: Array, second: bool) -> _State:
-    xp, device = array_api_compat.array_namespace(x), array_api_compat.device(x)
+    """Carry the outputs and their derivatives through all layers; K only if `second`."""
+    xp, device = namespace_of(x), array_api_compat.device(x)
     size = sum(math.prod(p.shape) for p in chain.params)
     eye, offset, (n, a) = identity(size, x), 0, x.shape
+    # The input does not depend on the parameters.
     k_shape = (n, a, size, size) if second else (n, a, 1, 1)
     state = _State(
         x,
@@ -84,9 +82,10 @@ def _propagate(chain: Chain, x: Array, second: bool) -> _State:
 
 def _layer(layer: Dense, state: _State, units: Array, second: bool) -> _State:
     """One layer, `units` the unit vectors of its parameters and all later ones."""
-    xp = array_api_compat.array_namespace(state.z)
+    xp = namespace_of(state.z)
     w, size = layer.weight, units.shape[-1]
     entries = math.prod(w.shape)
+    # E_oi as rows of the identity, and s, J_s and K_s before the activation.
     e = xp.reshape(units[:entries, :], (*w.shape, size))
     z, j, k = state
     s = z @ xp.matrix_transpose(w)
@@ -94,6 +93,7 @@ def _layer(layer: Dense, state: _State, units: Array, second: bool) -> _State:
     if layer.bias is not None:
         s = s + layer.bias
         j_s = j_s + units[entries : entries + w.shape[0], :]
+    # The chain rule through φ.
     y, slope, curvature = (f(s) for f in layer.phi[:3])
     if second:
         cross = xp.matrix_transpose(e) @ j[:, None, :, :]
@@ -104,6 +104,6 @@ def _layer(layer: Dense, state: _State, units: Array, second: bool) -> _State:
 
 
 def _ggn(chain: Chain, state: _State, t: Array) -> Array:
-    xp = array_api_compat.array_namespace(state.z)
+    xp = namespace_of(state.z)
     curved = chain.criterion.hessian(state.z, t) @ state.first
     return chain.scale(state.z.shape[0]) * xp.sum(xp.matrix_transpose(state.first) @ curved, axis=0)

@@ -1,4 +1,4 @@
-r"""The Hessian of a deep network as its inventor solves with it: every derivative a matrix, one augmented system.
+r"""Solve with the Hessian of a deep network by one augmented system, with every derivative stored as a matrix.
 
 For the chain ``z_l = f_l(x_l, z_{l−1})`` with weights x_l, the loss being the last layer, let ``b_l = ∂loss/∂z_l`` and
 
@@ -12,11 +12,11 @@ and ``(H + εI) v = g`` is the first row of a system whose 3×3 blocks are at mo
 
     [ Dxx + εI      Dzx P       Dxᵀ ] [ v ]   [ g ]          y = M⁻¹ Dx v: tangents of the activations
     [   −Dx           M          0  ] [ y ] = [ 0 ]
-    [ −Pᵀ Dzxᵀ   −Pᵀ Dzz P      Mᵀ  ] [ λ ]   [ 0 ]          λ: how the gradient with respect to them changes
+    [ −Pᵀ Dzxᵀ   −Pᵀ Dzz P      Mᵀ  ] [ λ ]   [ 0 ]          λ: changes of the gradient with respect to them
 
 Sorted by layers instead of by unknowns it is block tridiagonal, with a block of size ``p_l + 2 N a`` for each layer,
-and solved by block elimination, first layer to last. It costs O(a⁶) for each layer of width a, and nothing pivots
-across layers: `ddnref.curvature.hessian_factor` shrinks the first and bounds the second.
+and solved by block elimination, first layer to last. The cost is O(a⁶) for each layer of width a, and there is no
+pivoting across layers; `ddnref.curvature.hessian_factor` reduces the first and bounds the effect of the second.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import array_api_compat
-
-from ddnref._core.arrays import Array, full
+from ddnref._core.arrays import Array, full, namespace_of
 from ddnref._kernels.dense import identity, solve
 from ddnref.networks._chain import Chain
 from ddnref.networks._layers import Dense
@@ -44,12 +42,12 @@ class LayerMatrices(NamedTuple):
 
 
 def tall_skinny_derivatives(chain: Chain, x: Array, t: Array, /) -> list[LayerMatrices]:
-    """All five matrices of every layer of a chain of dense layers; the loss belongs to the last.
+    """All five matrices of every layer of a chain of dense layers, the last one including the loss.
 
     Parameters
     ----------
     chain : Chain
-        Of `Dense` layers without bias.
+        A chain of `Dense` layers without bias; ``TypeError`` for others.
     x : (N, a) array
     t : array
 
@@ -64,8 +62,8 @@ def tall_skinny_derivatives(chain: Chain, x: Array, t: Array, /) -> list[LayerMa
             raise TypeError(f"The textbook form takes Dense layers without bias, not {type(layer).__name__}.")
         last = record is records[-1]
         slope, curvature = layer.phi.slope(record.s), layer.phi.curvature(record.s)
-        second = _diagonals(record.b * curvature)
-        if last:  # the loss after the activation of the outputs
+        second = (record.b * curvature)[:, :, None] * identity(curvature.shape[1], curvature)
+        if last:  # the loss follows the activation of the outputs
             s = chain.scale(x.shape[0]) * chain.criterion.hessian(record.z_out, t)
             second = second + slope[:, :, None] * s * slope[:, None, :]
         found.append(_layer(layer.weight, record.z_in, record.b * slope, slope, second, last))
@@ -74,72 +72,54 @@ def tall_skinny_derivatives(chain: Chain, x: Array, t: Array, /) -> list[LayerMa
 
 def _layer(weight: Array, z: Array, beta: Array, slope: Array, second: Array, last: bool) -> LayerMatrices:
     """Chain rule through ``s = W z``: ∂s/∂x and ∂s/∂z are Kronecker products, ``∂²(β·s)/∂x∂z = I ⊗ β``."""
-    xp = array_api_compat.array_namespace(weight)
+    xp = namespace_of(weight)
     (n, a_in), a_out = z.shape, weight.shape[0]
-    s_x = _kron(identity(a_out, z), z[:, None, :])  # (N, a_out, a_out a_in)
-    s_z = identity(n, z)[:, None, :, None] * weight[None, :, None, :]  # (N, a_out, N, a_in)
+    s_x = identity(a_out, z)[None, :, :, None] * z[:, None, None, :]  # I ⊗ z
+    s_x = xp.reshape(s_x, (n, a_out, a_out * a_in))
+    s_z = identity(n, z)[:, None, :, None] * weight[None, :, None, :]  # each sample reads its own z
     s_z = xp.reshape(s_z, (n, a_out, n * a_in))
     zx = xp.reshape(beta, (n, a_out, 1, 1)) * identity(a_in, z)  # (N, a_out, a_in of x, a_in of z)
     zx = xp.reshape(xp.permute_dims(zx, (1, 2, 0, 3)), (a_out * a_in, n * a_in))
+    # Second derivatives of the activation (and of the loss), pulled back through s.
     bent_x, bent_z = second @ s_x, second @ s_z
 
     def pull(u: Array, v: Array) -> Array:
         return xp.sum(xp.matrix_transpose(u) @ v, axis=0)
 
-    if last:
+    if last:  # the output of the last layer is the loss, one number
         dx, dz = xp.sum(beta[:, None, :] @ s_x, axis=0), xp.sum(beta[:, None, :] @ s_z, axis=0)
     else:
         dx, dz = (xp.reshape(slope[:, :, None] * d, (n * a_out, d.shape[-1])) for d in (s_x, s_z))
     return LayerMatrices(dx, dz, pull(s_x, bent_x), pull(s_x, bent_z) + zx, pull(s_z, bent_z))
 
 
-def _diagonals(d: Array) -> Array:
-    return d[:, :, None] * identity(d.shape[1], d)
-
-
-def _kron(a: Array, b: Array) -> Array:
-    """``A ⊗ B`` for a matrix A and a batch of rows B ``(N, 1, k)``."""
-    xp = array_api_compat.array_namespace(a, b)
-    return xp.reshape(a[:, :, None] * b[:, :, None, :], (b.shape[0], a.shape[0], a.shape[1] * b.shape[2]))
-
-
 def tall_skinny_product(layers: Sequence[LayerMatrices], v: Sequence[Array], /) -> list[Array]:
-    """``H v`` by the four terms, from explicit matrices; `v` has one vector for each layer.
+    """``H v`` by the four terms, from explicit matrices.
 
     Parameters
     ----------
     layers : list of LayerMatrices
-        From `tall_skinny_derivatives`.
+        The result of `tall_skinny_derivatives`.
     v : list of (p_l,) arrays
+        One vector for each layer.
 
     Returns
     -------
     list of (p_l,) arrays
     """
-    xp = array_api_compat.array_namespace(v[0])
-    y = _solve_m(layers, [m.dx @ u for m, u in zip(layers, v, strict=True)])
-    read = [0 * layers[0].dz[0, :], *y[:-1]]  # P y: what each layer reads
-    w = [xp.matrix_transpose(m.dzx) @ u + m.dzz @ q for m, u, q in zip(layers, v, read, strict=True)]
-    lam = _solve_m_t(layers, [*w[1:], 0 * y[-1]])
+    xp = namespace_of(v[0])
+    # Forward: y = M⁻¹ Dx v, from the first layer to the last; `read` holds P y, which each layer reads, and the last y.
+    read = [0 * layers[0].dz[0, :]]
+    for m, u in zip(layers, v, strict=True):
+        read.append(m.dx @ u + m.dz @ read[-1])
+    # Backward: λ = M⁻ᵀ Pᵀ (Dzxᵀ v + Dzz P y), from the last layer to the first.
+    lam = [0 * read[-1]]
+    for m, u, q in zip(reversed(layers[1:]), reversed(v[1:]), reversed(read[1:-1]), strict=True):
+        lam.append(xp.matrix_transpose(m.dzx) @ u + m.dzz @ q + xp.matrix_transpose(m.dz) @ lam[-1])
     return [
-        m.dxx @ u + m.dzx @ q + xp.matrix_transpose(m.dx) @ r for m, u, q, r in zip(layers, v, read, lam, strict=True)
+        m.dxx @ u + m.dzx @ q + xp.matrix_transpose(m.dx) @ r
+        for m, u, q, r in zip(layers, v, read[:-1], reversed(lam), strict=True)
     ]
-
-
-def _solve_m(layers: Sequence[LayerMatrices], right: Sequence[Array]) -> list[Array]:
-    """``y_l = r_l + Dz_l y_{l−1}``."""
-    y = [right[0]]
-    for m, r in zip(layers[1:], right[1:], strict=True):
-        y.append(r + m.dz @ y[-1])
-    return y
-
-
-def _solve_m_t(layers: Sequence[LayerMatrices], right: Sequence[Array]) -> list[Array]:
-    """``λ_l = r_l + Dz_{l+1}ᵀ λ_{l+1}``."""
-    lam = [right[-1]]
-    for m, r in zip(reversed(layers[1:]), reversed(right[:-1]), strict=True):
-        lam.append(r + array_api_compat.array_namespace(r).matrix_transpose(m.dz) @ lam[-1])
-    return lam[::-1]
 
 
 def tall_skinny_solve(layers: Sequence[LayerMatrices], g: Sequence[Array], damping: float, /) -> list[Array]:
@@ -148,35 +128,35 @@ def tall_skinny_solve(layers: Sequence[LayerMatrices], g: Sequence[Array], dampi
     Parameters
     ----------
     layers : list of LayerMatrices
-        From `tall_skinny_derivatives`.
+        The result of `tall_skinny_derivatives`.
     g : list of (p_l,) arrays
     damping : float
 
     Returns
     -------
     list of (p_l,) arrays
-        NaN or wrong where a pivot block is singular: nothing looks.
+        NaN or wrong where a pivot block is singular, which is not checked.
     """
-    xp = array_api_compat.array_namespace(g[0])
+    xp = namespace_of(g[0])
     diagonal, above, below = _sorted_by_layers(layers, damping)
     sizes = [m.dxx.shape[0] for m in layers]
     right = [
         xp.concat([r, full((d.shape[0] - r.shape[0],), 0.0, r)])[:, None] for r, d in zip(g, diagonal, strict=True)
     ]
     pivots, rights = [diagonal[0]], [right[0]]
-    for i in range(1, len(layers)):  # L: eliminate what is below the diagonal
+    for i in range(1, len(layers)):  # eliminate the block below each pivot
         found = solve(pivots[-1], xp.concat([above[i - 1], rights[-1]], axis=1))
         pivots.append(diagonal[i] - below[i - 1] @ found[:, :-1])
         rights.append(right[i] - below[i - 1] @ found[:, -1:])
     v = [solve(pivots[-1], rights[-1])]
-    for i in range(len(layers) - 2, -1, -1):  # D and U: substitute back
+    for i in range(len(layers) - 2, -1, -1):  # substitute back
         v.append(solve(pivots[i], rights[i] - above[i] @ v[-1]))
     return [u[:p, 0] for u, p in zip(reversed(v), sizes, strict=True)]
 
 
 def _sorted_by_layers(layers: Sequence[LayerMatrices], damping: float) -> tuple[list[Array], list[Array], list[Array]]:
-    """Diagonal, upper and lower blocks, rows and columns of each in the order (v, y, λ)."""
-    xp = array_api_compat.array_namespace(layers[0].dx)
+    """Diagonal, upper and lower blocks, with the rows and columns of each in the order (v, y, λ)."""
+    xp = namespace_of(layers[0].dx)
     diagonal, above, below = [], [], []
     for i, m in enumerate(layers):
         p, n = m.dxx.shape[0], m.dx.shape[0]
@@ -191,7 +171,7 @@ def _sorted_by_layers(layers: Sequence[LayerMatrices], damping: float) -> tuple[
         if after is None:
             continue
         q, k = after.dxx.shape[0], after.dx.shape[0]
-        above.append(_matrix([  # rows of this layer, columns of the next: y of this layer is what the next reads
+        above.append(_matrix([  # rows of this layer, columns of the next, which reads y of this layer
             [full((p + n, q + 2 * k), 0.0, m.dx)],
             [-xp.matrix_transpose(after.dzx), full((n, k), 0.0, m.dx), -xp.matrix_transpose(after.dz)],
         ]))  # fmt: skip
@@ -204,5 +184,5 @@ def _sorted_by_layers(layers: Sequence[LayerMatrices], damping: float) -> tuple[
 
 
 def _matrix(rows: Sequence[Sequence[Array]]) -> Array:
-    xp = array_api_compat.array_namespace(rows[0][0])
+    xp = namespace_of(rows[0][0])
     return xp.concat([xp.concat(list(row), axis=1) for row in rows])

@@ -1,115 +1,109 @@
-"""``ddnref report``: run the sections, write the page, its pictures and its numbers."""
+"""``ddnref report``: run the stories, write the page, its pictures and its numbers."""
 
 from __future__ import annotations
 
 import csv
 import platform
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import TextIO, TypeVar
 
-import array_api_compat
-import matplotlib as mpl
-import numpy as np
-import sklearn
-from rich.console import Console
-from rich.markup import escape
 from threadpoolctl import threadpool_limits
 
 import ddnref
-from ddnref.report import (
-    curvature,
-    deblurring,
-    declarative,
-    gaps,
-    hessian,
-    peers,
-    profile,
-    subspaces,
-    terminal,
-    whitening,
-)
-from ddnref.report.content import Content, Context, Headline, Picture, Section, Text
-from ddnref.report.page import file_name, page
-from ddnref.report.pictures import png, style
+from ddnref.examples._peers import versions
+from ddnref.examples._show import Picture, Table
+from ddnref.report.page import page
+from ddnref.report.runner import Told, run
 from ddnref.verify._backends import Backend
 
-SECTIONS: tuple[Section, ...] = (
-    subspaces.SECTION,
-    whitening.SECTION,
-    gaps.SECTION,
-    profile.SECTION,
-    declarative.SECTION,
-    deblurring.SECTION,
-    curvature.SECTION,
-    hessian.SECTION,
-)
-"""The chapters of the report, in order. A new one is a file that defines a `Section`, and its name here."""
+T = TypeVar("T")
+
+STORIES = ["subspaces", "whitening", "repeated_eigenvalues", "ladder"]
+STORIES += ["iteration_digits", "deblurring", "ggn", "hessian"]
+"""The chapters of the report, in order: names of scripts in ``ddnref/examples``."""
 
 
-def build(backend: Backend, out: Path, seed: int, *, full: bool = False) -> Path:
-    """Run all sections on a backend, write everything to `out`, and say where the page is."""
-    console = terminal.console()
-    found = _run(console, backend, seed, full)
-    pictures: dict[str, bytes] = {}
-    for section, content in found:
-        pictures |= write_parts(section, content, out)
-    path = out / "index.html"
-    path.write_text(page(found, pictures, _facts(backend, seed, full)), encoding="utf-8")
-    _say(console, path, [headline for _, content in found for headline in content.headlines])
-    return path
+class Terminal:
+    """Say which story is finished, and how far the present one is where there is a terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.live = stream.isatty()
+
+    def say(self, line: str) -> None:
+        """Print a line that stays."""
+        self.stream.write(("\r\x1b[K" if self.live else "") + line + "\n")
+
+    def show(self, line: str) -> None:
+        """Show a line until the next one; nothing where the output goes to a file."""
+        if self.live:
+            self.stream.write(f"\r\x1b[K{line}")
+            self.stream.flush()
+
+    def track(self, items: Iterable[T], label: str) -> Iterator[T]:
+        """Iterate and show the progress."""
+        known = list(items)
+        for i, item in enumerate(known):
+            self.show(f"  {label} {i}/{len(known)}")
+            yield item
 
 
-def _run(console: Console, backend: Backend, seed: int, full: bool) -> list[tuple[Section, Content]]:
-    found = []
+def build(backend: Backend, out: Path, seed: int, *, full: bool = False) -> tuple[Path, bool]:
+    """Run all stories on a backend and write everything to `out`.
+
+    Returns the path of the page, and whether all checks of errors passed. A story ends with the first that does not.
+    """
+    terminal = Terminal(sys.stdout)
+    stories = []
     # Matrices of 64×64 gain nothing from BLAS threads, which spin for seconds where other work has the cores.
-    with terminal.progress(console) as track, style(), threadpool_limits(1):
-        for i, section in enumerate(SECTIONS, 1):
+    with threadpool_limits(1):
+        for i, name in enumerate(STORIES, 1):
             start = time.perf_counter()
-            found.append((section, section.run(Context(backend, seed, track, full))))
-            took = time.perf_counter() - start
-            console.print(f"{i}/{len(SECTIONS)} {escape(section.title)}: {took:.0f} s", soft_wrap=True)
-    return found
+            terminal.show(f"{i}/{len(STORIES)} {name}")
+            story = run(name, backend, seed, full=full, track=terminal.track)
+            terminal.say(f"{i}/{len(STORIES)} {story.title}: {time.perf_counter() - start:.0f} s")
+            if story.failed:
+                terminal.say(f"    FAILED: {story.failed}")
+            stories.append(story)
+            write_parts(story, out)
+
+    path = out / "index.html"
+    path.write_text(page(stories, _facts(backend, seed, full)), encoding="utf-8")
+    headlines = [headline for story in stories for headline in story.headlines]
+    width = max((len(headline.label) for headline in headlines), default=0)
+    for headline in headlines:
+        terminal.say(f"{headline.label:<{width}}  {', '.join(headline.values)}")
+    terminal.say(f"The page: {path}")
+    return path, not any(story.failed for story in stories)
 
 
-def write_parts(section: Section, content: Content, out: Path) -> dict[str, bytes]:
-    """Every table and picture as ``<section>-<part>.csv``, every picture as ``.png`` too, which is returned."""
-    pictures = {}
-    for part in content.parts:
-        if isinstance(part, Text):
+def write_parts(story: Told, out: Path) -> None:
+    """Write every table and picture as ``<story>-<part>.csv``, every picture as ``.png`` too."""
+    for part in story.parts:
+        if not isinstance(part, (Table, Picture)):
             continue
-        name = file_name(section, part)
-        with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(part.columns)
-            writer.writerows(part.rows)
+        name = f"{story.name}-{part.name}"
         if isinstance(part, Picture):
-            pictures[name] = png(part.drawing)
-            (out / f"{name}.png").write_bytes(pictures[name])
-    return pictures
+            (out / f"{name}.png").write_bytes(part.figure)
+        if part.columns:
+            with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(part.columns)
+                writer.writerows(part.rows)
 
 
 def _facts(backend: Backend, seed: int, full: bool) -> list[tuple[str, str]]:
-    versions = {
-        "ddnref": ddnref.__version__,
-        "Python": platform.python_version(),
-        "NumPy": np.__version__,
-        "array-api-compat": array_api_compat.__version__,
-        "Matplotlib": mpl.__version__,
-        "scikit-learn": sklearn.__version__,
-    }
-    compared = {name: version or "not installed" for name, version in peers.versions().items()}
+    found = {"ddnref": ddnref.__version__, "Python": platform.python_version()}
+    found |= {name: version(name) for name in ("NumPy", "array-api-compat", "Matplotlib", "scikit-learn")}
+    compared = {name: number or "not installed" for name, number in versions().items()}
     return [
         ("Made by:", f"ddnref report --backend {backend.name} --seed {seed}{' --full' if full else ''}"),
         ("Check every derivative on your machine:", f"ddnref verify --backend {backend.name}"),
         ("Backend:", f"{backend.name} {backend.version}, double precision"),
-        ("Versions:", ", ".join(f"{name} {version}" for name, version in versions.items())),
-        ("Compared with:", ", ".join(f"{name} {version}" for name, version in compared.items())),
+        ("Versions:", ", ".join(f"{name} {number}" for name, number in found.items())),
+        ("Compared with:", ", ".join(f"{name} {number}" for name, number in compared.items())),
     ]
-
-
-def _say(console: Console, path: Path, headlines: Sequence[Headline]) -> None:
-    width = max(len(headline.label) for headline in headlines)
-    for headline in headlines:
-        console.print(f"{escape(headline.label):<{width}}  {escape(', '.join(headline.values))}", soft_wrap=True)
-    console.print(f"The page: [bold]{escape(str(path))}[/bold]", soft_wrap=True)

@@ -1,9 +1,9 @@
-"""Check a VJP against finite differences that can fail: yours or ours, on any array library.
+"""Checks of VJPs, yours or ours, against finite differences, on any array library.
 
-A check passes where the directional derivative of the loss and ``⟨x̄, D⟩`` differ by at most ``1e-7 · ‖x̄‖``, for
-eight random directions of unit norm *and* for ``D = x̄ / ‖x̄‖``: random directions alone miss a relative error of
-1e-6 entirely once an input has a thousand entries. A tolerance of 1e-3, the common default, misses a 10 % error
-in one of 4096 entries.
+A check passes if the directional derivative of the loss and ``⟨x̄, D⟩`` differ by at most ``1e-7 · ‖x̄‖`` for eight
+random directions D of unit norm *and* for ``D = x̄ / ‖x̄‖``. Random directions alone miss a relative error of 1e-6
+entirely once an input has a thousand entries. A tolerance of 1e-3, the common default, misses a 10 % error in one of
+4096 entries.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import array_api_compat
 import numpy as np
 
-from ddnref._core.arrays import Array, Namespace, conj, is_complex, namespace, real
+from ddnref._core.arrays import Array, Namespace, adjoint, conj, is_complex, namespace, real
 from ddnref._core.checks import check_shapes
-from ddnref._kernels.dense import adjoint, hermitian_part
+from ddnref._kernels.dense import hermitian_part
 from ddnref._kernels.public import public
 
 __all__ = ["TANGENTS", "Direction", "Report", "Tangent", "assert_vjp", "check_vjp", "numerical_jvp"]
@@ -28,7 +28,7 @@ SMALLEST_STEP = 1e-290  # quarters of it are still normal numbers
 
 
 class Tangent(NamedTuple):
-    """Where an input may move."""
+    """The set in which an input may move."""
 
     project: Callable[[Array, Array], Array]
     """``project(x, d)``: the part of a direction that stays in the set to first order."""
@@ -62,12 +62,12 @@ last axis (histograms)."""
 
 
 class Direction(NamedTuple):
-    """One directional derivative: by finite differences and from the gradient."""
+    """One directional derivative, by finite differences and from the gradient."""
 
     name: str
-    """Which direction."""
+    """Name of the direction."""
     numerical: float
-    """By Richardson-extrapolated central differences."""
+    """The derivative by Richardson-extrapolated central differences."""
     analytic: float
     """``⟨x̄, D⟩`` from the VJP."""
     error: float
@@ -77,7 +77,7 @@ class Direction(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `check_vjp` measured; ``str(report)`` is a table."""
+    """The measurements of `check_vjp`; ``str(report)`` is a table."""
 
     passed: bool
     """Whether every direction is within `rtol` and the structure holds."""
@@ -148,6 +148,7 @@ def numerical_jvp(
     _double("x_dot", x_dot)
     namespace(x=x, x_dot=x_dot)
     check_shapes(x_dot=(x_dot, tuple(x.shape)))
+    # Central differences with two step lengths, extrapolated so that the error is of fourth order.
     length = _norm(xp, x_dot)
     if length == 0:
         raise ValueError("x_dot is zero: there is no direction to differentiate along.")
@@ -177,7 +178,7 @@ def check_vjp(
     rtol: float = RTOL,
     seed: int = 0,
 ) -> Report:
-    """Check a VJP of yours or ours against finite differences.
+    """Check a VJP against finite differences.
 
     Parameters
     ----------
@@ -226,6 +227,7 @@ def check_vjp(
     >>> bool(ddnref.testing.check_vjp(np.sin, lambda y_bar, y, x: y_bar * np.sin(x), x, needs=(0,)).passed)
     False
     """
+    # Validate inputs and tangent spaces before anything is computed.
     rng = np.random.default_rng(seed)
     spaces = _spaces(tangent, len(inputs))
     for i, x in enumerate(inputs):
@@ -235,6 +237,7 @@ def check_vjp(
         result, saved = f(*arrays) if saves else (f(*arrays), ())
         return (result if isinstance(result, tuple) else (result,)), saved
 
+    # Forward and VJP once, at the inputs as they are.
     outputs, saved = forward(*inputs)
     value, gradient = _linear_loss(rng, outputs) if loss is None else loss
     cotangents = gradient(*outputs)
@@ -270,9 +273,9 @@ def check_vjp(
 
 @public
 def assert_vjp(f: Callable[..., Any], f_vjp: Callable[..., Any], *inputs: Array, **options: Any) -> Report:
-    """`check_vjp`, raising ``AssertionError`` with the whole table where it fails; returns the report.
+    """Call `check_vjp`, and raise ``AssertionError`` with the whole table if the check fails.
 
-    Parameters, returns and static errors as `check_vjp`.
+    Parameters, return value and static errors are those of `check_vjp`.
 
     Examples
     --------
@@ -286,7 +289,8 @@ def assert_vjp(f: Callable[..., Any], f_vjp: Callable[..., Any], *inputs: Array,
 
 
 def _spaces(tangent: Any, count: int) -> list[Tangent]:
-    """One tangent space for each input."""
+    """Return one tangent space for each input."""
+    # One space for all inputs, or one for each.
     given = tangent if type(tangent) is tuple else (tangent,) * count
     if len(given) != count:
         raise ValueError(f"tangent has {len(given)} entries for {count} inputs.")
@@ -305,7 +309,8 @@ def _directions(
     symmetrises: bool,
     count: int,
 ) -> list[tuple[str, Array]]:
-    """Random tangent directions, one free if the input is symmetrised, and the gradient's own; unit norm."""
+    """Return random tangent directions, a free one if the input is symmetrised, and the gradient's own."""
+    # Random directions find most errors, the gradient's own direction finds small relative ones.
     named = [(f"random {k}", space.project(x, _random(rng, xp, x))) for k in range(count)]
     if symmetrises:
         named.append(("non-symmetric", _random(rng, xp, x)))
@@ -316,10 +321,12 @@ def _directions(
 def _differentiate(
     name: str, at: Callable[[Array], float], xp: Namespace, x_bar: Array, d: Array, h: float
 ) -> Direction:
+    # Three step lengths: two give the extrapolated value, the third its observed order.
     central = [(at(s * d) - at(-s * d)) / (2 * s) for s in (h, h / 2, h / 4)]
     numerical = (4 * central[1] - central[0]) / 3
     analytic = float(xp.sum(real(conj(x_bar) * d)))
     size = _norm(xp, x_bar)
+    # Successive differences shrink by 2**order until rounding hides them.
     first, second = abs(central[0] - central[1]), abs(central[1] - central[2])
     visible = min(first, second) > 1e-10 * max(size, abs(numerical))
     order = math.log2(first / second) if visible else math.nan
@@ -346,13 +353,14 @@ def _double(name: str, x: Array) -> Namespace:
 def _norm(xp: Namespace, x: Array) -> float:
     if 0 in x.shape:
         return 0.0
+    # Scale by the largest entry, so that no square overflows.
     size = xp.abs(x)
     largest = float(xp.max(size))
     return largest * float(xp.sum((size / largest) ** 2)) ** 0.5 if 0 < largest < math.inf else largest
 
 
 def _random(rng: np.random.Generator, xp: Namespace, x: Array) -> Array:
-    """Standard normal of the shape, dtype and device of `x`."""
+    """Draw standard normal numbers of the shape, dtype and device of `x`."""
     values = rng.standard_normal(tuple(x.shape))
     if is_complex(x):
         values = values + 1j * rng.standard_normal(tuple(x.shape))

@@ -1,1 +1,1 @@
-"""The command line: ``ddnref verify`` checks every rule, ``ddnref report`` shows what they do on real data."""
+"""The command ``ddnref``: ``ddnref verify`` checks every rule, ``ddnref report`` shows the rules on real data."""

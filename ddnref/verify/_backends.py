@@ -1,4 +1,4 @@
-"""Array libraries by name: how a NumPy array gets there and back, and what to install where one is missing."""
+"""Array libraries by name: conversion from NumPy and back, compilation, and which extra installs each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ddnref._core.arrays import Array
 
 NAMES = ("numpy", "cupy", "torch", "jax", "array-api-strict")
-STRICT_FLAGS = {"boolean_indexing": False, "data_dependent_shapes": False}
+STRICT_FLAGS = {"boolean_indexing": False, "data_dependent_shapes": False}  # as compilers and GPUs need it
 
 
 class Backend(NamedTuple):
@@ -24,17 +24,17 @@ class Backend(NamedTuple):
     name: str
     version: str
     convert: Callable[[NDArray[Any]], Array]
-    """From NumPy, keeping the dtype."""
+    """Converts an array from NumPy and keeps its dtype."""
     to_numpy: Callable[[Array], NDArray[Any]]
     bind: Callable[..., Callable[..., Any]] = partial
-    """``bind(function, **options)``: a function of arrays alone, compiled where the library compiles."""
+    """``bind(function, **options)`` returns a function of arrays only, compiled if the library compiles."""
     compiles: bool = False
     while_loop: Any = None
-    """The library's own loop, where one that is compiled needs it."""
+    """The library's own loop, if compiled iterations need one."""
 
 
 class MissingDependencyError(Exception):
-    """Something optional is not installed or not usable; the message says what to do."""
+    """An optional dependency is not installed or not usable; the message says how to install it."""
 
 
 def require(*modules: str, extra: str, what: str) -> None:
@@ -50,7 +50,7 @@ def require(*modules: str, extra: str, what: str) -> None:
 
 @contextmanager
 def backend(name: str) -> Iterator[Backend]:
-    """Load the array library `name`; array-api-strict is at its strictest inside the ``with`` block only.
+    """Load the array library `name`. The strict flags of array-api-strict hold only inside the ``with`` block.
 
     Raises
     ------
@@ -71,7 +71,7 @@ def _numpy() -> Loaded:
 
 def _cupy() -> Loaded:
     cupy = _load("cupy", "cuda12|cuda13", "The backend cupy")
-    try:
+    try:  # CuPy can be imported without a GPU; the first call to the driver fails
         cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
         raise MissingDependencyError(
@@ -85,6 +85,7 @@ def _torch() -> Loaded:
     torch = _load("torch", "torch", "The backend torch")
 
     def to_numpy(array: Array) -> NDArray[Any]:
+        # NumPy cannot read PyTorch's lazy conjugates and negatives.
         return np.asarray(array.detach().resolve_conj().resolve_neg())
 
     return Backend("torch", torch.__version__, torch.tensor, to_numpy), nullcontext()
@@ -95,6 +96,7 @@ def _jax() -> Loaded:
     jax.config.update("jax_enable_x64", True)
 
     def bind(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        # Options are Python values and functions: static, so that each combination is compiled once.
         return partial(jax.jit(function, static_argnames=tuple(options)), **options)
 
     return Backend("jax", jax.__version__, jax.numpy.asarray, np.asarray, bind, True, jax.lax.while_loop), nullcontext()

@@ -1,7 +1,7 @@
-"""What ``ddnref verify`` asks of a rule: each check measures one error and says how large it may be.
+"""The checks of ``ddnref verify``: each measures one error of a rule and returns it with its tolerance.
 
-Double precision meets finite differences; single precision meets double precision on identical inputs, because
-finite differences in float32 show nothing. The structural identities hold in both.
+Double precision is compared with finite differences. Single precision is compared with double precision on identical
+inputs, because finite differences in float32 have no correct digits. The structural identities are checked in both.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 
 from ddnref import testing
 from ddnref._core.arrays import Array
-from ddnref._rules.contract import Rule, as_tuple, options_of, plain_forward, plain_vjp
-from ddnref._rules.samples.common import Sample
+from ddnref._rules.binding import as_tuple, options_of, plain_forward, plain_vjp
+from ddnref._rules.contract import Rule
+from ddnref._rules.samples import Sample
+from ddnref._rules.table import TRIALS
 from ddnref.testing._checker import RTOL
 from ddnref.verify._backends import Backend
 
@@ -27,7 +29,8 @@ COMPLEX = ("complex128", "complex64")
 SIZES = (1, 2, 5, 16)
 BATCHES: tuple[tuple[int, ...], ...] = ((), (3,), (2, 2))
 
-FEW_SIZES = (1, 5)  # other libraries run the same code, a call of theirs takes ten times as long, or is compiled
+# Other libraries run the same code as NumPy. Each call takes ten times as long there, or is compiled first.
+FEW_SIZES = (1, 5)
 FEW_BATCHES: tuple[tuple[int, ...], ...] = ((), (2, 2))
 
 SINGLE = {"f": "float32", "c": "complex64"}
@@ -39,7 +42,7 @@ Measured = tuple[float, float]
 
 
 class Case(NamedTuple):
-    """Which problem a rule is checked on."""
+    """A rule and the dtype, size and batch shape of the problem it is checked on."""
 
     rule: Rule
     dtype: str
@@ -51,7 +54,7 @@ class Case(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one check found."""
+    """The error that one check measured in one case."""
 
     check: str
     case: Case
@@ -61,7 +64,7 @@ class Outcome(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """False for NaN too."""
+        """Whether the error is within its tolerance; a NaN is not."""
         return self.error <= self.tolerance
 
     @property
@@ -75,7 +78,7 @@ class Outcome(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A case made concrete: arrays of the backend, and two sets of cotangents that have a gradient."""
+    """A case with its arrays: inputs, outputs, and two sets of cotangents for which the gradient exists."""
 
     backend: Backend
     case: Case
@@ -84,35 +87,36 @@ class Problem(NamedTuple):
     vjp: Callable[..., tuple[Array, ...]]
     outputs: tuple[Array, ...]
     kept: tuple[Array, ...]
-    """What the VJP takes after the cotangents: outputs, saved arrays, inputs that it needs."""
+    """The VJP's arguments after the cotangents: outputs, saved arrays, inputs that it needs."""
     bars: tuple[Array, ...]
     other_bars: tuple[Array, ...]
     seed: int
 
     def pull(self, bars: tuple[Array, ...]) -> tuple[Array, ...]:
-        """The VJP at the outputs."""
+        """Call the VJP with some cotangents of the outputs."""
         return self.vjp(*bars, *self.kept)
 
     def numbers(self, arrays: tuple[Array, ...]) -> NDArray[Any]:
-        """All entries of some arrays, on the host, as one vector."""
+        """Copy all entries of some arrays to the host as one vector."""
         return np.concatenate([np.ravel(self.backend.to_numpy(array)) for array in arrays])
 
     @property
     def rounding(self) -> float:
-        """Tolerance of a structural identity; the rounding of an iterative solve is amplified by its condition."""
+        """The tolerance of a structural identity."""
+        # An iterative solve amplifies rounding by its condition number.
         amplified = max(1.0, self.sample.condition) if self.case.rule.vjp_info else 1.0
         return ROUNDING * amplified * float(np.finfo(self.case.dtype).eps)
 
 
 def cases(backend: Backend, rule: Rule, dtypes: tuple[str, ...]) -> list[Case]:
-    """All problems for a rule."""
+    """List the cases in which a rule is checked."""
     sizes, batches = (SIZES, BATCHES) if backend.name == "numpy" else (FEW_SIZES, FEW_BATCHES)
-    taken = [dtype for dtype in dtypes if rule.is_complex or dtype not in COMPLEX]
+    taken = [dtype for dtype in dtypes if TRIALS[rule.name].is_complex or dtype not in COMPLEX]
     return [Case(rule, dtype, m, batch) for dtype in taken for m in sizes for batch in batches]
 
 
 def run_case(backend: Backend, case: Case, seed: int) -> list[Outcome]:
-    """Run every check that applies; whatever a rule raises is an infinite error with the message beside it."""
+    """Run every check that applies. An exception counts as an infinite error, with its message as the note."""
     try:
         problem = pose(backend, case, seed)
     except Exception as error:  # noqa: BLE001 - a rule that crashes is a rule that failed
@@ -129,9 +133,9 @@ def run_case(backend: Backend, case: Case, seed: int) -> list[Outcome]:
 
 
 def pose(backend: Backend, case: Case, seed: int) -> Problem:
-    """Draw the problem of a case; the same for every backend, and whatever else is in the table."""
+    """Draw the problem of a case. It depends on the seed and the case only, not on the backend or other rules."""
     rule, is_complex = case.rule, case.dtype.startswith("complex")
-    key = zlib.crc32(f"{rule.name} {case}".encode())
+    key = zlib.crc32(f"{rule.name} {case}".encode())  # unlike hash(), equal in every process
     rng = np.random.default_rng([seed, key])
     kinds = SINGLE if case.dtype in SINGLE.values() else DOUBLE
 
@@ -139,11 +143,13 @@ def pose(backend: Backend, case: Case, seed: int) -> Problem:
         array = np.asarray(values)
         return backend.convert(array.astype(kinds[array.dtype.kind]))
 
-    sample = rule.sample(convert, rng, case.batch, case.m, is_complex)
-    other = rule.sample(convert, rng, case.batch, case.m, is_complex)
+    # The second sample supplies other cotangents for the check of linearity.
+    sample, other = (TRIALS[rule.name].sample(convert, rng, case.batch, case.m, is_complex) for _ in range(2))
+    # Bind the options, so that the library compiles functions of arrays only.
     forward_options, vjp_options = options_of(rule, sample.options, backend.while_loop)
     forward = backend.bind(plain_forward(rule), **forward_options)
     vjp = backend.bind(plain_vjp(rule), **vjp_options)
+    # Run the forward pass and collect the arguments of the VJP.
     outputs, saved = forward(*sample.inputs)
     kept = *outputs, *saved, *(sample.inputs[i] for i in rule.needs)
     bars, other_bars = (_cotangents(s, rng, backend, outputs) for s in (sample, other))
@@ -153,10 +159,11 @@ def pose(backend: Backend, case: Case, seed: int) -> Problem:
 def _cotangents(
     sample: Sample, rng: np.random.Generator, backend: Backend, outputs: tuple[Array, ...]
 ) -> tuple[Array, ...]:
-    """Those of the sample's loss at the given outputs, or random ones where any will do."""
+    """Return the cotangents of the sample's loss at the given outputs, or random ones if it has no loss."""
     if sample.loss is not None:
         return as_tuple(sample.loss[1](*outputs))
 
+    # Any cotangent of the dtype and shape of an output will do.
     def draw(y: NDArray[Any]) -> Array:
         z = rng.standard_normal(y.shape)
         z = z + 1j * rng.standard_normal(y.shape) if y.dtype.kind == "c" else z
@@ -169,19 +176,20 @@ def _cotangents(
 
 
 def finite_differences(p: Problem) -> Measured | None:
-    """Double precision: against Richardson-extrapolated central differences, in the gradient's direction too."""
+    """Compare with Richardson-extrapolated central differences (double precision only)."""
     if p.case.dtype not in DOUBLE.values():
         return None
     rule = p.case.rule
+    trial = TRIALS[rule.name]
     report = testing.check_vjp(
         p.forward, p.vjp, *p.sample.inputs, saves=True, needs=rule.needs, loss=p.sample.loss,
-        tangent=rule.tangent, symmetrises=rule.symmetrises, gap=p.sample.gap, rtol=RTOL, seed=p.seed,
+        tangent=trial.tangent, symmetrises=trial.symmetrises, gap=p.sample.gap, rtol=RTOL, seed=p.seed,
     )  # fmt: skip
     return report.error, RTOL
 
 
 def against_double(p: Problem) -> Measured | None:
-    """Single precision: against the same VJP in double precision on the same numbers."""
+    """Compare with the same VJP in double precision on the same numbers (single precision only)."""
     if p.case.dtype not in SINGLE.values():
         return None
 
@@ -190,14 +198,18 @@ def against_double(p: Problem) -> Measured | None:
         return p.backend.convert(values.astype(DOUBLE.get(values.dtype.kind, values.dtype)))  # pivots are integers
 
     vjp = p.case.rule.vjp
-    # Outputs rounded to single precision, judged in double, would count as a gauge, or as no solution.
+    # Judged in double precision, outputs that were rounded to single precision fail the check of the gauge or of the
+    # solution. Accept them.
     names = {"gauge_rtol", "check_rtol"} & set(inspect.signature(vjp).parameters)
     accepting = dict.fromkeys(names, math.inf)
     if p.case.rule.vjp_info:
-        accepting["rtol"] = 16 * float(np.finfo(np.float32).eps)  # what saved pairs of that precision let a solve reach
+        # With saved pairs of single precision, no solve reaches a smaller residual.
+        accepting["rtol"] = 16 * float(np.finfo(np.float32).eps)
+    # Run the VJP in both precisions on identical numbers.
     _, options = options_of(p.case.rule, {**p.sample.options, **accepting}, p.backend.while_loop)
     exact = p.backend.bind(plain_vjp(p.case.rule), **options)(*map(double, (*p.bars, *p.kept)))
     single = p.pull(p.bars)
+    # A cotangent of another dtype is an error, however accurate it is.
     for x, x_bar in zip(p.sample.inputs, single, strict=True):
         if x.dtype != x_bar.dtype:
             raise TypeError(f"the cotangent of a {x.dtype} input has dtype {x_bar.dtype}")
@@ -206,23 +218,25 @@ def against_double(p: Problem) -> Measured | None:
 
 
 def linear(p: Problem) -> Measured:
-    """Linear in the cotangent."""
+    """Check that the VJP is linear in the cotangents."""
     a, b = 2.0, -3.0
     mixed = tuple(a * u + b * t for u, t in zip(p.bars, p.other_bars, strict=True))
     u, t = p.numbers(p.pull(p.bars)), p.numbers(p.pull(p.other_bars))
+    # Relative to the terms, because their sum may cancel.
     size = np.linalg.norm(a * u) + np.linalg.norm(b * t)
     return float(np.linalg.norm(p.numbers(p.pull(mixed)) - (a * u + b * t)) / (size or 1.0)), p.rounding
 
 
 def zero_cotangent(p: Problem) -> Measured:
-    """Zero in, exactly zero out."""
+    """Check that zero cotangents give exactly zero."""
     return _largest(p.numbers(p.pull(tuple(0.0 * u for u in p.bars)))), 0.0
 
 
 def batch_is_loop(p: Problem) -> Measured | None:
-    """A batch gives what a loop over its items gives."""
+    """Compare a batch with a loop over its items."""
     if not p.case.batch:
         return None
+    # One call for the batch, then one call per item, of which the worst counts.
     whole = p.pull(p.bars)
     error, tolerance = 0.0, p.rounding
     for item in np.ndindex(p.case.batch):
@@ -234,18 +248,20 @@ def batch_is_loop(p: Problem) -> Measured | None:
 
 
 def hermitian(p: Problem) -> Measured | None:
-    """Exactly Hermitian: not to rounding, which a directional derivative could not see."""
-    if p.case.rule.tangent != "symmetric":
+    """Check that the cotangent is exactly Hermitian, which symmetric directional derivatives cannot see."""
+    if TRIALS[p.case.rule.name].tangent != "symmetric":
         return None
     parts = [p.backend.to_numpy(x_bar) for x_bar in p.pull(p.bars)]
     return max(_largest(x_bar - np.conj(np.swapaxes(x_bar, -1, -2))) for x_bar in parts), 0.0
 
 
 def compiled(p: Problem) -> Measured | None:
-    """The same numbers when not compiled, where the backend compiles: the other checks run what it compiled."""
+    """Compare with the VJP run step by step, if the backend compiles. The other checks run compiled functions."""
+    # One shape is enough: each step is compiled separately, which takes seconds.
     if not p.backend.compiles or p.case.m == 1 or not p.case.batch:
-        return None  # one shape will do: run step by step, each step is compiled on its own, and that takes seconds
+        return None
     _, options = options_of(p.case.rule, p.sample.options, p.backend.while_loop)
+    # Without `bind`, nothing is compiled as a whole.
     eager = plain_vjp(p.case.rule)(*p.bars, *p.kept, **options)
     return _relative(p.numbers(p.pull(p.bars)), p.numbers(eager)), p.rounding
 

@@ -36,9 +36,17 @@ def test_what_does_not_fit(change, error, message):
         conform(SIGNATURE, **arrays(**change))
 
 
+def test_a_length_that_is_known_from_elsewhere():
+    assert conform(SIGNATURE, sizes={"k": 4}, **arrays()).sizes == {"m": 3, "k": 4}
+    with pytest.raises(ValueError, match=r"y has shape \(2, 3, 4\), expected \(2, 3, 5\)"):
+        conform(SIGNATURE, sizes={"k": 5}, **arrays())
+
+
 def test_axes_that_may_not_be_empty_and_real_operations():
     assert conform("(m)", x=np.ones(0)).sizes == {"m": 0}
     with pytest.raises(ValueError, match=r"expected \(..., m\) with m at least 1"):
         conform("(m+)", x=np.ones(0))
+    with pytest.raises(ValueError, match=r"expected \(..., m, n\) with n at least 1\."):
+        conform("(m,n+)", x=np.ones((2, 0)))
     with pytest.raises(TypeError, match="real arrays only"):
         conform("(m)", real_only=True, x=np.ones(2, complex))

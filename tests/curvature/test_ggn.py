@@ -672,11 +672,11 @@ def without_biases(choices):
 
 def test_the_in_place_form_is_the_standard_one(monkeypatch, rng):
     chain, x, t = problem(rng, n=9)
-    monkeypatch.setattr("ddnref.curvature.ggn._numpy.ROWS", 4)
-    monkeypatch.setattr("ddnref.curvature.ggn._numpy.TILE", 5)
+    monkeypatch.setattr("ddnref._kernels.gram.ROWS", 4)
+    monkeypatch.setattr("ddnref._kernels.gram.TILE", 5)
     reducer = curvature.ggn_reducer(chain, groups=[[0, 1, 2], [3], [4, 5]])
     here = reducer.update(reducer.update(reducer.init(), x[:5], t[:5]), x[5:], t[5:])
-    monkeypatch.setattr("ddnref.curvature.ggn._state.array_api_compat.is_numpy_array", lambda a: False)
+    monkeypatch.setattr("ddnref._kernels.gram.array_api_compat.is_numpy_array", lambda a: False)
     there = reducer.update(reducer.update(reducer.init(), x[:5], t[:5]), x[5:], t[5:])
     for a, b in zip(reducer.finalise(here).grams, reducer.finalise(there).grams, strict=True):
         assert np.array_equal(a, a.T)

@@ -9,7 +9,7 @@ from problems import adjoint, projector_gradient, relative, rotation, symmetric
 
 import ddnref
 from ddnref import GaugeError, NonFiniteError, SingularError, curvature, operators
-from ddnref._rules.samples.common import eigen_loss
+from ddnref._rules.samples import eigen_loss
 from ddnref.operators import LinearOperator
 from ddnref.testing import assert_vjp, check_vjp
 

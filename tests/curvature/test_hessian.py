@@ -10,11 +10,8 @@ from hessian_problems import backward_error, dense, flatten, hard_shifts, lists,
 
 import ddnref
 from ddnref import networks
-from ddnref.curvature.hessian import _choice as _paths
-from ddnref.curvature.hessian import _dense_blocks as _small
-from ddnref.curvature.hessian import _expansion as _terms
-from ddnref.curvature.hessian import _joint, _lu, _riccati, _tridiagonal
-from ddnref.curvature.hessian import _network as _system
+from ddnref._kernels import blocks
+from ddnref.curvature.hessian import _expansion, _joint, _methods, _riccati, _tridiagonal
 from ddnref.networks import _layers
 
 ACTIVATIONS = ("tanh", "softplus", "gelu", "relu", "identity")
@@ -58,7 +55,7 @@ def test_grid(n_layers, a, n, rng, monkeypatch):
     """Each size with all activations in turn, with biases and residual blocks; without the dense form to lean on."""
     large = a * n > 60  # block QR is for few samples: there the dense matrix is what "auto" falls back to
     if not large:
-        monkeypatch.setattr(_paths, "DENSE_LIMIT", 0)
+        monkeypatch.setattr(_methods, "DENSE_LIMIT", 0)
     reached = []
     for i, activation in enumerate(ACTIVATIONS[:: 2 if n_layers == 20 or a * n > 50 else 1]):
         kind = {"bias": (i + n) % 2 == 1, "residual": (i + n_layers) % 3 == 0}
@@ -75,7 +72,7 @@ def test_grid(n_layers, a, n, rng, monkeypatch):
 
 @pytest.mark.parametrize(("n_layers", "a", "n"), [(2, 4, 1), (2, 4, 16), (5, 8, 2), (5, 4, 3), (20, 4, 1), (5, 4, 4)])
 def test_shifts_that_make_a_layer_singular(n_layers, a, n, rng, monkeypatch):
-    monkeypatch.setattr(_paths, "DENSE_LIMIT", 0)
+    monkeypatch.setattr(_methods, "DENSE_LIMIT", 0)
     fell = 0
     for activation, residual in (("tanh", False), ("gelu", n_layers < 20), ("relu", False)):
         q = problem(rng, n_layers, a, n, activation, residual=residual)
@@ -115,7 +112,7 @@ def test_the_expansion_has_the_networks_products(activation, bias, residual, rng
     chain, x, t = network(rng, 6, 5, 3, activation, bias, residual)
     v = [rng.standard_normal((2, *p.shape)) for p in chain.params]
     for curvature, times in (("hessian", chain.hvp), ("ggn", chain.ggnvp)):
-        s = _system.system(chain, x, t, curvature)
+        s = _expansion.hessian_of(chain, x, t, curvature)
         for ours, theirs in zip(s.params(s.product(s.blocks(v))), times(x, t, v), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-13)
 
@@ -137,19 +134,21 @@ def test_the_matrix_is_the_derivative_of_the_gradient(rng):
 def test_inertia_and_determinant_of_the_tridiagonal_matrix(n, rng):
     """The identities of the fast form, its matrix assembled."""
     chain, x, t = network(rng, 4, 5, n)
-    h, system = dense(chain, x, t), _system.system(chain, x, t, "hessian")
-    terms, bases = system.terms, system.bases()
+    h, system = dense(chain, x, t), _expansion.hessian_of(chain, x, t, "hessian")
+    terms, bases = system.expansion, system.bases()
     inputs = [_tridiagonal.inputs(b) for b in bases]
     for damping in (0.1, -0.05, -0.3, 1e-3):
         offsets = np.cumsum([0] + [layer.c.size for layer in terms.layers])
         matrix = np.zeros((offsets[-1], offsets[-1]))
         for i, here in enumerate(inputs):
-            row = _tridiagonal.row(here, inputs[i + 1] if i + 1 < len(inputs) else None, terms.curvature, damping)
+            diagonal, below = _tridiagonal.row(
+                np, here, inputs[i + 1] if i + 1 < len(inputs) else None, terms.curvature, damping
+            )
             own = slice(offsets[i], offsets[i + 1])
-            matrix[own, own] = row.diagonal
-            if row.below is not None:
+            matrix[own, own] = diagonal
+            if below is not None:
                 after = slice(offsets[i + 1], offsets[i + 2])
-                matrix[after, own], matrix[own, after] = row.below, row.below.T
+                matrix[after, own], matrix[own, after] = below, below.T
         np.testing.assert_allclose(matrix, matrix.T, atol=1e-13 * np.max(np.abs(matrix)))
         rest = sum(b.rest for b in bases)
         w, w_t = np.linalg.eigvalsh(h) + damping, np.linalg.eigvalsh(matrix)
@@ -166,7 +165,7 @@ def test_products_by_either_pool(m, k, n, dtype, rng):
     a, b = rng.standard_normal((m, k)).astype(dtype), rng.standard_normal((k, n)).astype(dtype)
     for left in (a, np.asfortranarray(a), a[::-1], np.repeat(a, 2, axis=1)[:, ::2]):
         for right in (b, np.asfortranarray(b), b[:, ::-1]):
-            c = _small.matmul(left, right)
+            c = blocks.matmul(left, right)
             assert c.dtype == dtype
             np.testing.assert_allclose(c, left @ right, rtol=0, atol=20 * k * np.finfo(dtype).eps)
 
@@ -184,33 +183,37 @@ def test_factors_and_solution_in_one_call(dtype, rng):
     d, b = rng.standard_normal((6, 6)), rng.standard_normal((6, 3)).astype(dtype)
     d = (d + d.T).astype(dtype)
     for order in ("C", "F"):
-        factors, x = _lu.lu_and_solution(np.array(d, order=order), b)
+        factors, x = blocks.lu_and_solution(np.array(d, order=order), b)
         assert x.dtype == dtype
         np.testing.assert_allclose(d @ x, b, rtol=0, atol=1e3 * np.finfo(dtype).eps)
-        np.testing.assert_array_equal(_lu.lu_solve(factors, b), x)
+        np.testing.assert_array_equal(blocks.lu_solve(factors, b), x)
     d[:, 2] = d[2, :] = 0
-    factors, x = _lu.lu_and_solution(d, b)
+    factors, x = blocks.lu_and_solution(d, b)
     assert np.isnan(x).all()
-    assert _lu.lu_slogdet(factors)[1] == -np.inf
+    assert blocks.lu_slogdet(factors)[1] == -np.inf
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_add_diagonal_whatever_the_order_in_memory(order, rng):
     m, d = np.array(rng.standard_normal((4, 4)), order=order), rng.standard_normal(4)
     expected = m + np.diag(d)
-    np.testing.assert_array_equal(_small.add_diagonal(m, d), expected)
+    np.testing.assert_array_equal(blocks.add_diagonal(m, d), expected)
 
 
 MUTANTS = {
-    "coupling": (_riccati, "coupling", lambda f, b: -f(b)),
-    "free": (_riccati, "_free", lambda f, b, e: 0.9 * f(b, e)),
-    "behind": (_riccati, "behind", lambda f, layer, v: f(layer._replace(c=0 * layer.c), v)),
-    "weights": (_riccati, "_weights", lambda f, b, u, x, g, e: f(b, u, None, g, e)),
-    "pull": (_riccati, "_pull_rows", lambda f, s, p, n: f(s, p, n) * (1 + 1e-6)),
-    "next": (_tridiagonal, "_next", lambda f, a, e: (f(a, e)[0], -f(a, e)[1])),
+    "coupling": (_riccati, "coupling", lambda f, xp, b: -f(xp, b)),
+    "free": (_riccati, "_free", lambda f, xp, b, e: 0.9 * f(xp, b, e)),
+    "behind": (_riccati, "_behind", lambda f, xp, layer, v: f(xp, layer._replace(c=0 * layer.c), v)),
+    "weights": (_riccati, "_weights", lambda f, xp, b, u, x, g, e: f(xp, b, u, None, g, e)),
+    "pull": (_riccati, "_pull_rows", lambda f, xp, s, p, n: f(xp, s, p, n) * (1 + 1e-6)),
+    "next": (_tridiagonal, "_next", lambda f, xp, a, e: (f(xp, a, e)[0], -f(xp, a, e)[1])),
     "pseudo": (_tridiagonal, "inputs", lambda f, b: f(b)._replace(k=2 * f(b).k)),
-    "joint": (_joint, "_quadratic", lambda f, a, n: (f(a, n)[0], f(a, n)[1], 0 * f(a, n)[2])),
-    "back": (_terms, "_back", lambda f, layer, v, ds, dz, q: f(layer._replace(beta=0 * layer.beta), v, ds, dz, q)),
+    "joint": (_joint, "_quadratic", lambda f, xp, a, n: (*f(xp, a, n)[:2], 0 * f(xp, a, n)[2])),
+    "back": (
+        _expansion,
+        "_back",
+        lambda f, xp, layer, v, ds, dz, q: f(xp, layer._replace(beta=0 * layer.beta), v, ds, dz, q),
+    ),
 }
 
 
@@ -228,8 +231,8 @@ def test_a_wrong_term_is_noticed(name, rng, monkeypatch):
             )  # fmt: skip
             seen |= not backward_error(q, 0.1, solution) <= 1e-9
             if name == "back":  # a wrong product: the residual no longer is what the network says
-                s = _system.system(q.chain, q.x, q.t, "hessian")
-                seen |= not np.allclose(s.dense(q.x), q.h, rtol=1e-9)
+                s = _expansion.hessian_of(q.chain, q.x, q.t, "hessian")
+                seen |= not np.allclose(s.matrix(), q.h, rtol=1e-9)
     assert seen
 
 
@@ -312,7 +315,7 @@ def test_a_factor_stays_that_of_the_weights_it_was_made_at(kind, rng):
     if kind == "frozen":
         first = networks.Dense(rng.standard_normal((4, 4)), None, "tanh")
         chain = networks.Chain([networks.Frozen(first), *chain.layers], "cross_entropy")
-    method = kind if kind in _paths.METHODS else "auto"
+    method = kind if kind in _methods.METHODS else "auto"
     b = [rng.standard_normal(p.shape) for p in chain.params]
     before = ddnref.curvature.hessian_factor(chain, x, t, damping=damping, method=method)
     factor = ddnref.curvature.hessian_factor(chain, x, t, damping=damping, method=method)
@@ -380,7 +383,7 @@ def test_another_layer_is_solved_densely_or_refused(rng, monkeypatch):
     check_counts(q, 0.1, factor)
     with pytest.raises(TypeError, match="layer of type Own"):
         ddnref.curvature.hessian_factor(chain, x, t, damping=0.1, method="riccati")
-    monkeypatch.setattr(_paths, "DENSE_LIMIT", 5)
+    monkeypatch.setattr(_methods, "DENSE_LIMIT", 5)
     with pytest.raises(TypeError, match="layer of type Own"):
         ddnref.curvature.hessian_factor(chain, x, t, damping=0.1)
 

@@ -6,14 +6,12 @@ from hessian_problems import dense, each_layer, flatten, hard_shifts, network, p
 
 import ddnref
 from ddnref import curvature, networks, reference
-from ddnref.curvature.hessian import _choice as _paths
-from ddnref.curvature.hessian import _factor, _inertia, _spectrum
-from ddnref.curvature.hessian import _network as _system
+from ddnref.curvature.hessian import _expansion, _joint, _methods, _solve, _spectrum
 
 
 @pytest.mark.parametrize(("n_layers", "a", "n", "residual"), [(5, 6, 1, False), (4, 4, 9, True), (8, 5, 2, True)])
 def test_counts(n_layers, a, n, residual, rng, monkeypatch):
-    monkeypatch.setattr(_paths, "DENSE_LIMIT", 0)
+    monkeypatch.setattr(_methods, "DENSE_LIMIT", 0)
     q = problem(rng, n_layers, a, n, residual=residual, bias=True)
     edges = [-np.inf, -0.3, -0.01, -1e-5, 1e-5, 0.02, 0.5, np.inf]
     counts, info = curvature.hessian_eigval_count(q.chain, q.x, q.t, edges)
@@ -40,32 +38,32 @@ def test_delayed_pivots_count_at_every_shift(n_layers, a, n, rng):
     """Also where a layer's own block is singular, at which the other forms are not asked."""
     for activation, residual in (("tanh", True), ("relu", False), ("identity", False)):
         q = problem(rng, n_layers, a, n, activation, residual=residual)
-        terms = _system.system(q.chain, q.x, q.t, "hessian").terms
+        terms = _expansion.hessian_of(q.chain, q.x, q.t, "hessian").expansion
         for damping in [0.1, -0.05, 1e-6, *hard_shifts(q.chain, q.h)]:
             if np.min(np.abs(q.w + damping)) > 1e-9 * np.max(np.abs(q.w)):
-                assert _inertia.delayed(terms, damping) == np.sum(q.w + damping < 0)
+                assert _joint.count_delayed(terms, damping) == np.sum(q.w + damping < 0)
 
 
 def test_delaying_matters(rng, monkeypatch):
     """Where the first joint block is singular, to rounding: without delays some counts are wrong."""
-    monkeypatch.setattr(_inertia, "THETA", 1e-30)
+    monkeypatch.setattr(_joint, "THETA", 1e-30)
     wrong = 0
     for seed in range(4):
         q = problem(np.random.default_rng(seed), 5, 4, 3)
-        terms = _system.system(q.chain, q.x, q.t, "hessian").terms
+        terms = _expansion.hessian_of(q.chain, q.x, q.t, "hessian").expansion
         first, second = reference.tall_skinny_derivatives(q.chain, q.x, q.t)[:2]
         for value in np.linalg.eigvalsh(first.dxx + first.dx.T @ second.dzz @ first.dx)[[0, 1, -2, -1]]:
             with np.errstate(all="ignore"):
-                wrong += _inertia.delayed(terms, -float(value)) != np.sum(q.w < value)
+                wrong += _joint.count_delayed(terms, -float(value)) != np.sum(q.w < value)
             with monkeypatch.context() as patch:
-                patch.setattr(_inertia, "THETA", 1e-3)
-                assert _inertia.delayed(terms, -float(value)) == np.sum(q.w < value)
+                patch.setattr(_joint, "THETA", 1e-3)
+                assert _joint.count_delayed(terms, -float(value)) == np.sum(q.w < value)
     assert wrong
 
 
 def test_what_is_not_trusted_is_counted_another_way(rng, monkeypatch):
     """The probe of an elimination is what decides: near a singular block, and for small dampings, it is not used."""
-    monkeypatch.setattr(_paths, "DENSE_LIMIT", 0)
+    monkeypatch.setattr(_methods, "DENSE_LIMIT", 0)
     q = problem(rng, 5, 4, 3)
     paths = [
         curvature.hessian_factor(q.chain, q.x, q.t, damping=e).counted_by
@@ -188,4 +186,4 @@ def test_static_errors(rng):
     ]:
         with pytest.raises(error, match=match):
             run()
-    assert _factor.ZERO < 1e-9
+    assert _solve.ZERO < 1e-9

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ddnref._rules.contract import Rule, as_tuple
-from ddnref._rules.table import RULES
+from ddnref._rules.binding import as_tuple
+from ddnref._rules.contract import Rule
+from ddnref._rules.table import RULES, TRIALS
 
 from ._stored import to_torch
 from ._targets import Problem, Target, positional
@@ -61,7 +62,7 @@ def _autograd(rule: Rule) -> Any:
 
 def _target(name: str, rule: Rule, call: Any) -> Target:
     def make(rng: np.random.Generator, batch: tuple[int, ...], m: int, is_complex: bool) -> Problem:
-        sample = rule.sample(np.asarray, rng, batch, m, False)
+        sample = TRIALS[rule.name].sample(np.asarray, rng, batch, m, False)
         return Problem(sample.inputs, sample.options, 10 * sample.condition)
 
     return Target(

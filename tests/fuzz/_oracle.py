@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from ddnref import DdnrefError
-from ddnref._rules.contract import options_of, plain_forward
+from ddnref._rules.binding import options_of, plain_forward
+from ddnref._rules.table import TRIALS
 from ddnref.testing import check_vjp
 
 from ._judge import (
@@ -389,14 +390,15 @@ def linear(site: Site, hostile: Hostile) -> Outcome:
 
 def derivative(site: Site, hostile: Hostile) -> Outcome:
     rule = site.target.rule
-    sample = rule.sample(np.asarray, site.rng, site.batch, int(site.rng.integers(1, 8)), False)
+    trial = TRIALS[rule.name]
+    sample = trial.sample(np.asarray, site.rng, site.batch, int(site.rng.integers(1, 8)), False)
     forward, vjp = options_of(rule, sample.options)
     vjp_call = partial(site.target.call, **vjp)
     report = check_vjp(
         partial(plain_forward(rule), **forward),
         (lambda *a: vjp_call(*a)[0]) if rule.vjp_info else vjp_call,
-        *sample.inputs, saves=True, needs=rule.needs, loss=sample.loss, gap=sample.gap, tangent=rule.tangent,
-        symmetrises=rule.symmetrises, directions=2,
+        *sample.inputs, saves=True, needs=rule.needs, loss=sample.loss, gap=sample.gap,
+        tangent=trial.tangent, symmetrises=trial.symmetrises, directions=2,
     )  # fmt: skip
     if not report.passed:
         raise Finding(f"a wrong derivative: off by {report.error:.1e}")

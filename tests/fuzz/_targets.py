@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddnref._rules.contract import Rule, as_tuple, options_of, plain_forward
-from ddnref._rules.table import RULES
+from ddnref._rules.binding import as_tuple, options_of, plain_forward
+from ddnref._rules.contract import Rule
+from ddnref._rules.table import RULES, TRIALS
 
 
 class Problem(NamedTuple):
@@ -253,13 +254,14 @@ def forward_target(rule: Rule, suffix: str = "") -> Target:
     function = _public(rule, suffix)
 
     def make(rng: np.random.Generator, batch: tuple[int, ...], m: int, is_complex: bool) -> Problem:
-        sample = rule.sample(np.asarray, rng, batch, m, is_complex)
+        sample = TRIALS[rule.name].sample(np.asarray, rng, batch, m, is_complex)
         return Problem(sample.inputs, accepted(function, sample.options), sample.condition)
 
     return Target(
         rule.name + suffix, function, make, positional(function), powers={} if suffix else POWERS.get(rule.name, {}),
         phases=PHASES.get(rule.name, ()), check=None if suffix else CHECKS.get(rule.name), rule=rule,
-        loose=_looseness(rule), aliases=PARAMS, compared=rule.outputs if suffix else None, is_complex=rule.is_complex,
+        loose=_looseness(rule), aliases=PARAMS, compared=rule.outputs if suffix else None,
+        is_complex=TRIALS[rule.name].is_complex,
     )  # fmt: skip
 
 
@@ -267,7 +269,7 @@ def vjp_target(rule: Rule) -> Target:
     """Its VJP at what its forward returns, for the loss of the sample: free of gauge."""
 
     def make(rng: np.random.Generator, batch: tuple[int, ...], m: int, is_complex: bool) -> Problem:
-        sample = rule.sample(np.asarray, rng, batch, m, is_complex)
+        sample = TRIALS[rule.name].sample(np.asarray, rng, batch, m, is_complex)
         forward, vjp = options_of(rule, sample.options)
         outputs, saved = plain_forward(rule)(*sample.inputs, **forward)
         bars = as_tuple(sample.loss[1](*outputs)) if sample.loss else tuple(random_like(rng, y) for y in outputs)
@@ -280,7 +282,7 @@ def vjp_target(rule: Rule) -> Target:
     pivots = tuple(n for n in names if n == "pivots")
     return Target(
         name, rule.vjp, make, names, bars=rule.outputs, rule=rule, loose=_looseness(rule), integers=pivots,
-        aliases=PARAMS, is_complex=rule.is_complex,
+        aliases=PARAMS, is_complex=TRIALS[rule.name].is_complex,
     )  # fmt: skip
 
 

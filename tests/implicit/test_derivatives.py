@@ -152,9 +152,9 @@ class Equality:
     def solve(cls, x, t, c):
         """Gradient flow to a minimum, then Newton steps on the optimality conditions."""
         y, eye = x, np.eye(N)
-        for _ in range(300):
+        for _ in range(150):
             h_y = cls.constraint_jacobian(y, x, t, c)
-            onto = np.linalg.pinv(h_y)
+            onto = transpose(h_y) @ np.linalg.inv(h_y @ transpose(h_y))  # the pseudo-inverse, in a third of its time
             f_y = cls.gradient(y, x, t, c)
             y = y - dot(onto, cls.constraint(y, x, t, c)) - 0.1 * dot(eye - onto @ h_y, f_y)
         nu = cls.multipliers(y, x, t, c)
@@ -623,11 +623,11 @@ def test_static_errors(rng):
         Argmin.vjp(y, y, s, x, hessian=lambda *a: implicit.BlockDiagonal(np.ones((2, 2, 2))))
     with pytest.raises(ValueError, match=r"hessian\.u has shape"):
         Argmin.vjp(y, y, s, x, hessian=lambda *a: implicit.DiagonalPlusLowRank(np.ones(5), np.ones((4, 1))))
-    with pytest.raises(ValueError, match="what gradient returned has shape"):
+    with pytest.raises(ValueError, match="the result of gradient has shape"):
         Argmin.vjp(y, y, s, x, gradient=lambda *a: np.ones(4))
     inputs = Equality.inputs(rng)
     y = Equality.solve(*inputs)
-    with pytest.raises(ValueError, match="what constraint_jacobian returned has shape"):
+    with pytest.raises(ValueError, match="the result of constraint_jacobian has shape"):
         Equality.vjp(y, y, *inputs, constraint_jacobian=lambda *a: np.ones((2, 4)))
     with pytest.raises(ValueError, match="nu has shape"):
         Equality.vjp(y, y, *inputs, nu=np.ones(3))

@@ -362,10 +362,12 @@ for path in ("", "._rule", "._rules", "._samples", "._eigh", "._ggn", "._ggn._sp
 old = sys.modules["ddnref"]
 old.cg = object()
 sys.modules["ddnref._samples"].eigen_loss = object()
+sys.modules["ddnref._rules"].RULES = {}
 import benchmarks
 import ddnref
-from ddnref._rules.samples.common import eigen_loss
-from ddnref._rules import contract
-assert ddnref.krylov.cg is old.cg and eigen_loss and contract is sys.modules["ddnref._rule"]
+from ddnref._rules.samples import eigen_loss
+from ddnref._rules import binding
+from ddnref._rules.table import RULES, TRIALS
+assert ddnref.krylov.cg is old.cg and eigen_loss and binding is sys.modules["ddnref._rule"] and TRIALS is RULES
 """
     subprocess.run([sys.executable, "-c", code], cwd=BENCHES, check=True)

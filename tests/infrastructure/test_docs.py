@@ -15,6 +15,7 @@ import pytest
 import ddnref
 from ddnref import curvature, implicit, interop, krylov, networks, nodes, operators, reference, testing
 from ddnref._rules import table as _rules
+from ddnref._rules.texts import capability_table
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -31,7 +32,7 @@ class Code(NamedTuple):
     line: int
     source: str
     output: str | None
-    """What the page says that it prints; ``None`` where it says nothing."""
+    """The output that the page states, or ``None``."""
 
 
 def blocks(text: str) -> list[tuple[str, Code]]:
@@ -176,7 +177,7 @@ def test_the_capability_table_is_drawn_from_the_rules(monkeypatch):
     pytest.importorskip("markdown_it", reason="the directive needs markdown-it-py")
     monkeypatch.syspath_prepend(str(DOCS))
     directives = importlib.import_module("_directives")
-    table = directives.list_table(_rules.capability_table())
+    table = directives.list_table(capability_table(_rules.TEXTS))
     assert table.count("* -") == 1 + len(_rules.RULES)
     for name in _rules.RULES:
         assert f"`{name}`" in table
@@ -186,9 +187,16 @@ def test_the_capability_table_is_drawn_from_the_rules(monkeypatch):
     assert "<td><code>x</code></td>" in html
 
 
+def test_bridges_are_documented_without_their_frameworks():
+    """The pages are built with the extra ``docs`` alone: what it does not install is mocked."""
+    mocked = re.search(r"^FRAMEWORKS = \((.+)\)$", (DOCS / "conf.py").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    bridges = {module.name for module in pkgutil.iter_modules(interop.__path__) if not module.name.startswith("_")}
+    assert {*re.findall(r'"(\w+)"', mocked)} == bridges
+
+
 def test_gallery_comments_have_single_backslashes():
-    """A comment is no string: a doubled backslash in it would be a line break in the formula."""
-    for path in (DOCS / "gallery").glob("plot_*.py"):
+    """In a comment, unlike in a string, a doubled backslash would be a line break in the formula."""
+    for path in (DOCS.parent / "ddnref/examples").glob("plot_*.py"):
         for line in path.read_text(encoding="utf-8").splitlines():
             assert not (line.startswith("#") and "\\\\" in line), f"{path.name}: {line}"
 

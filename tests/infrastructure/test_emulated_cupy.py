@@ -1,12 +1,14 @@
-"""The code for CuPy runs on the CPU, over an emulation of what CuPy does differently; the emulation does differ.
+"""The code for CuPy runs on the CPU, over an emulation of what CuPy does differently from NumPy.
 
-``pytest --backend emulated-cupy -k emulated`` runs all array tests over it, in two minutes; here are those of the
-operations that have a form of their own for CuPy, in a process that has not imported CuPy itself.
+``pytest --backend emulated-cupy -k emulated`` runs all array tests over it, in two minutes. Here are the tests of those
+operations that have a separate form for CuPy, in a process that has not imported CuPy itself.
 """
 
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 HERE = Path(__file__).parents[1]
 OWN_FORMS = ("kernels/test_cupy.py", "kernels/test_dense.py", "kernels/test_lu.py")
@@ -44,9 +46,10 @@ def run(*command):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_forms_for_cupy():
-    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--backend", "emulated-cupy", "-k", "emulated")
-    out = run(*pytest, *OWN_FORMS)
+    command = ("-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", "--backend", "emulated-cupy", "-k", "emulated")
+    out = run(*command, *OWN_FORMS)
     assert " passed" in out
 
 

@@ -8,7 +8,7 @@ import pytest
 from smooth import bridged, total
 
 from conftest import TRACED, backend
-from ddnref._rules.table import RULES
+from ddnref._rules.table import RULES, TRIALS
 from ddnref.testing import numerical_jvp
 
 names = pytest.mark.parametrize("name", RULES)
@@ -16,7 +16,7 @@ ITERATIVE = [name for name, rule in RULES.items() if rule.info is not None]
 CLOSED = [name for name in RULES if name not in ITERATIVE]
 domains = pytest.mark.parametrize(
     ("name", "is_complex"), [(name, is_complex) for name, rule in RULES.items() for is_complex in (False, True)
-                             if rule.is_complex or not is_complex],
+                             if TRIALS[rule.name].is_complex or not is_complex],
 )  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def test_torch_functorch(name, torch, in_torch, rng, cell):
 @pytest.mark.filterwarnings(*TRACED)
 @names
 def test_torch_compile(name, torch, in_torch, rng, cell):
-    """Without a graph break; iterations refuse that, and without it run between two compiled parts."""
+    """Closed forms compile without a graph break. Iterations refuse that, and run between two compiled parts."""
     torch._dynamo.reset()
     x, op = torch.tensor(random(rng, False, 2, 4, 4), requires_grad=True), in_torch(name)
     loss = lambda x: total(op(x))

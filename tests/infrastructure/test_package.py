@@ -1,6 +1,7 @@
-"""What is released says the same everywhere: version, changes, supported versions, the commands that check them."""
+"""Version, changelog, supported versions and the commands that check them agree with each other."""
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -57,3 +58,24 @@ def test_python_versions_agree():
 @pytest.mark.parametrize("command", re.findall(r"bash (\.ci/\w+)", VERSIONS + (ROOT / "CONTRIBUTING.md").read_text()))
 def test_commands_exist(command):
     assert (ROOT / command).is_file()
+
+
+def ci(*arguments):
+    return subprocess.run(["bash", ".ci/run", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_ci_names_its_stages():
+    done = ci("--list")
+    assert done.returncode == 0
+    stages = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert stages.keys() >= {"lint", "unit", "readme-report", "readme-tests", "docs", "package", "lowest", "tests"}
+    source = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert all(re.search(rf"^{name}\(\) {{", source, re.MULTILINE) for name in stages)
+    documented = re.findall(r"`.ci/run ((?:--here )?[a-z -]+)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert {"lint", "unit"} <= {*" ".join(documented).split()} <= {"--here", "--list", *stages}
+
+
+def test_ci_refuses_an_unknown_stage():
+    done = ci("lint", "nothing")
+    assert done.returncode == 2
+    assert "unknown stage nothing" in done.stderr

@@ -1,4 +1,4 @@
-"""``ddnref report``: the page stands alone, and its numbers are what it says."""
+"""``ddnref report``: the page is self-contained, its numbers are right, and a wrong result is noticed."""
 
 from __future__ import annotations
 
@@ -10,22 +10,58 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from ddnref.report import build, declarative, gaps, page, peers, pictures, subspace_model, whitening
-from ddnref.report.content import Content, Context, Headline, Section, Table, Text
+import ddnref
+import ddnref.examples
+from ddnref.examples import _peers, check, headline, picture, settings, track
+from ddnref.examples import table as show_table
+from ddnref.examples._show import Check, CheckError, Headline, Table
+from ddnref.report import build, page, runner
+from ddnref.report.narrative import html
+from ddnref.report.runner import Code, Narrative, Printed, Told
 from ddnref.verify._backends import backend
 from ddnref.verify._cli import main
 
 STEPS = 12
-TIMED = ("profile", "declarative", "hessian")
+FEW = dict.fromkeys(("ddnref", "textbook", "dense"), (3, 6))
+SMALL = {
+    "subspaces": {"ITERATIONS": STEPS},
+    "whitening": {},
+    "repeated_eigenvalues": {},
+    "ladder": {"SIZES": ((2, 8), (1, 128))},
+    "iteration_digits": {"STEPS": (1, 20), "COUNTS": (160,), "WIDTHS": (8, 16), "SEEDS": 1},
+    "deblurring": {"SIDE": 64},
+    "ggn": {
+        "LOOKS": (0, 2, 4), "LATE": 4, "TRAIN": 200, "N": 20, "SUBSAMPLE": 30,
+        "STEPS": dict.fromkeys(("gradient descent", "with momentum", "damped Newton"), 2),
+    },
+    "hessian": {"LAYERS": 6, "KEPT": (0, 40), "HARD": (3, 5, 4), "DEPTHS": FEW, "WIDTHS": FEW},
+}  # fmt: skip
+"""The stories of the report, with the constants that make each one quick."""
+
+TIMED = ("ladder", "iteration_digits", "ggn", "hessian")
+LEARN_BRIEFLY = {"ITERATIONS": 3}
 TEXTS = ("when", "photograph", "image")
+DEBLUR_BRIEFLY = {"SIDE": 24, "STEPS": 2, "RTOL": 1e-13}  # libraries are compared to 1e-9
+
+
+def story(name, library="numpy", seed=0, **constants):
+    with backend(library) as arrays, threadpool_limits(1):
+        return runner.run(name, arrays, seed, constants=constants)
+
+
+def use(patch, constants):
+    """Let ``ddnref report`` tell the stories of `constants` only, with these constants."""
+    patch.setattr(build, "STORIES", [name for name in build.STORIES if name in constants])
+    patch.setattr(build, "run", lambda name, *a, **k: runner.run(name, *a, constants=constants[name], **k))
 
 
 def run(out, *options):
-    """The exit code and what was printed."""
+    """Return the exit code and what was printed."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         code = main(["report", "--out", str(out), *options])
@@ -39,18 +75,11 @@ def table(path):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """One report with NumPy and whatever it is compared with that is installed; fewer steps, to be quick."""
+    """One report with NumPy and whatever it is compared with that is installed."""
     out = tmp_path_factory.mktemp("report") / "new" / "folder"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ddnref.report.subspaces.ITERATIONS", STEPS)
-        patch.setattr("ddnref.report.deblurring_model.SIDE", 64)
-        patch.setattr("ddnref.report.hessian_model.LAYERS", 6)
-        patch.setattr("ddnref.report.hessian_model.KEPT", (0, 40))
-        patch.setattr("ddnref.report.hessian_model.DEPTHS", (4, 8))
-        patch.setattr("ddnref.report.profile.SIZES", ((2, 8), (1, 128)))
-        patch.setattr("ddnref.report.declarative.QUICK", declarative.QUICK._replace(widths=(8, 16), seeds=1))
-        patch.setattr("ddnref.report.declarative.SMALL", 16)
-        patch.setattr("ddnref.report.declarative_precision.SMALL", 16)
+        use(patch, SMALL)
+        patch.setattr("ddnref.examples._precision.SMALL", 16)
         code, printed = run(out, "--seed", "3")
     assert code == 0
     return out, printed
@@ -65,29 +94,23 @@ def one_thread():
 @pytest.fixture
 def alone(monkeypatch):
     """Nothing to compare with, few steps, and nothing timed, because times differ from run to run."""
-    monkeypatch.setattr(peers, "_installed", lambda module: False)
-    monkeypatch.setattr(build, "SECTIONS", [section for section in build.SECTIONS if section.name not in TIMED])
-    monkeypatch.setattr("ddnref.report.subspaces.ITERATIONS", 3)
-    monkeypatch.setattr("ddnref.report.deblurring_model.SIDE", 24)
-    monkeypatch.setattr("ddnref.report.deblurring_model.STEPS", 2)
-    monkeypatch.setattr("ddnref.report.deblurring_model.RTOL", 1e-13)  # libraries are compared to 1e-9
-    monkeypatch.setattr("ddnref.report.curvature_model.LOOKS", (0, 1, 2))
-    monkeypatch.setattr("ddnref.report.curvature_model.SAMPLES", 12)
+    monkeypatch.setattr(_peers, "installed", lambda module: False)
+    brief = {name: value for name, value in SMALL.items() if name not in TIMED}
+    use(monkeypatch, {**brief, "subspaces": LEARN_BRIEFLY, "deblurring": DEBLUR_BRIEFLY})
 
 
 def test_files(report):
     out, _ = report
-    pictures_ = {path.stem for path in out.glob("*.png")}
+    pictures = {path.stem for path in out.glob("*.png")}
     numbers = {path.stem for path in out.glob("*.csv")}
-    main = {
-        "subspaces-course", "subspaces-weights", "subspaces-eigen-digits", "whitening-covariance", "gaps-error",
-        "profile-time", "declarative-gradients", "declarative-time-by-size", "deblurring-photographs",
-        "curvature-spectrum",
-        "hessian-spectrum", "hessian-time", "hessian-errors",
-    }  # fmt: skip
-    assert main <= pictures_
-    assert pictures_ < numbers  # the numbers of every picture, and the tables
-    assert len(list(out.iterdir())) == len(pictures_) + len(numbers) + 1
+    assert {
+        "whitening-covariance", "whitening-digits", "whitening-photograph", "repeated_eigenvalues-error",
+        "deblurring-photographs", "deblurring-kernels", "deblurring-course",
+        "subspaces-course", "subspaces-weights", "subspaces-eigen-digits", "ladder-time", "iteration_digits-gradients",
+        "ggn-spectrum", "hessian-spectrum", "hessian-time", "hessian-errors",
+    } <= pictures  # fmt: skip
+    assert pictures - numbers == {"whitening-photograph"}  # every other picture has its numbers beside it
+    assert len(list(out.iterdir())) == len(pictures) + len(numbers) + 1
     for path in out.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
     for path in out.glob("*.csv"):
@@ -99,13 +122,13 @@ class Page(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.links, self.images, self.anchors, self.open = [], [], set(), []
+        self.links, self.images, self.anchors, self.open = [], [], [], []
 
     def handle_starttag(self, tag, attrs):
         found = dict(attrs)
         self.links += [found[name] for name in ("src", "href") if name in found]
         self.images += [found] if tag == "img" else []
-        self.anchors |= {found["id"]} if "id" in found else set()
+        self.anchors += [found["id"]] if "id" in found else []
         if tag not in ("meta", "img", "br"):
             self.open.append(tag)
 
@@ -121,18 +144,21 @@ def parsed(out):
     return text, found
 
 
-def test_page_stands_alone(report):
+def test_page_is_self_contained(report):
     out, _ = report
     text, found = parsed(out)
     assert found.links
     for link in found.links:
         assert link.startswith("data:image/png;base64,") or (link[0] == "#" and link[1:] in found.anchors)
+    assert len(found.anchors) == len(set(found.anchors))
     assert len(found.images) == len(list(out.glob("*.png")))
     assert all(len(image["alt"]) > 20 for image in found.images)
-    prose = re.sub(r"data:image/png;base64,[^\"]*", "", text)
+    prose = re.sub(r"data:image/png;base64,[^\"]*", "", text).replace("http://www.w3.org/1998/Math/MathML", "")
     for outside in ("http", "file:", "@import", "url(", "<script", "<link", str(out), str(Path.home()), "/tmp"):
         assert outside not in prose
     assert 'name="viewport"' in text
+    assert "<math" in text
+    assert "✓" in text
     assert "ddnref report --backend numpy --seed 3" in prose
     for package in ("ddnref 0", "Python 3", "NumPy 2", "scikit-learn 1"):
         assert package in prose
@@ -142,9 +168,8 @@ def test_console_says_where_and_what(report):
     out, printed = report
     lines = printed.splitlines()
     assert lines[-1] == f"The page: {out / 'index.html'}"
-    assert sum(line.startswith(f"{i + 1}/{len(build.SECTIONS)} ") for i, line in enumerate(lines)) == 8
-    assert len(lines) == len(build.SECTIONS) + 12 + 1
-    assert "before learning" in printed
+    assert [line[:4] for line in lines[: len(SMALL)]] == [f"{i + 1}/{len(SMALL)} " for i in range(len(SMALL))]
+    assert any(line.startswith("Gradient through whitening: error  ") for line in lines)
     assert printed.isascii()
 
 
@@ -195,18 +220,19 @@ def test_gradients_are_right(report):
     numbers = {row[""]: row["value"] for row in table(out / "whitening-numbers.csv")}
     assert float(numbers["gradient, ddnref: error against finite differences"]) < 1e-7
     assert float(numbers["after: largest distance of the covariance from the identity"]) < 1e-10
-    numbers = {row[""]: row["value"] for row in table(out / "deblurring-numbers.csv")}
-    assert float(numbers["gradient of kernel and weight: error against finite differences"]) < 1e-7
+    text, _ = parsed(out)
+    for label in ("gradient through whitening", "gradient of kernel and weight"):
+        assert float(re.search(f"✓ {label}: error against finite differences: (.*?),", text)[1]) < 1e-7
 
 
 def test_exact_at_repeated_eigenvalues(report):
     out, _ = report
-    rows = table(out / "gaps-errors.csv")
+    rows = table(out / "repeated_eigenvalues-errors.csv")
     assert [row["gap"] for row in rows] == [*(f"1e{-e:+03d}" for e in range(16)), "0 (repeated)"]
     assert float(rows[-1]["ddnref: worst error"]) <= 1e-12
     assert float(rows[-2]["ddnref: worst error"]) <= 1e-12
-    assert all(float(row[f"{gaps.TOLD}: worst error"]) <= 1e-12 for row in rows)
-    assert rows == table(out / "gaps-error.csv")
+    assert all(float(row["ddnref, rtol=0.05: worst error"]) <= 1e-12 for row in rows)
+    assert rows == table(out / "repeated_eigenvalues-error.csv")
 
 
 @pytest.mark.parametrize(("name", "module"), [
@@ -215,13 +241,13 @@ def test_exact_at_repeated_eigenvalues(report):
 ])  # fmt: skip
 def test_peers_are_really_there(report, name, module):
     out, _ = report
-    rows = table(out / "gaps-errors.csv")
+    rows = table(out / "repeated_eigenvalues-errors.csv")
     assert float(rows[0][f"{name}: worst error"]) < 1e-12  # the same loss: right where the gap is wide
     compared = next(row for row in table(out / "subspaces-gradients.csv") if row["gradient"].startswith(name))
     assert compared["NaN"].endswith("of 10")
     assert compared["error"] == "nan" or float(compared["error"]) < 1e-10
     text, _ = parsed(out)
-    assert f"{name} {peers.versions()[name]}" in text
+    assert f"{name} {_peers.versions()[name]}" in text
 
 
 # --- options ------------------------------------------------------------------------------------------------------
@@ -237,7 +263,7 @@ def test_same_seed_same_bytes_and_missing_peers_are_named(alone, tmp_path):
     first, again, other = (contents(tmp_path / name) for name in "abc")
     assert first == again
     for name in (
-        "gaps-errors.csv",
+        "repeated_eigenvalues-errors.csv",
         "deblurring-course.csv",
         "subspaces-course.csv",
         "whitening-digits.csv",
@@ -258,12 +284,7 @@ def test_other_backends(alone, tmp_path, name):
     assert code == 0
     text, _ = parsed(tmp_path / "other")
     assert f"Backend: {name} " in text
-    for path in (
-        "subspaces-course.csv",
-        "whitening-digits.csv",
-        "deblurring-photographs.csv",
-        "curvature-spectrum.csv",
-    ):
+    for path in ("subspaces-course.csv", "whitening-digits.csv", "deblurring-photographs.csv"):
         here, there = (
             [[float(cell) for key, cell in row.items() if key not in TEXTS] for row in table(tmp_path / folder / path)]
             for folder in ("numpy", "other")
@@ -273,7 +294,7 @@ def test_other_backends(alone, tmp_path, name):
 
 def test_default_folder(alone, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(build, "SECTIONS", (whitening.SECTION,))
+    monkeypatch.setattr(build, "STORIES", ["whitening"])
     assert main(["report"]) == 0
     assert (tmp_path / "ddnref-report" / "index.html").exists()
 
@@ -284,67 +305,205 @@ def test_folder_that_cannot_be_made(tmp_path, capsys):
     assert "the folder for the report cannot be made" in capsys.readouterr().err
 
 
-# --- the parts --------------------------------------------------------------------------------------------------
+# --- a wrong result is noticed --------------------------------------------------------------------------------------
+
+
+def slightly_wrong(correct):
+    """The same function with every number in its result off by a millionth."""
+
+    def off(found):
+        if isinstance(found, tuple):
+            changed = map(off, found)
+            return type(found)(*changed) if hasattr(found, "_fields") else tuple(changed)
+        return (1 + 1e-6) * found if hasattr(found, "dtype") and "f" in str(found.dtype) else found
+
+    return lambda *arguments, **options: off(correct(*arguments, **options))
+
+
+@pytest.mark.parametrize(("name", "module", "function", "label"), [
+    ("whitening", ddnref, "invsqrtm_vjp", "gradient through whitening"),
+    ("whitening", ddnref, "invsqrtm_fwd", "covariance after whitening"),
+    ("whitening", ddnref, "expm_vjp", "gradient of the mean"),
+    ("repeated_eigenvalues", ddnref, "eigh_vjp", "exactly repeated eigenvalues"),
+    ("deblurring", ddnref, "linear_solve_vjp", "gradient of kernel and weight"),
+    ("deblurring", ddnref.nodes, "project_simplex_vjp", "gradient of kernel and weight"),
+    ("subspaces", ddnref, "eigh_topk_vjp", "gradient of the matrices"),
+    ("eigen_digits", ddnref, "eigh_topk_vjp", "gradient of the loss"),
+    ("eigsh_photograph", ddnref, "eigsh_vjp", "λ₂"),
+    ("linear_solve", ddnref, "linear_solve_vjp", "b: linear_solve_vjp"),
+    ("linear_solve", ddnref, "linear_solve_jvp", "ẋ: linear_solve_jvp"),
+    ("robust_pooling", ddnref.nodes, "robust_pool_vjp", "quadratic"),
+])  # fmt: skip
+def test_checks_notice_a_wrong_result(monkeypatch, name, module, function, label):
+    monkeypatch.setattr(module, function, slightly_wrong(getattr(module, function)))
+    told = story(name, **(DEBLUR_BRIEFLY if name == "deblurring" else {}))
+    assert told.failed.startswith(label)
+    assert isinstance(told.parts[-1], Check)
+
+
+def test_failed_check_is_reported(monkeypatch, tmp_path):
+    """The page says so, the other stories go on, and the command fails."""
+    use(monkeypatch, {"whitening": {}, "repeated_eigenvalues": {}})
+    monkeypatch.setattr(ddnref, "invsqrtm_vjp", slightly_wrong(ddnref.invsqrtm_vjp))
+    code, printed = run(tmp_path)
+    assert code == 1
+    assert "FAILED: gradient through whitening: error against finite differences: 1.0e-06 is more than" in printed
+    text, _ = parsed(tmp_path)
+    assert '<span class="bad">✗ gradient through whitening' in text
+    assert "This story ended here." in text
+    assert "repeated_eigenvalues-error.png" in contents(tmp_path)
 
 
 def test_known_gradient_is_the_gradient():
-    problem = gaps.pose(seed=0)
-    x, c, x_bar = problem.x[3, 0], problem.c[3, 0], problem.gradient[3, 0]  # gap 1e-3
+    told = story("repeated_eigenvalues").namespace
+    x, c, x_bar = told["x"][3, 0], told["c"][3, 0], told["truth"][3, 0]  # gap 1e-3
     d = np.random.default_rng(0).standard_normal(x.shape)
     d = d + d.T
     h = 1e-4
 
     def loss(s):
-        return gaps.projector_loss(*np.linalg.eigh(x + s * d), c)
+        return told["loss"](*np.linalg.eigh(x + s * d), c)
 
     slope = (8 * (loss(h) - loss(-h)) - (loss(2 * h) - loss(-2 * h))) / (12 * h)
     assert abs(slope - np.sum(x_bar * d)) < 1e-9 * np.linalg.norm(x_bar) * np.linalg.norm(d)
 
 
-def test_nan_and_missing_are_drawn_and_told():
-    wrong = np.full((len(gaps.GAPS), gaps.MATRICES), 1e-3)
-    wrong[-1, :4], wrong[-2] = math.nan, math.inf
-    found = {gaps.OURS: np.full_like(wrong, 1e-15), gaps.TOLD: None, "PyTorch": wrong, "JAX": None}
-    assert gaps.worst(wrong)[-1] == 1e-3
-    assert math.isnan(gaps.worst(wrong)[-2])
-    assert list(gaps.nans(wrong)[-3:]) == [0, gaps.MATRICES, 4]
-    with pictures.style():
-        drawing = gaps.draw(found)
-    at_top = [line for line in drawing.axes[0].lines if len(line.get_xdata()) and np.all(line.get_ydata() == gaps.TOP)]
-    assert [len(line.get_xdata()) for line in at_top] == [2]
-    assert pictures.png(drawing).startswith(b"\x89PNG")
-    assert gaps.summary(found) == ("ddnref 1e-15", "PyTorch 1e-03 (4 of 50 NaN)", "JAX not installed")
+def test_nan_and_missing_are_drawn_and_told(monkeypatch):
+    """Some NaN at the last gap, nothing finite at the one before, and a library that is not there."""
+
+    def gradients(loss, x, c):
+        wrong = np.ones_like(x)
+        wrong[-1, :4], wrong[-2] = math.nan, math.inf
+        return {"PyTorch": wrong, "JAX": None}
+
+    monkeypatch.setattr(ddnref.examples, "autograd_gradients", gradients)
+    told = story("repeated_eigenvalues")
+    worst, nans = told.namespace["worst"]["PyTorch"], told.namespace["nans"]["PyTorch"]
+    assert math.isfinite(worst[-1])
+    assert math.isnan(worst[-2])
+    assert list(nans[-3:]) == [0, 50, 4]
+    axes, top = told.namespace["ax"], told.namespace["NAN"]
+    at_top = [line for line in axes.lines if len(line.get_xdata()) and np.all(line.get_ydata() == top)]
+    assert [len(line.get_xdata()) for line in at_top if len(line.get_xdata()) > 1] == [2]
+    (said,) = told.headlines
+    assert said.values[1:] == (f"PyTorch {worst[-1]:.0e} (4 of 50 NaN)", "JAX not installed")
+
+
+# --- the runner -----------------------------------------------------------------------------------------------------
+
+SCRIPT = '''r"""
+A title
+=======
+
+First :math:`x_i` text.
+"""
+
+SIZE = 10
+print("one")
+show("t", "A *caption*", ("a", "b"), [("x", 1.25)])
+# a comment in code
+
+# %%
+# A heading
+# ---------
+# - `ddnref.eigh`
+#
+# .. math:: \\\\frac{1}{2}
+print("two", SIZE)
+# %%
+check("fine", 1e-9, 1e-8)
+check("wrong", 2e-8, 1e-8)
+print("never")
+'''.replace("\\\\", "\\")
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    (tmp_path / "plot_script.py").write_text("from ddnref.examples import check, table as show\n" * 0 + SCRIPT)
+    monkeypatch.setattr(runner, "FOLDER", tmp_path)
+    monkeypatch.setattr("builtins.show", show_table, raising=False)
+    monkeypatch.setattr("builtins.check", check, raising=False)
+
+
+def test_script_is_split_as_the_gallery_does():
+    parser = pytest.importorskip("sphinx_gallery.py_source_parser")
+    for path in sorted(runner.FOLDER.glob("plot_*.py")):
+        _, blocks = parser.split_code_and_text_blocks(str(path))
+        theirs = [(kind, text.strip()) for kind, text, _ in blocks[1:]]
+        ours = [("code" if block.lines else "text", block.text.strip())
+                for block in runner.split(path.read_text(encoding="utf-8"))[1][1:]]  # fmt: skip
+        assert [kind for kind, _ in ours] == [kind for kind, _ in theirs], path.name
+        assert [text for kind, text in ours if kind == "text"] == [text for kind, text in theirs if kind == "text"]
+
+
+def test_parts_in_their_order(script):
+    told = story("script", SIZE=3)
+    assert told.title == "A title"
+    assert told.failed == "wrong: 2.0e-08 is more than 1e-08."
+    kinds = [type(part) for part in told.parts]
+    assert kinds == [Narrative, Code, Printed, Table, Narrative, Code, Printed, Code, Check, Check]
+    assert told.parts[2].text == "one\n"
+    assert told.parts[6].text == "two 3\n"
+    assert told.parts[1].source.endswith("# a comment in code")
+    text = page.page([told], [])
+    for expected in ("<h3>A heading", "<em>caption</em>", "<mfrac>", "<li>", "ddnref.eigh</span>", "✗ wrong"):
+        assert expected in text
+    with pytest.raises(KeyError, match="The story script assigns no constant MISSING"):
+        story("script", MISSING=1)
+
+
+def test_mistake_in_a_narrative_is_an_error():
+    assert html("``a`` and `b.c` and :func:`~d.e` and :doc:`words <page>`").count("literal") == 3
+    with pytest.raises(Exception, match="Inline literal"):
+        html("``not closed")
 
 
 def test_page_marks_nan_and_escapes():
-    content = Content([Text("<em>a</em>"), Table("t", "c", ("x<y", "z"), [("a&b", math.nan), ("c", 0.125)], ".1e")],
-                      [Headline("l<", ("v&",))])  # fmt: skip
-    text = page.page([(Section("s", "T<", lambda context: content), content)], {}, [("F", "1<2")])
-    for part in ("<em>a</em>", "x&lt;y", "a&amp;b", '<td class="bad">NaN</td>', "<td>1.2e-01</td>", "T&lt;", "1&lt;2"):
+    parts = [Table("t", "c", ("x<y", "z"), [("a&b", math.nan), ("c", 0.125)], ".1e"), Printed("1<2")]
+    text = page.page([Told("s", "T<", parts, [Headline("l<", ("v&",))], "", {})], [("F", "1<2")])
+    for part in ("x&lt;y", "a&amp;b", '<td class="bad">NaN</td>', "<td>1.2e-01</td>", "T&lt;", "1&lt;2", "l&lt;"):
         assert part in text
 
 
-def test_learned_gradient_is_ours_alone(monkeypatch):
-    """The chain uses eigh_topk_vjp: break it, and the finite differences notice."""
-    correct = subspace_model.ddnref.eigh_topk_vjp
-    monkeypatch.setattr(subspace_model.ddnref, "eigh_topk_vjp", lambda *a, **k: (1 + 1e-6) * correct(*a, **k))
-    with backend("numpy") as library:
-        train, _ = subspace_model.digits.split(0)
-        data = subspace_model.prepare(library, train)
-        state = subspace_model.forward(np.zeros(64), data)
-        checked = subspace_model.check(library, data, state, 0)
-    assert checked.matrix > 1e-7
-    assert checked.chain > 1e-8
+def test_gallery_prints(capsys):
+    """Without a runner the same calls print, and nothing is recorded."""
+    show_table("t", "Numbers.", ("name", "value"), [("a", 0.5), ("long name", math.nan)])
+    headline("Result", "1", "2")
+    check("error", 1e-9, 1e-8)
+    picture("p", plt, "c", "a")
+    assert list(track([1, 2], "label")) == [1, 2]
+    assert capsys.readouterr().out.splitlines() == [
+        "Numbers.", "name         value", "a          5.0e-01", "long name      NaN", "Result: 1, 2",
+        "error: 1.0e-09, at most 1e-08",
+    ]  # fmt: skip
+    for error in (1e-7, math.nan):
+        with pytest.raises(CheckError):
+            check("error", error, 1e-8)
 
 
-def test_context_tracks_progress(alone):
+def test_settings_and_progress_are_those_of_the_run(monkeypatch, tmp_path):
+    (tmp_path / "plot_script.py").write_text('''"""Title\n"""
+from ddnref.examples import settings, track
+found = settings.full, settings.seed, settings.backend.name, list(track([1, 2], "a loop"))
+''')
+    monkeypatch.setattr(runner, "FOLDER", tmp_path)
     seen = []
 
-    def track(items, description):
-        seen.append((len(items), description))
+    def follow(items, label):
+        seen.append(label)
         return items
 
-    with backend("numpy") as library, pictures.style():
-        content = build.SECTIONS[0].run(Context(library, 0, track))
-    assert seen == [(3, "Learning pixel weights")]
-    assert len(content.headlines) == 3
+    with backend("array-api-strict") as library:
+        told = runner.run("script", library, 5, full=True, track=follow)
+    assert told.namespace["found"] == (True, 5, "array-api-strict", [1, 2])
+    assert seen == ["a loop"]
+    assert (settings.full, settings.seed, settings.backend.name) == (False, 0, "numpy")
+
+
+def test_terminal_shows_progress_where_there_is_one():
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    terminal = build.Terminal(stream)
+    assert list(terminal.track(range(2), "learning")) == [0, 1]
+    terminal.say("done")
+    assert stream.getvalue() == "\r\x1b[K  learning 0/2\r\x1b[K  learning 1/2\r\x1b[Kdone\n"

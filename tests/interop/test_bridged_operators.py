@@ -6,7 +6,7 @@ import pytest
 import ddnref
 from conftest import backend
 from ddnref import operators
-from ddnref._rules.layout import flatten
+from ddnref._rules.binding import flatten
 
 SHAPE = (3, 4)
 BATCHING = "ignore:There is a performance drop because we have not yet implemented the batching rule:UserWarning"

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import ddnref
-from ddnref._rules.contract import inputs_of
-from ddnref._rules.table import RULES
+from ddnref._rules.binding import inputs_of
+from ddnref._rules.table import RULES, TRIALS
 
 HOME = str(Path(ddnref.__file__).parent)
 bridges = pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_what_is_no_array_of_the_library_is_refused_by_name(name, library, rng):
     pytest.importorskip("array_api_strict")
     rule = RULES[name]
     own, foreign = own_and_foreign(library)
-    sample = rule.sample(lambda a: a, rng, (), 4, False)
+    sample = TRIALS[rule.name].sample(lambda a: a, rng, (), 4, False)
     function = importlib.import_module(f"ddnref.interop.{library}").differentiable(rule.function, **sample.options)
     given = [own(x) if isinstance(x, np.ndarray) else x for x in sample.inputs]
     for i, (parameter, x) in enumerate(zip(inputs_of(rule), sample.inputs, strict=False)):

@@ -10,7 +10,7 @@ from smooth import SMOOTH, bridged, cube, total
 
 import ddnref
 from conftest import TRACED
-from ddnref._rules.contract import options_of, plain_forward
+from ddnref._rules.binding import options_of, plain_forward
 from ddnref._rules.table import RULES
 
 pytestmark = pytest.mark.framework("torch")
@@ -150,7 +150,7 @@ def test_the_same_options_give_the_same_function(differentiable):
 
 
 def test_what_can_change_is_not_kept():
-    from ddnref.interop._kept import constant
+    from ddnref.interop._bridge_cache import is_constant
 
     power = 2.0
 
@@ -161,10 +161,10 @@ def test_what_can_change_is_not_kept():
         return w ** powers[0]
 
     for value in (None, 2, (1.0, ("a", True)), cube, np.float64(2.0), lambda w: np.exp(w), default):
-        assert constant(value), value
+        assert is_constant(value), value
     for value in ([2], np.ones(2), (1, [2]), lambda w: w**power, lambda w: w * TRIPLE[0], with_list, warnings.warn,
                   lambda w: [v + w for v in w], lambda w: relative(w, w)):  # fmt: skip
-        assert not constant(value), value
+        assert not is_constant(value), value
 
 
 @pytest.mark.filterwarnings(*TRACED)

@@ -12,8 +12,8 @@ import ddnref
 from ddnref._kernels import cupy as _cupy
 from ddnref._kernels import dense as _linalg
 from ddnref._kernels import lu as _lu
-from ddnref._rules.contract import options_of, plain_forward, plain_vjp
-from ddnref._rules.table import RULES
+from ddnref._rules.binding import options_of, plain_forward, plain_vjp
+from ddnref._rules.table import RULES, TRIALS
 
 
 def hermitian(rng, shape, dtype=np.float64):
@@ -183,7 +183,7 @@ def test_closed_forms_read_nothing_on_the_host(name, xp, rng):
     import cupy
 
     rule = RULES[name]
-    sample = rule.sample(np.asarray, rng, (5,), 4, False)
+    sample = TRIALS[rule.name].sample(np.asarray, rng, (5,), 4, False)
     forward, vjp = options_of(rule, sample.options)
     inputs = tuple(map(xp.asarray, sample.inputs))
     getattr(cupy, "EMULATED", []).clear()
@@ -231,17 +231,17 @@ def test_under_pytorch(name, xp, rng, monkeypatch):
     """On CUDA tensors; over the emulation on the CPU's, with a stand-in for PyTorch's stream."""
     import torch
 
-    from ddnref.interop import _dlpack
+    from ddnref.interop import _torch_foreign_kernels
     from ddnref.interop.torch import differentiable
 
     device = "cuda"
     if hasattr(cupy := pytest.importorskip("cupy"), "EMULATED"):
         device = "cpu"
-        library = _dlpack.LIBRARIES["cupy"]._replace(device="cpu", load=lambda: cupy)
-        monkeypatch.setitem(_dlpack.LIBRARIES, "cupy", library)
+        library = _torch_foreign_kernels.LIBRARIES["cupy"]._replace(device="cpu", load=lambda: cupy)
+        monkeypatch.setitem(_torch_foreign_kernels.LIBRARIES, "cupy", library)
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    sample = RULES[name].sample(np.asarray, rng, (3,), 4, False)
+    sample = TRIALS[name].sample(np.asarray, rng, (3,), 4, False)
     inputs = [torch.tensor(x, device=device, requires_grad=True) for x in sample.inputs]
 
     def gradients(compute):

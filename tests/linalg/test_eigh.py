@@ -10,7 +10,7 @@ from problems import adjoint, projector_gradient, relative, rotation, symmetric,
 
 import ddnref
 from ddnref import GaugeError
-from ddnref._rules.samples.common import eigen_loss, random_spectrum
+from ddnref._rules.samples import eigen_loss, random_spectrum
 from ddnref.testing import check_vjp, numerical_jvp
 
 TRIPLE = np.asarray([-1.0, 0.3, 0.3, 0.3, 1.1, 2.0])

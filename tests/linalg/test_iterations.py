@@ -281,12 +281,12 @@ def test_single_precision_from_correctly_rounded_pairs(n, m, method, bar, rng):
 
 
 def test_chunks_change_nothing(monkeypatch, rng):
-    from ddnref.linalg import _iteration_vjp
+    from ddnref._kernels import bordered
 
     x = matrix(rng, (2, 3))
     (w, v), _ = ddnref.simultaneous_iteration(x, 2, symmetric=True)
     whole = ddnref.simultaneous_iteration_vjp(w, v, w, v, x, symmetric=True)
-    monkeypatch.setattr(_iteration_vjp, "CHUNK", 2 * 49)
+    monkeypatch.setattr(bordered, "CHUNK", 2 * 49)
     assert np.array_equal(ddnref.simultaneous_iteration_vjp(w, v, w, v, x, symmetric=True), whole)
 
 

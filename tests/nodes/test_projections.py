@@ -10,7 +10,7 @@ from problems import relative
 from public_names import PUBLIC
 
 from conftest import backend
-from ddnref._rules.contract import as_tuple
+from ddnref._rules.binding import as_tuple
 from ddnref._rules.samples import nodes as samples
 from ddnref.testing import Tangent, assert_vjp, check_vjp
 

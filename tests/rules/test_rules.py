@@ -14,9 +14,11 @@ from problems import adjoint, relative
 from public_names import PUBLIC
 
 from conftest import Backend
-from ddnref._rules.contract import Rule, as_tuple, options_of, plain_forward, plain_vjp
-from ddnref._rules.samples.common import random_spectrum, square, twice
-from ddnref._rules.table import RULES
+from ddnref._rules.binding import as_tuple, options_of, plain_forward, plain_vjp
+from ddnref._rules.contract import Rule
+from ddnref._rules.samples import random_spectrum
+from ddnref._rules.samples.eigen import square, twice
+from ddnref._rules.table import RULES, TRIALS
 from ddnref.testing import assert_vjp, check_vjp
 
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -26,7 +28,7 @@ domains = pytest.mark.parametrize(
         pytest.param(rule, is_complex, id=f"{rule.name}-{'complex' if is_complex else 'real'}")
         for rule in RULES.values()
         for is_complex in (False, True)
-        if rule.is_complex or not is_complex
+        if TRIALS[rule.name].is_complex or not is_complex
     ],
 )
 STRUCTURE = 1e-13
@@ -88,8 +90,8 @@ def checked(rule: Rule, sample, backend: Backend, check=assert_vjp, vjp=None, **
         needs=rule.needs,
         loss=sample.loss,
         gap=sample.gap,
-        tangent=rule.tangent,
-        symmetrises=rule.symmetrises,
+        tangent=TRIALS[rule.name].tangent,
+        symmetrises=TRIALS[rule.name].symmetrises,
         **options,
     )
 
@@ -98,7 +100,7 @@ def checked(rule: Rule, sample, backend: Backend, check=assert_vjp, vjp=None, **
 @pytest.mark.parametrize(("batch", "m"), [((), 1), ((), 5), ((3,), 5), ((2, 2), 3)])
 def test_vjp_agrees_with_finite_differences(rule, is_complex, batch, m, xp, rng, cell):
     """In many directions on NumPy; elsewhere in few, and the gradient is NumPy's to rounding, which is stricter."""
-    sample = rule.sample(np.asarray, rng, batch, m, is_complex)
+    sample = TRIALS[rule.name].sample(np.asarray, rng, batch, m, is_complex)
     report = checked(rule, sample, xp, directions=8 if xp.name == "numpy" else 1)
     assert report.error <= 1e-9, report
     _, kept, bars, vjp = solve(rule, sample, NUMPY)
@@ -110,11 +112,11 @@ def test_vjp_agrees_with_finite_differences(rule, is_complex, batch, m, xp, rng,
 
 @domains
 def test_structure_of_the_vjp(rule, is_complex, xp, rng):
-    sample = rule.sample(np.asarray, rng, (3,), 5, is_complex)
+    sample = TRIALS[rule.name].sample(np.asarray, rng, (3,), 5, is_complex)
     _, kept, bars, vjp = solve(rule, sample, xp)
     gradients = vjp(*bars, *kept)
     tolerance = rounding(rule, sample)
-    if rule.tangent == "symmetric":
+    if TRIALS[rule.name].tangent == "symmetric":
         assert np.array_equal(gradients[0], adjoint(gradients[0])), "not exactly Hermitian"
     twice = vjp(*(2.5 * b for b in bars), *kept)
     assert relative(flat(twice), 2.5 * flat(gradients)) <= tolerance
@@ -131,7 +133,7 @@ def as_precision(a, dtype):
 
 @domains
 def test_float32_agrees_with_float64_on_identical_inputs(rule, is_complex, xp, rng):
-    sample = rule.sample(np.asarray, rng, (4,), 8, is_complex)
+    sample = TRIALS[rule.name].sample(np.asarray, rng, (4,), 8, is_complex)
     _, kept, bars, _ = solve(rule, sample, NUMPY)
     vjp = partial(plain_vjp(rule), **options_of(rule, sample.options)[1])
     # outputs and cotangents rounded to float32 leave a phase, or miss the solution, by 1e-7: judge it as float32
@@ -149,7 +151,7 @@ def test_float32_agrees_with_float64_on_identical_inputs(rule, is_complex, xp, r
 
 @rules
 def test_one_bad_item_leaves_the_others_alone(rule, xp, rng):
-    sample = rule.sample(np.asarray, rng, (3,), 5, False)
+    sample = TRIALS[rule.name].sample(np.asarray, rng, (3,), 5, False)
     solve, pull = lifted(rule, sample, xp)
 
     def evaluate(inputs):
@@ -169,7 +171,7 @@ def test_one_bad_item_leaves_the_others_alone(rule, xp, rng):
 @rules
 def test_runs_where_no_value_can_be_read(rule, second, rng):
     """On torch's meta device nothing that iterates can run: there its VJP is given what NumPy computed."""
-    sample = rule.sample(np.asarray, rng, (2,), 5, False)
+    sample = TRIALS[rule.name].sample(np.asarray, rng, (2,), 5, False)
     valueless = second.name == "torch"
     forward, vjp = options_of(rule, sample.options)
     on = NUMPY if valueless and rule.info is not None else second
@@ -186,7 +188,7 @@ def test_runs_where_no_value_can_be_read(rule, second, rng):
 @rules
 @pytest.mark.parametrize(("batch", "m"), [((0,), 4), ((2, 0), 3), ((2,), 1)])
 def test_empty_and_single(rule, batch, m, xp, rng):
-    sample = rule.sample(np.asarray, rng, batch, m, False)
+    sample = TRIALS[rule.name].sample(np.asarray, rng, batch, m, False)
     _, kept, bars, vjp = solve(rule, sample, xp)
     for x, x_bar in zip(sample.inputs, vjp(*bars, *kept), strict=True):
         assert x_bar.shape == x.shape
@@ -229,7 +231,7 @@ def mutants(rule: Rule, inputs: tuple):
     yield "sign", wrap(lambda g: -g)
     yield "scale", wrap(lambda g: 2 * g)
     yield "one part in a million", wrap(lambda g: g * (1 + 1e-6))
-    if rule.symmetrises:
+    if TRIALS[rule.name].symmetrises:
         yield "one triangle (no symmetrisation)", wrap(one_triangle)
     elif inputs[0].ndim > 1 and inputs[0].shape[-1] == inputs[0].shape[-2] > 1:
         yield "transposed", wrap(lambda g: np.swapaxes(g, -1, -2) if g.ndim > 1 else g)
@@ -241,14 +243,14 @@ def mutants(rule: Rule, inputs: tuple):
             f"no gradient of input {i}",
             lambda *a, i=i, **k: tuple(0 * g if j == i else g for j, g in enumerate(vjp(*a, **k))),
         )
-    if rule.outputs == 1 and rule.tangent == "symmetric":
+    if rule.outputs == 1 and TRIALS[rule.name].tangent == "symmetric":
         yield "wrong transpose", lambda *a, **k: vjp(*a[:-1], adjoint(a[-1]), **k)
 
 
 @domains
 @pytest.mark.parametrize("m", [3, 16, 64])
 def test_every_mutant_is_rejected(rule, is_complex, m, rng):
-    sample = rule.sample(np.asarray, rng, (), m, is_complex)
+    sample = TRIALS[rule.name].sample(np.asarray, rng, (), m, is_complex)
     survivors = [
         name
         for name, mutant in mutants(rule, sample.inputs)
@@ -270,7 +272,7 @@ def test_the_table_is_the_public_api():
 def test_what_is_saved_carries_second_derivatives_or_they_are_refused(rng):
     """Or a bridge would drop the part of a second derivative that passes through saved arrays, in silence."""
     for rule in RULES.values():
-        sample = rule.sample(np.asarray, rng, (), 4, False)
+        sample = TRIALS[rule.name].sample(np.asarray, rng, (), 4, False)
         _, saved = plain_forward(rule)(*sample.inputs, **options_of(rule, sample.options)[0])
         assert not saved or rule.saved_vjp is not None or rule.undefined is not None, rule.name
         assert (rule.undefined is None) == (rule.refusal == ""), rule.name

@@ -5,8 +5,8 @@ Column (m, n) of a layer ``s = W u + b`` is the gradient of ``(J_nᵀ S_n)_m`` w
     δ_mn u_nᵀ  for W,    δ_mn  for b        (dense)
     Σ_p δ_mnp u_npᵀ,     Σ_p δ_mnp          (convolution: u_np is the patch at position p)
 
-with δ backpropagated from the columns of ``S_n``, ``S_n S_nᵀ = ∇²ℓ_n``. They are never stored: the Gram matrix needs
-``(u_nᵀ u_n' [+ 1]) (δ_mnᵀ δ_m'n')``, the products ``V c`` and ``Vᵀ v`` one pass over u and δ.
+with δ backpropagated from the columns of ``S_n``, where ``S_n S_nᵀ = ∇²ℓ_n``. Columns are never stored: the Gram matrix
+needs only ``(u_nᵀ u_n' [+ 1]) (δ_mnᵀ δ_m'n')``, and the products ``V c`` and ``Vᵀ v`` one pass over u and δ.
 """
 
 from __future__ import annotations
@@ -18,22 +18,21 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import array_api_compat
 
-from ddnref._core.arrays import Array
-from ddnref._kernels.dense import adjoint
-from ddnref.networks import _protocol as _sweeps
+from ddnref._core.arrays import Array, adjoint
+from ddnref._kernels.gram import Factors, hadamard_gram
 from ddnref.networks._activations import Activation
 from ddnref.networks._blocks import Residual
 from ddnref.networks._convolution import Conv2d
 from ddnref.networks._layers import Affine, times
-from ddnref.networks._protocol import Layers, Params
+from ddnref.networks._protocol import Layers, Params, split
 
 
 def _itself(z: Array) -> Array:
     return z
 
 
-UNUSED = Activation(_itself, _itself, _itself)  # of a layer's linear map; named functions can be sent to a process
-EXPLICIT_NUMBERS = 2**24  # of a convolution's columns that are stored at once
+UNUSED = Activation(_itself, _itself, _itself)  # for linear maps; unlike lambdas, named functions can be pickled
+EXPLICIT_NUMBERS = 2**24  # numbers of a convolution's columns that are stored at a time
 
 
 class Columns(Protocol):
@@ -41,23 +40,23 @@ class Columns(Protocol):
 
     @property
     def n_params(self) -> int:
-        """How many parameters the layer has."""
+        """Number of parameters (arrays) of the layer."""
 
     @property
     def like(self) -> Array:
-        """An array of their dtype, on their device."""
+        """An array of the columns' dtype, on their device."""
 
     def part(self, rows: slice) -> Self:
-        """Some of the factors m."""
+        """Return the columns of some of the factors m."""
 
     def cross(self, other: Any, chosen: Sequence[int]) -> Array:
-        """``VᵀV'`` of the chosen parameters, ``(M N, M' N')``."""
+        """Return ``VᵀV'`` of the chosen parameters, ``(M N, M' N')``."""
 
     def apply(self, c: Array, chosen: Sequence[int]) -> Params:
-        """``V c`` of coefficients ``(k, M, N)``: one vector ``(k, *shape)`` for each chosen parameter."""
+        """Return ``V c`` for coefficients ``(k, M, N)``: one array ``(k, *shape)`` for each chosen parameter."""
 
     def adjoint(self, vectors: Sequence[Array], chosen: Sequence[int]) -> Array:
-        """``Vᵀ v``, coefficients ``(k, M, N)``, of vectors ``(k, *shape)`` for each chosen parameter."""
+        """Return ``Vᵀ v``, ``(k, M, N)``, for arrays ``(k, *shape)``, one for each chosen parameter."""
 
 
 class AffineColumns(NamedTuple):
@@ -72,37 +71,49 @@ class AffineColumns(NamedTuple):
 
     @property
     def n_params(self) -> int:
-        """How many parameters the layer has."""
+        """Number of parameters (arrays) of the layer."""
         return len(self.layer.params)
 
     @property
     def like(self) -> Array:
-        """δ."""
+        """An array of the columns' dtype, on their device."""
         return self.delta
 
     def part(self, rows: slice) -> AffineColumns:
-        """Some of the factors m."""
+        """Return the columns of some of the factors m."""
         return self._replace(delta=self.delta[rows, ...])
 
     def cross(self, other: AffineColumns, chosen: Sequence[int]) -> Array:
-        """By pairs of samples, and of positions."""
-        cross = _cross_convolution if isinstance(self.layer, Conv2d) else _cross_dense
-        return cross(self, other, 0 in chosen, 1 in chosen)
+        """Return ``VᵀV'`` from the factors, without any column."""
+        if self.is_dense:
+            return hadamard_gram([self.factors(other, chosen)])
+        return _cross_convolution(self, other, 0 in chosen, 1 in chosen)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether a column is ``δ uᵀ`` and δ, without a sum over positions."""
+        return not isinstance(self.layer, Conv2d)
+
+    def factors(self, other: AffineColumns, chosen: Sequence[int]) -> Factors:
+        """Return what `hadamard_gram` needs of a dense layer."""
+        return Factors(self.u, other.u, self.delta, other.delta, 0 in chosen, 1 in chosen)
 
     def apply(self, c: Array, chosen: Sequence[int]) -> Params:
-        """``(Σ_m c_m δ_m)ᵀ u``: the layer's own VJP of mixed factors."""
+        """Return ``(Σ_m c_m δ_m)ᵀ u``: mix the factors, then use the layer's VJP."""
         xp = array_api_compat.array_namespace(c)
         m, n, *rest = self.delta.shape
+        # Mix the M factors of each sample: (k, N, …) with entries Σ_m c_m δ_m.
         delta = xp.moveaxis(xp.reshape(self.delta, (m, n, math.prod(rest))), 0, 1)
-        mixed = xp.moveaxis(xp.permute_dims(c, (2, 0, 1)) @ delta, 0, 1)  # (k, N, …): Σ_m c_m δ_m
+        mixed = xp.moveaxis(xp.permute_dims(c, (2, 0, 1)) @ delta, 0, 1)
         mixed = xp.reshape(mixed, (c.shape[0], n, *rest))
         both = (lambda: self.layer.linear_w(mixed, self.u), lambda: self.layer.linear_b(mixed))
         return tuple(both[i]() for i in chosen)
 
     def adjoint(self, vectors: Sequence[Array], chosen: Sequence[int]) -> Array:
-        """``δᵀ (v u)``: the layer's own tangent, then a product for each sample."""
+        """Return ``δᵀ (v u)``: use the layer's tangent, then one product for each sample."""
         xp = array_api_compat.array_namespace(self.delta)
         pairs = list(zip(chosen, vectors, strict=True))
+        # The tangent of the pre-activation, then its inner product with each factor δ.
         s: Array = sum(self.layer.linear(v, self.u) if i == 0 else self.layer.spread(v) for i, v in pairs)
         m, n, *rest = self.delta.shape
         s = xp.broadcast_to(s, (s.shape[0], n, *rest))
@@ -112,26 +123,26 @@ class AffineColumns(NamedTuple):
 
 
 class ExplicitColumns(NamedTuple):
-    """Columns of a layer that a user defined, stored: ``(M, N, *shape)`` for each parameter."""
+    """Columns of a layer that a user defined, stored as ``(M, N, *shape)`` for each parameter."""
 
     arrays: tuple[Array, ...]
 
     @property
     def n_params(self) -> int:
-        """How many parameters the layer has."""
+        """Number of parameters (arrays) of the layer."""
         return len(self.arrays)
 
     @property
     def like(self) -> Array:
-        """The first of them."""
+        """An array of the columns' dtype, on their device."""
         return self.arrays[0]
 
     def part(self, rows: slice) -> ExplicitColumns:
-        """Some of the factors m."""
+        """Return the columns of some of the factors m."""
         return ExplicitColumns(tuple(array[rows, ...] for array in self.arrays))
 
     def cross(self, other: ExplicitColumns, chosen: Sequence[int]) -> Array:
-        """Products of what is stored."""
+        """Multiply the stored columns."""
         pairs = [(_matrix(self.arrays[i]), _matrix(other.arrays[i])) for i in chosen]
         k = pairs[0][0] @ adjoint(pairs[0][1])
         for v, w in pairs[1:]:
@@ -139,14 +150,14 @@ class ExplicitColumns(NamedTuple):
         return k
 
     def apply(self, c: Array, chosen: Sequence[int]) -> Params:
-        """A combination of the columns."""
+        """Combine the stored columns."""
         xp = array_api_compat.array_namespace(c)
         flat = xp.reshape(c, (c.shape[0], -1))
         arrays = (self.arrays[i] for i in chosen)
         return tuple(xp.reshape(flat @ _matrix(a), (c.shape[0], *a.shape[2:])) for a in arrays)
 
     def adjoint(self, vectors: Sequence[Array], chosen: Sequence[int]) -> Array:
-        """Inner products with the columns."""
+        """Return inner products with the stored columns."""
         xp = array_api_compat.array_namespace(self.arrays[0])
         m, n = self.arrays[0].shape[:2]
         c = None
@@ -159,17 +170,20 @@ class ExplicitColumns(NamedTuple):
 def collect(
     layers: Layers, params: Sequence[Params], saved: Sequence[Any], y_bar: Array, *, wrt_x: bool = False
 ) -> tuple[tuple[Columns, ...], Array | None]:
-    """Columns of every layer that has parameters, first layer first, from cotangents ``(M, N, C)``; and x̄."""
+    """Return the columns of every layer with parameters, first layer first, from cotangents ``(M, N, C)``; and x̄."""
     found: list[tuple[Columns, ...]] = []
+    # Below the first layer with parameters no cotangent is needed.
     first = 0 if wrt_x else next(i for i, layer in enumerate(layers) if layer.params)
     for i in range(len(layers) - 1, first - 1, -1):
         layer, theta, kept = layers[i], params[i], saved[i]
         on = wrt_x or i > first
+        # The shortcut adds the cotangent unchanged.
         if isinstance(layer, Residual):
-            inner, bar = collect(layer.layers, _sweeps.split(layer.layers, theta), kept[2], y_bar, wrt_x=on)
+            inner, bar = collect(layer.layers, split(layer.layers, theta), kept[2], y_bar, wrt_x=on)
             found.append(inner)
             y_bar = y_bar + bar if on else y_bar
         elif isinstance(layer, Affine):
+            # Dense and convolutional layers keep δ and u, a user's layer its explicit columns.
             delta = times(layer.flat(y_bar), kept.slope)
             found.append((AffineColumns(replace(layer, activation=UNUSED), kept.u, delta),))  # type: ignore[type-var]
             y_bar = layer.linear_x(theta[0], delta, kept) if on else y_bar
@@ -182,37 +196,26 @@ def collect(
 
 
 def _matrix(a: Array) -> Array:
-    """``(M, N, *shape)`` as ``(M N, entries)``."""
+    """Reshape ``(M, N, *shape)`` to ``(M N, entries)``."""
     return array_api_compat.array_namespace(a).reshape(a, (a.shape[0] * a.shape[1], math.prod(a.shape[2:])))
 
 
-def _cross_dense(v: AffineColumns, w: AffineColumns, weight: bool, bias: bool) -> Array:
-    """``(UUᵀ [+ 1]) ∘ (ΔΔᵀ)``."""
-    xp = array_api_compat.array_namespace(v.u)
-    k = _matrix(v.delta) @ adjoint(_matrix(w.delta))
-    if not weight:
-        return k
-    inputs = v.u @ adjoint(w.u)
-    inputs = inputs + 1.0 if bias else inputs
-    (m, n), (m_, n_) = v.delta.shape[:2], w.delta.shape[:2]
-    return xp.reshape(xp.reshape(k, (m, n, m_, n_)) * inputs[:, None, :], (m * n, m_ * n_))
-
-
 def _cross_convolution(v: AffineColumns, w: AffineColumns, weight: bool, bias: bool) -> Array:
-    """Pairs of positions where these are fewer than the entries of a kernel, or the columns of some output channels."""
+    """Return ``VᵀV'`` of a convolution by pairs of positions, or by the columns of some channels at a time."""
     xp = array_api_compat.array_namespace(v.u)
     k = None
     if bias:
         k = _matrix(xp.sum(v.delta, axis=-1)) @ adjoint(_matrix(xp.sum(w.delta, axis=-1)))
     if not weight:
         return k
+    # Pairs of positions cost less where they are fewer than the entries of a kernel.
     by_pairs = v.u.shape[-1] * w.u.shape[-1] <= v.u.shape[-2]
     own = _cross_positions(v, w) if by_pairs else _cross_channels(v, w)
     return own if k is None else own + k
 
 
 def _cross_positions(v: AffineColumns, w: AffineColumns) -> Array:
-    """``Σ_pp' (u_npᵀ u_n'p') (δ_mnpᵀ δ_m'n'p')``."""
+    """Return ``Σ_pp' (u_npᵀ u_n'p') (δ_mnpᵀ δ_m'n'p')``."""
     xp = array_api_compat.array_namespace(v.u)
     (m, n), (m_, n_) = v.delta.shape[:2], w.delta.shape[:2]
     k = None
@@ -226,7 +229,7 @@ def _cross_positions(v: AffineColumns, w: AffineColumns) -> Array:
 
 
 def _cross_channels(v: AffineColumns, w: AffineColumns) -> Array:
-    """The columns themselves, of as many output channels at once as `EXPLICIT_NUMBERS` allows."""
+    """Multiply explicit columns, of as many output channels at a time as `EXPLICIT_NUMBERS` allows."""
     xp = array_api_compat.array_namespace(v.u)
     size = max(c.delta.shape[0] * c.delta.shape[1] * c.u.shape[-2] for c in (v, w))
     step, k = max(1, EXPLICIT_NUMBERS // size), None

@@ -18,15 +18,14 @@ import array_api_compat
 from ddnref._core.arrays import Array, full, is_true
 from ddnref._core.checks import check_shapes
 from ddnref._kernels.public import public
-from ddnref.curvature._gram import inverse_roots
-from ddnref.curvature._gram_values import zero_tolerance
+from ddnref.curvature._gram import inverse_roots, zero_tolerance
 from ddnref.curvature.ggn._functions import Batches, Progress, each, resolve, top
 from ddnref.curvature.ggn._state import Ggn, adjoint, apply, choices, cross
 from ddnref.errors import SingularError
 
 
 class DirectionalDerivatives(NamedTuple):
-    """Along each of the k leading eigenvectors of the GGN."""
+    """Derivatives along each of the k leading eigenvectors of the GGN."""
 
     w: Array
     """(k,): its eigenvalue."""
@@ -54,7 +53,7 @@ def ggn_directional_derivatives(
     progress: Progress | None = None,
     throw: bool = True,
 ) -> Any:
-    r"""First and second derivatives of every sample's loss along the k leading eigenvectors of the GGN.
+    r"""Return first and second derivatives of each sample's loss along the k leading eigenvectors of the GGN.
 
     Parameters
     ----------
@@ -117,7 +116,7 @@ def ggn_damped_newton(
     progress: Progress | None = None,
     throw: bool = True,
 ) -> list[Array]:
-    r"""The damped Newton step in the span of the k leading eigenvectors of the GGN.
+    r"""Return the damped Newton step in the span of the k leading eigenvectors of the GGN.
 
     Parameters
     ----------
@@ -176,14 +175,14 @@ def ggn_damped_newton(
 
 
 def _derivatives(ggn: Ggn, i: int, w: Array, u: Array, zero_rtol: float | None, throw: bool) -> DirectionalDerivatives:
-    """γ and λ of the eigenpairs of a group's Gram matrix."""
+    """Return γ and λ of the eigenpairs of a group's Gram matrix."""
     xp = array_api_compat.array_namespace(w)
     scale = inverse_roots(w, w[:1], ggn.grams[i].shape[-1], zero_rtol, throw)
     return DirectionalDerivatives(w * ggn.scale, _first(ggn, i, u * scale), _second(xp, ggn, w, u))
 
 
 def _first(ggn: Ggn, i: int, c: Array) -> Array:
-    """``(V c)ᵀ g_n`` of coefficients ``(n, k)``."""
+    """Return ``(V c)ᵀ g_n`` for coefficients ``(n, k)``."""
     xp = array_api_compat.array_namespace(c)
     group = ggn.options.groups[i]
     parts = []
@@ -203,7 +202,7 @@ def _first(ggn: Ggn, i: int, c: Array) -> Array:
 
 
 def _second(xp: Any, ggn: Ggn, w: Array, u: Array) -> Array:
-    """``λ Σ_m ẽ²``."""
+    """Return ``λ_k Σ_m ẽ²_(mn)k``."""
     parts, start = [], 0
     for shard in ggn.shards:
         size = shard.m * shard.n
@@ -216,23 +215,26 @@ def _second(xp: Any, ggn: Ggn, w: Array, u: Array) -> Array:
 def _step(
     ggn: Ggn, i: int, k: int | None, damping: Any, method: str, zero_rtol: float | None, throw: bool
 ) -> list[Array]:
-    """``− V (Σ_k ẽ_k γ_k / (√λ_k (λ_k + δ_k)))``."""
+    """Return ``− V (Σ_k ẽ_k γ_k / (√λ_k (λ_k + δ_k)))``."""
     w, u = top(ggn, i, k, method)
     xp = array_api_compat.array_namespace(w)
     n, group = ggn.grams[i].shape[-1], ggn.options.groups[i]
     zero = w <= zero_tolerance(xp, w, n, zero_rtol) * w[:1]
+    # With k=None directions without curvature are left out; otherwise they raise.
     if k is None:  # directions without curvature are left out
         scale = inverse_roots(xp.where(zero, xp.ones_like(w), w), 0 * w[:1], n, 0.0, False)
         scale = xp.where(zero, xp.zeros_like(w), scale)
     else:
         scale = inverse_roots(w, w[:1], n, zero_rtol, throw)
     gradient = _gradient(ggn, group)
+    # γ_k = ẽ_kᵀ Vᵀ g / √λ_k.
     slope = scale * (xp.matrix_transpose(u) @ adjoint(ggn, group, gradient))[:, 0]  # γ
     delta = _damping(ggn, i, w, u, scale, damping)
     curvature = w * ggn.scale + delta
     bad = ~zero & ~(curvature > 0)
     if throw and is_true(xp.any(bad)):
         _raise_indefinite(xp, curvature)
+    # s = − V (Σ_k ẽ_k γ_k / (√λ_k (λ_k + δ_k))).
     safe = xp.where(zero & (k is None), xp.ones_like(w), xp.where(bad, full((), float("nan"), w), curvature))
     return apply(ggn, group, (u @ (-scale * slope / safe))[:, None])
 
@@ -250,11 +252,12 @@ def _damping(ggn: Ggn, i: int, w: Array, u: Array, scale: Array, damping: Any) -
 
 
 def _gradient(ggn: Ggn, group: tuple[int, ...]) -> list[Array]:
-    """``g`` of a group, each array with one axis of length one in front."""
+    """Return the gradient g of a group, each array with one axis of length one in front."""
     total: list[Array] | None = None
     for shard in ggn.shards:
         if not shard.n_gradient:
             continue
+        # The gradient is the sum over samples of their columns, with the factor of the mean.
         ones = full((1, 1, shard.n_gradient), ggn.scale_gradient, ggn.grams[0])
         here = [v for columns, local in choices(shard.gradient, group) for v in columns.apply(ones, local)]
         total = here if total is None else [a + b for a, b in zip(total, here, strict=True)]
@@ -263,6 +266,6 @@ def _gradient(ggn: Ggn, group: tuple[int, ...]) -> list[Array]:
 
 def _raise_indefinite(xp: Any, curvature: Array) -> None:
     raise SingularError(
-        f"λ + δ is {float(xp.min(curvature)):.1e} in some direction: the damped curvature must be positive. Likely a "
-        "damping per direction, or a function, with negative entries."
+        f"λ + δ is {float(xp.min(curvature)):.1e} in some direction: the damped curvature must be positive. The most "
+        "likely cause is a damping per direction, or a function, with negative entries."
     )

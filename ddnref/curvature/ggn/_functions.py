@@ -32,7 +32,7 @@ def ggn_eigvalsh(
     progress: Progress | None = None,
     throw: bool = True,
 ) -> Any:
-    r"""The eigenvalues of the generalised Gauss–Newton matrix of a network, largest first.
+    r"""Return the eigenvalues of the generalised Gauss–Newton matrix of a network, largest first.
 
     Parameters
     ----------
@@ -129,7 +129,7 @@ def ggn_eigh(
     progress: Progress | None = None,
     throw: bool = True,
 ) -> Any:
-    r"""The k largest eigenpairs of the generalised Gauss–Newton matrix of a network.
+    r"""Return the k largest eigenpairs of the generalised Gauss–Newton matrix of a network.
 
     Parameters
     ----------
@@ -192,7 +192,7 @@ def resolve(
     chain: Any, x: Any, t: Any, batches: Any, progress: Any, groups: Any, subsampling: Any, subsampling_gradient: Any,
     mc_samples: Any, seed: int, gradient: bool, throw: bool,
 ) -> Ggn:  # fmt: skip
-    """Gram matrices of the data, or those that were accumulated before."""
+    """Return the Gram matrices of the data, or those that were accumulated before."""
     if isinstance(chain, Ggn):
         data = (x, t, batches, progress, groups, subsampling, subsampling_gradient, mc_samples)
         if any(option is not None for option in data) or seed:
@@ -205,20 +205,20 @@ def resolve(
 
 
 def each(ggn: Ggn, function: Callable[[int], Any]) -> Any:
-    """The result of each group, or that of the only one if the caller named none."""
+    """Return the result of each group, or of the only one if the caller named none."""
     results = tuple(function(i) for i in range(len(ggn.options.groups)))
     return results if ggn.options.grouped else results[0]
 
 
 def count(ggn: Ggn, i: int) -> int:
-    """The rank bound of a group: ``min(D, N M)``."""
+    """Return the rank bound of a group, ``min(D, N M)``."""
     params = ggn.options.chain.params
     d: int = sum(math.prod(params[p].shape) for p in ggn.options.groups[i])
     return min(d, int(ggn.grams[i].shape[-1]))
 
 
 def top(ggn: Ggn, i: int, k: int | None, method: str) -> tuple[Array, Array]:
-    """The k largest eigenpairs of one group's Gram matrix, after a look at k and the method."""
+    """Check k and the method, and return the k largest eigenpairs of one group's Gram matrix."""
     if method not in _spectrum.METHODS:
         raise ValueError(f'method is {method!r}, expected "auto", "full" or "iterative".')
     bound = count(ggn, i)

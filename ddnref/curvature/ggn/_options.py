@@ -1,4 +1,4 @@
-"""What the functions of the GGN are told: parameter groups, which samples, Monte-Carlo signs. Static facts, checked."""
+"""Options of the GGN functions: parameter groups, samples and Monte-Carlo signs, with their checks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Groups = tuple[tuple[int, ...], ...]
 
 
 class Options(NamedTuple):
-    """What the Gram matrices are computed from."""
+    """The data and options from which Gram matrices are computed."""
 
     chain: Chain
     groups: Groups
@@ -41,7 +41,7 @@ def options(
     gradient: bool,
     throw: bool,
 ) -> Options:
-    """Check them."""
+    """Check the options and gather them."""
     if not isinstance(chain, Chain):
         raise TypeError(
             f"chain is a {type(chain).__name__}, expected a ddnref.networks.Chain: build one, or use Chain.from_torch; "
@@ -67,6 +67,7 @@ def _groups(groups: Sequence[Sequence[int]] | None, n: int) -> Groups:
         return (tuple(range(n)),)
     if not groups:
         raise ValueError("groups is empty: name at least one list of positions in chain.params, or pass None.")
+    # Each parameter may belong to one group.
     named: dict[int, int] = {}
     chosen = []
     for i, group in enumerate(groups):
@@ -74,7 +75,7 @@ def _groups(groups: Sequence[Sequence[int]] | None, n: int) -> Groups:
             raise TypeError(f"groups[{i}] is {group!r}, expected a list of positions in chain.params.")
         positions = tuple(sorted(_position(i, p, n) for p in group))
         if not positions:
-            raise ValueError(f"groups[{i}] has no parameters. Leave it out: a parameter in no group stays as it is.")
+            raise ValueError(f"groups[{i}] has no parameters. Leave it out. A parameter in no group stays as it is.")
         for p in positions:
             if p in named:
                 raise ValueError(
@@ -116,20 +117,20 @@ def _indices(name: str, indices: Iterable[int] | None) -> tuple[int, ...] | None
 
 
 def check_seen(name: str, indices: tuple[int, ...] | None, first: int, end: int) -> None:
-    """Raise for samples that never came; `first` to `end` are those that did."""
+    """Raise for named samples that never came; samples `first` to `end` did."""
     if indices is not None and max(indices) >= end:
         raise ValueError(f"{name} names sample {max(indices)}, but there are {end - first}, counted from {first}.")
 
 
 def chosen_here(indices: tuple[int, ...] | None, start: int, n: int) -> list[int] | None:
-    """Positions within the n samples that begin at `start`, in the order in which they lie; ``None`` for all."""
+    """Return the positions of chosen samples among the n that begin at `start`; ``None`` for all."""
     if indices is None:
         return None
     return [i - start for i in sorted(indices) if start <= i < start + n]
 
 
 def rows(x: Array, positions: list[int] | None) -> Array:
-    """Some samples."""
+    """Return the samples at some positions."""
     if positions is None:
         return x
     xp = array_api_compat.array_namespace(x)
@@ -137,10 +138,11 @@ def rows(x: Array, positions: list[int] | None) -> Array:
 
 
 def signs(seed: int, m: int, start: int, n: int, r: int, like: Array) -> Array:
-    """Random signs ``(m, n, r)`` that depend on the seed and on the number of each sample alone.
+    """Draw random signs ``(m, n, r)`` that depend on the seed and on the number of each sample alone.
 
-    A shard gets those that the whole data set would: the generator is advanced to its first sample.
+    So a shard gets the same signs as it would within the whole data set.
     """
+    # Skip the numbers of all samples before this shard.
     generator = np.random.PCG64(seed)
     generator.advance(start * m * r)
     drawn = np.random.Generator(generator).random((n, m, r))  # one step of the generator each

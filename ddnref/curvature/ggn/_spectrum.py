@@ -1,4 +1,4 @@
-"""Eigenpairs of one Gram matrix: all values, or the k largest pairs by what is fastest."""
+"""Eigenpairs of one Gram matrix: all values, or the k largest pairs by the fastest method."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from ddnref._kernels import dense as _linalg
 from ddnref.linalg._eigsh import eigsh
 
 METHODS = ("auto", "full", "iterative")
-FULL_UP_TO = 512
-SHARE = 32
-SPARE = 3  # a Krylov space finds no more than the rank
-MAXITER = 20  # cycles; those measured took one to three
+FULL_UP_TO = 512  # order up to which the full decomposition is as fast
+SHARE = 32  # Lanczos pays where at most one eigenpair in 32 is wanted
+SPARE = 3  # and fewer than a third of the rank, which bounds the Krylov space
+MAXITER = 20  # restart cycles before the full decomposition; measured cases took one to three
 
 
 def values(gram: Array, count: int) -> Array:
-    """The largest `count` eigenvalues, descending."""
+    """Return the largest `count` eigenvalues, descending."""
     return take(_linalg.eigvalsh(gram), range(gram.shape[-1] - 1, gram.shape[-1] - 1 - count, -1), -1)
 
 
 def pairs(gram: Array, k: int, method: str, count: int) -> tuple[Array, Array]:
-    """The k largest eigenvalues of at most `count` that are not zero, descending, and their eigenvectors.
+    """Return the k largest of at most `count` non-zero eigenvalues, descending, and their eigenvectors.
 
-    "auto": Lanczos for large matrices and few pairs, all of them where it does not converge at once. Measured for the
-    k = 10 largest of the Gram matrix of a network with n = 1152 (float32, one thread): 19 ms, against 59 ms of LAPACK's
-    subset and 68 ms of all eigenvalues alone.
+    "auto" uses Lanczos for large matrices and few pairs, and all pairs where it does not converge early. Measured for
+    the 10 largest pairs of a network's Gram matrix with n = 1152 (float32, one thread): 19 ms, against 59 for
+    LAPACK's subset 68 for all eigenvalues alone.
     """
     n = gram.shape[-1]
     if method == "iterative":

@@ -1,4 +1,4 @@
-"""Shards of samples: their factored columns, the blocks of the Gram matrices, and what is made of all of them."""
+"""Shards of samples: their factored columns, and the Gram matrices and products of all shards."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, is_true, library, own, quiet
+from ddnref._core.arrays import Array, is_true, keep, library, quiet
+from ddnref._kernels.dense import hermitian_part
+from ddnref._kernels.gram import hadamard_gram
 from ddnref._kernels.public import public
 from ddnref.curvature._reducers import Reducer, assemble, reduce_shards
-from ddnref.curvature.ggn import _numpy
-from ddnref.curvature.ggn._columns import Columns, collect
+from ddnref.curvature.ggn._columns import AffineColumns, Columns, collect
 from ddnref.curvature.ggn._options import Options, check_seen, chosen_here, options, rows, signs
 from ddnref.errors import NonFiniteError
-from ddnref.networks import _checks
+from ddnref.networks._checks import bad_targets, marked
 from ddnref.networks._protocol import Params
 
 Blocks = tuple[tuple[Array, ...], ...]
@@ -27,17 +28,17 @@ class Shard(NamedTuple):
     columns: tuple[Columns, ...]
     """One entry for each layer with parameters; empty where no sample was chosen."""
     gradient: tuple[Columns, ...]
-    """The same for the gradients of the samples, a single factor m."""
+    """Columns of the gradients of the samples, with a single factor m."""
     m: int
     n: int
     n_gradient: int
 
 
 class GgnState(NamedTuple):
-    """What `ggn_reducer` accumulates; pure data, which may be sent from one process to another."""
+    """The data that `ggn_reducer` accumulates, which may be sent from one process to another."""
 
     blocks: tuple[Blocks, ...] = ()
-    """For each group the block rows of its Gram matrix."""
+    """The block rows of each group's Gram matrix."""
     shards: tuple[Shard, ...] = ()
     first: int = 0
     """The number of the first sample."""
@@ -46,7 +47,7 @@ class GgnState(NamedTuple):
 
 
 class Ggn(NamedTuple):
-    """Gram matrices of all data; the functions of the GGN take it in place of a chain and its data."""
+    """Gram matrices of all data, which the functions of the GGN take in place of a chain and its data."""
 
     options: Options
     grams: tuple[Array, ...]
@@ -69,7 +70,7 @@ def ggn_reducer(
     gradient: bool = True,
     throw: bool = True,
 ) -> Reducer:
-    """The GGN's Gram matrix over batches of data, which may come one after the other or from several processes.
+    """Accumulate the GGN's Gram matrix over batches of data, in one process or in several.
 
     Parameters
     ----------
@@ -121,7 +122,7 @@ def ggn_reducer(
 
 
 def reducer_of(given: Options, *, copied: bool = True) -> Reducer:
-    """The four functions, with their options bound; `copied`: batches may be overwritten after `update`."""
+    """Bind the options to the four functions of a reducer; `copied` batches may be overwritten after `update`."""
 
     def init(first: int = 0) -> GgnState:
         return GgnState(tuple(() for _ in given.groups), (), first, first)
@@ -137,7 +138,7 @@ def reducer_of(given: Options, *, copied: bool = True) -> Reducer:
 def accumulated(
     given: Options, x: Array | None, t: Array | None, batches: Any, progress: Callable[..., object] | None
 ) -> Ggn:
-    """All of the data: one batch, or an iterator over several."""
+    """Accumulate all data: one batch, or an iterable of several."""
     reducer = reducer_of(given, copied=batches is not None)
     if batches is not None:
         if x is not None or t is not None:
@@ -154,16 +155,7 @@ def _looked_at(x: Array, t: Array, copied: bool) -> tuple[Array, Array]:
     library(x=x, t=t)
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (N, features): one row for each sample.")
-    return (_kept(x), _kept(t)) if copied else (x, t)
-
-
-def _kept(array: Array) -> Array:
-    """A copy, because the caller may fill its buffer again; not of what is mapped from a file for reading."""
-    if array_api_compat.is_torch_array(array):
-        return array.clone()  # asarray would hide that it requires grad, which is refused later
-    if array_api_compat.is_numpy_array(array) and _numpy.is_read_from_file(array):
-        return array
-    return own(array)
+    return (keep(x), keep(t)) if copied else (x, t)
 
 
 @quiet()
@@ -184,6 +176,7 @@ def _merge(given: Options, a: GgnState, b: GgnState) -> GgnState:
         )
     blocks = []
     for i, group in enumerate(given.groups):
+        # Below the blocks of a come those of b, each preceded by its products with all shards of a.
         before = [shard for shard in a.shards if shard.n]
         rows_b = [shard for shard in b.shards if shard.n]
         below = ((*(_gram(v, w, group) for w in before), *row) for v, row in zip(rows_b, b.blocks[i], strict=True))
@@ -207,9 +200,10 @@ def _finalise(given: Options, state: GgnState) -> Ggn:
 
 
 def _refuse_non_finite(gram: Array, shards: list[Shard]) -> None:
-    """Name the samples whose columns are not finite, seen on the diagonal of the Gram matrix."""
+    """Raise, naming the samples whose columns are not finite, which shows on the diagonal of the Gram matrix."""
     xp = array_api_compat.array_namespace(gram)
     n = gram.shape[0]
+    # Column norms are on the diagonal: NaN or infinity there names the sample.
     diagonal = xp.reshape(gram, (n * n,))[:: n + 1]
     if not is_true(xp.any(~xp.isfinite(diagonal))):
         return
@@ -223,8 +217,8 @@ def _refuse_non_finite(gram: Array, shards: list[Shard]) -> None:
     some = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
     raise NonFiniteError(
         f"{len(bad)} of {before} samples (numbers {some}) have activations or derivatives that are NaN or infinite, "
-        "and with them the Gram matrix. Likely NaN in x, or weights that have diverged. Leave them out by "
-        "subsampling=, or pass throw=False to get NaN."
+        "and with them the Gram matrix. The most likely cause is NaN in x, or weights that have diverged. Leave these "
+        "samples out by subsampling=, or pass throw=False to get NaN."
     )
 
 
@@ -232,56 +226,40 @@ def _refuse_non_finite(gram: Array, shards: list[Shard]) -> None:
 
 
 def _shard(given: Options, x: Array, t: Array, start: int) -> Shard:
-    """Forward, and backward from the factors of the loss's Hessian and from its gradient."""
+    """Run forward, and backward from the factors of the loss's Hessian and from its gradient."""
     if x.shape[0] == 0:
-        raise ValueError("x holds no samples: an empty batch has no curvature. Leave it out.")
+        raise ValueError("x holds no samples, and an empty batch has no curvature. Leave it out.")
     curved = chosen_here(given.subsampling, start, x.shape[0])
     sloped = chosen_here(given.subsampling_gradient, start, x.shape[0]) if given.gradient else []
-    if curved == sloped:  # one pass for both
-        return _together(given, x, t, curved, start)
-    columns, m, n = _curvature(given, x, t, curved, start)
-    gradient, n_gradient = _slopes(given, x, t, sloped)
+    columns: tuple[Columns, ...] = ()
+    gradient: tuple[Columns, ...] = ()
+    m = n = n_gradient = 0
+    if curved != []:
+        y, saved, factors = _factors(given, x, t, curved, start)
+        (m, n), xp = factors.shape[:2], array_api_compat.array_namespace(y)
+        if curved == sloped:
+            # The gradient is one more factor of the same samples: one pass for both.
+            slope = given.chain.criterion.gradient(y, rows(t, curved))
+            both = _columns(given, saved, xp.concat([factors, slope[None, ...]], axis=0))
+            columns, gradient = (tuple(c.part(part) for c in both) for part in (slice(0, m), slice(m, m + 1)))
+            return Shard(columns, gradient, m, n, n)
+        columns = _columns(given, saved, factors)
+    if sloped != []:
+        t = rows(t, sloped)
+        y, saved = given.chain.forward(rows(x, sloped), 1)
+        bad = bad_targets(given.chain.criterion, "sum", y, t, given.throw)
+        slope = marked(given.chain.criterion.gradient(y, t), bad)
+        gradient, n_gradient = _columns(given, saved, slope[None, ...]), y.shape[0]
     return Shard(columns, gradient, m, n, n_gradient)
-
-
-def _together(given: Options, x: Array, t: Array, chosen: list[int] | None, start: int) -> Shard:
-    if chosen == []:
-        return Shard((), (), 0, 0, 0)
-    y, saved, factors = _factors(given, x, t, chosen, start)
-    xp = array_api_compat.array_namespace(y)
-    m = factors.shape[0]
-    slope = given.chain.criterion.gradient(y, rows(t, chosen))
-    both = _columns(given, saved, xp.concat([factors, slope[None, ...]], axis=0))
-    n = y.shape[0]
-    return Shard(tuple(c.part(slice(0, m)) for c in both), tuple(c.part(slice(m, m + 1)) for c in both), m, n, n)
-
-
-def _curvature(
-    given: Options, x: Array, t: Array, chosen: list[int] | None, start: int
-) -> tuple[tuple[Columns, ...], int, int]:
-    if chosen == []:
-        return (), 0, 0
-    y, saved, factors = _factors(given, x, t, chosen, start)
-    return _columns(given, saved, factors), factors.shape[0], y.shape[0]
-
-
-def _slopes(given: Options, x: Array, t: Array, chosen: list[int] | None) -> tuple[tuple[Columns, ...], int]:
-    if chosen == []:
-        return (), 0
-    t = rows(t, chosen)
-    y, saved = given.chain.forward(rows(x, chosen), 1)
-    bad = _checks.bad_targets(given.chain.criterion, "sum", y, t, given.throw)
-    slope = _checks.marked(given.chain.criterion.gradient(y, t), bad)
-    return _columns(given, saved, slope[None, ...]), y.shape[0]
 
 
 def _factors(
     given: Options, x: Array, t: Array, chosen: list[int] | None, start: int
 ) -> tuple[Array, list[Any], Array]:
-    """Outputs, what was saved, and the columns of S_n, ``(M, N, C)``, or random combinations of them."""
+    """Return outputs, saved values, and the columns of S_n, ``(M, N, C)``, or random combinations of them."""
     t = rows(t, chosen)
     y, saved = given.chain.forward(rows(x, chosen), 1)
-    bad = _checks.bad_targets(given.chain.criterion, "sum", y, t, given.throw)
+    bad = bad_targets(given.chain.criterion, "sum", y, t, given.throw)
     xp = array_api_compat.array_namespace(y)
     s = given.chain.criterion.hessian_sqrt(y, t)
     if s.shape[-1] == 0:
@@ -289,17 +267,18 @@ def _factors(
             f"The loss of C = {y.shape[-1]} output(s) has no curvature: the square root of its Hessian has no column. "
             'A cross-entropy of one output is constant: for two classes end with two outputs, or take loss="bce".'
         )
-    factors = _checks.marked(xp.moveaxis(s, -1, 0), bad)
+    factors = marked(xp.moveaxis(s, -1, 0), bad)
     if given.mc_samples is None:
         return y, saved, factors
     r, m = s.shape[-1], given.mc_samples
+    # Random signs mix the r columns of S_n into m, whose products have the same expectation.
     epsilon = rows_of_signs(given, m, start, x.shape[0], r, y, chosen)
     mixed = xp.permute_dims(epsilon, (1, 0, 2)) @ xp.permute_dims(factors, (1, 0, 2))  # (N, m, C)
     return y, saved, xp.permute_dims(mixed, (1, 0, 2)) / math.sqrt(m)
 
 
 def rows_of_signs(given: Options, m: int, start: int, n: int, r: int, like: Array, chosen: list[int] | None) -> Array:
-    """Signs ``(m, N, r)`` of the chosen samples."""
+    """Return the signs ``(m, N, r)`` of the chosen samples."""
     drawn = signs(given.seed, m, start, n, r, like)
     if chosen is None:
         return drawn
@@ -316,8 +295,9 @@ def _columns(given: Options, saved: list[Any], y_bar: Array) -> tuple[Columns, .
 
 
 def choices(columns: tuple[Columns, ...], group: tuple[int, ...]) -> list[tuple[Columns, tuple[int, ...]]]:
-    """Columns of the layers in a group, each with the positions of its parameters that belong to it."""
+    """Return the columns of the layers in a group, each with the positions of its parameters in the group."""
     pairs, first = [], 0
+    # Positions count parameters across layers; keep those of each layer that the group names.
     for c in columns:
         local = tuple(i - first for i in group if first <= i < first + c.n_params)
         first += c.n_params
@@ -327,24 +307,28 @@ def choices(columns: tuple[Columns, ...], group: tuple[int, ...]) -> list[tuple[
 
 
 def _gram(v: Shard, w: Shard, group: tuple[int, ...]) -> Array:
-    """A block ``VᵀW`` of the Gram matrix of a group, exactly symmetric where w is v."""
+    """Return a block ``VᵀW`` of a group's Gram matrix, exactly symmetric where w is v."""
     return cross(v.columns, w.columns, group, v is w)
 
 
 def cross(v: tuple[Columns, ...], w: tuple[Columns, ...], group: tuple[int, ...], symmetric: bool = False) -> Array:
-    """The sum over the layers of a group."""
-    pairs = list(zip(choices(v, group), choices(w, group), strict=True))
-    if array_api_compat.is_numpy_array(v[0].like):
-        return _numpy.cross(pairs, symmetric)
-    k = None
-    for (a, local), (b, _) in pairs:
-        here = a.cross(b, local)
-        k = here if k is None else k + here
-    return (k + array_api_compat.array_namespace(k).matrix_transpose(k)) / 2 if symmetric else k
+    """Return ``VᵀW`` summed over the layers of a group, exactly symmetric if `symmetric` says that w is v."""
+    dense, others = [], []
+    for (a, local), (b, _) in zip(choices(v, group), choices(w, group), strict=True):
+        if isinstance(a, AffineColumns) and isinstance(b, AffineColumns) and a.is_dense:
+            dense.append(a.factors(b, local))
+        else:
+            others.append(a.cross(b, local))
+    # All dense layers together: one pass over the Gram matrix.
+    k = hadamard_gram(dense, symmetric) if dense else None
+    for here in others:
+        part = hermitian_part(here) if symmetric else here
+        k = part if k is None else k + part
+    return k
 
 
 def apply(ggn: Ggn, group: tuple[int, ...], c: Array) -> list[Array]:
-    """``V c`` of coefficients ``(n, k)``: vectors ``(k, *shape)``, one array for each parameter of the group."""
+    """Return ``V c`` of coefficients ``(n, k)``: one array ``(k, *shape)`` for each parameter of the group."""
     xp = array_api_compat.array_namespace(c)
     total: list[Array] | None = None
     start = 0
@@ -360,7 +344,7 @@ def apply(ggn: Ggn, group: tuple[int, ...], c: Array) -> list[Array]:
 
 
 def adjoint(ggn: Ggn, group: tuple[int, ...], vectors: list[Array]) -> Array:
-    """``Vᵀ v`` of vectors ``(k, *shape)``, one array for each parameter of the group: coefficients ``(n, k)``."""
+    """Return ``Vᵀ v``, ``(n, k)``, of arrays ``(k, *shape)``, one for each parameter of the group."""
     xp = array_api_compat.array_namespace(vectors[0])
     parts = []
     for shard in ggn.shards:

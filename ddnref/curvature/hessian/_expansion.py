@@ -1,4 +1,4 @@
-r"""The second-order expansion of a network's loss, layer by layer, and its exact product with a vector.
+r"""The second-order expansion of a network's loss, layer by layer, and exact products with its Hessian.
 
 A layer reads ``s = W z``, ``z⁺ = φ(s)`` for every sample (a bias is a column of W and a row of ones of z). With
 ``b = ∂loss/∂z⁺``, ``β = b∘φ'(s)``, ``c = b∘φ''(s)``, ``f = φ'(s)`` the expansion in all weights is
@@ -11,191 +11,326 @@ Arrays hold one sample per row: z is (N, a_in), s is (N, a_out), ``ds = z dWᵀ 
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any, NamedTuple, TypeAlias
 
-from ddnref._core.arrays import Array
+import array_api_compat
+
+from ddnref._core.arrays import Array, Namespace, double, full, namespace_of, own
 from ddnref._kernels.dense import identity
-from ddnref.curvature.hessian._dense_blocks import dot, repeated, space, t
+from ddnref.networks._activations import jet
+from ddnref.networks._blocks import Frozen, Residual
+from ddnref.networks._chain import Chain
+from ddnref.networks._layers import Dense, Flatten
+from ddnref.networks._protocol import LayerDerivatives
 
 
 class Layer(NamedTuple):
     """One affine map with its activation, at the current weights."""
 
-    weight: Array
-    """W, (a_out, a_in), without the bias."""
-    z: Array
-    """Input, (N, a_in), or (N, a_in + 1) with a last column of ones where there is a bias."""
-    beta: Array
-    """β, (N, a_out): gradient of the loss with respect to s."""
-    c: Array
-    """c, (N, a_out)."""
-    slope: Array
-    """f, (N, a_out)."""
+    weight: Array  # W, (a_out, a_in), without the bias
+    z: Array  # Input, (N, a_in), or (N, a_in + 1) with a last column of ones where there is a bias
+    beta: Array  # β, (N, a_out): gradient of the loss with respect to s
+    c: Array  # c, (N, a_out)
+    slope: Array  # f, (N, a_out)
 
 
 OPEN, CLOSE = "open", "close"
-"""A residual block begins (its input is kept) and ends (its input is added)."""
+"""Marks where a residual block begins (its input is kept) and ends (its input is added)."""
 
 Step: TypeAlias = "Layer | str"
 
 
-class Terms(NamedTuple):
-    """The expansion: layers in order, with marks where residual blocks begin and end."""
+class Expansion(NamedTuple):
+    """The second-order expansion of the loss in the weights."""
 
-    steps: tuple[Step, ...]
-    curvature: Array
-    """S, (N, C, C): Hessian of the loss in the outputs, with the factor of the reduction."""
+    steps: tuple[Step, ...]  # layers in order, with marks where residual blocks begin and end
+    curvature: Array  # S, (N, C, C): Hessian of the loss in the outputs, with the factor of the reduction
 
     @property
     def layers(self) -> list[Layer]:
-        """The affine ones among the steps."""
+        """The layers without the marks."""
         return [step for step in self.steps if isinstance(step, Layer)]
 
+
+class Basis(NamedTuple):
+    """A layer and an orthonormal basis of its inputs, ``z = Rᵀ Qᵀ``."""
+
+    layer: Layer
+    q: Array  # (ã, r), r = min(N, ã)
+    r: Array  # (r, N)
+
     @property
-    def sizes(self) -> list[int]:
-        """Parameters of each layer."""
-        return [layer.weight.shape[0] * layer.z.shape[1] for layer in self.layers]
-
-    def gauss_newton(self) -> Terms:
-        """The same without the curvature of the network: β and c dropped."""
-        xp = space(self.curvature)
-
-        def linear(step: Step) -> Step:
-            if isinstance(step, str):
-                return step
-            zero = xp.zeros_like(step.c)
-            return step._replace(beta=zero, c=zero)
-
-        return self._replace(steps=tuple(linear(step) for step in self.steps))
+    def rest(self) -> int:
+        """Dimensions of the weights V with ``V Q = 0``: those eigenvalues count as ε."""
+        return int(self.layer.weight.shape[0]) * int(self.q.shape[0] - self.q.shape[1])
 
 
+def basis(xp: Namespace, layer: Layer) -> Basis:
+    """Compute the basis by QR of the inputs, whatever their rank."""
+    if layer.z.shape[0] > 1:
+        return Basis(layer, *xp.linalg.qr(layer.z.mT))
+    # The QR of one vector is a division by its length; a zero vector gets the first unit vector.
+    size = xp.sqrt(xp.sum(layer.z * layer.z))
+    i = xp.arange(layer.z.shape[1], device=array_api_compat.device(layer.z))
+    first = xp.astype(i == 0, layer.z.dtype)
+    safe = xp.where(size > 0, size, xp.ones_like(size))
+    return Basis(layer, xp.where(size > 0, layer.z[0, :] / safe, first)[:, None], size[None, None])
+
+
+# --- vectors of all weights -------------------------------------------------------------------------------------------
+
+# A vector of all weights: one (k, a_out, a_in [+ 1]) array for each layer, k vectors at once.
 Blocks: TypeAlias = list[Array]
-"""A vector of all weights: one (k, a_out, a_in [+ 1]) array for each layer, k vectors at once."""
 
 
-def product(terms: Terms, v: Blocks) -> Blocks:
-    """``H V``: tangents forward, their adjoints backward; 8 N p flops for p parameters and one vector."""
-    v_of = iter(v)
-    dz: Array = None  # does not move before the first layer
+def flat(v: Blocks) -> Array:
+    """Join the blocks of k vectors to (k, p)."""
+    xp = namespace_of(v[0])
+    return xp.concat([xp.reshape(block, (block.shape[0], -1)) for block in v], axis=-1)
+
+
+def combine(u: Blocks, factor: Array | float, v: Blocks) -> Blocks:
+    """Return ``u + factor · v``, with one factor per vector or one for all."""
+    if not isinstance(factor, float):
+        factor = factor[:, None, None]
+    found = [factor * b for b in v]
+    for i, a in enumerate(u):
+        found[i] += a  # in place where the library can: passes over memory take most of the time
+    return found
+
+
+def sum_of_products(xp: Namespace, k: int, lefts: list[Array], rights: list[Array]) -> Array:
+    """Return ``Σ Lᵀ R`` for each of k vectors as one product, because writing the result takes most of the time.
+
+    Factors are (k, m, n) arrays, or (m, n) where they are the same for all vectors.
+    """
+
+    def repeated(x: Array) -> Array:
+        if x.ndim == 3:
+            return x
+        return x[None, ...] if k == 1 else xp.broadcast_to(x, (k, *x.shape))  # which takes 6 µs
+
+    return xp.concat(list(map(repeated, lefts)), axis=1).mT @ xp.concat(list(map(repeated, rights)), axis=1)
+
+
+def extended(xp: Namespace, dz: Array, width: int) -> Array:
+    """Append a zero column to dz where there is a bias, because its input of ones does not move."""
+    return dz if dz.shape[-1] == width else xp.concat([dz, xp.zeros_like(dz[..., :1])], axis=-1)
+
+
+def product(e: Expansion, v: Blocks) -> Blocks:
+    """Return ``H V``: tangents forward, their adjoints backward; 8 N p flops for p parameters and one vector."""
+    xp, v_of = namespace_of(v[0]), iter(v)
+    dz: Array = None  # the input of the first layer does not move
     kept: list[Array | None] = []
     saved: list[tuple[Layer, Array, Array, Array | None]] = []
-    for step in terms.steps:
-        if isinstance(step, str):
-            if step == OPEN:
-                kept.append(dz)
-            else:
-                dz = _sum(dz, kept.pop())
-            continue
-        v_l = next(v_of)
-        ds = step.z @ t(v_l)
-        if dz is not None:
-            ds = ds + dz @ t(step.weight)
-        saved.append((step, v_l, ds, dz))
-        dz = step.slope * ds
-    # q = ∂⟨∇loss, v⟩/∂z: how the gradient with respect to a layer's output changes along v
-    q: Array | None = (terms.curvature @ dz[..., None])[..., 0]
+    for step in e.steps:
+        if isinstance(step, Layer):
+            # ds = z Vᵀ + dz Wᵀ,  dz⁺ = f∘ds
+            v_l = next(v_of)
+            ds = step.z @ v_l.mT
+            if dz is not None:
+                ds = ds + dz @ step.weight.mT
+            saved.append((step, v_l, ds, dz))
+            dz = step.slope * ds
+        elif step == OPEN:
+            kept.append(dz)
+        else:
+            dz = _sum(dz, kept.pop())
+    # Going back, q = ∂⟨∇loss, v⟩/∂z says how the gradient with respect to a layer's output changes along v.
+    q: Array | None = (e.curvature @ dz[..., None])[..., 0]
     found: Blocks = []
-    for step in reversed(terms.steps):
-        if isinstance(step, str):
-            if step == CLOSE:
-                kept.append(q)
-            else:
-                q = _sum(q, kept.pop())
-            continue
-        q, h = _back(*saved.pop(), q)
-        found.append(h)
+    for step in reversed(e.steps):
+        if isinstance(step, Layer):
+            q, h = _back(xp, *saved.pop(), q)
+            found.append(h)
+        elif step == CLOSE:
+            kept.append(q)
+        else:
+            q = _sum(q, kept.pop())
     return found[::-1]
 
 
 def _sum(a: Array | None, b: Array | None) -> Array | None:
+    """Add two tangents, ``None`` standing for zero."""
     if a is None or b is None:
         return a if b is None else b
     return a + b
 
 
-def _back(layer: Layer, v: Array, ds: Array, dz: Array | None, q: Array) -> tuple[Array, Array]:
-    """``σ = c∘ds + f∘q``; its products with the layer's input and weight, and those of β with their tangents."""
+def _back(xp: Namespace, layer: Layer, v: Array, ds: Array, dz: Array | None, q: Array) -> tuple[Array, Array]:
+    """Return ``σ W + β V`` for the layer before and ``H V = σᵀ z + βᵀ dz`` of this one, with ``σ = c∘ds + f∘q``."""
     sigma = layer.c * ds + layer.slope * q
     back = sigma @ layer.weight + layer.beta @ v[..., : layer.weight.shape[1]]
     if dz is None:
-        return back, t(sigma) @ layer.z
-    xp, k = space(v), v.shape[0]  # both products as one: what is written is most of the time
-    left = xp.concat([sigma, repeated(layer.beta, k)], axis=1)
-    right = xp.concat([repeated(layer.z, k), extended(dz, layer.z.shape[-1])], axis=1)
-    return back, t(left) @ right
+        return back, sigma.mT @ layer.z
+    dz = extended(xp, dz, layer.z.shape[-1])
+    return back, sum_of_products(xp, v.shape[0], [sigma, layer.beta], [layer.z, dz])
 
 
-def extended(dz: Array, width: int) -> Array:
-    """Dz with a column of zeros where a bias adds one: the input of a bias does not move."""
-    if dz.shape[-1] == width:
-        return dz
-    xp = space(dz)
-    return xp.concat([dz, xp.zeros_like(dz[..., :1])], axis=-1)
+# --- the Hessian of a chain -------------------------------------------------------------------------------------------
 
 
-def flat(v: Blocks) -> Array:
-    """(k, p) from the blocks of k vectors."""
-    xp = space(v[0])
-    return xp.concat([xp.reshape(block, (block.shape[0], -1)) for block in v], axis=-1)
+class NetworkHessian(NamedTuple):
+    """The Hessian of a network's loss: products with it, and its expansion if all layers have one."""
+
+    expansion: Expansion | None  # ``None`` where the chain has a layer of a type that the eliminations do not take
+    refused: str  # the name of that type
+    total: int  # parameters of the network
+    sizes: list[int]  # parameters of each layer, or of the whole network as one
+    product: Callable[[Blocks], Blocks]  # ``H V``
+    # Convert lists like the chain's parameters, with a leading axis on every entry, to double precision blocks.
+    blocks: Callable[[Sequence[Array]], Blocks]
+    params: Callable[[Blocks], list[Array]]  # convert blocks to lists like the chain's parameters, in their dtype
+    bases: Callable[[], list[Basis]]  # return orthonormal bases of the inputs of all layers, computed once
+    like: Array  # an array on the device and of the dtype that is computed in
+    weights: list[Array]  # the chain's parameters, for their shapes and dtype
+
+    def matrix(self, chunk: int = 2**22) -> Array:
+        """Form the whole matrix from products with the columns of the identity."""
+        xp, p = namespace_of(self.like), self.total
+        eye, width = identity(p, self.like), max(1, chunk // p)  # columns of one product
+        h = xp.concat([flat(self.product(self.from_rows(eye[i : min(i + width, p), :]))) for i in range(0, p, width)])
+        return (h + h.mT) / 2
+
+    def from_rows(self, rows: Array) -> Blocks:
+        """Split the k vectors in the rows of a (k, p) array into blocks."""
+        if self.expansion is None:
+            return [rows[:, None, :]]
+        xp, start, found = namespace_of(rows), 0, []
+        for layer, size in zip(self.expansion.layers, self.sizes, strict=True):
+            shape = (rows.shape[0], layer.weight.shape[0], layer.z.shape[1])
+            found.append(xp.reshape(rows[:, start : start + size], shape))
+            start += size
+        return found
 
 
-def blocks(rows: Array, terms: Terms) -> Blocks:
-    """Blocks of the k vectors in the rows of a (k, p) array."""
-    xp = space(rows)
-    found, start = [], 0
-    for layer, size in zip(terms.layers, terms.sizes, strict=True):
-        shape = (rows.shape[0], layer.weight.shape[0], layer.z.shape[1])
-        found.append(xp.reshape(rows[:, start : start + size], shape))
-        start += size
-    return found
+def hessian_of(chain: Chain, x: Array, t: Array, curvature: str) -> NetworkHessian:
+    """Expand the loss of a chain in its weights.
+
+    In double precision wherever the library has it, because the Hessian at small damping loses digits otherwise. All
+    arrays are copies, so that a factorisation stays that of these weights and data when they change in place.
+    """
+    weights = chain.params
+    dtype = weights[0].dtype
+    # Everything from here on is computed with copies in double precision.
+    chain = type(chain)([_own(layer) for layer in chain.layers], chain.criterion, chain.reduction)
+    x, t = exact_copy(x), exact_copy(t)
+    refused = _refused(chain.layers)
+    if refused:
+        return _by_products(chain, x, t, curvature, weights, refused)
+    # The derivatives of each layer, and of the loss in the outputs, make the expansion.
+    records = chain.layer_derivatives(x, t)
+    s = chain.scale(x.shape[0]) * chain.criterion.hessian(records[-1].z_out, t)
+    xp = namespace_of(s)
+    expansion = Expansion(tuple(_steps(xp, chain.layers, records, curvature)), s)
+    layers = expansion.layers
+    sizes = [layer.weight.shape[0] * layer.z.shape[1] for layer in layers]
+    # A bias is the last column of its layer's block.
+    biased = [layer.z.shape[1] > layer.weight.shape[1] for layer in layers]
+
+    def blocks(v: Sequence[Array]) -> Blocks:
+        entries, found = iter(v), []
+        for has_bias in biased:
+            block = double(xp, next(entries))
+            if has_bias:
+                block = xp.concat([block, double(xp, next(entries))[..., None]], axis=-1)
+            found.append(block)
+        return found
+
+    def params(v: Blocks) -> list[Array]:
+        found = []
+        for block, has_bias in zip(v, biased, strict=True):
+            found += [block[..., :-1], block[..., -1]] if has_bias else [block]
+        return [xp.astype(entry, dtype, copy=False) for entry in found]
+
+    return NetworkHessian(
+        expansion,
+        "",
+        sum(sizes),
+        sizes,
+        lambda v: product(expansion, v),
+        blocks,
+        params,
+        cache(lambda: [basis(xp, layer) for layer in layers]),
+        x,
+        weights,
+    )
 
 
-def inner(u: Blocks, v: Blocks) -> Array:
-    """``⟨u, v⟩`` of each pair of vectors, (k,)."""
-    xp = space(u[0])
-    return xp.sum(xp.stack([dot(a, b) for a, b in zip(u, v, strict=True)]), axis=0)
+def _steps(xp: Namespace, layers: Sequence[Any], records: Sequence[LayerDerivatives], curvature: str) -> list[Step]:
+    """Collect the coefficients of every layer, between marks for residual blocks."""
+    steps: list[Step] = []
+    for layer, record in zip(layers, records, strict=True):
+        if isinstance(layer, Residual):
+            steps += [OPEN, *_steps(xp, layer.layers, record.inner, curvature), CLOSE]
+        elif isinstance(layer, Dense):
+            # f = φ'(s), β = b∘f, c = b∘φ''(s); an activation of ``None`` has slope 1 and no curvature.
+            _, slope, second = jet(layer.phi, record.s, 2)
+            slope = xp.ones_like(record.b) if slope is None else slope
+            beta, c = record.b * slope, xp.zeros_like(record.b) if second is None else record.b * second
+            if curvature == "ggn":  # keeps the curvature of the loss, and drops that of the network
+                beta, c = xp.zeros_like(beta), xp.zeros_like(c)
+            z = record.z_in
+            if layer.bias is not None:
+                z = xp.concat([z, full((z.shape[0], 1), 1.0, z)], axis=1)
+            steps.append(Layer(layer.weight, z, beta, c, slope))
+    return steps
 
 
-def norm(v: Blocks) -> Array:
-    """Euclidean norm of each vector, (k,)."""
-    return space(v[0]).sqrt(inner(v, v))
+def _by_products(
+    chain: Chain, x: Array, t: Array, curvature: str, weights: list[Array], refused: str
+) -> NetworkHessian:
+    """A network with other layers, known by its products alone: all parameters are one block."""
+    xp = namespace_of(x)
+    # Rows of all parameters, one after the other, are split where the chain takes them.
+    times = chain.hvp if curvature == "hessian" else chain.ggnvp
+    shapes = [tuple(p.shape) for p in weights]
+
+    def blocks(v: Sequence[Array]) -> Blocks:
+        rows = [xp.reshape(double(xp, entry), (entry.shape[0], -1)) for entry in v]
+        return [xp.concat(rows, axis=-1)[:, None, :]]
+
+    def split(v: Blocks) -> list[Array]:
+        found, start = [], 0
+        for shape in shapes:
+            found.append(xp.reshape(v[0][:, 0, start : start + math.prod(shape)], (v[0].shape[0], *shape)))
+            start += math.prod(shape)
+        return found
+
+    def params(v: Blocks) -> list[Array]:
+        return [xp.astype(entry, weights[0].dtype, copy=False) for entry in split(v)]
+
+    total = sum(map(math.prod, shapes))
+    return NetworkHessian(
+        None, refused, total, [total], lambda v: blocks(times(x, t, split(v))), blocks, params, list, x, weights
+    )
 
 
-def combine(u: Blocks, factor: Array | float, v: Blocks) -> Blocks:
-    """``u + factor · v``, with one factor per vector or one for all."""
-    if not isinstance(factor, float):
-        factor = factor[:, None, None]
-    found = [factor * b for b in v]
-    for i, a in enumerate(u):
-        found[i] += a  # in place where the library can: passes over memory are most of the time
-    return found
+def _refused(layers: Sequence[Any]) -> str:
+    """Name the type of the first layer that has no expansion, or return an empty string."""
+    for layer in layers:
+        name = _refused(layer.layers) if isinstance(layer, Residual) else type(layer).__name__
+        if name and type(layer) not in (Dense, Flatten):
+            return name
+    return ""
 
 
-def samples(r: Array, m: Array) -> Array:
-    """``(R ⊗ I) M``: R on the samples of rows ordered (sample, unit)."""
-    xp = space(r)
-    n, cols = r.shape[1], m.shape[1]
-    units_ = m.shape[0] // n
-    return xp.reshape(r @ xp.reshape(m, (n, units_ * cols)), (r.shape[0] * units_, cols))
+def exact_copy(array: Array) -> Array:
+    """Copy an array; floating numbers in double precision."""
+    xp = namespace_of(array)
+    exact = double(xp, array) if xp.isdtype(array.dtype, "real floating") else array  # integers are classes
+    return own(array) if exact is array else exact
 
 
-def units(w: Array, m: Array) -> Array:
-    """``(I ⊗ W) M``: W on the units of rows ordered (sample, unit)."""
-    xp = space(w)
-    n, cols = m.shape[0] // w.shape[1], m.shape[1]
-    return xp.reshape(w @ xp.reshape(m, (n, w.shape[1], cols)), (n * w.shape[0], cols))
-
-
-def units_right(m: Array, w: Array) -> Array:
-    """``M (I ⊗ W)``, columns ordered (sample, unit)."""
-    xp = space(w)
-    rows, n = m.shape[0], m.shape[1] // w.shape[0]
-    return xp.reshape(xp.reshape(m, (rows * n, w.shape[0])) @ w, (rows, n * w.shape[1]))
-
-
-def block_diagonal(blocks_: Array) -> Array:
-    """The (N a, N a) matrix with the N given (a, a) blocks on its diagonal."""
-    xp = space(blocks_)
-    n, a = blocks_.shape[0], blocks_.shape[1]
-    eye = identity(n, blocks_)
-    return xp.reshape(eye[:, None, :, None] * blocks_[:, :, None, :], (n * a, n * a))
+def _own(layer: Any) -> Any:
+    """Copy a layer with its arrays, frozen ones included."""
+    if isinstance(layer, Residual):
+        return replace(layer, layers=[_own(inner) for inner in layer.layers])
+    if isinstance(layer, Frozen):  # its arrays are no parameters
+        return replace(layer, layer=_own(layer.layer))
+    return layer.with_params(tuple(exact_copy(p) for p in layer.params))

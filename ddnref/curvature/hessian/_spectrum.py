@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from ddnref._core.arrays import Array, double
+from ddnref._core.arrays import Array, full, namespace_of
 from ddnref._core.noise import noise
 from ddnref._kernels.public import public
-from ddnref.curvature.hessian._dense_blocks import space
-from ddnref.curvature.hessian._expansion import flat
-from ddnref.curvature.hessian._factor import ZERO, HessianFactor
-from ddnref.curvature.hessian._network import System
-from ddnref.curvature.hessian._solve import CURVATURES, check_method, prepared, refuse_null_space
+from ddnref.curvature.hessian._expansion import NetworkHessian, flat
+from ddnref.curvature.hessian._methods import check_method
+from ddnref.curvature.hessian._solve import ZERO, HessianFactor, prepared, refuse_null_space
 from ddnref.errors import ConvergenceError, SingularError
 from ddnref.linalg._eigsh import EigshInfo, eigsh
 from ddnref.networks._chain import Chain
 from ddnref.operators import LinearOperator
 
-AT_ONCE = 24
-"""Eigenpairs that one shift is asked for."""
+AT_ONCE = 24  # eigenpairs that one shift is asked for
 
 
 class EigvalCountInfo(NamedTuple):
@@ -53,7 +51,7 @@ def hessian_eigval_count(
     interval : sequence of two or more ascending numbers
         Edges, infinite ones included: counts come back for each interval between neighbours.
     throw : bool, default True
-        Raise where an eigenvalue is too close to an edge to tell its side.
+        Raise where an eigenvalue is too close to an edge to decide on which side it lies.
 
     Returns
     -------
@@ -83,11 +81,11 @@ def hessian_eigval_count(
     """
     edges = _edges(interval)
     check_method(method)
-    s = _prepared(chain, x, t, curvature)
-    return _counts(s, edges, method, double(space(x), x), chain.params, throw)
+    return _counts(prepared(chain, x, t, curvature), edges, method, throw)
 
 
 def _edges(interval: Sequence[float]) -> list[float]:
+    """Validate the edges of intervals."""
     try:
         edges = [float(edge) for edge in interval]
     except (TypeError, ValueError):
@@ -97,28 +95,24 @@ def _edges(interval: Sequence[float]) -> list[float]:
     return edges
 
 
-def _prepared(chain: Chain, x: Array, t: Array, curvature: str) -> System:
-    if curvature not in CURVATURES:
-        raise ValueError(f'curvature is {curvature!r}, expected "hessian" or "ggn".')
-    return prepared(chain, x, t, curvature)
-
-
 def _counts(
-    s: System, edges: list[float], method: str, like: Array, params: Sequence[Array], throw: bool
+    hessian: NetworkHessian, edges: list[float], method: str, throw: bool
 ) -> tuple[tuple[int, ...], EigvalCountInfo]:
+    """Count the eigenvalues below each edge by inertia, and subtract neighbours."""
     below, uncertain, paths = [], [], []
     for edge in edges:
-        if abs(edge) == float("inf"):
-            below.append(s.total if edge > 0 else 0)
+        if math.isinf(edge):
+            below.append(hessian.total if edge > 0 else 0)
             uncertain.append(0)
             paths.append("none")
             continue
-        factor = HessianFactor(s, -edge, method, like, params)
+        # Eigenvalues of H below the edge are the negative ones of H − edge·I.
+        factor = HessianFactor(hessian, -edge, method)
         found = factor.inertia()
         if found.zero and throw:
             raise SingularError(
                 f"{found.zero} eigenvalue(s) lie within {ZERO:.0e} ‖H‖ = {ZERO * float(factor.norm):.1e} of the edge "
-                f"{edge}: their side cannot be told. Zero is an eigenvalue wherever there are more inputs than "
+                f"{edge}, too close to decide on which side. Zero is an eigenvalue wherever there are more inputs than "
                 "samples. Move the edge, or pass throw=False to count them above it (info.uncertain says how many)."
             )
         below.append(found.negative)
@@ -189,111 +183,112 @@ def hessian_eigvals(
     True
     """
     if sigma is not None and interval is not None:
-        raise ValueError("sigma is a number to look around; interval already says where to look.")
+        raise ValueError("sigma and interval were both given. Pass one of them: both say where to look.")
     if (k is None) == (interval is None):
         raise ValueError("Pass either k or interval: how many eigenvalues, or between which numbers.")
-    if sigma is not None and not abs(float(sigma)) < float("inf"):
+    if sigma is not None and not math.isfinite(sigma):
         raise ValueError(f"sigma is {sigma}, expected a finite number; which= asks for the extreme eigenvalues.")
-    s = _prepared(chain, x, t, curvature)
-    like = double(space(x), x)
-    if k is None:
-        return _between(s, _edges(interval or ()), like, chain.params, rtol, throw)
-    if sigma is None:
-        (w, v), info = eigsh(_operator(s, None), k, which=which, v0=noise(2, s.total, like), rtol=rtol, throw=throw)
-        return (w, _lists(s, v)), info
+    # Find the eigenpairs with rows of all parameters, and return them as lists like the parameters.
+    hessian = prepared(chain, x, t, curvature)
     if sigma == 0 and throw:
-        refuse_null_space(s, "sigma", "Pass a sigma beside it, such as 1e-6 times the largest eigenvalue.")
-    (w, v), info = _nearest(s, k, float(sigma), like, chain.params, rtol, throw)
-    return (w, _lists(s, v)), info
+        refuse_null_space(hessian, "sigma", "Pass a sigma beside it, such as 1e-6 times the largest eigenvalue.")
+    info: EigshInfo | EigvalCountInfo
+    if k is None:
+        (w, v), info = _between(hessian, _edges(interval or ()), rtol, throw)
+    elif sigma is None:
+        start = noise(2, hessian.total, hessian.like)
+        (w, v), info = eigsh(_operator(hessian), k, which=which, v0=start, rtol=rtol, throw=throw)
+    else:
+        (w, v), info = _nearest(hessian, k, float(sigma), rtol, throw)
+    return (w, hessian.params(hessian.from_rows(v.mT))), info
 
 
-def _operator(s: System, factor: HessianFactor | None) -> LinearOperator:
+def _operator(hessian: NetworkHessian, factor: HessianFactor | None = None) -> LinearOperator:
     """H, or ``(H + εI)⁻¹``, on vectors of all parameters."""
 
     def apply(params: tuple[Array, ...], v: Array) -> Array:  # noqa: ARG001
-        xp = space(v)
-        rows = xp.reshape(v, (-1, s.total))
-        blocks = s.split(rows)
-        found = s.product(blocks) if factor is None else factor.inverse(blocks)
+        xp = namespace_of(v)
+        blocks = hessian.from_rows(xp.reshape(v, (-1, hessian.total)))
+        found = hessian.product(blocks) if factor is None else factor.inverse(blocks)
         return xp.reshape(flat(found), tuple(v.shape))
 
     def refuse(*_: object) -> tuple[Array, ...]:
         raise TypeError("The Hessian has no derivative with respect to the weights here.")
 
-    return LinearOperator((), apply, apply, refuse, (s.total,), (s.total,), self_adjoint=True)
+    return LinearOperator((), apply, apply, refuse, (hessian.total,), (hessian.total,), self_adjoint=True)
 
 
 def _nearest(
-    s: System, k: int, sigma: float, like: Array, params: Sequence[Array], rtol: float | None, throw: bool
+    hessian: NetworkHessian, k: int, sigma: float, rtol: float | None, throw: bool
 ) -> tuple[tuple[Array, Array], EigshInfo]:
-    """``λ = σ + 1/θ`` for the largest |θ| of ``(H − σI)⁻¹``."""
-    factor = HessianFactor(s, -sigma, "auto", like, params)
-    operator = _operator(s, factor)
-    (theta, v), info = eigsh(operator, k, which="LM", v0=noise(2, s.total, like), rtol=rtol, throw=throw)
+    """Find ``λ = σ + 1/θ`` for the largest |θ| of ``(H − σI)⁻¹``."""
+    operator, start = _operator(hessian, HessianFactor(hessian, -sigma)), noise(2, hessian.total, hessian.like)
+    (theta, v), info = eigsh(operator, k, which="LM", v0=start, rtol=rtol, throw=throw)
     return (sigma + 1 / theta, v), info
 
 
 def _between(
-    s: System, edges: list[float], like: Array, params: Sequence[Array], rtol: float | None, throw: bool
-) -> tuple[tuple[Array, list[Array]], EigvalCountInfo]:
-    """Slices with few eigenvalues each, all of them nearest to the middle of their slice."""
-    xp = space(like)
-    low, high = _clipped(s, edges[0], edges[-1], like, params)
-    counts, info = _counts(s, [low, high], "auto", like, params, throw)
-    waiting, found = [(low, high, counts[0])], []
+    hessian: NetworkHessian, edges: list[float], rtol: float | None, throw: bool
+) -> tuple[tuple[Array, Array], EigvalCountInfo]:
+    """Cut the interval into slices with few eigenvalues, and find those nearest to the middle of each slice."""
+    xp = namespace_of(hessian.like)
+    # Infinite or far ends would make the first slices too wide.
+    low, high = _clipped(hessian, edges[0], edges[-1])
+    counts, info = _counts(hessian, [low, high], "auto", throw)
+    found_w, found_v = [full((0,), 0.0, hessian.like)], [full((hessian.total, 0), 0.0, hessian.like)]
+    waiting = [(low, high, counts[0])]
     while waiting:
         a, b, count = waiting.pop()
         if count > AT_ONCE:
-            middle = _free_edge(s, a, b, like, params)
-            (left, right), _ = _counts(s, [a, middle, b], "auto", like, params, False)
+            # Halve the slice; the lower half is worked on first, so that eigenvalues come out ascending.
+            middle = _free_edge(hessian, a, b)
+            (left, right), _ = _counts(hessian, [a, middle, b], "auto", False)
             waiting += [(middle, b, right), (a, middle, left)]
         elif count:
-            (w, v), _ = _nearest(s, count, (a + b) / 2, like, params, rtol, throw)
+            # The eigenvalues nearest to the middle are those in the slice, if as many as were counted lie there.
+            (w, v), _ = _nearest(hessian, count, (a + b) / 2, rtol, throw)
             inside = int(xp.sum(xp.astype((w >= a) & (w <= b), xp.int64)))
             if inside != count and throw:
                 raise ConvergenceError(
-                    f"{count} eigenvalues were counted between {a} and {b}, but {inside} of those found are there. "
-                    "Likely a multiple eigenvalue. Pass another interval, or throw=False to get what was found."
+                    f"{count} eigenvalues were counted between {a} and {b}, but {inside} of those found lie there. The "
+                    "most likely cause is a multiple eigenvalue. Pass another interval, or throw=False to get what was "
+                    "found."
                 )
             order = xp.argsort(w)
-            found.append((xp.take(w, order, axis=0), xp.take(v, order, axis=1)))
-    if not found:
-        nothing = like[:0, ...] if like.ndim == 1 else xp.reshape(like[:0, ...], (-1,))
-        return (nothing, _lists(s, xp.zeros((s.total, 0), dtype=like.dtype))), info
-    w = xp.concat([w for w, _ in found])
-    return (w, _lists(s, xp.concat([v for _, v in found], axis=1))), info
+            found_w.append(xp.take(w, order, axis=0))
+            found_v.append(xp.take(v, order, axis=1))
+    return (xp.concat(found_w), xp.concat(found_v, axis=1)), info
 
 
-def _clipped(s: System, low: float, high: float, like: Array, params: Sequence[Array]) -> tuple[float, float]:
-    """The interval without its ends beyond the spectrum: where that ends is counted, an estimated norm is too low."""
-    reach = 1.5 * float(HessianFactor(s, 1.0, "auto", like, params).norm) or 1.0
+def _clipped(hessian: NetworkHessian, low: float, high: float) -> tuple[float, float]:
+    """Cut off the ends of the interval beyond the spectrum.
+
+    Where the spectrum ends is counted, because the estimated norm is too low.
+    """
+    reach = 1.5 * float(HessianFactor(hessian, 1.0).norm) or 1.0
+    # Double each end until no eigenvalue lies beyond it.
     above = max(reach, 2 * low)
     while above < high:
-        found = HessianFactor(s, -above, "auto", like, params).inertia()
+        found = HessianFactor(hessian, -above).inertia()
         if found.zero + found.positive == 0:
             break
         above *= 2
     below = max(reach, -2 * high)
     while below < -low:
-        found = HessianFactor(s, below, "auto", like, params).inertia()
+        found = HessianFactor(hessian, below).inertia()
         if found.negative + found.zero == 0:
             break
         below *= 2
     return max(low, -below), min(high, above)
 
 
-def _free_edge(s: System, a: float, b: float, like: Array, params: Sequence[Array]) -> float:
-    """A number between a and b, near the middle, that is no eigenvalue."""
+def _free_edge(hessian: NetworkHessian, a: float, b: float) -> float:
+    """Find a number between a and b, near the middle, that is not an eigenvalue."""
     for part in (0.5, 0.45, 0.55, 0.4, 0.6, 0.35, 0.65):
         edge = a + part * (b - a)
-        if HessianFactor(s, -edge, "auto", like, params).inertia().zero == 0:
+        if HessianFactor(hessian, -edge).inertia().zero == 0:
             return edge
     raise SingularError(
-        f"Between {a} and {b} lie more than {AT_ONCE} eigenvalues that cannot be told apart: likely a multiple "
-        "eigenvalue, such as zero. Pass an interval without it."
+        f"Between {a} and {b} lie more than {AT_ONCE} eigenvalues too close to each other to separate. The most likely "
+        "cause is a multiple eigenvalue, such as zero. Pass an interval without it."
     )
-
-
-def _lists(s: System, v: Array) -> list[Array]:
-    """Columns as lists of parameters, k leading."""
-    return s.params(s.split(space(v).matrix_transpose(v)))

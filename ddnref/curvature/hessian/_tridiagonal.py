@@ -7,10 +7,13 @@ V eliminated as in `_riccati`, the stationarity of the expansion reads ``T ds = 
     T_ll     = diag(c) + ε K⊗I + f [ ε K'⊗W'ᵀW' + ββᵀ'⊗(z⁺'ᵀz' − I)/ε − C' − C'ᵀ ] f      [last layer: + f S f]
     T_{l',l} = (z⁺'⊗β' − ε K'⊗W') f                        C'[(n',i'),(n,i)] = (β'W')[n,i'] z⁺'[n',i]
 
-rows and columns ordered (sample, unit). The same five lines give inertia and determinant of H + εI:
+with rows and columns ordered (sample, unit). T also has the inertia and the determinant of H + εI:
 
     inertia(H + εI) = inertia(T) + sign(ε) Σ_l a_out (ã − N)
     log|det(H + εI)| = log|det T| + Σ_l a_out [ (ã − N) log|ε| + log det(z zᵀ) ]
+
+`_riccati` does the same for every chain. It takes 1.2 times the processor time of this form on 100 layers of width 64
+with one sample, and 3 times on 16 layers of width 64 with four samples (medians of interleaved solves, one thread).
 """
 
 from __future__ import annotations
@@ -18,93 +21,83 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ddnref._core.arrays import Array
+from ddnref._core.arrays import Array, Namespace, namespace_of
+from ddnref._kernels.blocks import Lu, add_diagonal, lu, lu_and_solution, lu_slogdet, lu_solve, matmul
 from ddnref._kernels.dense import identity
 from ddnref._kernels.dense import solve as solve_dense
-from ddnref.curvature.hessian._dense_blocks import add_diagonal, flat, matmul, repeated, space, symmetric, t
-from ddnref.curvature.hessian._expansion import Blocks, Terms, block_diagonal, extended
-from ddnref.curvature.hessian._lu import Lu, lu, lu_and_solution, lu_slogdet, lu_solve
-from ddnref.curvature.hessian._riccati import Basis, slogdet_sum
+from ddnref.curvature.hessian._expansion import Basis, Blocks, Expansion, extended, sum_of_products
+from ddnref.curvature.hessian._riccati import block_diagonal, slogdet_sum
+
+
+def supported(e: Expansion) -> bool:
+    """Whether the chain is plain and has fewer samples than inputs in every layer."""
+    layers = e.layers
+    return len(layers) == len(e.steps) and all(x.z.shape[0] < x.z.shape[1] for x in layers)
+
+
+def independent(bases: list[Basis], least: float) -> Array:
+    """Whether the samples' inputs are independent in every layer: one flag, from the diagonals of the R."""
+    xp = namespace_of(bases[0].r)
+    size = xp.abs(xp.stack([xp.linalg.diagonal(b.r) for b in bases]))
+    largest = xp.max(size, axis=-1)
+    return xp.all((xp.min(size, axis=-1) > least * largest) & (largest > 0))
 
 
 class Inputs(NamedTuple):
     """A layer, the basis of its inputs, and what takes their place."""
 
     basis: Basis
-    pseudo: Array
-    """z⁺ = K z, (N, ã)."""
-    k: Array
-    """K, (N, N)."""
+    pseudo: Array  # z⁺ = K z, (N, ã)
+    k: Array  # K, (N, N)
 
 
 def inputs(b: Basis) -> Inputs:
     """From ``z = Rᵀ Qᵀ``: ``z⁺ = R⁻¹ Qᵀ``, ``K = R⁻¹ R⁻ᵀ``."""
     r_inverse = 1 / b.r if b.r.shape[0] == 1 else solve_dense(b.r, identity(b.r.shape[0], b.r))
-    return Inputs(b, r_inverse @ t(b.q), r_inverse @ t(r_inverse))
+    return Inputs(b, r_inverse @ b.q.mT, r_inverse @ r_inverse.mT)
 
 
-def independent(bases: list[Basis], least: float) -> Array:
-    """Whether the samples' inputs are independent in every layer: one flag, from the diagonals of the R."""
-    xp = space(bases[0].r)
-    size = xp.abs(xp.stack([xp.linalg.diagonal(b.r) for b in bases]))
-    largest = xp.max(size, axis=-1)
-    return xp.all((xp.min(size, axis=-1) > least * largest) & (largest > 0))
-
-
-def supported(terms: Terms) -> bool:
-    """A plain chain with fewer samples than inputs in every layer."""
-    layers = terms.layers
-    return len(layers) == len(terms.steps) and all(x.z.shape[0] < x.z.shape[1] for x in layers)
-
-
-class Row(NamedTuple):
-    """One block row of T."""
-
-    diagonal: Array
-    below: Array | None
-    """``T_{l',l}``; ``None`` in the last layer."""
-
-
-def row(here: Inputs, after: Inputs | None, curvature: Array, damping: Array | float) -> Row:
-    """``T_ll`` and ``T_{l',l}``."""
-    xp = space(curvature)
+def row(
+    xp: Namespace, here: Inputs, after: Inputs | None, curvature: Array, damping: Array | float
+) -> tuple[Array, Array]:
+    """Return ``T_ll`` and ``T_{l',l}``, which is ``None`` in the last layer."""
     layer = here.basis.layer
     n, a = layer.c.shape
-    f, own = flat(layer.slope), damping * here.k
+    f, c, k = xp.reshape(layer.slope, (-1,)), xp.reshape(layer.c, (-1,)), damping * here.k
     if after is None:
-        inside, below = block_diagonal(curvature), None
+        inside, below = block_diagonal(xp, curvature), None
     else:
-        inside, below = _next(after, damping)
+        inside, below = _next(xp, after, damping)
         below = below * f
+    # T_ll = diag(c) + ε K⊗I + f [ … ] f
     d = f[:, None] * inside * f
     if n == 1:
-        return Row(add_diagonal(d, flat(layer.c) + own[0, 0]), below)
-    d = d + xp.reshape(own[:, None, :, None] * identity(a, d)[:, None, :], d.shape)
-    return Row(add_diagonal(d, flat(layer.c)), below)
+        return add_diagonal(d, c + k[0, 0]), below
+    d = d + xp.reshape(k[:, None, :, None] * identity(a, d)[:, None, :], d.shape)
+    return add_diagonal(d, c), below
 
 
-def _next(after: Inputs, damping: Array | float) -> tuple[Array, Array]:
-    """What the next layer puts on the tangent of its input, and the coupling of that with its own ds."""
-    xp = space(after.k)
+def _next(xp: Namespace, after: Inputs, damping: Array | float) -> tuple[Array, Array]:
+    """Return the brackets of ``T_ll`` and ``T_{l',l}``: all that they have of the layer after."""
     w, beta, q = after.basis.layer.weight, after.basis.layer.beta, after.basis.q
     (a_out, a_in), n = w.shape, beta.shape[0]
     pseudo, q = after.pseudo[:, :a_in], q[:a_in, :]
-    w_t, beta_t = t(w), t(beta)
-    k = damping * after.k
-    gram = beta @ beta_t / damping
-    ww = matmul(w_t, w)
-    if n == 1:  # two symmetric updates of rank one, as one product
-        left = xp.concat([gram * t(q), -(beta @ w), -pseudo])
-        right = xp.concat([t(q), pseudo, beta @ w])
-        inside = t(left) @ right
+    k, gram, ww = damping * after.k, beta @ beta.mT / damping, matmul(w.mT, w)
+    if n == 1:
+        # One sample: what is added to ε K' W'ᵀW' has rank three and is one product.
+        left = xp.concat([gram * q.mT, -(beta @ w), -pseudo])
+        right = xp.concat([q.mT, pseudo, beta @ w])
+        inside = left.mT @ right
         inside += k * ww
-        return add_diagonal(inside, -gram[0, 0]), beta_t * pseudo - k * w
-    free = identity(a_in, q) - q @ t(q)
-    c = t(beta @ w)[None, :, :, None] * pseudo[:, None, None, :]
+        return add_diagonal(inside, -gram[0, 0]), beta.mT * pseudo - k * w
+    # ε K'⊗W'ᵀW' + ββᵀ'⊗(z⁺'ᵀz' − I)/ε − C' − C'ᵀ, where z⁺'ᵀz' = QQᵀ
+    free = identity(a_in, q) - q @ q.mT
+    c = (beta @ w).mT[None, :, :, None] * pseudo[:, None, None, :]
     c = xp.reshape(c, (n * a_in, n * a_in))
     both = k[:, None, :, None] * ww[:, None, :] - gram[:, None, :, None] * free[:, None, :]
-    inside = xp.reshape(both, c.shape) - c - t(c)
-    below = pseudo[:, None, None, :] * beta_t[None, :, :, None] - k[:, None, :, None] * w[:, None, :]
+    inside = xp.reshape(both, c.shape) - c - c.mT
+    # z⁺'⊗β' − ε K'⊗W'
+    below = pseudo[:, None, None, :] * beta.mT[None, :, :, None] - k[:, None, :, None] * w[:, None, :]
     return inside, xp.reshape(below, (n * a_out, n * a_in))
 
 
@@ -113,94 +106,85 @@ class Kept(NamedTuple):
 
     inputs: Inputs
     lu: Lu
-    gain: Array | None
-    """``D'⁻¹ T_{l',l}``, of the layer after this one."""
+    gain: Array  # ``D'⁻¹ T_{l',l}``, of the layer after this one; ``None`` in the last layer
 
 
-class Tridiagonal(NamedTuple):
-    """Block LU of T, from the last layer to the first."""
-
-    blocks: tuple[Kept, ...]
-    damping: Array | float
-
-
-def sweep(bases: list[Basis], terms: Terms, damping: Array | float) -> Iterator[tuple[Kept, Array]]:
+def sweep(bases: list[Basis], e: Expansion, damping: Array | float) -> Iterator[tuple[Kept, Array]]:
     """Eliminate from the last layer to the first; yields what is kept of each, and its pivot."""
-    here = inputs(bases[-1])
-    pivot, gain = row(here, None, terms.curvature, damping).diagonal, None
+    xp, here = namespace_of(e.curvature), inputs(bases[-1])
+    pivot, gain = row(xp, here, None, e.curvature, damping)[0], None
     for b in reversed(bases[:-1]):
         before = inputs(b)
-        found = row(before, here, terms.curvature, damping)
-        factors, coupled = lu_and_solution(pivot, found.below)
+        diagonal, below = row(xp, before, here, e.curvature, damping)
+        factors, coupled = lu_and_solution(pivot, below)
         yield Kept(here, factors, gain), pivot
         here, gain = before, coupled
-        pivot = symmetric(found.diagonal - matmul(t(found.below), gain))
+        # The pivot of a layer is the Schur complement of all layers after it.
+        pivot = diagonal - matmul(below.mT, gain)
+        pivot = (pivot + pivot.mT) / 2
     yield Kept(here, lu(pivot), gain), pivot
 
 
-def factor(bases: list[Basis], terms: Terms, damping: Array | float) -> Tridiagonal:
-    """All pivots factored; 4.7 (N a)³ flops for each layer, and 2 a³ for WᵀW."""
-    kept = [kept for kept, _ in sweep(bases, terms, damping)]
-    return Tridiagonal(tuple(kept[::-1]), damping)
+def factor(bases: list[Basis], e: Expansion, damping: Array | float) -> list[Kept]:
+    """Factor all pivots, returned in the order of the layers; 4.7 (N a)³ flops for each, and 2 a³ for WᵀW."""
+    return [kept for kept, _ in sweep(bases, e, damping)][::-1]
 
 
-def solve(f: Tridiagonal, g: Blocks) -> Blocks:
-    """``(H + εI)⁻¹ G``: right-hand sides of T, block substitution, and the weights from the pre-activations."""
-    xp = space(g[0])
-    rights = _rights(f, g)
+def solve(f: list[Kept], g: Blocks, damping: Array | float) -> Blocks:
+    """Return ``(H + εI)⁻¹ G``: right-hand sides of T, block substitution, and the weights from the pre-activations."""
+    xp = namespace_of(g[0])
+    rights = _rights(xp, f, g, damping)
+    # Substitute backward: each layer passes its right-hand side to the one before.
     for i in range(len(rights) - 2, -1, -1):
-        rights[i] = rights[i] - t(f.blocks[i].gain) @ rights[i + 1]
+        rights[i] = rights[i] - f[i].gain.mT @ rights[i + 1]
+    # Substitute forward, where ds of a layer gives its weights and the tangent of the next input.
     found: Blocks = []
     ds: Array | None = None
     dz: Array | None = None
-    for i, (kept, right) in enumerate(zip(f.blocks, rights, strict=True)):
+    for i, (kept, right) in enumerate(zip(f, rights, strict=True)):
         new = lu_solve(kept.lu, right)
-        ds = new if ds is None else new - f.blocks[i - 1].gain @ ds
-        rows = xp.reshape(t(ds), (g[0].shape[0], *kept.inputs.basis.layer.c.shape))
-        found.append(_weights(kept.inputs, rows, dz, g[i], f.damping))
+        ds = new if ds is None else new - f[i - 1].gain @ ds
+        rows = xp.reshape(ds.mT, (g[0].shape[0], *kept.inputs.basis.layer.c.shape))
+        found.append(_weights(xp, kept.inputs, rows, dz, g[i], damping))
         dz = kept.inputs.basis.layer.slope * rows
     return found
 
 
-def _rights(f: Tridiagonal, g: Blocks) -> list[Array]:
-    """``z⁺ Gᵀ`` of the layer itself; from the next ``−f (z⁺ Gᵀ W + β G (I − QQᵀ)/ε)``, as rows (n, j)."""
-    xp = space(g[0])
+def _rights(xp: Namespace, f: list[Kept], g: Blocks, damping: Array | float) -> list[Array]:
+    """Return ``z⁺ Gᵀ`` of the layer itself minus ``f (z⁺ Gᵀ W + β G (I − QQᵀ)/ε)`` of the next, as rows (n, j)."""
     found: list[Array] = []
     passed: Array | None = None
-    for kept, g_l in zip(reversed(f.blocks), reversed(g), strict=True):
+    for kept, g_l in zip(reversed(f), reversed(g), strict=True):
         layer, q = kept.inputs.basis.layer, kept.inputs.basis.q
-        own = kept.inputs.pseudo @ t(g_l)  # (k, N, a_out)
+        own = kept.inputs.pseudo @ g_l.mT  # (k, N, a_out)
         right = own if passed is None else own - layer.slope * passed
-        found.append(t(xp.reshape(right, (g_l.shape[0], -1))))
+        found.append(xp.reshape(right, (g_l.shape[0], -1)).mT)
         y = layer.beta @ g_l
-        y = (y - (y @ q) @ t(q)) / f.damping
+        y = (y - (y @ q) @ q.mT) / damping
         passed = own @ layer.weight + y[..., : layer.weight.shape[1]]
     return found[::-1]
 
 
-def _weights(i: Inputs, ds: Array, dz: Array | None, g: Array, damping: Array | float) -> Array:
-    """``dW = (ds − dz Wᵀ)ᵀ z⁺ + (G − βᵀ dz̃)(I − QQᵀ)/ε``, as G/ε and one product: two passes over memory."""
-    xp = space(g)
+def _weights(xp: Namespace, i: Inputs, ds: Array, dz: Array | None, g: Array, damping: Array | float) -> Array:
+    """Return ``dW = (ds − dz Wᵀ)ᵀ z⁺ + (G − βᵀ dz̃)(I − QQᵀ)/ε``, as G/ε and one product: two passes over memory."""
     layer, q = i.basis.layer, i.basis.q
-    gq, k = t(g @ q), g.shape[0]
+    gq = (g @ q).mT
     left, right = [], []
     if dz is not None:
-        wide = extended(dz, q.shape[0])
-        ds = ds - dz @ t(layer.weight)
-        gq = gq - t(wide @ q) @ layer.beta
-        left, right = [repeated(layer.beta / -damping, k)], [wide]
-    left += [ds, gq / -damping]
-    right += [repeated(i.pseudo, k), repeated(t(q), k)]
-    found = t(xp.concat(left, axis=1)) @ xp.concat(right, axis=1)
+        wide = extended(xp, dz, q.shape[0])
+        ds = ds - dz @ layer.weight.mT
+        gq = gq - (wide @ q).mT @ layer.beta
+        left, right = [layer.beta / -damping], [wide]
+    found = sum_of_products(xp, g.shape[0], [*left, ds, gq / -damping], [*right, i.pseudo, q.mT])
     found += g / damping  # in place where the library can
     return found
 
 
-def slogdet(f: Tridiagonal) -> tuple[Array, Array]:
-    """Sign and ``log|det(H + εI)|``, by the identity above."""
-    xp = space(f.blocks[0].inputs.k)
-    sign, log = slogdet_sum([lu_slogdet(b.lu) for b in f.blocks], sum(b.inputs.basis.rest for b in f.blocks), f.damping)
-    for b in f.blocks:
-        r = b.inputs.basis.r
-        log = log + 2 * b.inputs.basis.layer.weight.shape[0] * xp.sum(xp.log(xp.abs(xp.linalg.diagonal(r))))
+def slogdet(f: list[Kept], damping: Array | float) -> tuple[Array, Array]:
+    """Return sign and ``log|det(H + εI)|``, by the identity above."""
+    bases = [kept.inputs.basis for kept in f]
+    xp = namespace_of(bases[0].r)
+    sign, log = slogdet_sum([lu_slogdet(kept.lu) for kept in f], sum(b.rest for b in bases), damping)
+    for b in bases:  # log det(z zᵀ) = 2 log|det R|
+        log = log + 2 * b.layer.weight.shape[0] * xp.sum(xp.log(xp.abs(xp.linalg.diagonal(b.r))))
     return sign, log

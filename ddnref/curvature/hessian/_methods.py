@@ -1,0 +1,145 @@
+"""The ways to factor H + εI and to count with it, what each costs, and the rule by which "auto" chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ddnref._core.arrays import Array, is_true
+from ddnref._kernels.blocks import lu, lu_slogdet, lu_solve
+from ddnref._kernels.dense import eigvalsh, identity
+from ddnref.curvature.hessian import _joint, _riccati, _tridiagonal
+from ddnref.curvature.hessian._expansion import Blocks, NetworkHessian, flat
+
+METHODS = ("auto", "tridiagonal", "riccati", "qr", "dense")
+STABLE = ("qr", "dense")
+INDEPENDENT = 1e-3
+"""Smallest diagonal entry of R, relative to the largest, at which the samples of a layer count as independent: their
+Gram matrix, which the fast form inverts, then has a condition below 1e6."""
+DENSE_LIMIT = 6000  # parameters up to which the whole matrix is formed without being asked for: 0.3 GB
+
+# Measured on two cores with NumPy and OpenBLAS over L in 1..20, a in 4..16, N in 1..16; only ratios matter.
+FLOPS_PER_SECOND = 2e10
+SECONDS_PER_LAYER = {"tridiagonal": 9e-5, "riccati": 1.1e-4, "qr": 4e-4, "dense": 5e-5}
+SECONDS_PER_ENTRY = 2e-8  # of the dense matrix, to form it by products with the identity
+
+
+class Path(NamedTuple):
+    """One factorisation of H + εI."""
+
+    name: str
+    solve: Callable[[Blocks], Blocks]
+    slogdet: Callable[[], tuple[Array, Array]]
+    saved: Any
+    """The factors; for "dense" the matrix H itself."""
+
+
+def check_method(method: str) -> None:
+    """Raise ``ValueError`` for a method that does not exist."""
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}, expected one of {', '.join(map(repr, METHODS))}.")
+
+
+def build(name: str, h: NetworkHessian, damping: Array | float) -> Path:
+    """Factor by the named method."""
+    if name == "dense":
+        matrix = h.matrix()
+        factors = lu(matrix + damping * identity(h.total, matrix))
+
+        def solve(g: Blocks) -> Blocks:
+            return h.from_rows(lu_solve(factors, flat(g).mT).mT)
+
+        return Path(name, solve, lambda: lu_slogdet(factors), matrix)
+    if h.expansion is None:
+        raise TypeError(
+            f"method is {name!r}, but the chain has a layer of type {h.refused}: the sweeps over the layers take Dense "
+            'and Flatten layers and Residual blocks of them. Pass method="dense" if the network is small, or solve '
+            "with ddnref.krylov.minres and chain.hvp."
+        )
+    if name == "tridiagonal":
+        f = _tridiagonal.factor(h.bases(), h.expansion, damping)
+        return Path(name, lambda g: _tridiagonal.solve(f, g, damping), lambda: _tridiagonal.slogdet(f, damping), f)
+    if name == "riccati":
+        r = _riccati.factor(h.expansion, damping)
+        return Path(name, lambda g: _riccati.solve(r, g), lambda: _riccati.slogdet(r), r)
+    q = _joint.factor(h.expansion, damping)
+    return Path(name, lambda g: _joint.solve(*q, g), lambda: _joint.slogdet(*q), q)
+
+
+def count_negative(name: str, h: NetworkHessian, damping: float) -> int:
+    """Count the eigenvalues of H + εI below zero from the pivots of one elimination."""
+    if h.expansion is None:
+        raise TypeError("Only the dense form counts here.")
+    if name not in ("tridiagonal", "riccati"):
+        return _joint.count_delayed(h.expansion, damping)
+    if name == "tridiagonal":
+        bases = h.bases()
+        pivots = [found for _, found in _tridiagonal.sweep(bases, h.expansion, damping)]
+    else:
+        swept = [p for p, _, _ in _riccati.sweep(h.expansion, damping) if isinstance(p, _riccati.Pivot)]
+        pivots, bases = [p.q_uu for p in swept], [p.basis for p in swept]
+    # The weights that meet no input have the eigenvalue ε.
+    return sum(_joint.count_below(eigvalsh(p), 0.0) for p in pivots) + (damping < 0) * sum(b.rest for b in bases)
+
+
+# --- the rule ---------------------------------------------------------------------------------------------------------
+
+
+def cost(name: str, h: NetworkHessian) -> tuple[float, float]:
+    """Estimate the flops of a factorisation and the numbers that it keeps, from the shapes alone."""
+    if name == "dense" or h.expansion is None:
+        return 2 / 3 * h.total**3 + 8.0 * h.total**2, 2.0 * h.total**2
+    flops = numbers = 0.0
+    for layer in h.expansion.layers:
+        a, n, width = layer.weight.shape[0], layer.z.shape[0], layer.z.shape[1]
+        r, x = min(n, width), n * width
+        u = r * a
+        if name == "qr":
+            # Householder QR of two stacked blocks of weights, tangents and multipliers
+            block = u + min(n, a) * (width - r) + 2 * n * a
+            flops, numbers = flops + 16.0 * block**3, numbers + 7.0 * block**2
+        else:
+            # LU of a pivot, solution of its coupling, Schur complement, and the products that form them
+            products = 2.0 * a * width * (width if name == "tridiagonal" else n * n * (a + 2 * width))
+            flops += 2 / 3 * u**3 + 2.0 * u * u * x + 2.0 * u * x * x + products
+            numbers += u * u + u * x
+    return flops, numbers
+
+
+def seconds(name: str, h: NetworkHessian) -> float:
+    """Estimate the time of a factorisation."""
+    formed = SECONDS_PER_ENTRY * h.total**2 if name == "dense" else 0.0
+    return cost(name, h)[0] / FLOPS_PER_SECOND + SECONDS_PER_LAYER[name] * len(h.sizes) + formed
+
+
+def order(h: NetworkHessian, method: str, damping: Array | float) -> list[str]:
+    """List the methods to try, the one expected to be fastest first.
+
+    A fast elimination unless forming the matrix is cheaper, then, for solutions that miss the backward error, the
+    cheaper of block QR and the dense matrix. Without damping only these two.
+    """
+    e = h.expansion
+    if method == "tridiagonal" and e is not None and not _tridiagonal.supported(e):
+        raise ValueError(
+            'method="tridiagonal" needs a chain without Residual blocks and, in every layer, fewer samples than inputs '
+            '(a bias counts as one). Pass method="riccati", which takes every chain, or "auto".'
+        )
+    if method != "auto":
+        return [method]
+    possible = {"qr": e is not None, "dense": h.total <= DENSE_LIMIT}
+    stable = sorted((name for name in STABLE if possible[name]), key=lambda name: seconds(name, h))
+    if not stable:
+        raise TypeError(
+            f"The chain has a layer of type {h.refused}, which the sweeps over the layers do not take, and "
+            f"{h.total} parameters, too many for the dense matrix (at most {DENSE_LIMIT}). Use Dense, Flatten and "
+            "Residual layers, or solve with ddnref.krylov.minres and chain.hvp."
+        )
+    if e is None or is_true(damping == 0):
+        return stable
+    # Fast forms are tried only where forming the matrix would take longer.
+    limit = seconds("dense", h) if stable[0] == "dense" else float("inf")
+    fast = [name for name in ("tridiagonal", "riccati") if seconds(name, h) <= limit]
+    plain = "tridiagonal" in fast and _tridiagonal.supported(e)
+    if plain and is_true(_tridiagonal.independent(h.bases(), INDEPENDENT)):
+        return ["tridiagonal", *stable]
+    return ["riccati", *stable] if "riccati" in fast else stable

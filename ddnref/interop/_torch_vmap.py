@@ -1,0 +1,92 @@
+"""PyTorch's ``vmap`` of operations that it cannot trace: they run once, on the whole batch, whose axis leads.
+
+A loop that reads a flag, or a kernel of another library, cannot be traced. Its arrays get the mapped axis in front, and
+axes of length one behind it where they broadcast against each other, so that the mapped axes meet. The functions of an
+operator do not know that their parameters have a new axis, so these functions are mapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+
+from ddnref._rules.binding import Layout
+from ddnref.operators import LinearOperator
+
+Tensor: TypeAlias = Any
+
+
+def mapped_axis_first(size: int, in_dims: tuple[int | None, ...], arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Give every array the mapped axis in front; ``None`` is left as it is."""
+    return tuple(
+        array.movedim(dim, 0) if dim is not None else None if array is None else array.expand(size, *array.shape)
+        for array, dim in zip(arrays, in_dims, strict=True)
+    )
+
+
+def align_batch(
+    layout: Layout, item_axes: tuple[int, ...], arrays: tuple[Tensor, ...]
+) -> tuple[Layout, tuple[Tensor, ...]]:
+    """Line up the batch axes of arrays that have the mapped axis in front; return layout and arrays of the batch.
+
+    `item_axes` says how many axes of each input belong to one item, where inputs broadcast against each other.
+    """
+    if layout.plain:
+        if not item_axes:
+            return layout, arrays
+        own = item_axes[: len(arrays)]
+        lead = max(array.ndim - n for array, n in zip(arrays, own, strict=True))
+        return layout, tuple(_with_single_axes(array, lead + n) for array, n in zip(arrays, own, strict=True))
+
+    # Apply the operator of one item to zeros, which shows how many batch axes its parameters have.
+    inputs = list(layout.join(arrays))
+    (operator,) = (x for x in inputs if isinstance(x, LinearOperator))
+    dtype = next((array.dtype for array in arrays if array.is_complex()), arrays[-1].dtype)
+    vector = torch.zeros(operator.domain_shape, dtype=dtype, device=arrays[0].device)
+    image = operator.apply(tuple(parameter[0] for parameter in operator.params), vector)
+
+    # Right-hand sides and starting points may have more batch axes than that.
+    n = len(operator.range_shape)
+    lead = max([image.ndim - n, *(x.ndim - 1 - n for x in inputs if not isinstance(x, LinearOperator))])
+    parts = tuple(None if part is None else _mapped_operator(part, lead) for part in layout.parts)
+    flat: list[Tensor] = []
+    for x in inputs:
+        flat.extend(x.params if isinstance(x, LinearOperator) else (_with_single_axes(x, lead + 1 + n),))
+    return Layout(parts, layout.counts), tuple(flat)
+
+
+def _with_single_axes(x: Tensor, ndim: int) -> Tensor:
+    """Insert axes of length one behind the mapped axis, so that `x` has `ndim` axes."""
+    return x.reshape(x.shape[0], *(1,) * (ndim - x.ndim), *x.shape[1:])
+
+
+def _mapped_operator(part: LinearOperator, lead: int) -> LinearOperator:
+    """The operator with a mapped axis in front of every parameter and of the `lead` batch axes of its vectors."""
+    domain, target = len(part.domain_shape), len(part.range_shape)
+
+    def mapped_axis(x: Tensor, own: int) -> int:
+        return int(x.ndim) - 1 - lead - own  # not always 0: solvers may put more axes in front
+
+    def product(f: Callable[..., Tensor], own: int) -> Callable[..., Tensor]:
+        def mapped(params: tuple[Tensor, ...], x: Tensor) -> Tensor:
+            # One vector for the whole batch gets every batch axis, as its image has them all.
+            if x.ndim < 1 + lead + own:
+                x = x.reshape(*(1,) * (1 + lead + own - x.ndim), *x.shape)
+            axis = mapped_axis(x, own)
+            # vmap, unlike broadcasting, wants the same length from all.
+            if x.shape[axis] == 1 and params and params[0].shape[0] != 1:
+                x = x.expand(*x.shape[:axis], params[0].shape[0], *x.shape[axis + 1 :])
+            return torch.func.vmap(f, in_dims=((0,) * len(params), axis), out_dims=axis)(params, x)
+
+        return mapped
+
+    def params_vjp(params: tuple[Tensor, ...], y_bar: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        axes = (0,) * len(params), mapped_axis(y_bar, target), mapped_axis(x, domain)
+        return tuple(torch.func.vmap(part.params_vjp, in_dims=axes)(params, y_bar, x))
+
+    return LinearOperator(
+        (), product(part.apply, domain), product(part.adjoint, target), params_vjp,
+        part.domain_shape, part.range_shape, part.self_adjoint, part.positive_definite,
+    )  # fmt: skip
