@@ -137,6 +137,7 @@ def prepare(
             "pass detached tensors."
         )
     _check_operator(function, a, self_adjoint, rectangular)
+    # A traced loop has no values that a callback could be given.
     if callback is not None and while_loop is not None:
         raise ValueError(f"{function} calls no callback inside while_loop, where no value can be read: pass one only.")
 
@@ -195,7 +196,7 @@ def prepare(
     scale = power_of_two(b, axes)
     b = b / column(scale, b)
     size = norm(b, axes)
-    zero = size == 0
+    zero = size == 0  # also where b was not finite
     status = xp.zeros(batch, dtype=xp.int32, device=array_api_compat.device(b)) + RUNNING
     status = mark(mark(status, zero & finite, CONVERGED), ~finite, NOT_FINITE)
     # A zero right-hand side has the solution zero, whatever x0 is.

@@ -108,6 +108,7 @@ def scaled(
 
     # A real multiple of a self-adjoint operator is self-adjoint.
     flag = a.self_adjoint and not (is_complex(c) if parameter else isinstance(c, complex))
+    # Only a Python number has a sign that is known without reading a value.
     known = a.positive_definite and isinstance(c, (int, float)) and c > 0
     positive = known if positive_definite is None else positive_definite
     params = (*a.params, c) if parameter else a.params

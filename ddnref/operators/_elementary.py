@@ -98,7 +98,7 @@ def _dense_vjp(params: Params, y_bar: Array, x: Array) -> Params:
     lead = np.broadcast_shapes(tuple(y_bar.shape[:-1]), tuple(x.shape[:-1]))
     u = _rows(xp.broadcast_to(y_bar, (*lead, y_bar.shape[-1])), a.ndim - 2)
     v = _rows(xp.broadcast_to(x, (*lead, x.shape[-1])), a.ndim - 2)
-    u, v = _alike(u, v)
+    u, v = _alike(u, v)  # a real matrix may be applied to complex vectors
     return (cotangent(xp.matrix_transpose(u) @ conj(v), a),)
 
 
@@ -174,7 +174,7 @@ def diagonal(
     namespace(d=d)
     if positive_definite and is_complex(d):
         raise TypeError(f"d has dtype {d.dtype}; a positive definite diagonal is real.")
-    sizes = _domain_shape("d", d, shape)
+    sizes = _domain_shape("d", d, shape)  # behind any batch axes
     return _diagonal(d, sizes, not is_complex(d), positive_definite)
 
 

@@ -65,7 +65,7 @@ class LinearOperator(NamedTuple):
                 return self.apply(self.params, x)
         except (ValueError, RuntimeError) as error:
             if isinstance(error, DdnrefError):
-                raise
+                raise  # it already says what is wrong
             shapes = ", ".join(str(tuple(p.shape)) for p in self.params)
             raise ValueError(
                 f"The operator failed for x of shape {tuple(x.shape)} with params of shapes ({shapes}): {error} The "
@@ -120,6 +120,7 @@ def no_motions(apply: Product, adjoint: Product) -> dict[str, Any]:
     """Forward modes of an operator without parameters, which are zero."""
 
     def zero(product: Product) -> Motion:
+        # The product is taken for the shape of its result.
         return lambda params, params_dot, x: namespace_of(x).zeros_like(product(params, x))  # noqa: ARG005
 
     return {"params_jvp": zero(apply), "adjoint_jvp": zero(adjoint)}
@@ -143,15 +144,13 @@ def no_params_vjp(params: Params, y_bar: Array, x: Array) -> NoReturn:  # noqa: 
 
 def check_vector(name: str, x: Array, shape: tuple[int, ...], params: Params) -> None:
     """Raise unless `x` is ``(..., *shape)``, floating, and of the precision of the parameters."""
-    # The shape first, because its message is more helpful than that of a failed product.
-    xp = namespace(**{name: x})
+    named = {f"params[{i}]": parameter for i, parameter in enumerate(params)}
+    given(**named)
+    xp = namespace(**{name: x}, **named)
     if tuple(x.shape[max(0, x.ndim - len(shape)) :]) != shape:
         wanted = ", ".join(["...", *map(str, shape)])
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({wanted}): batch axes lead.")
-    if params:
-        named = {f"params[{i}]": parameter for i, parameter in enumerate(params)}
-        given(**named)
-        namespace(**{name: x}, **named)
+    if any(parameter.dtype != x.dtype for parameter in params):
         check_precision(xp, **{name: x}, **named)
 
 
@@ -163,6 +162,7 @@ def check_params(**params: Array) -> None:
 
 def as_shape(name: str, shape: Any) -> tuple[int, ...]:
     """A shape as a tuple of ints, or ``ValueError``; an int is a shape of one axis."""
+    # An int is a grid with one axis.
     sizes = tuple(int(k) for k in ((shape,) if isinstance(shape, int) else shape))
     if any(k < 0 for k in sizes):
         raise ValueError(f"{name} is {sizes}; sizes cannot be negative.")
