@@ -309,7 +309,7 @@ def test_damping_as_an_array_of_its_own(rng):
 
 @pytest.mark.parametrize("kind", ["tridiagonal", "riccati", "qr", "dense", "auto", "residual", "frozen"])
 def test_a_factor_stays_that_of_the_weights_it_was_made_at(kind, rng):
-    """Also the paths built later, here where the first one is not good enough, and the data."""
+    """Later changes to weights or data affect neither the factor nor the paths that it builds later."""
     chain, x, t = network(rng, 5, 4, 3, residual=kind == "residual")
     damping = np.asarray(hard_shifts(chain, dense(chain, x, t))[0])
     if kind == "frozen":
@@ -568,7 +568,7 @@ def test_every_library(xp, method):
 
 
 def test_nothing_leaves_the_device(second):
-    """On a device on which NumPy cannot look; values are read for flags alone."""
+    """All work stays on a device that NumPy cannot read; values are read for flags alone."""
     if second.name == "torch":
         return  # the meta device has no values to compare errors with
     rng = np.random.default_rng(3)
