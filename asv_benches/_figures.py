@@ -242,7 +242,7 @@ def iteration_time_rows(sizes: Sizes) -> Iterator[Row]:
     for size in sizes:
         for n in (1, 4):
             ratio = interleaved(iteration.ours(size.batch, size.m, n), iteration.textbook(size.batch, size.m, n))
-            figure = f"iteration VJP / textbook's three solves a pair, ({size.batch}, {size.m}) float32, n = {n}"
+            figure = f"iteration VJP / textbook's three solves per pair, ({size.batch}, {size.m}) float32, n = {n}"
             yield at_most(figure, ratio.median, size.bar, written(ratio), MARGIN)
 
 

@@ -31,7 +31,7 @@ class Library(NamedTuple):
     files: dict[str, str]
     """The file of the archive that stands for one that a page loads, by the latter's name."""
     folders: tuple[str, ...] = ()
-    """What those files load themselves."""
+    """Folders of the archive from which those files load others themselves."""
 
     @property
     def url(self) -> str:

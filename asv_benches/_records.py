@@ -101,7 +101,7 @@ def table(found: Sequence[Change]) -> Iterator[str]:
 
 
 def differing(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
-    """What was not the same in the two measurements, beside the code."""
+    """Yield the conditions, other than the code, that differ between the two measurements."""
     before, after = ({**r.get("conditions", {})} for r in (old, new))
     before |= before.pop("versions", {})
     after |= after.pop("versions", {})

@@ -93,7 +93,7 @@ def figures() -> dict[str, tuple[str, Callable[[], float]]]:
 
 
 def compare(now: dict[str, float], recorded: dict[str, float]) -> list[str]:
-    """What got worse than its factor allows, or is not recorded, one line each."""
+    """List the figures that got worse than their factors allow or are not recorded, one line per figure."""
     kinds = {name: kind for name, (kind, _) in figures().items()}
     worse = [f"{name} is not recorded: run gate.py --write" for name in now if name not in recorded]
     for name in sorted(set(now) & set(recorded)):

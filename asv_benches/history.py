@@ -41,7 +41,7 @@ COLUMNS = ("result", "params", "version", "stats_ci_99_a", "stats_ci_99_b", "sta
 
 
 class Refused(Exception):
-    """What was asked for cannot be done; the message says why and what to do."""
+    """A request that cannot be fulfilled; the message says why and what to do."""
 
 
 def git(*arguments: str) -> str:
@@ -52,7 +52,7 @@ def git(*arguments: str) -> str:
 
 
 def asv(work: Path, results: Path, html: Path, branch: str, *arguments: str) -> int:
-    """Run asv with a configuration and a home directory of its own: it neither asks nor remembers."""
+    """Run asv with a separate configuration and home directory, so that it neither asks nor remembers."""
     if importlib.util.find_spec("asv") is None:
         raise Refused('asv is not installed: python -m pip install -e ".[bench]"')
     configuration = json.loads((HERE / "asv.conf.json").read_text(encoding="utf-8"))

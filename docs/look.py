@@ -136,7 +136,7 @@ def main() -> int:
 
 
 def fetched(html: Path) -> Iterator[str]:
-    """What any built page or style sheet would fetch from a network."""
+    """Yield everything that a built page or style sheet would fetch from a network."""
     for path in sorted(html.rglob("*.html")):
         for match in FETCHED.findall(path.read_text(encoding="utf-8")):
             yield f"{path.relative_to(html)} fetches {''.join(match)}"
@@ -146,7 +146,7 @@ def fetched(html: Path) -> Iterator[str]:
 
 
 def look(arguments: argparse.Namespace, page: str, mathematics: bool) -> Iterator[str]:
-    """What is wrong with one page."""
+    """Yield everything that is wrong with one page."""
     path = arguments.html / f"{page}.html"
     if not path.exists():
         yield "was not built"
@@ -169,7 +169,7 @@ def look(arguments: argparse.Namespace, page: str, mathematics: bool) -> Iterato
 
 
 def history(arguments: argparse.Namespace, name: str, view: str, wanted: str) -> Iterator[str]:
-    """What is wrong with one view of the history: it is drawn by scripts, into one page."""
+    """Yield everything that is wrong with one view of the history, which scripts draw into one page."""
     url = f"{(arguments.history / 'index.html').resolve().as_uri()}{view}"
     dom, console = chromium(arguments.chromium, url, "--dump-dom", "--window-size=1280,1400")
     yield from (f"console: {error}" for error in ERRORS.findall(console))
@@ -179,7 +179,7 @@ def history(arguments: argparse.Namespace, name: str, view: str, wanted: str) ->
 
 
 def on_a_phone(arguments: argparse.Namespace, page: str, url: str) -> Iterator[str]:
-    """In a frame, because headless Chromium makes no window that narrow; nothing may stick out to the right."""
+    """Yield what sticks out on a phone, in a frame because headless Chromium makes no window that narrow."""
     width, height = PHONE
     with tempfile.TemporaryDirectory(prefix="ddnref-look-") as folder:
         frame = Path(folder) / "frame.html"
@@ -205,7 +205,7 @@ def screenshot(arguments: argparse.Namespace, page: str, url: str, name: str, si
 
 
 def chromium(browser: str, url: str, *options: str) -> tuple[str, str]:
-    """Standard output and error of one run, each with a profile of its own."""
+    """Standard output and error of one run, with a fresh profile."""
     with tempfile.TemporaryDirectory(prefix="ddnref-look-") as profile:
         done = subprocess.run(
             [browser, *FLAGS, f"--user-data-dir={profile}", *options, url],

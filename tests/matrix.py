@@ -76,20 +76,20 @@ def parse(text: str) -> Outcomes:
 
 
 class Record:
-    """What the tests of one run found."""
+    """Outcomes of the tests of one run."""
 
     def __init__(self) -> None:
         self.outcomes: Outcomes = {}
 
     def add(self, properties: Any) -> None:
-        """What a test has recorded, also one that ran in another process."""
+        """Add the outcomes that a test has recorded, even in another process."""
         for name, value in properties:
             if name == "matrix":
                 section, column, operation, outcome = value
                 self.outcomes[Cell(section, column, operation)] = outcome
 
     def write(self, path: Path, exitstatus: int) -> str:
-        """Write the file if all is known and green; what to say."""
+        """Write the file if all outcomes are known and green; return what to say."""
         missing = [cell for cell in CELLS if cell not in self.outcomes]
         if exitstatus or missing:
             return f"{path} is not written: {'tests failed' if exitstatus else f'{len(missing)} cells did not run'}"

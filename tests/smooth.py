@@ -16,9 +16,9 @@ from ddnref._rules.table import RULES
 
 class Smooth(NamedTuple):
     inputs: Callable[[Any, Any], tuple[Any, ...]]
-    """From a random matrix, and diag(1, …, m) of its dtype, to the inputs of the operation."""
+    """Map a random matrix, and diag(1, …, m) of its dtype, to the inputs of the operation."""
     outputs: Callable[[Any], tuple[Any, ...]]
-    """From its result to arrays that are differentiable functions of the inputs."""
+    """Map its result to arrays that are differentiable functions of the inputs."""
     options: dict[str, Any] = {}
 
 

@@ -39,7 +39,7 @@ class Repeated(NamedTuple):
     q: np.ndarray
     c: np.ndarray
     inside: np.ndarray
-    """Which of the ascending eigenvalues belong to the triple one."""
+    """Mask of the ascending eigenvalues that belong to the triple one."""
 
 
 def repeated(scale: float = 1.0, count: int = 200, seed: int = 0) -> Repeated:
@@ -119,7 +119,7 @@ def trace_of_square_error() -> float:
 
 
 def masked_neighbours(m: int) -> int:
-    """In how many of five generic float32 symmetric matrices `eigh_vjp` takes any two eigenvalues for equal."""
+    """Count the matrices, out of five generic float32 ones, in which `eigh_vjp` takes two eigenvalues for equal."""
     return sum(int(np.sum(has_repeated(problem(1, m, "float32", seed).w))) for seed in range(5))
 
 
@@ -212,6 +212,6 @@ def extra_arrays(call: Call, like: np.ndarray) -> float:
 
 
 def extra_arrays_of_vjp(m: int, dtype: str) -> float:
-    """That of `eigh_vjp` in m×m arrays."""
+    """Extra memory of `eigh_vjp`, in m×m arrays."""
     p = lean_problem(m, dtype)
     return extra_arrays(lambda: eigh_vjp(p.w_bar, p.v_bar, p.w, p.v), p.v)

@@ -1,4 +1,4 @@
-"""What a bridge costs: forward and backward through it, the same pair called by hand, and in the barest wrapper.
+"""Cost of a bridge: forward and backward through it, against the same pair by hand and in the barest wrapper.
 
 The last is an ``autograd.Function`` or ``custom_vjp`` around the same two calls, with no status, no warning, no second
 derivative and no transform. The framework's own part is what one costs that computes nothing.
@@ -28,7 +28,7 @@ class Calls(NamedTuple):
     by_hand: Call
     bare: Call
     nothing: Call
-    """Through a function of the framework that hands out outputs and cotangents made beforehand."""
+    """Pass through a function of the framework that only returns ready-made outputs and cotangents."""
 
 
 class Overhead(NamedTuple):
@@ -40,7 +40,7 @@ class Overhead(NamedTuple):
 
 
 def overhead(a: Call, b: Call) -> Overhead:
-    """Of a over b, interleaved: a b, b a, … in bursts of 20 ms, after a warm-up of both."""
+    """Measure the overhead of a over b, interleaved as a b, b a, … in bursts of 20 ms, after a warm-up of both."""
     duration = min(0.02, seconds() / 10)
     for call in (a, b):
         burst(call, 5 * duration)
@@ -58,9 +58,9 @@ class Problem(NamedTuple):
     bars: tuple[Any, ...]
     options: dict[str, Any]
     forward: Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]]
-    """From inputs to outputs and saved arrays."""
+    """Map inputs to outputs and saved arrays."""
     vjp: Callable[..., tuple[Any, ...]]
-    """From cotangents, outputs, saved arrays and the inputs that it needs to cotangents."""
+    """Map cotangents, outputs, saved arrays and the inputs that it needs to cotangents of the inputs."""
 
     def needed(self, rule: Rule) -> tuple[Any, ...]:
         return tuple(self.inputs[i] for i in rule.needs)

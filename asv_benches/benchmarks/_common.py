@@ -1,4 +1,4 @@
-"""What every benchmark shares: threads, backends, problems drawn with a fixed seed, ratios that noise cannot fake.
+"""Parts shared by all benchmarks: threads, backends, problems with a fixed seed, ratios that noise cannot fake.
 
 No framework is imported until it is used.
 """
@@ -56,7 +56,7 @@ def load(name: str) -> Any:
 
 
 def kilobytes(field: str) -> int:
-    """What Linux says of this process's memory: ``VmRSS`` resident, ``VmHWM`` its peak, of this address space alone."""
+    """Read this process's memory from Linux: ``VmRSS`` (resident) or ``VmHWM`` (its peak in this address space)."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     found = next((line for line in lines if line.startswith(f"{field}:")), None)
     if found is None:

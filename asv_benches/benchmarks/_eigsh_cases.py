@@ -72,7 +72,7 @@ def scipy_forward(spectrum: str, m: int) -> Call:
 
 
 def gradient_error(spectrum: str, m: int) -> float:
-    """Of a loss without a gauge, relative to the closed form."""
+    """Error of the gradient of a gauge-independent loss, relative to the closed form."""
     p = dense(spectrum, m)
     loss = eigen_loss(np.asarray, np.random.default_rng(1), (m,), K, False)[1]
     ((w, v), saved), _ = ddnref.eigsh_fwd(p.x, K, method="iterative")
@@ -114,7 +114,7 @@ def laplacian(shape: tuple[int, int] = GRID) -> LinearOperator:
 class Grid(NamedTuple):
     residual: float
     error: float
-    """Of the gradient in its own direction, against central differences with one Richardson step."""
+    """Relative error of the gradient along its own direction, against central differences with one Richardson step."""
     peak: float
     """Resident memory of the process at its largest, in GiB."""
 

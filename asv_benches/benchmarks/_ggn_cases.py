@@ -59,7 +59,7 @@ def chain(net: str) -> tuple[ddnref.networks.Chain, np.ndarray, np.ndarray]:
 
 
 def ours(task: str, net: str) -> Call:
-    """As a user calls it, all checks on."""
+    """Call the public function as a user does, with all checks on."""
     data = chain(net)
     return {
         "eigvalsh": partial(ddnref.curvature.ggn_eigvalsh, *data),

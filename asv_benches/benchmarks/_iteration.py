@@ -120,7 +120,7 @@ def errors(m: int, distributions: Sequence[str] = tuple(DRAWS)) -> dict[tuple[in
 
 
 def error_at_gap(gap: float, method: str, m: int = 64) -> float:
-    """That of matrices whose largest eigenvalue is 1 and whose second is that much smaller; the others below 1/2."""
+    """Worst error for matrices whose largest eigenvalue is 1, the second smaller by `gap`, the others below 1/2."""
     rng = np.random.default_rng(0)
     spectrum = np.concatenate([[1.0, 1.0 - gap], rng.uniform(-0.5, 0.5, m - 2)])
     q, _ = np.linalg.qr(rng.standard_normal((5, m, m)))
@@ -135,7 +135,7 @@ def _worst(p: Pairs, method: str) -> float:
 
 
 def textbook_error(m: int, n: int, distribution: str = "zero-mean") -> float:
-    """Of the textbook form, from the same pairs, for the eigenvectors' cotangents alone."""
+    """Worst error of the textbook form, from the same pairs, for the eigenvectors' cotangents alone."""
     (p,) = pairs(matrices(distribution, 5, m), (n,))
     exact = p.exact - (p.v.astype(np.float64) * p.w_bar[..., None, :]) @ p.v.mT
     return float(np.max(relative(structured(p.v_bar, p.w, p.v, p.x).astype(np.float64), exact)))

@@ -46,7 +46,7 @@ def _no_vjp(*_: Any) -> Any:
 
 
 def operator(product: str, n: int) -> LinearOperator:
-    """As a user writes it: a function of a few lines, and nothing else."""
+    """Build the operator as a user would, from a function of a few lines and nothing else."""
     apply, parameter = {
         "laplacian": (_laplacian, np.asarray(4 + SHIFT)),
         "convolution": (_convolution, _spectrum(n)),
@@ -153,7 +153,7 @@ def _diagonal(n: int) -> LinearOperator:
 
 
 def unrolled_memory(steps: int, n: int = 64) -> float:
-    """That of the steps and their reverse."""
+    """Peak memory of the steps and their reverse, in images."""
     a, b = _diagonal(n), images(n)
 
     def call() -> Any:
@@ -171,7 +171,7 @@ def unrolled_error(steps: int, n: int = 64) -> float:
 
 
 def implicit_error(steps: int, n: int = 64) -> float:
-    """That of one solve with the adjoint, both solves stopped after as many steps."""
+    """Relative error of the same gradient from one solve and its adjoint, each stopped after that many steps."""
     a = _diagonal(n)
     b, x_bar = images(n, 2)
     x, adjoint = (ddnref.krylov.cg(a, v, rtol=0.0, maxiter=steps, throw=False)[0] for v in (b, x_bar))

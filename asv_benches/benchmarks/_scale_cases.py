@@ -38,7 +38,7 @@ def draw(_: Any, items: int = 0, m: int = 0, block_info: Any = None) -> np.ndarr
 
 
 def loss(w: np.ndarray, v: np.ndarray) -> Any:
-    """Of all eigenvalues and of the projector on the last eigenvector, for each item, and its cotangents."""
+    """Loss of each item, from all eigenvalues and the projector on the last eigenvector, and its cotangents."""
     v_bar = np.zeros_like(v)
     v_bar[..., 0, -1] = 2 * v[..., 0, -1]
     return np.sum(w**3, axis=-1) + v[..., 0, -1] ** 2, (3 * w**2, v_bar)
@@ -55,7 +55,7 @@ def gradients(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """So many for BLAS, and for the batch of ddnref, in this process and in those started meanwhile.
+    """Set the number of threads of BLAS and of ddnref's batches, here and in processes started meanwhile.
 
     A process that is started imports the benchmarks' package, which sets what it is told.
     """
@@ -103,7 +103,7 @@ def cluster(workers: int = 2) -> Iterator[Any]:
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(threads(1))  # what is set here goes before Dask's own setting, which is one, too
-        sys.path.append(HERE)  # which workers take over; asv imports the package in a way of its own
+        sys.path.append(HERE)  # which workers take over; asv imports the package in another way
         stack.callback(sys.path.remove, HERE)
         stack.enter_context(dask.config.set({"distributed.comm.timeouts.connect": "120s"}))
         processes = LocalCluster(
@@ -127,7 +127,7 @@ def matrices(size: Size) -> Any:
 
 
 def mapped(x: Any) -> tuple[Any, Any]:
-    """Under names of their own, or Dask would hand out what the call before has left on the workers."""
+    """Map under fresh names; otherwise Dask would return what the previous call has left on the workers."""
     from dask.graph_manipulation import clone
 
     from ddnref.interop.dask import map_gradients

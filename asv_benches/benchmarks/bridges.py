@@ -1,4 +1,4 @@
-"""What a bridge costs above the pair that it calls, and what the barest wrapper of that framework does."""
+"""Cost of a bridge above the pair that it calls, and that of the barest wrapper of its framework."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``ddnref.ggn_*``: time, ratios to vivit and curvlinops in processes of their own, memory, agreement."""
+"""``ddnref.ggn_*``: time, ratios to vivit and curvlinops in separate processes, memory, agreement."""
 
 from __future__ import annotations
 

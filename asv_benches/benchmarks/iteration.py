@@ -54,7 +54,7 @@ class IterationMemory:
 
 
 class IterationTextbook:
-    """The VJP over the textbook's structured form, three solves a pair: time interleaved, and peak memory."""
+    """The VJP over the textbook's structured form, three solves per pair: time interleaved, and peak memory."""
 
     params = ((32, 128, 512), (1, N))
     param_names = ("m", "n")

@@ -31,7 +31,7 @@ class Krylov:
 
 
 class CgRatio:
-    """Over SciPy's and JAX's conjugate gradients with the same product."""
+    """Time over that of SciPy's and JAX's conjugate gradients with the same product."""
 
     params = (SIZES,)
     param_names = ("product, n",)

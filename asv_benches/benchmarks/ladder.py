@@ -44,7 +44,7 @@ class LadderRatio:
     def setup(self, name: str, size: tuple[int, int]) -> None:
         refuse_slow(name, size)
         pin_threads()
-        if name == "v1" and size == (1000, 32):  # 4.5 s a call: six rounds and their warm-up would take a minute
+        if name == "v1" and size == (1000, 32):  # 4.5 s per call: six rounds and their warm-up would take a minute
             raise NotImplementedError(f"{name} at {size} is too slow to interleave")
         self.calls = rung(*size, "float32", "final"), rung(*size, "float32", name)
 

@@ -1,4 +1,4 @@
-"""What ``import ddnref`` costs above the imports of NumPy and SciPy themselves, in fresh processes that take turns."""
+"""Cost of ``import ddnref`` above the imports of NumPy and SciPy themselves, in fresh processes that take turns."""
 
 from __future__ import annotations
 

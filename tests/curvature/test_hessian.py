@@ -52,7 +52,7 @@ def check_counts(q, damping, factor):
 
 @pytest.mark.parametrize(("n_layers", "a", "n"), GRID)
 def test_grid(n_layers, a, n, rng, monkeypatch):
-    """Try each size with all activations in turn, with biases and residual blocks, and without the dense form."""
+    """Each size with all activations in turn, with biases and residual blocks; without the dense form to lean on."""
     large = a * n > 60  # block QR is for few samples: there the dense matrix is what "auto" falls back to
     if not large:
         monkeypatch.setattr(_methods, "DENSE_LIMIT", 0)
@@ -309,7 +309,7 @@ def test_damping_as_an_array_of_its_own(rng):
 
 @pytest.mark.parametrize("kind", ["tridiagonal", "riccati", "qr", "dense", "auto", "residual", "frozen"])
 def test_a_factor_stays_that_of_the_weights_it_was_made_at(kind, rng):
-    """Change weights, data and damping in place, also where paths are built later than the first one."""
+    """Later changes to weights or data affect neither the factor nor the paths that it builds later."""
     chain, x, t = network(rng, 5, 4, 3, residual=kind == "residual")
     damping = np.asarray(hard_shifts(chain, dense(chain, x, t))[0])
     if kind == "frozen":
@@ -568,7 +568,7 @@ def test_every_library(xp, method):
 
 
 def test_nothing_leaves_the_device(second):
-    """Check on a device that NumPy cannot read that values are read for flags alone."""
+    """All work stays on a device that NumPy cannot read; values are read for flags alone."""
     if second.name == "torch":
         return  # the meta device has no values to compare errors with
     rng = np.random.default_rng(3)

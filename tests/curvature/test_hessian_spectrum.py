@@ -35,7 +35,7 @@ def test_count_at_an_eigenvalue(rng):
 
 @pytest.mark.parametrize(("n_layers", "a", "n"), [(5, 4, 2), (5, 4, 9), (4, 6, 1)])
 def test_delayed_pivots_count_at_every_shift(n_layers, a, n, rng):
-    """Count also where the block of one layer is singular, where the other forms are not used."""
+    """The count is right even where a layer's own block is singular, for which the other forms are not tested."""
     for activation, residual in (("tanh", True), ("relu", False), ("identity", False)):
         q = problem(rng, n_layers, a, n, activation, residual=residual)
         terms = _expansion.hessian_of(q.chain, q.x, q.t, "hessian").expansion
@@ -45,7 +45,7 @@ def test_delayed_pivots_count_at_every_shift(n_layers, a, n, rng):
 
 
 def test_delaying_matters(rng, monkeypatch):
-    """Without delays some counts are wrong, where the first joint block is singular up to rounding."""
+    """Without delays, some counts are wrong where the first joint block is singular to rounding."""
     monkeypatch.setattr(_joint, "THETA", 1e-30)
     wrong = 0
     for seed in range(4):
@@ -102,7 +102,7 @@ def test_nearest(rng):
 
 
 def test_nearest_to_zero(rng):
-    """Refuse a sigma of zero, by name, where zero is an eigenvalue, and take it like any other number elsewhere."""
+    """A sigma of zero is refused by name if zero is an eigenvalue, and is otherwise a number like any other."""
     chain, x, t = network(rng, 3, 4, 1)
     with pytest.raises(ddnref.SingularError, match=r"^sigma is zero and the Hessian is singular.*Pass a sigma"):
         curvature.hessian_eigvals(chain, x, t, 2, sigma=0)

@@ -17,7 +17,7 @@ from ._targets import Problem, Target, positional
 KINDS = ("twice", "as it is, item by item", "strides, order, alignment, read-only", "stride 0", "items reordered")
 """Others warn by contract, or are PyTorch's to refuse."""
 OPERATORS = ("linear_solve",)
-"""Takes ``solve=`` of its own bridge, which the framework's matrix of tests looks at."""
+"""Left out: its ``solve=`` comes from the bridge itself and is covered by the framework's matrix of tests."""
 
 
 def _torch(rule: Rule) -> Any:

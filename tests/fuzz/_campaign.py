@@ -24,7 +24,7 @@ SECONDS = 120.0
 
 
 class Case(NamedTuple):
-    """What became of one case."""
+    """One case and its outcome."""
 
     seed: int
     number: int
@@ -88,7 +88,7 @@ def run(seed: int, numbers: Sequence[int], targets: Sequence[Target]) -> Iterato
 
 
 def table(cases: Sequence[Case]) -> str:
-    """What was tried and what came of it, in Markdown, one row for each kind."""
+    """Return a Markdown table of what was tried and what came of it, one row per kind."""
     errors = sorted({case.outcome for case in cases if case.outcome not in ("equal", "")})
     heads = ("what was done", "cases", "accepted and right", *(f"`{name}`" for name in errors), "findings")
     rows = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
@@ -128,7 +128,7 @@ def worker(seed: int, numbers: Sequence[int], targets: Sequence[Target], seconds
 
 
 def in_workers(seed: int, numbers: Sequence[int], workers: int, command: Sequence[str]) -> list[Case]:
-    """Cases in processes of their own; a process that ends is a finding, and the next one goes on after it."""
+    """Run cases in separate processes; a process that ends is a finding, and the next one continues after it."""
     with ThreadPoolExecutor(workers) as pool:
         parts = [numbers[i::workers] for i in range(workers)]
         found = [case for part in pool.map(lambda part: _drive(seed, part, command), parts) for case in part]

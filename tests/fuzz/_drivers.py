@@ -41,7 +41,7 @@ def _make(build: Callable[..., tuple[Any, ...]], **options: Any) -> Make:
 
 
 def target(function: Any, build: Callable[..., tuple[Any, ...]], names: str, call: Any = None, **fields: Any) -> Target:
-    """Of one function, its arrays named in one string."""
+    """Make the target of one function, whose arrays are named in one string."""
     fields = dict(fields)
     options = fields.pop("given", {})
     name = fields.pop("name", function.__name__)

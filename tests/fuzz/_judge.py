@@ -26,7 +26,7 @@ TINY = 1e-290
 
 
 class Finding(Exception):
-    """What must not happen."""
+    """Behaviour that must not occur."""
 
 
 class Outcome(NamedTuple):
@@ -89,7 +89,7 @@ def root(a: Any) -> Any:
 
 
 def digest(a: Any) -> str:
-    """Of all the memory behind an argument."""
+    """Return a digest of all the memory behind an argument."""
     kind = type(a).__module__.split(".")[0]
     if isinstance(a, tuple | list):
         return "".join(map(digest, a))
@@ -219,6 +219,6 @@ def valid(site: Site, arrays: Any = None, options: Any = None) -> Any:
 
 
 def kept_quiet(site: Site, hostile: Hostile) -> dict[str, Any]:
-    """With ``throw=False`` where the function has it."""
+    """Return the options, with ``throw=False`` if the function has that option."""
     quiet = {"throw": False} if "throw" in inspect.signature(site.target.call).parameters else {}
     return {**hostile.options, **quiet}

@@ -239,7 +239,7 @@ def operator_targets() -> list[Target]:
 
 
 def scipy_targets() -> list[Target]:
-    """Of what goes to SciPy and comes from there: NumPy alone."""
+    """Make the targets for conversions to and from SciPy, on NumPy alone."""
 
     def back(a: Any, **options: Any) -> Any:
         operator = operators.to_scipy(operators.dense(a), **options)

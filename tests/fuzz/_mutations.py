@@ -1,4 +1,4 @@
-"""What is done to an input, and what must follow: every kind, as the documentation names it."""
+"""Mutations of an input and what must follow, one for every kind that the documentation names."""
 
 from __future__ import annotations
 

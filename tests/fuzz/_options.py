@@ -87,7 +87,7 @@ def keyword(site: Site) -> Hostile | None:
 
 
 def throw(site: Site) -> Hostile | None:
-    """Where nothing fails, ``throw=False`` changes nothing."""
+    """Pass ``throw=False``, which changes nothing unless something fails."""
     if "throw" not in inspect.signature(site.target.call).parameters:
         return None
     return Hostile(site.problem.arrays, {**site.problem.options, "throw": False}, "throw=False", "same_thrown")

@@ -1,4 +1,4 @@
-"""What must follow of a hostile call: an equal number or a refusal that helps; all else is a finding."""
+"""The required outcome of a hostile call: an equal number or a helpful refusal; all else is a finding."""
 
 from __future__ import annotations
 
@@ -375,7 +375,7 @@ def twice(site: Site, hostile: Hostile) -> Outcome:
 
 
 def linear(site: Site, hostile: Hostile) -> Outcome:
-    """Of the sum of two cotangents, where the second is another multiple of each bar's first one."""
+    """Expect linearity in the cotangents; the second ones are different random multiples of the first."""
     k, arrays = site.target.bars, site.problem.arrays
     factors = site.rng.uniform(-2.0, 2.0, k)
     second = tuple(f * a for f, a in zip(factors, arrays[:k], strict=True))

@@ -25,7 +25,7 @@ def _planted(name: str, change: Change) -> Target:
 
 
 def _on_numpy(defect: Callable[[Any], Any]) -> Change:
-    """What is done to the first argument, where it is an array of NumPy."""
+    """Apply a defect to the first argument if it is a NumPy array."""
 
     def change(f: Callable[..., Any]) -> Callable[..., Any]:
         return lambda x, *rest, **options: f(defect(x) if isinstance(x, np.ndarray) else x, *rest, **options)
@@ -80,7 +80,7 @@ def _noisy(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _after(defect: Callable[[Any], Any]) -> Change:
-    """What is done to a result that is one array."""
+    """Apply a defect to a result that is a single array."""
     return lambda f: lambda *arrays, **options: defect(f(*arrays, **options))
 
 

@@ -1,4 +1,4 @@
-"""Where a mutation works, and the call that comes of it."""
+"""The site at which a mutation is applied, and the mutated call."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Hostile(NamedTuple):
     expect: str
     """A function of `_oracle`: ``same``, ``refused``, ``same_or_refused``, ``items``, ``others``, ..."""
     names: tuple[str, ...] = ()
-    """What the message of a refusal must mention one of; any argument by default."""
+    """Names of which the message of a refusal must mention one; any argument by default."""
     more: Any = None
-    """What that expectation needs besides."""
+    """Further data that the expectation needs."""
 
 
 class Site(NamedTuple):
-    """Where a mutation works."""
+    """The target and problem to which a mutation is applied, with a random generator."""
 
     rng: np.random.Generator
     target: Target

@@ -1,4 +1,4 @@
-"""The same numbers stored in another way, and what is no array of floating numbers at all."""
+"""The same numbers stored in another way, and inputs that are not arrays of floating-point numbers."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def subclass(site: Site) -> Hostile | None:
     return None if i is None else site.replaced(i, change(site.problem.arrays[i]), how, "same_or_refused")
 
 
-# --- what is no plain floating array ----------------------------------------------------------------------------
+# --- other than plain floating arrays ----------------------------------------------------------------------------
 
 DTYPES: dict[str, Callable[[Any], Any]] = {
     **{
@@ -197,7 +197,7 @@ CONTAINERS: dict[str, Callable[[Any], Any]] = {
 
 
 def container(site: Site) -> Hostile | None:
-    """Lists, numbers, strings, matrices, masked arrays and what else is no array."""
+    """Pass lists, numbers, strings, matrices, masked arrays and other objects that are not plain arrays."""
     how = site.choice(CONTAINERS)
     i = site.pick(lambda a: a.size > 0 and (how != "Python number" or a.ndim > 0), floating=False)
     if i is None or (how == "NumPy number" and site.problem.arrays[i].ndim == 0):

@@ -1,4 +1,4 @@
-"""What is fuzzed: one target for each function of the rule table, its forward and its VJP, and for the others."""
+"""Fuzzed functions: one target for each function of the rule table, its forward and VJP, and for the others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Problem(NamedTuple):
     arrays: tuple[Any, ...]
     options: dict[str, Any] = {}
     condition: float = 100.0
-    """What rounding is amplified by."""
+    """Factor by which rounding is amplified."""
 
 
 Make = Callable[[np.random.Generator, tuple[int, ...], int, bool], Problem]
@@ -34,13 +34,13 @@ class Target(NamedTuple):
     """``call(*arrays, **options)``; what is not an array is bound."""
     make: Make
     names: tuple[str, ...]
-    """Of the arrays, as a message must spell them."""
+    """Names of the arrays, as a message must spell them."""
     items: bool = True
     """Whether leading axes are those of a batch of independent problems."""
     bars: int = 0
     """How many of the first arrays the result is linear in."""
     powers: dict[str, tuple[float, ...]] = {}
-    """Of which power of an argument's scale each output is, for a scale that is a power of two."""
+    """For each argument, the power of its scale by which each output scales, if the scale is a power of two."""
     phases: tuple[int, ...] = ()
     """Outputs that hold unit vectors up to a sign or phase, in columns."""
     check: Callable[..., float] | None = None
@@ -87,7 +87,7 @@ def random_like(rng: np.random.Generator, y: Any) -> Any:
 
 
 def accepted(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Those of the options that the function has."""
+    """Return the options that the function has."""
     known = inspect.signature(function).parameters
     return {key: value for key, value in options.items() if key in known}
 
@@ -110,7 +110,7 @@ POWERS: dict[str, dict[str, tuple[float, ...]]] = {
     "solve": {"a": (-1,), "b": (1,)},
     "linear_solve": {"operator": (-1,), "b": (1,)},
 }
-"""Where scaling an input scales the outputs by a power of it. Rules that are not here are checked without it."""
+"""For each rule and input, the powers by which the outputs scale with it. Other rules are checked without them."""
 PHASES = {"eigh": (1,), "eigh_topk": (1,), "eigsh": (1,), "gram_eigh": (1,)}
 
 
@@ -234,7 +234,7 @@ CHECKS: dict[str, Callable[..., float]] = {
     "least_squares_on_sphere": _least_squares_on_sphere, "weighted_least_squares": _weighted_least_squares,
     "sinkhorn": _sinkhorn, "robust_pool": _robust, "solve": _solve, "linear_solve": _solve,
 }  # fmt: skip
-"""What an accepted forward must satisfy, in plain NumPy."""
+"""Errors of accepted forwards, in plain NumPy."""
 PARAMS = {"operator": ("params",), "w": ("k",)}
 SAVED = {"eigsh_vjp": ("w_rest", "v_rest", "x")}
 """Names of arrays that a signature collects in one."""
@@ -287,7 +287,7 @@ def vjp_target(rule: Rule) -> Target:
 
 
 def rule_targets() -> list[Target]:
-    """Of all rules: a new one is picked up by itself."""
+    """Make the targets of all rules, so that a new rule is included automatically."""
     found = []
     for rule in RULES.values():
         found += [forward_target(rule), vjp_target(rule)]

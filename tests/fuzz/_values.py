@@ -110,7 +110,7 @@ def scale(site: Site, powers: Any = POWERS_OF_TWO) -> Hostile | None:
 
 
 def scale_single(site: Site) -> Hostile | None:
-    """The same in float32, whose exponents end at 2**±126."""
+    """Scale one argument in float32, whose exponents end at 2**±126."""
     hostile = None if site.target.double else scale(site, (-140, -120, -70, -30, 30, 70, 120))
     if hostile is None:
         return None

@@ -228,7 +228,7 @@ class Inequality:
 
     @classmethod
     def one(cls, x, t):
-        """By enumeration of the supports."""
+        """Solve one item by enumeration of the supports."""
         best = (np.inf, None)
         for bits in range(1, 2**N):
             on = np.asarray([bool(bits >> i & 1) for i in range(N)])

@@ -154,7 +154,7 @@ def test_other_backends(name):
 
 
 def test_same_seed_same_bytes():
-    """But for the seconds of the last picture, and the text that states them."""
+    """The same seed gives the same pictures, except the last one, which shows seconds, as does the text."""
     brief = {"LOOKS": (0, 2), "LATE": 2, "TRAIN": 100, "N": 20, "STEPS": dict.fromkeys(BRIEF["STEPS"], 1)}
     first, again = (parts(story(**brief), Picture) for _ in range(2))
     assert all(first[name] == again[name] for name in ("spectrum", "classes", "noise"))

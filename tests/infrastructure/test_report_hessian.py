@@ -114,7 +114,7 @@ def test_wrong_solutions_are_noticed(monkeypatch):
 
 
 def test_dense_counts_are_of_the_hessian(told):
-    """Of a linear model under cross-entropy, whose Hessian is known."""
+    """The counts are right for a linear model under cross-entropy, whose Hessian is known."""
     rng = np.random.default_rng(0)
     x, t, weight = rng.standard_normal((4, 3)), np.asarray([0, 1, 1, 0]), 3 * rng.standard_normal((2, 3))
     chain = networks.Chain.from_arrays([weight], loss="cross_entropy")

@@ -47,7 +47,7 @@ def chunked(array, *sizes):
 
 
 def assert_same(found, expected, rtol=0.0):
-    """To the last bit or to rounding, with the nesting, shapes, dtypes and metadata that were announced."""
+    """Compare to the last bit or to rounding, and check the announced nesting, shapes, dtypes and metadata."""
     assert type(found) is (type(expected) if isinstance(expected, tuple) else da.Array)
     if isinstance(expected, tuple):
         assert len(found) == len(expected)
@@ -89,7 +89,7 @@ def test_the_numbers_of_the_plain_functions(name, is_complex, rng):
 
 @pytest.mark.parametrize("name", RULES)
 def test_fused_gradients(name, rng):
-    """The same as forward and VJP by hand, and the numbers that the loss returned."""
+    """The gradients equal those of forward and VJP by hand, and the values are those that the loss returned."""
     rule = RULES[name]
     sample = TRIALS[rule.name].sample(np.asarray, rng, (5,), 5, False)
     forward_options, vjp_options = options_of(rule, sample.options)
@@ -216,7 +216,7 @@ def test_an_empty_block_among_others(rng):
 
 
 class Own(np.ndarray):
-    """A kind of array of its own, as CuPy's is."""
+    """An array type distinct from NumPy's, like CuPy's."""
 
 
 def test_nothing_runs_while_the_graph_is_made(rng):
@@ -233,7 +233,7 @@ def test_nothing_runs_while_the_graph_is_made(rng):
 
 
 def test_gradients_take_one_task_a_block():
-    """What is saved between forward and VJP, and the tuple of results, never are results of a task."""
+    """No task returns the arrays saved between forward and VJP, or the tuple of results."""
     gradient = map_gradients(ddnref.eigh, first_entry, matrices())[1]
     (found,) = dask.optimize(gradient)
     ours = {name for name in gradient.__dask_graph__().layers if name.startswith("eigh_gradient")}
@@ -453,7 +453,7 @@ def first_entry(w, v):
 
 @pytest.fixture(scope="module")
 def expected():
-    """From this one process."""
+    """Values and gradients computed in this process."""
     values, gradients = [], []
     for block in range(BLOCKS):
         w, v = ddnref.eigh(drawn(block))

@@ -114,7 +114,7 @@ def test_lazy_bits_and_strides(change, torch, differentiable):
 
 
 def test_a_result_in_the_memory_of_an_input_or_another_result_is_copied(torch, bridge):
-    """Or a change in place, which PyTorch counts tensor by tensor, would reach what was saved unseen."""
+    """Otherwise a change in place, which PyTorch counts per tensor, would alter saved arrays unnoticed."""
     kept = np.zeros(4)
     bound = Bound(lambda x: ((x, x[1:]), (kept, kept[:2]), ()), lambda bars, arrays: (bars[0], arrays[0]), None, None)
     _, bound = bridge.computed_by("numpy", RULES["eigh"], bound)

@@ -92,7 +92,7 @@ def test_what_reads_values_runs_without_jit(jax, differentiable):
 
 
 def test_functions_that_change_are_not_compiled(jax, differentiable):
-    """Or the first value would stay for ever, in silence."""
+    """A compiled function would silently keep its first value."""
     power = [2.0]
     op = differentiable(
         ddnref.spectral_function, f=lambda w: w ** power[0], df=lambda w: power[0] * w ** (power[0] - 1)
@@ -122,7 +122,7 @@ def test_a_loss_of_the_eigenvalues_alone_has_no_vector_part(jax, differentiable)
 
 
 def test_default_precision_without_a_warning():
-    """In a process of its own, because 64-bit mode is global: JAX as it comes computes in float32 and int32."""
+    """JAX computes in float32 and int32 by default; a separate process is used as 64-bit mode is global."""
     code = (
         "import jax, jax.numpy as jnp, ddnref\n"
         "from ddnref.interop.jax import differentiable\n"

@@ -1,4 +1,4 @@
-"""What the bridges refuse, for every operation: arrays of others, what is no array, dtypes; by the argument's name."""
+"""The bridges of every operation refuse foreign arrays, objects that are not arrays and other dtypes by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the page on scale-out shows besides Dask: the reducers under torch.distributed."""
+"""The example on the scale-out page that does not use Dask: the reducers under torch.distributed."""
 
 import os
 import subprocess

@@ -52,7 +52,7 @@ def grad(tf):
 
 @pytest.fixture(params=["eager", "graph"])
 def mode(request, tf):
-    """What makes a function run in that mode."""
+    """Return a decorator that makes a function run in that mode."""
     return tf.function if request.param == "graph" else lambda function: function
 
 
@@ -107,7 +107,7 @@ def test_exact_at_repeated_eigenvalues(tf, differentiable, grad, mode, rng):
 
 
 def test_a_gauge_dependent_loss_is_nan_with_a_warning(tf, differentiable, grad, mode, rng):
-    """That item of the batch, not the other."""
+    """Only the item whose loss depends on the gauge is NaN."""
     x = np.stack([with_spectrum(rotation(rng, 6), TRIPLE), np.diag(np.arange(6.0))])
     eigh = differentiable(ddnref.eigh)
     with pytest.warns(RuntimeWarning, match="A gradient is NaN"):
@@ -245,7 +245,7 @@ def test_shapes_in_a_graph(tf, differentiable):
 
 
 def test_mapped_and_repeated(tf, differentiable, grad, rng):
-    """``vectorized_map`` and ``jacobian`` call the operation once an item; a persistent tape is asked twice."""
+    """``vectorized_map`` and ``jacobian`` call the operation once per item; a persistent tape is asked twice."""
     eigh, x = differentiable(ddnref.eigh), symmetric(rng, 3, (4,))
     loss = lambda x: tf.reduce_sum(eigh(x)[0] ** 3)
     whole = grad(loss)(x).numpy()

@@ -120,7 +120,7 @@ def test_a_gradient_that_does_not_exist_is_nan_and_warns(torch, differentiable, 
 
 
 def test_the_warning_passes_vmap(torch, differentiable):
-    """Where no value can be read, an operator of PyTorch warns as it runs."""
+    """If no value can be read, as under vmap, an operator of PyTorch warns when it runs."""
     x = torch.stack([torch.eye(3), torch.diag(torch.arange(3.0))])
     each = torch.func.vmap(torch.func.grad(lambda x: differentiable(ddnref.eigh)(x)[1][0].sum()))
     with pytest.warns(RuntimeWarning, match="A gradient is NaN"):
@@ -142,7 +142,7 @@ def test_values_are_read_once_a_backward_pass(name, torch, differentiable, monke
 
 
 def test_the_same_options_give_the_same_function(differentiable):
-    """So that a framework finds again what it compiled; equal numbers of other types are other options."""
+    """A framework can thus reuse what it compiled; equal numbers of different types are different options."""
     assert differentiable(ddnref.eigh_topk, k=2) is differentiable(ddnref.eigh_topk, k=2)
     assert differentiable(ddnref.eigh_topk, k=2) is not differentiable(ddnref.eigh_topk, k=3)
     assert differentiable(ddnref.eigh_topk, k=True) is not differentiable(ddnref.eigh_topk, k=1)

@@ -179,7 +179,7 @@ def test_an_array_on_another_device_than_the_current_one_is_refused(xp):
 
 @pytest.mark.parametrize("name", RULES)
 def test_closed_forms_read_nothing_on_the_host(name, xp, rng):
-    """And what iterates reads one flag now and then. Counted by the emulation alone."""
+    """Only iterations read a flag now and then. The emulation alone counts the reads."""
     import cupy
 
     rule = RULES[name]

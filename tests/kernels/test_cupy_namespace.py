@@ -1,4 +1,4 @@
-"""What the package calls must exist in CuPy with these arguments: CuPy imports without a GPU, and CI has none.
+"""Every call of the package exists in CuPy with its arguments. CuPy imports without a GPU, and CI has none.
 
 The calls are recorded, not listed by hand: every operation runs on array-api-strict through a namespace that notes
 the name and the keywords of each call, and each is then bound to the signature in ``array_api_compat.cupy``.
@@ -36,7 +36,7 @@ ELSEWHERE = (
     "ddnref.reference",
     "ddnref.verify",
     "ddnref._kernels.torch",
-)  # these run on a library of their own
+)  # each of these runs on one library only
 NAMES = sorted(p.name for p in pkgutil.walk_packages(ddnref.__path__, "ddnref.") if not p.name.startswith(ELSEWHERE))
 MODULES = [module for name in NAMES if hasattr(module := importlib.import_module(name), "array_api_compat")]
 

@@ -157,7 +157,7 @@ def test_a_forked_child_does_not_wait_for_the_parents_threads(rng):
 
 
 def test_neighbours_of_a_nan_item_bit_for_bit_with_blas_on_one_thread():
-    """In a process of its own, because BLAS counts its threads once; wide enough for every kernel."""
+    """A separate process is used, as BLAS counts its threads once; the sizes are wide enough for every kernel."""
     code = (
         "import numpy as np, ddnref\n"
         "rng = np.random.default_rng(0)\n"

@@ -1,4 +1,4 @@
-"""Calls that PyTorch or JAX alone would not return from on a CPU with several threads; each in a process of its own."""
+"""Calls from which PyTorch or JAX alone would not return on a CPU with several threads, in separate processes."""
 
 from __future__ import annotations
 

@@ -273,7 +273,7 @@ def test_restart_length_is_used(rng):
 
 
 def test_long_vectors_go_through_a_product_a_few_at_a_time(rng):
-    """As each would alone; and all at once where the operator has a batch of its own, or the vectors are short."""
+    """Each vector's solution is as if it were alone; short vectors, or those of a batched operator, go all at once."""
     sizes = []
 
     def apply(params, x):

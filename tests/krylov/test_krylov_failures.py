@@ -21,7 +21,7 @@ MESSAGES = {
 
 
 def fails(name, status, *args, **options):
-    """That status without `throw`, an error that says so with it; returns x and info."""
+    """Check for that status without `throw` and for its error with it; return x and info."""
     x, info = SOLVERS[name](*args, throw=False, **options)
     assert np.any(info.status == status), info
     assert not np.any(info.converged & (info.status != 0))

@@ -255,7 +255,7 @@ def test_the_phase_of_a_complex_eigenvector_is_a_gauge(rng):
 
 @pytest.mark.parametrize("seed", [161, 445, 492, *range(30)])
 def test_a_cut_cluster_is_heard_of_whatever_the_matrix(seed):
-    """Also by the VJP without the saved arrays, from the size of a solution; the first seeds were once missed."""
+    """The VJP detects it too, without saved arrays, from the size of a solution; the first seeds were once missed."""
     rng = np.random.default_rng(seed)
     x = with_spectrum(rotation(rng, 40, (2,)), np.stack([np.linspace(2.0, -1.0, 40), REPEATED]))
     (w, v), info = ddnref.eigsh(x, 2, method="iterative", basis=16, throw=False)

@@ -291,7 +291,7 @@ def test_chunks_change_nothing(monkeypatch, rng):
 
 
 def test_unrolled_repeats_the_given_start_and_steps(rng):
-    """Of an iteration that has not converged it is the gradient too, which the implicit methods cannot know."""
+    """It is also the gradient of an iteration that has not converged, which the implicit methods cannot compute."""
     x, v0 = matrix(rng), rng.standard_normal(7)
     stopped = {"v0": v0, "maxiter": 4, "throw": False}
     for is_symmetric in (True, False):

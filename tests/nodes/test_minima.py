@@ -1,4 +1,4 @@
-"""What each node returns, against oracles; where minimum or gradient is not unique; every option."""
+"""Results of each node against oracles, and where minimum or gradient is not unique; every option."""
 
 import itertools
 
@@ -105,7 +105,7 @@ def test_where_the_nearest_point_is_not_unique(norm, x, xp):
 
 
 def test_what_comes_back_where_the_activity_changes():
-    """As documented: on the boundary of a ball the cotangent, at a bound or at the threshold 0."""
+    """The documented gradient: the cotangent on the boundary of a ball, 0 at a bound or at the threshold."""
     y_bar = np.asarray([1.0, 2.0])
     for norm, x in ((1, [0.5, 0.5]), (2, [0.6, 0.8]), (np.inf, [1.0, 0.3])):
         x = np.asarray(x)

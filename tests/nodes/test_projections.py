@@ -83,7 +83,7 @@ def throwing(case, throw=False):
 
 
 def compiled(case, xp, throw=False):
-    """Forward and VJP as the library compiles them; JAX needs a loop of its own, and nothing can be raised."""
+    """Forward and VJP as the library compiles them; JAX needs its own loop, and cannot raise errors."""
     options = throwing(case, throw and xp.name != "jax")
     loop = {}
     if case.iterative and xp.name == "jax":

@@ -16,7 +16,7 @@ CASES = pytest.mark.parametrize("name", NAMES)
 
 
 def everything(operator):
-    """What an operator computes, as one function of arrays."""
+    """Return all that an operator computes, as one function of arrays."""
 
     def run(params, x, y):
         a = operator.with_params(*params)
@@ -44,7 +44,7 @@ def test_is_what_it_says(name, is_complex, batch):
 
 @CASES
 def test_real_operators_take_complex_vectors(name):
-    """And their real parameters have real gradients."""
+    """The gradients of real parameters are then real, too."""
     operator = case(name)
     x, y = vectors(operator, (), True)
     operators.check_operator(operator, x)
@@ -196,7 +196,7 @@ def test_difference_along_chosen_axes():
 
 @KINDS
 def test_algebra_of_matrices(is_complex):
-    """What is built of operators has the matrix that is built of their matrices."""
+    """An operator built from others has the matrix built from their matrices."""
     k, d = case("convolution", is_complex=is_complex), case("diagonal", is_complex=is_complex)
     a, b = k.matrix(), d.matrix()
     c = np.asarray(0.7 - 0.2j if is_complex else 0.7)
@@ -457,7 +457,7 @@ def test_a_prepared_operator_refuses_gradients():
 
 
 def test_scalars_of_numpy_are_parameters():
-    """What NumPy's functions return for arrays without axes; Python's numbers are constants."""
+    """Scalars that NumPy's functions return are parameters; Python's numbers are constants."""
     a = np.eye(2, dtype=np.float32)
     for c in (np.exp(np.asarray(0.5, dtype=np.float32)), np.asarray(2.0, dtype=np.float32)):
         for operator in (operators.scaled(a, c), operators.normal(a, c)):

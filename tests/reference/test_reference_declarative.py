@@ -57,7 +57,7 @@ def test_solve_is_off_and_bordered_is_not(dtype, rng):
 
 
 def test_solve_is_right_away_from_the_solution(rng):
-    """So that it is the formula of the tutorial, and only H's singularity is to blame: all three forms agree."""
+    """All three forms agree, so it is the formula of the tutorial, and only H's singularity is to blame."""
     x, w, v, v_bar = pose(rng, 6, 2)
     w = w + 0.25
     found = [form(v_bar, x, w, v, mode="solve") for form in DDN.values()]

@@ -27,7 +27,7 @@ def dense(a):
 
 @pytest.mark.parametrize("n_iter", [1, 2, 5])
 def test_against_finite_differences(n_iter, xp, rng):
-    """The parameter need not be symmetric for the derivative of these steps to be defined: A and Aᵀ are told apart."""
+    """The derivative of these steps exists for nonsymmetric parameters too: A and Aᵀ are distinguished."""
     z = rng.standard_normal((6, 6)) / 4
     a, b = xp.asarray(3 * np.eye(6) + z), xp.asarray(rng.standard_normal(6))
 

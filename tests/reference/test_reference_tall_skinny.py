@@ -33,7 +33,7 @@ def check(n_layers, a, n, xp, rng):
 
 
 def test_it_needs_what_the_elimination_across_layers_needs(rng):
-    """Where the first block that it eliminates is singular it is lost, though the system is well conditioned."""
+    """It fails if the first block that it eliminates is singular, even for a well-conditioned system."""
     q = problem(rng, 5, 4, 3)
     layers = reference.tall_skinny_derivatives(q.chain, q.x, q.t)
     pivot = layers[0].dxx + layers[0].dx.T @ layers[1].dzz @ layers[0].dx

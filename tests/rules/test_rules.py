@@ -42,13 +42,13 @@ class Solved(NamedTuple):
 
     outputs: tuple
     kept: tuple
-    """What the VJP takes after the cotangents."""
+    """Arguments of the VJP after the cotangents."""
     bars: tuple
     vjp: Callable[..., tuple]
 
 
 def solve(rule: Rule, sample, backend: Backend) -> Solved:
-    """With the cotangents of the sample's loss, or random ones."""
+    """Run the forward, and take the cotangents of the sample's loss, or random ones."""
     forward, vjp = lifted(rule, sample, backend)
     outputs, saved = forward(*sample.inputs)
     bars = as_tuple(sample.loss[1](*outputs)) if sample.loss else tuple(map(random, outputs, range(rule.outputs)))
@@ -78,7 +78,7 @@ def flat(arrays: tuple) -> np.ndarray:
 
 
 def rounding(rule: Rule, sample) -> float:
-    """What an identity may be off by; an iterative solve amplifies its rounding."""
+    """Tolerance of an identity; an iterative solve amplifies its rounding."""
     return STRUCTURE * (sample.condition if rule.vjp_info else 1)
 
 
@@ -270,7 +270,7 @@ def test_the_table_is_the_public_api():
 
 
 def test_what_is_saved_carries_second_derivatives_or_they_are_refused(rng):
-    """Or a bridge would drop the part of a second derivative that passes through saved arrays, in silence."""
+    """A bridge would silently drop the part of a second derivative that passes through other saved arrays."""
     for rule in RULES.values():
         sample = TRIALS[rule.name].sample(np.asarray, rng, (), 4, False)
         _, saved = plain_forward(rule)(*sample.inputs, **options_of(rule, sample.options)[0])
