@@ -53,3 +53,5 @@ class HessianCounts:
     def track_count(self) -> float:
         p = self.problem
         return fastest(lambda: ddnref.curvature.hessian_eigval_count(p.chain, p.x, p.t, (0.01, float("inf"))), 1)
+
+    track_count.version = "f492839a429d50952366fd5566d771142a60bb68a91ac3e310da1c84c4e919f7"  # type: ignore[attr-defined]

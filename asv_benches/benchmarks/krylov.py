@@ -24,8 +24,12 @@ class Krylov:
     def time_solve(self, *_: object) -> None:
         self.solve(*self.arguments, rtol=1e-3)
 
+    time_solve.version = "85844aec91dd2ef8f05758b4adea9eae87aa415e7f35fe182b9e9f37337d435e"  # type: ignore[attr-defined]
+
     def track_steps(self, *_: object) -> int:
         return int(self.solve(*self.arguments, rtol=1e-3)[1].n_iter)
+
+    track_steps.version = "95b5f2fb3147138e5554ba482e51a001cc5b099cde4b8edd9ddef00ebb3c7113"  # type: ignore[attr-defined]
 
     track_steps.unit = "steps"  # type: ignore[attr-defined]
 

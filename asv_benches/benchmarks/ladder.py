@@ -50,3 +50,5 @@ class LadderRatio:
 
     def track_final_over_rung(self, *_: object) -> float:
         return interleaved(*self.calls).median
+
+    track_final_over_rung.version = "b968b154199ea91d54f32b99c07325150a70beef3039f9c68bf9fd9f1a8d3306"  # type: ignore[attr-defined]

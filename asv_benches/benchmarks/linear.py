@@ -98,5 +98,9 @@ class WithoutSymmetry:
     def track_gmres(self, name: str) -> float:
         return cases.products(name, ddnref.krylov.gmres)
 
+    track_gmres.version = "51152756c5eec59cf481095616a9bafcc1d6bd7c49508ceba768c49596e4d50b"  # type: ignore[attr-defined]
+
     def track_bicgstab(self, name: str) -> float:
         return cases.products(name, ddnref.krylov.bicgstab)
+
+    track_bicgstab.version = "8ff83104cf22b9249a57090735b9582b602ec28de179721520d7da54f03a65b9"  # type: ignore[attr-defined]

@@ -138,3 +138,5 @@ class OperatorsErrors:
         x, y = image(256, "float64", 2)
         a_x, a_y = blur(x), blur.adjoint(blur.params, y)
         return float(abs(np.sum(a_x * y) - np.sum(x * a_y)) / (np.linalg.norm(a_x) * np.linalg.norm(y)))
+
+    track_dot_product.version = "06d5668b5f2c5e60cee9bed56c462fce8f9e6dfb083608ddaa2472cb5379394d"  # type: ignore[attr-defined]

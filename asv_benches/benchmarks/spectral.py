@@ -69,11 +69,17 @@ class SpectralMemory:
     def peakmem_setup(self, *_: object) -> None:
         """The baseline: nothing."""
 
+    peakmem_setup.version = "5f3aeafb9a9355c05ce39b27c463b8981ac2c190aabe7401661729dbbc03e5eb"  # type: ignore[attr-defined]
+
     def peakmem_forward(self, *_: object) -> None:
         self.rule.forward(self.v, **self.options)  # logm of a reflection is not finite, and as large
 
+    peakmem_forward.version = "a47138fa6990b6f8703a99dad01f0c7515e38d751527f5572a110c5d0961fb31"  # type: ignore[attr-defined]
+
     def peakmem_vjp(self, *_: object) -> None:
         self.rule.vjp(self.v, self.v, self.w, self.v, **self.vjp_options)
+
+    peakmem_vjp.version = "cddc834e37ad5a126d109f07eca6508bbd06892b5cd0cabfcf87d640cd74bef9"  # type: ignore[attr-defined]
 
 
 class SpectralLimit:
@@ -89,6 +95,8 @@ class SpectralLimit:
 
     def track_vjp_over_its_products(self, *_: object) -> float:
         return interleaved(*self.calls).median
+
+    track_vjp_over_its_products.version = "12a025165e79ede870b22bb0a12f6f9f1bdfa0182a391b4946e5c5f407f313bd"  # type: ignore[attr-defined]
 
 
 class SpectralErrors:
