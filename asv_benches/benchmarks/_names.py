@@ -1,7 +1,7 @@
 """Benchmarks of commits from before the subject modules: their names under the present ones.
 
-The history of a figure must not end where a name moved, so benchmarks are written in the present names alone. asv distinguishes
-benchmarks by a hash of their source; where only names changed in it, `version` keeps the hash.
+The history of a figure must not end where a name moved, so benchmarks are written in the present names alone. asv
+distinguishes benchmarks by a hash of their source; where only names changed in it, `version` keeps the hash.
 """
 
 from __future__ import annotations
