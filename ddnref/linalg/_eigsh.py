@@ -11,6 +11,7 @@ All other eigenvalues lie on one side of each λ_j, so each system is definite, 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import array_api_compat
@@ -18,6 +19,7 @@ import array_api_compat
 from ddnref._core.arrays import (
     Array,
     as_dtype,
+    conj,
     eps,
     full,
     is_true,
@@ -32,12 +34,14 @@ from ddnref._core.checks import check_dtypes, check_shapes, given
 from ddnref._core.loops import CHECK_EVERY, LoopOptions, WhileLoop
 from ddnref._core.noise import noise
 from ddnref._core.selection import take
-from ddnref._kernels.dense import eigh, hermitian_sum
+from ddnref._kernels.dense import eigh, hermitian_sum, identity
+from ddnref._kernels.dense import solve as dense_solve
 from ddnref._kernels.eigh_vjp import exceeds, masked
 from ddnref._kernels.public import public
 from ddnref._kernels.vectors import largest, norm, power_of_two
 from ddnref.errors import ConvergenceError, GaugeError
-from ddnref.linalg._deflated import Shifted, cg, direct, shifted
+from ddnref.krylov._cg import solve_from_zero
+from ddnref.krylov._system import ITERATION_LIMIT
 from ddnref.linalg._lanczos import Plan, lanczos, preference
 from ddnref.operators import LinearOperator
 from ddnref.operators._blocks import SelfAdjoint, inner, self_adjoint, without
@@ -592,7 +596,11 @@ def _solve(g: _Problem, tol: _Tolerances, solver: str, loop: LoopOptions, scale:
     """``W``, and how well its rows solve ``(λ_j I − X) w_j = P v̄_j``."""
     xp = namespace_of(g.w)
     sign = xp.sign(g.w) if g.which == "LM" else full(g.w.shape, 1.0 if g.which == "LA" else -1.0, g.w)
-    s = Shifted(g.a, g.w, g.v, sign, g.w_rest, g.rest)  # definite with this sign: see the top
+
+    def shifted(x: Array) -> Array:
+        """``σ_i P (λ_i I − A) x_i``, positive definite on range(P) with this sign: see the top."""
+        return as_dtype(sign, x)[..., None] * without(as_dtype(g.w, x)[..., None] * x - g.a.apply(x), g.v)
+
     # Right-hand sides that are only rounding count as zero.
     b = without(without(g.v_bar, g.v), g.v)
     b = xp.where((norm(b) > 8 * eps(xp, g.w.dtype) * norm(g.v_bar))[..., None], b, xp.zeros_like(b))
@@ -604,14 +612,13 @@ def _solve(g: _Problem, tol: _Tolerances, solver: str, loop: LoopOptions, scale:
         gap = xp.where(gap > 0, gap, full((), float("inf"), gap))
         y = (inner(b, g.rest) / as_dtype(gap, b)) @ g.rest
     elif solver == "direct":
-        y = direct(s, b)  # k factorisations
+        y = _direct(g, sign, b)  # k factorisations
     else:
-        y, n_iter, positive = cg(
-            s, b, rtol=loop.rtol, maxiter=loop.maxiter, check_every=loop.check_every, while_loop=loop.while_loop
-        )
+        found = solve_from_zero(shifted, b, loop, precondition=_preconditioner(g), project=lambda r: without(r, g.v))
+        y, n_iter, positive = found.x, found.n_iter, found.status <= ITERATION_LIMIT
 
     # A residual at rounding level of the solution is as good as one at the tolerance.
-    size, residual = norm(b), norm(b - shifted(s, y))
+    size, residual = norm(b), norm(b - shifted(y))
     rounding = 2 * tol.cluster * scale[..., None] * norm(y)
     converged = positive & (residual <= 2 * tol.solve * size + rounding)
     # ‖y‖ ≤ ‖b‖ / gap: a solution this large says that the next eigenvalue is the k-th.
@@ -619,6 +626,28 @@ def _solve(g: _Problem, tol: _Tolerances, solver: str, loop: LoopOptions, scale:
     cut = xp.any((size > 0) & (size <= least * scale[..., None] * norm(y)), axis=-1)
     relative = residual / xp.where(size > 0, size, xp.ones_like(size))  # 0 for a right-hand side of 0
     return as_dtype(sign, y)[..., None] * y, EigshVjpInfo(xp.all(converged, axis=-1), n_iter, relative, cut)
+
+
+def _preconditioner(g: _Problem) -> Callable[[Array], Array] | None:
+    """``z = r + Σ_j u_j (c_i / |λ_i − θ_j| − 1) ⟨u_j, r⟩`` with leftover Ritz pairs: they move to the far end c_i."""
+    if g.rest is None or g.w_rest is None or g.rest.shape[-2] == 0:
+        return None
+    xp, u = namespace_of(g.v), g.rest
+    gap = xp.abs(g.w[..., :, None] - g.w_rest[..., None, :])
+    c = xp.max(gap, axis=-1, keepdims=True)
+    factor = as_dtype(xp.where(gap > 0, c / xp.where(gap > 0, gap, xp.ones_like(gap)), xp.ones_like(gap)) - 1, u)
+    return lambda r: r + (factor * inner(r, u)) @ u
+
+
+def _direct(g: _Problem, sign: Array, b: Array) -> Array:
+    """Solve the same systems by factorisations: ``λ_i I − A + σ_i c VᴴV`` is regular and keeps range(P)."""
+    xp, matrix = namespace_of(b), g.a.matrix()
+    w, sign = (as_dtype(x, b)[..., None] for x in (g.w, sign))
+    c = xp.max(xp.sum(xp.abs(matrix), axis=-1), axis=-1)[..., None, None, None]  # at least ‖A‖
+    span = xp.matrix_transpose(g.v) @ conj(g.v)
+    shift = sign[..., None] * as_dtype(c, b) * span[..., None, :, :]
+    x = dense_solve(w[..., None] * identity(g.a.m, b) - matrix[..., None, :, :] + shift, b[..., None])
+    return sign * without(x[..., 0], g.v)
 
 
 def _raise_reverse(info: EigshVjpInfo, bad: Array, tol: _Tolerances) -> None:
