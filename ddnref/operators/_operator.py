@@ -145,7 +145,7 @@ def no_params_vjp(params: Params, y_bar: Array, x: Array) -> NoReturn:  # noqa: 
 def check_vector(name: str, x: Array, shape: tuple[int, ...], params: Params) -> None:
     """Raise unless `x` is ``(..., *shape)``, floating, and of the precision of the parameters."""
     named = {f"params[{i}]": parameter for i, parameter in enumerate(params)}
-    given(**named)
+    given(**{name: x}, **named)
     xp = namespace(**{name: x}, **named)
     if tuple(x.shape[max(0, x.ndim - len(shape)) :]) != shape:
         wanted = ", ".join(["...", *map(str, shape)])

@@ -56,10 +56,13 @@ def test_other_process_agrees_with_tracemalloc(monkeypatch):
     found = _measure.peaks(_passes.LADDER["NumPy"], {(name, size): 0.0 for name in ("v2", "v3", "final")})
     for (name, _), value in found.items():
         calls[name]()
-        tracemalloc.start()
-        calls[name]()
-        exact = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
+        peaks = []
+        for _ in range(3):  # what other tests left may be freed or cached meanwhile, which only adds to a peak
+            tracemalloc.start()
+            calls[name]()
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        exact = min(peaks)
         assert value == pytest.approx(exact, rel=0.1), name
     assert len(found) == 3
 

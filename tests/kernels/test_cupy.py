@@ -9,6 +9,7 @@ from problems import relative
 from public_names import PUBLIC
 
 import ddnref
+from ddnref._core.arrays import check_current_device
 from ddnref._kernels import cupy as _cupy
 from ddnref._kernels import dense as _linalg
 from ddnref._kernels import lu as _lu
@@ -173,8 +174,8 @@ def test_qr_of_nothing(shape, xp):
 
 def test_an_array_on_another_device_than_the_current_one_is_refused(xp):
     with pytest.raises(TypeError, match=r"x is on <CUDA Device 1>.*Enter the device first"):
-        _cupy.check_current_device({"x": SimpleNamespace(device="<CUDA Device 1>")})
-    _cupy.check_current_device({"x": xp.asarray(np.ones(2))})
+        check_current_device({"x": SimpleNamespace(device="<CUDA Device 1>")})
+    check_current_device({"x": xp.asarray(np.ones(2))})
 
 
 @pytest.mark.parametrize("name", RULES)
