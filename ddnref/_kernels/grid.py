@@ -23,7 +23,7 @@ from ddnref._kernels.vectors import PART, as_complex
 def transform(x: Array, n: int) -> Array:
     """The spectrum over the last n axes, half of it for real `x`, as a fresh array."""
     if array_api_compat.is_numpy_array(x):
-        z = scipy.fft.fft(x) if is_complex(x) else scipy.fft.rfft(x)
+        z = scipy.fft.fft(x) if x.dtype.kind == "c" else scipy.fft.rfft(x)
         for axis in range(-n, -1):
             z = scipy.fft.fft(z, axis=axis, overwrite_x=True)
         return np.asarray(z)
