@@ -224,6 +224,11 @@ def refuse_non_finite(name: str, x: Array) -> None:
         )
 
 
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """Return a tuple unchanged, anything else as a tuple of one."""
+    return value if isinstance(value, tuple) else (value,)
+
+
 def is_number(c: Any) -> bool:
     """Return whether a coefficient is a plain Python number: a constant, whereas an array is a parameter."""
     return isinstance(c, (int, float, complex)) and not isinstance(c, np.generic)

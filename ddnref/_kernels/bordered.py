@@ -101,7 +101,7 @@ def solve_on_complement(w: Array, y: Array, right: Array, size: Array, x: Array)
 
 
 def _solve_bordered(w: Array, y: Array, right: Array, size: Array, x: Array) -> tuple[Array, Array]:
-    """By LU, with a border that is scaled like the matrix."""
+    """Solve by LU factors, with a border that is scaled like the matrix."""
     xp, n = namespace_of(y), y.shape[-1]
     border = size[..., None] * y  # of the size of the matrix, or the condition number would suffer
     systems = (bordered(shifted(x, w[..., i]), border) for i in range(n))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache, wraps
 from typing import Any, NamedTuple
 
-from ddnref._core.arrays import Array, namespace_of, nan_where, with_axes
+from ddnref._core.arrays import Array, as_tuple, namespace_of, nan_where, with_axes
 from ddnref._rules.contract import Rule
 from ddnref.operators import LinearOperator
 
@@ -178,11 +178,6 @@ def spread(flags: Array, like: Array) -> Array:
 def failed(x_bar: Array) -> Array:
     """Return where a gradient is NaN. One column tells, because all entries of a failed item are NaN."""
     return namespace_of(x_bar).isnan(x_bar[..., :1] if x_bar.ndim else x_bar)
-
-
-def as_tuple(value: Any) -> tuple[Any, ...]:
-    """Return a tuple unchanged, anything else as a tuple of one."""
-    return value if isinstance(value, tuple) else (value,)
 
 
 # --- operators among the inputs -----------------------------------------------------------------------------------

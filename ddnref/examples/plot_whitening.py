@@ -87,7 +87,7 @@ x_bar = to_numpy(ddnref.invsqrtm_vjp(convert(y_bar), y, *saved))
 
 
 def loss(w, v, y_bar):
-    """The same loss as one would write it for autograd."""
+    """Return that loss, written for autograd."""
     return (y_bar * ((v / w[..., None, :] ** 0.5) @ v.mT)).sum()
 
 

@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ddnref._core.arrays import Array
+from ddnref._core.arrays import Array, as_tuple
 from ddnref._core.checks import conform
 from ddnref._kernels.dense import matvec
 from ddnref._kernels.public import public
 from ddnref.implicit._bordered import solve
-from ddnref.implicit._point import Bars, Functions, Point, as_tuple, constrained, negative, of_shape, unconstrained
+from ddnref.implicit._point import Bars, Functions, Point, constrained, negative, of_shape, unconstrained
 from ddnref.implicit._structures import Products, Structure, as_structure
 
 

@@ -150,11 +150,6 @@ def of_shape(name: str, array: Array, y: Array, shape: tuple[int, ...]) -> Array
     return nan_where(~namespace_of(array).isfinite(array), array)
 
 
-def as_tuple(value: Any) -> tuple[Any, ...]:
-    """Return a tuple unchanged, anything else as a tuple of one."""
-    return value if isinstance(value, tuple) else (value,)
-
-
 def negative(bars: Any) -> Bars:
     """``−x̄`` of one or several inputs."""
     return tuple(-bar for bar in bars) if isinstance(bars, tuple) else -bars

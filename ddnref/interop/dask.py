@@ -20,9 +20,9 @@ import dask.array as da
 import numpy as np
 from dask.array.utils import meta_from_array
 
-from ddnref._core.arrays import Array, nan_where
+from ddnref._core.arrays import Array, as_tuple, nan_where
 from ddnref._core.checks import check_dtypes, check_shapes
-from ddnref._rules.binding import as_tuple, bind, leaves, options_of, plain_vjp, spread
+from ddnref._rules.binding import bind, leaves, options_of, plain_vjp, spread
 from ddnref._rules.table import RULES, rule_of
 from ddnref.curvature._reducers import Reducer
 from ddnref.interop._dask_signatures import Given, Item, called, checked, items_of, names_of, refuse_others

@@ -279,7 +279,7 @@ def is_cut(w: Array, w_rest: Array, scale: Array, which: str, cluster_rtol: floa
 
 
 def _full(a: SelfAdjoint, k: int, which: str) -> tuple[tuple[Array, Array], tuple[Array, Array], Array, Array]:
-    """From the whole spectrum: the pairs, the others, ‖A‖, and no iterations."""
+    """Return the pairs, the others, ‖A‖ and zero iterations, from the whole spectrum."""
     w, v = eigh(a.matrix())
     xp = namespace_of(w)
     scale = xp.max(xp.abs(w), axis=-1)  # ‖A‖

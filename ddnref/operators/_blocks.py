@@ -30,7 +30,7 @@ class SelfAdjoint(NamedTuple):
     """A self-adjoint map on blocks of rows."""
 
     apply: Callable[[Array], Array]
-    """From ``(..., j, m)`` to ``(..., j, m)``, each row replaced by its image."""
+    """The map of rows ``(..., j, m)``, each of which is replaced by its image."""
     batch: tuple[int, ...]
     shape: tuple[int, ...]
     """Shape of one vector."""
@@ -137,11 +137,11 @@ class Tall(NamedTuple):
     times: Callable[[Array], Pieces]
     """The cotangents of the arrays that define V if the cotangent of V is ``V x``, x an n×n matrix."""
     split: Callable[[Any, str], Pieces]
-    """From vectors in the caller's form to pieces, validated."""
+    """Validate vectors in the caller's form and split them into pieces."""
     join: Callable[[Pieces], Any]
-    """From pieces to vectors in the caller's form, a tuple for several pieces."""
+    """Join pieces to vectors in the caller's form, a tuple for several pieces."""
     join_bar: Callable[[Pieces], Any]
-    """From cotangents to the caller's form, a tuple for the parameters of an operator."""
+    """Bring cotangents to the caller's form, a tuple for the parameters of an operator."""
 
 
 def tall(factor: Factor) -> Tall:

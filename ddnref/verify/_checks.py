@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddnref import testing
-from ddnref._core.arrays import Array
-from ddnref._rules.binding import as_tuple, options_of, plain_forward, plain_vjp
+from ddnref._core.arrays import Array, as_tuple
+from ddnref._rules.binding import options_of, plain_forward, plain_vjp
 from ddnref._rules.contract import Rule
 from ddnref._rules.samples import Sample
 from ddnref._rules.table import TRIALS
