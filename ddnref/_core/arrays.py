@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import cache
+from operator import truth
 from typing import Any, TypeAlias
 
 import array_api_compat
@@ -20,16 +22,16 @@ Namespace: TypeAlias = Any
 def namespace(**arrays: Array | None) -> Namespace:
     """Return the namespace that all named arrays share, skipping ``None`` entries.
 
-    Raises
-    ------
-    TypeError
-        If there is no array, or the arrays mix namespaces or devices, or one is neither real nor complex
-        floating (float16 included: LAPACK has no half precision).
+    Raises ``TypeError`` if there is no array, if they mix namespaces or devices, or if one is neither real nor complex
+    floating. float16 is refused too, because LAPACK has no half precision.
     """
     present = {name: array for name, array in arrays.items() if array is not None}
     if not present:
         raise TypeError(f"{' and '.join(arrays)} must be given: there is nothing to compute from None.")
-    if all(type(a) is np.ndarray and a.dtype.char in "fdFD" and a.dtype.isnative for a in present.values()):
+    for array in present.values():
+        if not (type(array) is np.ndarray and array.dtype.char in "fdFD" and array.dtype.isnative):
+            break
+    else:
         return _numpy_namespace()  # a short cut for the common case, which takes a microsecond
     # Everything else: one library, one device, then a floating dtype.
     xp = library(**present)
@@ -50,38 +52,62 @@ def _numpy_namespace() -> Namespace:
     return xp
 
 
+HINTS = {
+    "dask": "pass the function to ddnref.interop.dask.map_items, which calls it on the blocks, or pass {}.compute()",
+    "tensorflow": "wrap the operation with ddnref.interop.tensorflow.differentiable, or pass {}.numpy()",
+}
+"""Advice for arrays of libraries that the plain functions do not take."""
+
+
 def library(**arrays: Array) -> Namespace:
     """Return the namespace that all named arrays share, whatever their dtypes.
 
     Raises ``TypeError`` if they mix namespaces or devices.
     """
-    xp = _shared_namespace(arrays)
+    # Refuse lists, scalars and types, some of which array libraries would take for arrays.
+    for name, array in arrays.items():
+        if (hint := HINTS.get(type(array).__module__.partition(".")[0])) is not None:
+            raise TypeError(f"{name} is a {_kind(array)}: {hint.format(name)}.")
+        if isinstance(array, type) or not array_api_compat.is_array_api_obj(array):
+            raise TypeError(
+                f"{name} is a {_kind(array)}, not an array. "
+                f"Pass a NumPy, CuPy, PyTorch, JAX or other array-API array; {_instead(name, array)}."
+            )
+    # The message names each argument with its type, because several may be wrong.
+    try:
+        xp = array_api_compat.array_namespace(*arrays.values())
+    except TypeError as error:
+        kinds = ", ".join(f"{name}: {_kind(array)}" for name, array in arrays.items())
+        raise TypeError(
+            f"All arrays must come from one library, but got {kinds}. "
+            "Nothing is converted silently; move them to one library first, for example with xp.from_dlpack."
+        ) from error
+    # Arrays of the right library may still be of a kind, or on a device, that would give wrong numbers.
     for name, array in arrays.items():
         _check_plain(name, array)
     _check_devices(arrays)
     return xp
 
 
+def _instead(name: str, array: Any) -> str:
+    """Say what becomes of objects that are not arrays, with the conversion of those that know one."""
+    if isinstance(array, type):
+        return "a type is none"
+    if hasattr(array, "params_vjp") and hasattr(array, "domain_shape"):  # our own, of a layer above this one
+        return "operators are taken by ddnref.eigsh, ddnref.linear_solve, the solvers of ddnref.krylov and gram_eigh"
+    if hasattr(array, "matvec") or hasattr(array, "toarray"):
+        dense = f"{name}.toarray() is one, and " if hasattr(array, "toarray") else ""
+        return (
+            f"{dense}ddnref.operators.from_scipy({name}) is a LinearOperator, which ddnref.eigsh, ddnref.linear_solve "
+            "and the solvers of ddnref.krylov take"
+        )
+    if hasattr(array, "todense"):
+        return f"{name}.todense() is one"
+    return "lists and scalars are not converted"
+
+
 def _kind(array: Array) -> str:
     return f"{type(array).__module__.split('.')[0]}.{type(array).__qualname__}"
-
-
-def _shared_namespace(present: dict[str, Array]) -> Namespace:
-    for name, array in present.items():
-        if isinstance(array, type) or not array_api_compat.is_array_api_obj(array):
-            raise TypeError(
-                f"{name} is a {_kind(array)}, not an array. "
-                "Pass a NumPy, CuPy, PyTorch, JAX or other array-API array; lists and scalars are not converted."
-            )
-    # The message names each argument with its type, because several may be wrong.
-    try:
-        return array_api_compat.array_namespace(*present.values())
-    except TypeError as error:
-        kinds = ", ".join(f"{name}: {_kind(array)}" for name, array in present.items())
-        raise TypeError(
-            f"All arrays must come from one library, but got {kinds}. "
-            "Nothing is converted silently; move them to one library first, for example with xp.from_dlpack."
-        ) from error
 
 
 def _check_plain(name: str, array: Array) -> None:
@@ -146,6 +172,7 @@ def namespace_of(x: Array) -> Namespace:
 
 def is_complex(x: Array) -> bool:
     """Return whether the dtype is complex, much faster than ``isdtype``, which takes as long as a short product."""
+    # The dtypes of NumPy and CuPy have a kind, those of other libraries only a name.
     dtype = x.dtype
     return dtype.kind == "c" if isinstance(dtype, np.dtype) else "complex" in str(dtype)
 
@@ -170,6 +197,11 @@ def as_dtype(x: Array, like: Array) -> Array:
     return x if x.dtype == like.dtype else namespace_of(x).astype(x, like.dtype)
 
 
+def of_kind(x: Array, like: Array) -> Array:
+    """Return a cotangent of `like`: the real part of `x` where `like` is real, complex where it is complex."""
+    return real(x) if is_complex(x) and not is_complex(like) else as_dtype(x, like)
+
+
 def real_dtype(xp: Namespace, dtype: Any) -> Any:
     """Return the real dtype of the same precision."""
     return xp.float32 if dtype in (xp.float32, xp.complex64) else xp.float64
@@ -180,27 +212,76 @@ def eps(xp: Namespace, dtype: Any) -> float:
     return 2.0**-23 if dtype in (xp.float32, xp.complex64) else 2.0**-52
 
 
+def clip(x: Array, limit: float) -> Array:
+    """Limit numbers to ``[-limit, limit]``; array-api-compat's form indexes with a mask, which no graph can hold."""
+    xp = namespace_of(x)
+    return xp.minimum(xp.maximum(x, full((), -limit, x)), full((), limit, x))
+
+
 def double(xp: Namespace, x: Array) -> Array:
-    """Return `x` in float64, or unchanged where JAX has not been told to compute in 64 bits."""
-    if x.dtype == xp.float64 or (array_api_compat.is_jax_array(x) and not sys.modules["jax"].config.jax_enable_x64):
+    """Return `x` in float64 or complex128; unchanged where JAX or the device does not compute in 64 bits."""
+    if x.dtype in (xp.float64, xp.complex128):
         return x
-    return xp.astype(x, xp.float64)
+    if array_api_compat.is_jax_array(x) and not sys.modules["jax"].config.jax_enable_x64:
+        return x
+    if str(array_api_compat.device(x)).startswith("mps"):  # a GPU without double precision
+        return x
+    return xp.astype(x, xp.complex128 if is_complex(x) else xp.float64)
 
 
-def refuse_recording(function: str, x: Array) -> None:
+def refuse_recording(function: str, /, *arrays: Array, **named: Array) -> None:
     """Raise ``TypeError`` where PyTorch would record its own derivative of the forward instead of ours."""
-    if is_recorded(x):
-        raise TypeError(
-            f"The tensor given to {function} requires grad, so PyTorch would record its own derivative "
-            "(NaN or wrong at repeated eigenvalues) instead of ours. Call "
-            f"ddnref.interop.torch.differentiable(ddnref.{function}) to train through it, or pass x.detach() "
-            f"and call {function}_vjp yourself."
-        )
+    for name, x in (*(("", x) for x in arrays), *named.items()):
+        if is_recorded(x):
+            what, detached = (name, name) if name else ("A tensor", "x")
+            raise TypeError(
+                f"{what} given to {function} requires grad, so PyTorch would record its own derivative (NaN or wrong "
+                "at repeated eigenvalues) instead of ours. Call "
+                f"ddnref.interop.torch.differentiable({_public_path(function)}) to train through it, or pass "
+                f"{detached}.detach() and call {function}_vjp yourself."
+            )
+
+
+def _public_path(function: str) -> str:
+    """Return the path under which users know a function, such as ``ddnref.nodes.sinkhorn``."""
+    # The subject modules are layers above this one, so they are looked up among those that are loaded.
+    modules = (name for name in ("ddnref", "ddnref.nodes", "ddnref.curvature") if name in sys.modules)
+    return next(
+        (f"{name}.{function}" for name in modules if hasattr(sys.modules[name], function)), f"ddnref.{function}"
+    )
 
 
 def requires_grad(x: Array) -> bool:
-    """Return whether `x` is a PyTorch tensor that requires grad."""
-    return "torch" in sys.modules and array_api_compat.is_torch_array(x) and bool(x.requires_grad)
+    """Return whether `x` is a PyTorch tensor that requires grad, to any of the transforms of ``torch.func`` around."""
+    if "torch" not in sys.modules or not array_api_compat.is_torch_array(x):
+        return False
+    torch = sys.modules["torch"]
+    if x.requires_grad or not torch._C._are_functorch_transforms_active():
+        return bool(x.requires_grad)
+    # A compiler answers no for every transform. If one of them differentiates, ask outside of its graph.
+    if torch.compiler.is_compiling():
+        return _a_transform_differentiates() and bool(torch.compiler.disable(_requires_grad_at_any_level)(x))
+    return _requires_grad_at_any_level(x)
+
+
+def _requires_grad_at_any_level(x: Array) -> bool:
+    """Take off the wrappers of transforms, each of which knows only its own level."""
+    functorch = sys.modules["torch"]._C._functorch
+    while not x.requires_grad and functorch.is_functorch_wrapped_tensor(x):
+        x = functorch.get_unwrapped(x)
+    return bool(x.requires_grad)
+
+
+def _a_transform_differentiates() -> bool:
+    """Whether ``grad`` is among the active transforms of ``torch.func``; a compiler can trace this."""
+    torch = sys.modules["torch"]
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    innermost = torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter()
+    if innermost.key() == torch._C._functorch.TransformType.Grad:
+        return True
+    with innermost.lower():
+        return _a_transform_differentiates()
 
 
 def is_recorded(x: Array) -> bool:
@@ -208,19 +289,53 @@ def is_recorded(x: Array) -> bool:
     return requires_grad(x) and bool(sys.modules["torch"].is_grad_enabled())
 
 
-def is_true(flag: Array) -> bool:
-    """Read one flag on the host. Nothing else in the package synchronises with a device."""
-    return bool(flag)
+is_true: Callable[[Array], bool] = truth
+"""Read one flag on the host. Nothing else in the package synchronises with a device."""
+
+
+SHOWN = 5
+"""How many items of a batch a message names."""
+
+
+def first_flagged(flags: Array, shown: int = SHOWN) -> tuple[list[tuple[int, ...]], int]:
+    """Return the batch indices of at most `shown` flagged items, and how many are flagged. Reads the host."""
+    xp, shape = namespace_of(flags), tuple(flags.shape)
+    left = xp.astype(xp.reshape(flags, (-1,)), xp.int32)
+    count, places = int(xp.sum(left)), []
+    numbers = xp.arange(left.shape[0], dtype=xp.int32, device=array_api_compat.device(flags))
+    # The first flagged item, the next one, and so on: no more reads than names.
+    for _ in range(min(count, shown)):
+        first = int(xp.argmax(left))
+        places.append(tuple(map(int, np.unravel_index(first, shape))))
+        left = xp.where(numbers == first, xp.zeros_like(left), left)
+    return places, count
+
+
+def listed(places: list[tuple[int, ...]]) -> str:
+    """Write batch indices for a message; those of a single batch axis are plain numbers."""
+    return ", ".join(str(i[0]) if len(i) == 1 else str(i) for i in places)
+
+
+def among(bad: Array) -> str:
+    """Say for a message which items of a batch are flagged; nothing where there is no batch. Reads the host."""
+    places, count = first_flagged(bad) if bad.ndim else ([], 0)
+    if count == 0:
+        return ""
+    size = " x ".join(map(str, bad.shape))
+    more = f", ..., {count} in all," if count > len(places) else ""
+    return f" (item{'s' if count > 1 else ''} {listed(places)}{more} of {size})"
 
 
 def refuse_non_finite(name: str, x: Array) -> None:
-    """Raise `NonFiniteError` if `x` contains NaN or infinity; reads one flag."""
+    """Raise `NonFiniteError` if `x`, matrices ``(..., m, n)``, contains NaN or infinity; reads one flag."""
     xp = array_api_compat.array_namespace(x)
+    # One flag for the whole batch, so that a device is waited for once.
     if is_true(xp.any(~xp.isfinite(x))):
+        bad = xp.any(~xp.isfinite(x), axis=(-2, -1)) if x.ndim > 1 else xp.any(~xp.isfinite(x))
         raise NonFiniteError(
-            f"{name} contains NaN or infinity. The most likely cause is a diverged step or a division by zero before "
-            "this call. Pass check_finite=False to get NaN for these items of the batch and the right results for the "
-            "others."
+            f"{name} contains NaN or infinity{among(bad)}. The most likely cause is a diverged step or a division by "
+            "zero before this call. Pass check_finite=False to get NaN for these items of the batch and the right "
+            "results for the others."
         )
 
 
@@ -258,6 +373,8 @@ def power_of_two_below(size: Array) -> Array:
 
 def own(x: Array) -> Array:
     """Return a copy that may be overwritten and does not change with `x`."""
+    if array_api_compat.is_torch_array(x):
+        return x.clone()  # asarray warns of a tensor that requires grad
     return namespace_of(x).asarray(x, copy=True)
 
 

@@ -28,29 +28,16 @@ def conform(
     array that has it. So the arrays that a user is least likely to have wrong come first, and the message names the one
     that does not fit them. ``None`` arrays are skipped.
 
-    Parameters
-    ----------
-    signature
-        ``(m,k)`` names trailing axes. ``m+`` must have at least length one. A suffix ``r`` asks for the real dtype of
-        the same precision; without one the dtype is that of the first array.
-    real_only
-        Refuse complex arrays: the operation is defined for real ones.
-    sizes
-        Lengths of axes that are known from elsewhere, such as an option.
-    arrays
-        In the order of the parts.
-
-    Raises
-    ------
-    TypeError
-        Arrays of different libraries, devices or dtypes, a dtype that is not floating, or complex where refused.
-    ValueError
-        A shape that does not fit.
+    ``(m,k)`` names trailing axes. ``m+`` must have at least length one. A suffix ``r`` asks for the real dtype of the
+    same precision; without one the dtype is that of the first array. With `real_only` complex arrays are refused.
+    `sizes` has lengths of axes that are known from elsewhere, such as an option. Libraries, devices and dtypes that do
+    not fit raise ``TypeError``, shapes ``ValueError``.
     """
     # Library, device and dtype kinds are common to all arrays.
     xp = namespace(**arrays)
     if real_only:
         check_real(**arrays)
+    # That the first array is given is for the caller to ensure.
     parts = _parsed(signature)
     first = next(iter(arrays.values()))
     assert first is not None  # noqa: S101
@@ -67,6 +54,7 @@ def conform(
             if axis not in lengths and len(shape) >= len(axes):
                 lengths[axis] = shape[i]
             expected += (lengths.get(axis, -1),)
+        # An axis marked with + must not be empty.
         empty = bool(not_empty) and not all(map(lengths.get, not_empty))
         if shape != expected or empty:
             # Letters describe the first array, and one with too few axes; numbers are clearer for all others.
@@ -124,7 +112,7 @@ def check_precision(xp: Namespace, **arrays: Array) -> None:
 def check_shapes(**pairs: tuple[Array | None, tuple[int, ...]]) -> None:
     """Raise ``ValueError`` unless each named ``(array, shape)`` agrees; ``None`` arrays are skipped."""
     for name, (array, shape) in pairs.items():
-        if array is not None and tuple(array.shape) != tuple(shape):
+        if array is not None and array.shape != shape and tuple(array.shape) != tuple(shape):
             raise ValueError(f"{name} has shape {tuple(array.shape)}, expected {tuple(shape)}.")
 
 

@@ -9,7 +9,7 @@ import array_api_compat
 
 from ddnref._core.arrays import Array, is_true, namespace_of
 
-State = TypeVar("State")
+State = TypeVar("State", bound=tuple[Any, ...])
 WhileLoop: TypeAlias = Callable[[Callable[[Any], Array], Callable[[Any], Any], Any], Any]
 """``while_loop(cond, body, state) -> state``, such as ``jax.lax.while_loop``."""
 
@@ -48,44 +48,38 @@ def run(
     """
     if maxiter < 0 or check_every < 1:
         raise ValueError(f"maxiter is {maxiter} and check_every {check_every}; expected at least 0 and 1.")
-    # The library's own loop traces the body once.
-    if while_loop is not None:
-        return _traced(active, body, state, maxiter, while_loop)
-    for step in range(maxiter):
-        if step % check_every == 0 and not is_true(_any(active(state))):
-            break
-        state = body(state)
-    return state
+    if while_loop is None:
+        xp = namespace_of(state[0])
+        for step in range(maxiter):
+            # Only now and then is a flag read, because that waits for the device.
+            if step % check_every == 0 and not is_true(xp.any(active(state))):
+                break
+            state = body(state)
+        return state
 
-
-def _traced(
-    active: Callable[[State], Array], body: Callable[[State], State], state: State, maxiter: int, while_loop: WhileLoop
-) -> State:
+    # The library's own loop is traced once, and so counts its steps with the state.
     flags = active(state)
     xp = array_api_compat.array_namespace(flags)
     first = xp.zeros((), dtype=xp.int32, device=array_api_compat.device(flags))
 
-    # Inside a traced loop the step is counted with the state.
     def cond(carry: tuple[Array, State]) -> Array:
-        return (carry[0] < maxiter) & _any(active(carry[1]))
+        return (carry[0] < maxiter) & xp.any(active(carry[1]))
 
-    def step(carry: tuple[Array, State]) -> tuple[Array, State]:
+    def counted(carry: tuple[Array, State]) -> tuple[Array, State]:
         return carry[0] + 1, body(carry[1])
 
-    result: State = while_loop(cond, step, (first, state))[1]
-    return result
-
-
-def _any(flags: Array) -> Array:
-    return namespace_of(flags).any(flags)
+    return while_loop(cond, counted, (first, state))[1]  # type: ignore[no-any-return]
 
 
 class IterationInfo(NamedTuple):
     """How an iteration ended for each item of the batch."""
 
     converged: Array
-    """(...) bool: whether the stated residual reached its tolerance."""
+    """(...) bool: whether the stated residual or error reached its tolerance."""
     n_iter: Array
     """(...) int32: steps taken by the item before it was frozen."""
     residual_norm: Array
-    """(...) or (..., n) real: the relative residual that the tolerance was compared with."""
+    """(...) real: the relative residual of the pair, or of the subspace."""
+    error: Array
+    """(...) or (..., n) real: an estimate of the relative error of each eigenvalue, large where a matrix is non-normal,
+    whatever the residual is; infinite where the iteration found no eigenvalue."""

@@ -17,6 +17,7 @@ def columns_of(index: Sequence[int] | None, m: int) -> Columns:
     """Return the chosen columns as non-negative integers, as a range where they are consecutive."""
     if index is None:
         return range(m)
+    # Everything that Python takes as an index is one, NumPy's integers too.
     try:
         given = [operator.index(i) for i in index]
     except TypeError:

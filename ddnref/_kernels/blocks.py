@@ -1,18 +1,20 @@
 """Products, diagonals and LU factors of single small matrices, for eliminations that visit hundreds of blocks.
 
-Each function takes one real matrix, not a batch. The general forms in `dense` and `lu` check and copy what they are
-given, which takes longer than LAPACK on a small block: factors and solution of a 64×64 block with one right-hand side
-take 53 µs there and 23 µs here (`timeit`, best of 40 runs of 50 calls, one thread).
+Each function takes one real matrix, not a batch; only the log-determinants take batches, real or complex. The general
+forms in `dense` and `lu` check and copy what they are given, which takes longer than LAPACK on a small block: factors
+and solution of a 64×64 block with one right-hand side take 53 µs there and 23 µs here (`timeit`, best of 40 runs of 50
+calls, one thread).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import array_api_compat
 import numpy as np
 import scipy
 
-from ddnref._core.arrays import Array, full, namespace_of
+from ddnref._core.arrays import Array, as_dtype, full, namespace_of
 from ddnref._kernels import lu as _lu
 from ddnref._kernels import numpy as _numpy
 from ddnref._kernels.dense import identity
@@ -58,8 +60,7 @@ def lu(d: Array) -> Lu:
         # D is symmetric, so that its transpose gives LAPACK columns without a copy.
         factors, swaps, _ = getrf(d if d.flags.f_contiguous else d.T)
         return Lu(factors, swaps)
-    factors, swaps, _ = _lu.lu_factor(d)
-    return Lu(factors, swaps)
+    return Lu(*_lu.packed(d))
 
 
 def lu_solve(f: Lu, b: Array) -> Array:
@@ -81,22 +82,22 @@ def lu_and_solution(d: Array, b: Array) -> tuple[Lu, Array]:
 
 
 def lu_slogdet(f: Lu) -> tuple[Array, Array]:
-    """Return sign and ``log|det D|``; minus infinity where a pivot is exactly zero."""
+    """Return sign and ``log|det D|`` of one matrix or a batch; minus infinity where a pivot is exactly zero."""
     xp = namespace_of(f.factors)
     sign, log = triangular_slogdet(f.factors)
     # Every exchange of two different rows changes the sign.
-    i = xp.arange(f.swaps.shape[0], dtype=f.swaps.dtype, device=f.swaps.device)
-    return sign * xp.prod(xp.where(f.swaps != i, full((), -1.0, log), full((), 1.0, log))), log
+    i = xp.arange(f.swaps.shape[-1], dtype=f.swaps.dtype, device=array_api_compat.device(f.swaps))
+    return sign * xp.prod(xp.where(f.swaps != i, full((), -1.0, sign), full((), 1.0, sign)), axis=-1), log
 
 
 def triangular_slogdet(r: Array) -> tuple[Array, Array]:
-    """Return sign and log-determinant of a triangular matrix, from its diagonal alone."""
+    """Return sign and log-determinant of triangular matrices, real or complex, from their diagonals alone."""
     xp = namespace_of(r)
     diagonal = xp.linalg.diagonal(r)
     size = xp.abs(diagonal)
     # A zero on the diagonal is left out of the logarithms, which would warn, and put in at the end.
-    log = xp.sum(xp.log(xp.where(size == 0, xp.ones_like(size), size)))
-    return xp.prod(xp.sign(diagonal)), xp.where(xp.any(size == 0), full((), float("-inf"), log), log)
-
-
-__all__ = ["Lu", "add_diagonal", "lu", "lu_and_solution", "lu_slogdet", "lu_solve", "matmul", "triangular_slogdet"]
+    zero = size == 0
+    size = xp.where(zero, xp.ones_like(size), size)
+    log = xp.sum(xp.log(size), axis=-1)
+    sign = xp.prod(diagonal / as_dtype(size, diagonal), axis=-1)
+    return sign, xp.where(xp.any(zero, axis=-1), full((), float("-inf"), log), log)

@@ -14,6 +14,7 @@ import numpy as np
 import scipy  # its parts are loaded where they are first used
 
 from ddnref._core.arrays import Array, double, namespace_of
+from ddnref._core.noise import noise
 from ddnref._kernels import singularity
 from ddnref._kernels.dense import solve
 
@@ -135,3 +136,36 @@ def solve_dominant(w: Array, y: Array, right: Array, size: Array, x: Array) -> t
             info |= scipy.linalg.lapack.dposv(a_t, b, lower=1, overwrite_a=1, overwrite_b=1)[2]
         failed.append(info != 0)
     return both[:, :, 0].mT, np.abs(both[:, :, 1]).max(axis=(-2, -1)) * m**0.5, np.asarray(failed, dtype=bool)
+
+
+def inverse_iteration(w: Array, y: Array, x: Array, both: bool = True) -> tuple[Array, Array, Array]:
+    """Right and left eigenvectors ``v_i`` and ``u_i`` of a real matrix by one step from unit vectors y_i.
+
+    Without `both` v_i is y_i, which saves half of the factorisations.
+
+    `w`, ``(..., n)``, must differ from the eigenvalues by little, but by more than nothing. The v_i have unit length,
+    and ``u_iᵀ y_i = 1``. The third result, ``(..., n)``, is about ``‖(λ_i I − X)⁻¹‖`` on the directions other than u_i.
+    """
+
+    def solutions(w: Array, y: Array, x: Array) -> tuple[Array, Array]:
+        xp, x_t, n = namespace_of(y), namespace_of(x).matrix_transpose(x), w.shape[-1]
+        probe = xp.broadcast_to(noise(0, y.shape[-2], y)[:, None], (*y.shape[:-1], 1))
+        matrices = (x_t, x) if both else (x_t,)
+        pairs = ((shifted(a, w[..., i]), y[..., i : i + 1]) for i in range(n) for a in matrices)
+        systems = ((a, xp.concat([b, probe], axis=-1)) for a, b in pairs)
+        if array_api_compat.is_jax_array(y):  # all at once, as in `solve_each`
+            a, b = (xp.stack(part, axis=0) for part in zip(*systems, strict=True))
+            together = solve(a, b)
+            solved = [together[i, ...] for i in range(together.shape[0])]
+        else:
+            solved = [solve(a, b) for a, b in systems]
+        return xp.concat(solved, axis=-1), xp.zeros_like(w[..., 0])
+
+    found, _ = in_chunks(solutions, w, y, x)
+    xp = namespace_of(y)
+    step = 4 if both else 2
+    u, probed, v = found[..., ::step], found[..., 1::step], found[..., 2::step] if both else y
+    u = u / xp.sum(u * y, axis=-2, keepdims=True)
+    probed = probed - u * xp.sum(y * probed, axis=-2, keepdims=True)
+    v = v / xp.sqrt(xp.sum(v * v, axis=-2, keepdims=True))
+    return v, u, xp.sqrt(x.shape[-1] * xp.sum(probed * probed, axis=-2))

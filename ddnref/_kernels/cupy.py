@@ -5,7 +5,7 @@ GPU, and so returns numbers even for a singular matrix or one on which Jacobi's 
 result is judged on the device, and results that do not pass are NaN. Nothing is read on the host.
 
 `lu_solve` calls cuBLAS by addresses, as CuPy's own solvers do, because CuPy has no batched solver that takes factors.
-Everything else calls public functions of CuPy or the standard.
+Everything else but `lu_factor` calls public functions of CuPy or the standard.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from ddnref._core.arrays import Array, eps, nan_where
+from ddnref._core.arrays import Array, eps, nan_where, with_axes
+from ddnref._kernels.vectors import column, norm, normalised, power_of_two
 
 EIGH_ITEMS = 2**19  # syevjBatched counts in 32 bits: it failed above a million matrices (cupy issue 7261)
 EIGH_ENTRIES = 2**27  # of one call: its copy, its eigenvectors and its workspace are a few GiB at most
@@ -58,33 +59,37 @@ def eigvalsh(s: Array) -> Array:
     xp = array_api_compat.array_namespace(s)
     w = xp.linalg.eigvalsh(s)
     # Scale first, so that no square leaves the range.
-    scale = _scale(s)
-    size = _norm(s / scale) ** 2
+    scale = with_axes(power_of_two(s, 2), 2)
+    size = norm(s / scale, 2) ** 2
     left = xp.abs(size - xp.sum((w / scale[..., 0]) ** 2, axis=-1))
     return nan_where(~(left <= RESIDUAL * s.shape[-1] * eps(xp, s.dtype) * size)[..., None], w)
 
 
 def _judged(s: Array, w: Array, v: Array) -> tuple[Array, Array]:
     """Replace eigenpairs with a large residual by NaN."""
-    xp = array_api_compat.array_namespace(s)
-    scale = _scale(s)
+    scale = with_axes(power_of_two(s, 2), 2)
     s, scaled = s / scale, w / scale[..., 0]
-    residual = _norm(s @ v - v * scaled[..., None, :])
-    failed = ~(residual <= RESIDUAL * s.shape[-1] * eps(xp, s.dtype) * _norm(s))
+    residual = norm(s @ v - v * scaled[..., None, :], 2)
+    failed = ~(residual <= RESIDUAL * s.shape[-1] * eps(array_api_compat.array_namespace(s), s.dtype) * norm(s, 2))
     return nan_where(failed[..., None], w), nan_where(failed[..., None, None], v)
 
 
-def _scale(s: Array) -> Array:
-    """Return the largest entry of each item, ``(..., 1, 1)``, or 1, so that squares of the quotient stay in range."""
-    xp = array_api_compat.array_namespace(s)
-    largest = xp.max(xp.abs(s), axis=(-2, -1), keepdims=True)
-    return xp.where(largest > 0, largest, xp.ones_like(largest))
+# --- Cholesky ----------------------------------------------------------------------------------------------------
 
 
-def _norm(s: Array) -> Array:
-    """Return the Frobenius norm."""
-    xp = array_api_compat.array_namespace(s)
-    return xp.sqrt(xp.sum(xp.abs(s) ** 2, axis=(-2, -1)))
+def cholesky(a: Array) -> Array:
+    """Return lower factors of finite, exactly Hermitian `a`; NaN where cuSOLVER met a pivot that is not positive.
+
+    What it leaves behind there is not specified, so factors are judged by ``‖A − L Lᴴ‖``, at the price of one product.
+    """
+    xp = array_api_compat.array_namespace(a)
+    l_ = xp.tril(xp.linalg.cholesky(a))
+    # Scale first, so that no square leaves the range.
+    scale = with_axes(power_of_two(a, 2), 2)
+    root = scale**0.5
+    residual = norm(a / scale - (l_ / root) @ xp.conj(xp.matrix_transpose(l_ / root)), 2)
+    allowed = RESIDUAL * a.shape[-1] * eps(xp, a.dtype) * norm(a / scale, 2)
+    return nan_where(~(residual <= allowed)[..., None, None], l_)
 
 
 # --- linear systems ----------------------------------------------------------------------------------------------
@@ -192,7 +197,7 @@ def householder(a: Array) -> tuple[Array, Array]:
     m, n = a.shape[-2:]
     if a.size == 0:
         return xp.zeros_like(a), xp.zeros((*a.shape[:-2], n, n), dtype=a.dtype)
-    scale = xp.astype(_scale(a), a.dtype)
+    scale = column(power_of_two(a, 2), a)
     r = a / scale  # a fresh array, and squares stay in range
     reflections = []
     for k in range(n):
@@ -212,10 +217,8 @@ def _reflection(x: Array) -> Array:
     """Return u, of unit length or zero, such that only the first entry of ``x − 2 u ⟨u, x⟩`` is not zero."""
     xp = array_api_compat.array_namespace(x)
     first = x[..., :1]
-    length = xp.sqrt(xp.sum(xp.abs(x) ** 2, axis=-1, keepdims=True))
     size = xp.abs(first)
-    one = xp.ones_like(size)
-    phase = xp.where(size > 0, first / xp.where(size > 0, size, one), xp.ones_like(first))
-    u = xp.concat([first + phase * length, x[..., 1:]], axis=-1)
-    size = xp.sqrt(xp.sum(xp.abs(u) ** 2, axis=-1, keepdims=True))
-    return u / xp.where(size > 0, size, one)
+    phase = xp.where(size > 0, first / xp.where(size > 0, size, xp.ones_like(size)), xp.ones_like(first))
+    # The first entry grows in its own direction, so that nothing cancels.
+    u = xp.concat([first + phase * norm(x)[..., None], x[..., 1:]], axis=-1)
+    return normalised(u, norm(u))

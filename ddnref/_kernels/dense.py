@@ -5,12 +5,29 @@ NumPy's and CuPy's own forms are in ``numpy.py`` and ``cupy.py``; other librarie
 
 from __future__ import annotations
 
+import math
+from functools import reduce
+from operator import add
+
 import array_api_compat
 from numpy.linalg import LinAlgError
 
-from ddnref._core.arrays import Array, adjoint, full, is_true, nan_where
+from ddnref._core.arrays import Array, adjoint, double, full, is_true, nan_where
 from ddnref._kernels import cupy as _cupy
 from ddnref._kernels import numpy as _numpy
+
+GRAM_PIECE = 2**22  # numbers of a factor that are converted to double precision at once: 32 MB
+
+
+def constant(x: Array) -> Array:
+    """Return `x` as a constant for the frameworks that record derivatives."""
+    if array_api_compat.is_torch_array(x):
+        return x.detach()
+    if array_api_compat.is_jax_array(x):
+        import jax
+
+        return jax.lax.stop_gradient(x)
+    return x
 
 
 def hermitian_part(x: Array) -> Array:
@@ -24,6 +41,21 @@ def hermitian_product(a: Array, b: Array) -> Array:
     if array_api_compat.is_numpy_array(a):
         return _numpy.hermitian_product(a, b)
     return hermitian_part(a @ adjoint(b))
+
+
+def gram(v: Array) -> Array:
+    """Return ``VᴴV`` of ``(..., D, n)``, exactly Hermitian, in double precision where the device has it.
+
+    In single precision its eigenvalues would be right to ``eps * λ_1`` only, and half of those that are zero negative.
+    A few rows at a time are converted, so that no second copy of V is held.
+    """
+    xp = array_api_compat.array_namespace(v)
+    if 0 in v.shape[-2:] or double(xp, v[..., :1, :]).dtype == v.dtype:
+        return hermitian_product(adjoint(v), adjoint(v))
+    rows = max(GRAM_PIECE // max(1, math.prod(v.shape[:-2]) * v.shape[-1]), 1)
+    pieces = (double(xp, v[..., i : min(i + rows, v.shape[-2]), :]) for i in range(0, v.shape[-2], rows))
+    products = (hermitian_product(adjoint(piece), adjoint(piece)) for piece in pieces)
+    return reduce(add, products)
 
 
 def symmetrised(x: Array) -> Array:
@@ -50,8 +82,15 @@ def eigh(s: Array) -> tuple[Array, Array]:
     if array_api_compat.is_numpy_array(s) and finite.all():
         return _numpy.eigh(s)  # without a further pass over memory
     # Zeros replace items that are not finite, so that the others come out right.
-    w, v = _eigh_finite(xp.where(finite, s, xp.zeros_like(s)))
-    bad = xp.logical_not(finite)
+    s, bad = xp.where(finite, s, xp.zeros_like(s)), xp.logical_not(finite)
+    if array_api_compat.is_numpy_array(s):
+        w, v = _numpy.eigh(s)
+    elif array_api_compat.is_cupy_array(s):
+        w, v = _cupy.eigh(s)
+    elif array_api_compat.is_jax_array(s):
+        w, v = xp.linalg.eigh(s, symmetrize_input=False)  # s is exactly Hermitian, and x + xᴴ could overflow
+    else:
+        w, v = xp.linalg.eigh(s)
     return nan_where(bad[..., 0], w), nan_where(bad, v)
 
 
@@ -76,25 +115,34 @@ def eigvalsh(s: Array) -> Array:
 
 def eigh_largest(s: Array, k: int) -> tuple[Array, Array]:
     """Return the k largest eigenpairs of one exactly Hermitian matrix, descending; NaN where it is not finite."""
-    # LAPACK can stop after the k pairs for a single matrix.
-    if array_api_compat.is_numpy_array(s) and s.ndim == 2 and k < s.shape[-1] and is_true(_numpy.is_finite(s)):
-        return _numpy.eigh_largest(s, k)
     xp = array_api_compat.array_namespace(s)
+    # LAPACK can stop after the k pairs for a single matrix.
+    if array_api_compat.is_numpy_array(s) and s.ndim == 2 and k < s.shape[-1] and is_true(xp.all(xp.isfinite(s))):
+        return _numpy.eigh_largest(s, k)
     w, v = eigh(s)
     return xp.flip(w[..., -k:], axis=-1), xp.flip(v[..., -k:], axis=-1)
 
 
-def _eigh_finite(s: Array) -> tuple[Array, Array]:
-    xp = array_api_compat.array_namespace(s)
-    if array_api_compat.is_numpy_array(s):
-        return _numpy.eigh(s)
-    if array_api_compat.is_cupy_array(s):
-        return _cupy.eigh(s)
-    if array_api_compat.is_jax_array(s):
-        w, v = xp.linalg.eigh(s, symmetrize_input=False)  # s is exactly Hermitian, and x + xᴴ could overflow
-    else:
-        w, v = xp.linalg.eigh(s)
-    return w, v
+def svd(a: Array) -> tuple[Array, Array, Array]:
+    """Return ``U``, ``s`` (descending) and ``Vᴴ`` of the thin decomposition; items that are not finite give NaN."""
+    xp = array_api_compat.array_namespace(a)
+    if 0 in a.shape:
+        return _svd_of_nothing(a)
+    finite = xp.all(xp.isfinite(a), axis=(-2, -1), keepdims=True)
+    if array_api_compat.is_numpy_array(a) and finite.all():
+        return _numpy.svd(a)  # without a further pass over memory
+    # Zeros replace items that are not finite, so that the others come out right.
+    a, bad = xp.where(finite, a, xp.zeros_like(a)), ~finite
+    u, s, v_h = _numpy.svd(a) if array_api_compat.is_numpy_array(a) else xp.linalg.svd(a, full_matrices=False)
+    return nan_where(bad, u), nan_where(bad[..., 0], s), nan_where(bad, v_h)
+
+
+def _svd_of_nothing(a: Array) -> tuple[Array, Array, Array]:
+    """Return the factors of no matrices, or of matrices without entries, which some libraries refuse."""
+    *batch, m, n = a.shape
+    k = min(m, n)
+    u, s, v_h = (full((*batch, *shape), 0.0, a) for shape in ((m, k), (k,), (k, n)))
+    return u, array_api_compat.array_namespace(a).abs(s), v_h
 
 
 def matvec(a: Array, x: Array) -> Array:

@@ -5,53 +5,65 @@ With ``M = Vᴴ V̄_K`` for the columns K, and ``F_ij = 1 / (λ_j − λ_i)`` be
     X̄ = V (diag(λ̄) + ½ F ∘ (M − Mᴴ)) Vᴴ                                  (K all eigenpairs)
     X̄ = sym(V (F_K ∘ M) V_Kᴴ) + V_K diag(λ̄_K) V_Kᴴ                      (K a subset of them)
 
-Only the anti-Hermitian part of M counts, because a loss cannot depend on the length of an eigenvector. The standard
-form comes first. The form for NumPy below takes the same steps in place, in a third of the time up to m = 256
-(``asv_benches/figures.py --only products``); ``tests/kernels/test_numpy.py`` holds the two to each other.
+Only the anti-Hermitian part of M counts, because a loss cannot depend on the length of an eigenvector. Where that part
+is no more than the rounding errors of M, it is left out before a small gap can amplify it. With ``n_j`` the norm of the
+column j of M without ``M_jj``, an entry counts as rounding if
+
+    |M_ij − M̄_ji| ≤ 4 eps (n_i + n_j)    and    |λ_j − λ_i| ≤ max|λ| / (16 √m)
+
+The result is then that of the exact formula for a cotangent ``V̄ + δV̄`` with ``‖δv̄_j‖ ≤ 8 √m eps n_j``. The component
+of ``v̄_j`` along ``v_j`` does not count, because it does not enter the gradient: a large one must not hide the others.
+At wider gaps no quotient is large enough to do harm.
+
+The standard form comes first. The form for NumPy below takes the same steps in place, in a third of the time up to
+m = 256 (``asv_benches/figures.py --only products``); ``tests/kernels/test_numpy.py`` holds the two to each other.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import combinations_with_replacement
 from typing import Any
 
 import array_api_compat
 import numpy as np
 
-from ddnref._core.arrays import Array, adjoint, full, namespace_of, nan_where
+from ddnref._core.arrays import Array, adjoint, eps, full, namespace_of, nan_where
 from ddnref._core.selection import Columns, scatter, take
-from ddnref._kernels.dense import hermitian_product
-from ddnref._kernels.numpy import (
-    BLAS_THREADS,
-    TILE,
-    WHOLE,
-    WORTH_THREADS,
-    _blocks,
-    _diagonal,
-    _hermitian_product,
-    for_parts,
-)
+from ddnref._kernels.dense import constant, hermitian_product
+from ddnref._kernels.numpy import TILE, WHOLE, _blocks, _diagonal, _product_rows, for_parts
 from ddnref._kernels.numpy import adjoint as _adjoint
-from ddnref._kernels.vectors import largest
+from ddnref._kernels.vectors import largest, safe_norm
 
+ROUNDING = 4
+"""Rounding errors of ``M − Mᴴ`` were at most 0.7 eps times the norms of both columns, m = 6 to 512, all dtypes."""
+CLOSE = 2**-4
+"""Gaps above this part of ``max|λ|``, over ``√m``, amplify rounding by no more than 16 √m."""
 SMALL = 2**13  # numbers in a batch of gaps from which a product of rank two pays: 0.87 of (1000, 32) float32
-PANEL = 16  # rows of a product that stays below that up to m = 128
 
 
 def eigenpairs_vjp(
-    w_bar: Array | None, v_bar: Array | None, w: Array, v: Array, columns: Columns, near: Array, gauge_rtol: float
+    w_bar: Array | None,
+    v_bar: Array | None,
+    w: Array,
+    v: Array,
+    columns: Columns,
+    near: Array,
+    radius: Array,
+    gauge_rtol: float,
 ) -> tuple[Array, Array | None]:
     """Return X̄, exactly Hermitian, and which items have a gauge-dependent loss; these come out as NaN.
 
     `w_bar` and `v_bar`, one of them given, belong to the columns of the full decomposition `w`, `v`; `near` says which
-    neighbouring eigenvalues count as equal. A loss depends on the gauge where more than `gauge_rtol` of M lies inside
-    clusters, or of λ̄ jumps there. ``None`` instead of flags says that there is nothing to depend on.
+    neighbouring eigenvalues count as equal, and `radius` is ``max|w|``, ``(..., 1)``. A loss depends on the gauge where
+    more than `gauge_rtol` of M lies inside clusters, or of λ̄ jumps there. ``None`` instead of flags says that there is
+    nothing to depend on.
     """
     everything = columns == range(w.shape[-1])
     if array_api_compat.is_numpy_array(v) and v_bar is not None and everything:
-        return _in_place(w_bar, v_bar, w, v, near, gauge_rtol)
+        return _in_place(w_bar, v_bar, w, v, near, radius, gauge_rtol)
     xp = namespace_of(v)
     v_k = take(v, columns, -1)
     bad = None if w_bar is None else exceeds(*jump(w_bar, near, columns), gauge_rtol)
@@ -59,12 +71,15 @@ def eigenpairs_vjp(
         return hermitian_product(v_k * _or_nan(w_bar, bad)[..., None, :], v_k), bad
 
     m_, same = adjoint(v) @ v_bar, cluster_mask(near, columns)
-    gauge = exceeds(*masked(m_, same, columns), gauge_rtol)
-    bad = gauge if bad is None else bad | gauge
-    diagonal = _or_nan(xp.zeros_like(w[..., : len(columns)]) if w_bar is None else w_bar, bad)
     twice = 2 * w  # the ½ of the Hermitian part, where it costs nothing
     gap = take(twice, columns, -1)[..., None, :] - twice[..., :, None]
-    k = m_ / xp.where(same, full((), float("inf"), gap), gap)  # ½ F ∘ M; no branch divides by zero
+    a = antisymmetric_part(m_, columns)
+    gauge = exceeds(*masked(a, m_, same), gauge_rtol)
+    bad = gauge if bad is None else bad | gauge
+    small = is_rounding(a, lengths_without_own(m_, columns), gap, 2 * close_gap(w, radius), columns)
+    # ½ F ∘ M; no branch divides by zero.
+    k = left_out(m_, small) / xp.where(same, full((), float("inf"), gap), gap)
+    diagonal = _or_nan(xp.zeros_like(w[..., : len(columns)]) if w_bar is None else w_bar, bad)
     p = v @ k + v_k * (diagonal / 2)[..., None, :]
     if everything:
         x_bar = p @ adjoint(v)
@@ -82,19 +97,26 @@ def _or_nan(diagonal: Array, bad: Array | None) -> Array:
 
 def cluster_mask(near: Array, columns: Columns) -> Array:
     """Whether eigenvalue i and the j-th chosen one are in one cluster, chained through neighbours: ``(..., m, k)``."""
-    xp = namespace_of(near)
-    apart = xp.astype(~near, xp.int32)
-    first = xp.zeros((*near.shape[:-1], 1), dtype=apart.dtype, device=array_api_compat.device(near))
-    # Number the clusters: a new one begins wherever two neighbours are apart.
-    cluster = xp.concat([first, xp.cumulative_sum(apart, axis=-1, dtype=apart.dtype)], axis=-1)
+    cluster = cluster_numbers(near)
     return cluster[..., :, None] == take(cluster, columns, -1)[..., None, :]
 
 
-def masked(m_: Array, same: Array, columns: Columns) -> tuple[Array, Array]:
-    """The largest entry of ``M − Mᴴ`` inside clusters (its diagonal is the phase), and the largest of ``M``."""
-    inside = namespace_of(m_).where(same, m_, full((), 0.0, m_))
-    inside_h = adjoint(take(inside, columns, -2))  # M is zero in the columns not chosen
-    return largest(inside - scatter(inside_h, columns, m_.shape[-2], -2), 2), largest(m_, 2)
+def cluster_numbers(near: Array) -> Array:
+    """Number the clusters of a sorted spectrum: a new one begins wherever two neighbours are apart, ``(..., m)``."""
+    xp = namespace_of(near)
+    apart = xp.astype(~near, xp.int32)
+    first = xp.zeros((*near.shape[:-1], 1), dtype=apart.dtype, device=array_api_compat.device(near))
+    return xp.concat([first, xp.cumulative_sum(apart, axis=-1, dtype=apart.dtype)], axis=-1)
+
+
+def antisymmetric_part(m_: Array, columns: Columns) -> Array:
+    """``M − Mᴴ`` in the chosen columns, ``(..., m, k)``; M is zero in the others."""
+    return m_ - scatter(adjoint(take(m_, columns, -2)), columns, m_.shape[-2], -2)
+
+
+def masked(a: Array, m_: Array, same: Array) -> tuple[Array, Array]:
+    """The largest entry of ``A = M − Mᴴ`` inside clusters (its diagonal is the phase), and the largest of ``M``."""
+    return largest(namespace_of(a).where(same, a, full((), 0.0, a)), 2), largest(m_, 2)
 
 
 def jump(w_bar: Array, near: Array, columns: Columns) -> tuple[Array, Array]:
@@ -110,36 +132,79 @@ def exceeds(part: Array, whole: Array, rtol: float) -> Array:
     return part > rtol * whole if math.isfinite(rtol) else part < 0
 
 
+# --- rounding at small gaps ------------------------------------------------------------------------------------------
+
+
+def close_gap(w: Array, radius: Array) -> Array:
+    """The gap up to which rounding is left out, from the eigenvalues ``(..., m)`` and the largest magnitude."""
+    return CLOSE / max(1, w.shape[-1]) ** 0.5 * radius
+
+
+def lengths_without_own(m_: Array, columns: Columns) -> Array:
+    """Norm of each column of ``M`` without its component along the own eigenvector, ``(..., k)``."""
+    xp = namespace_of(m_)
+    own = own_entries(columns, m_.shape[-2], m_)
+    return safe_norm(xp.matrix_transpose(xp.where(own, full((), 0.0, m_), constant(m_))))
+
+
+def own_entries(columns: Columns, m: int, like: Array) -> Array:
+    """Whether row i belongs to the j-th chosen column itself, ``(m, k)``."""
+    xp = namespace_of(like)
+    i = xp.arange(m, device=array_api_compat.device(like))
+    return i[:, None] == take(i, columns, -1)[None, :]
+
+
+def is_rounding(
+    a: Array, lengths: Array, gap: Array, close: Array, columns: Columns, growth: Array | None = None
+) -> Array:
+    """Whether entries of ``A = M − Mᴴ`` are no more than rounding, at gaps up to `close`: ``(..., m, k)``.
+
+    `lengths` are those of the parts of the cotangents that count, ``(..., k)``, and `close` is ``(..., 1)``. The rows
+    of M may have `growth` times the rounding errors of the cotangents, ``(..., m)``.
+    """
+    xp = namespace_of(a)
+    columnwise = ROUNDING * eps(xp, a.dtype) * lengths[..., None, :]
+    rowwise = xp.matrix_transpose(scatter(columnwise, columns, a.shape[-2], -1))
+    if growth is not None:
+        columnwise = columnwise * growth[..., :, None]
+        rowwise = rowwise * take(growth, columns, -1)[..., None, :]
+    return (xp.abs(constant(a)) <= columnwise + rowwise) & (xp.abs(gap) <= close[..., None])
+
+
+def left_out(m_: Array, small: Array) -> Array:
+    """``M`` with zeros where `small`, and the derivative of M: an entry may be zero at this point only."""
+    return m_ - constant(namespace_of(m_).where(small, m_, full((), 0.0, m_)))
+
+
 # --- the same for NumPy, in place -----------------------------------------------------------------------------------
 
 
 def _in_place(
-    w_bar: Array | None, v_bar: Array, w: Array, v: Array, near: Array, gauge_rtol: float
+    w_bar: Array | None, v_bar: Array, w: Array, v: Array, near: Array, radius: Array, gauge_rtol: float
 ) -> tuple[Array, Array | None]:
     """All columns of NumPy arrays; the gauge is looked at only where something was masked."""
-    cluster: Array | None = None
-    if near.any():
-        cluster = np.zeros(w.shape, dtype=np.int64)
-        np.cumsum(~near, axis=-1, out=cluster[..., 1:])
+    label: Array | None = None  # the number of each eigenvalue's cluster
+    if np.count_nonzero(near):
+        label = np.zeros(w.shape, dtype=np.int64)
+        np.cumsum(~near, axis=-1, out=label[..., 1:])
     m, lead = w.shape[-1], w.shape[:-1]
-    x_bar, inside, whole = np.empty(v.shape, v.dtype), np.zeros(lead, w.dtype), np.zeros(lead, w.dtype)
+    x_bar, inside, whole = np.empty(v.shape, v.dtype), None, None
+    # Where nothing is masked, and eigenvectors have no phase, there is nothing to check.
+    if label is not None or v.dtype.kind == "c":
+        inside, whole = np.zeros(lead, w.dtype), np.zeros(lead, w.dtype)
 
     # One batch axis, so that threads can share it; a flat batch is taken as it is.
-    vectors: tuple[Any, ...] = (w_bar, w, cluster)
+    vectors: tuple[Any, ...] = (w_bar, w, label, close_gap(w, radius))
     matrices: tuple[Any, ...] = (v_bar, v, x_bar)
-    scalars: tuple[Any, ...] = (inside, whole)
+    numbers: tuple[Any, ...] = (inside, whole)
     count = math.prod(lead)
     if len(lead) != 1:
-        vectors = tuple(None if a is None else a.reshape(count, m) for a in vectors)
-        matrices, scalars = tuple(a.reshape(count, m, m) for a in matrices), tuple(a.reshape(count) for a in scalars)
+        vectors = tuple(None if a is None else a.reshape(count, a.shape[-1]) for a in vectors)
+        matrices = tuple(a.reshape(count, m, m) for a in matrices)
+        numbers = tuple(None if a is None else a.reshape(count) for a in numbers)
     kernel: Callable[..., None] = _whole if m <= WHOLE else _tiled
-
-    def run(part: slice) -> None:
-        with np.errstate(all="ignore"):  # non-finite items come out non-finite: that is their report
-            kernel(*(None if a is None else a[part] for a in (*vectors, *matrices, *scalars)))
-
-    for_parts(run, count, m)
-    if cluster is None and v.dtype.kind != "c":  # nothing was masked, and real eigenvectors have no phase
+    for_parts(lambda part: kernel(*[None if a is None else a[part] for a in (*vectors, *matrices, *numbers)]), count, m)
+    if inside is None:
         return x_bar, None
     bad = exceeds(inside, whole, gauge_rtol)
     if w_bar is not None:
@@ -151,37 +216,107 @@ def _in_place(
 def _whole(
     w_bar: Array | None,
     w: Array,
-    cluster: Array | None,
+    label: Array | None,
+    close: Array,
     v_bar: Array,
     v: Array,
-    x_bar: Array,
-    inside: Array,
-    whole: Array,
+    out: Array,
+    inside: Array | None,
+    whole: Array | None,
 ) -> None:
     """One pass for matrices that stay in cache: the sum with the adjoint comes last, from a buffer."""
-    m_ = _product(_adjoint(v), v_bar, np.empty(v.shape, v.dtype))
+    m_ = np.matmul(_adjoint(v), v_bar)
     gap = _gap(w, np.empty(v.shape, w.dtype))
 
     # Take out what lies inside clusters, or on the diagonal, and note how much that was.
-    if cluster is not None:
-        same = cluster[..., None, :] == cluster[..., :, None]
-        inside[...] = np.max(np.abs(m_ - _adjoint(m_)), axis=(-2, -1), initial=0, where=same)
+    same = None if label is None else label[..., None, :] == label[..., :, None]
+    if inside is not None and whole is not None:
         whole[...] = np.max(np.abs(m_), axis=(-2, -1), initial=0)
-        gap[same] = np.inf
-    else:
-        if m_.dtype.kind == "c":
+        if same is None:
             inside[...] = np.max(2 * np.abs(_diagonal(m_).imag), axis=-1, initial=0)
-            whole[...] = np.max(np.abs(m_), axis=(-2, -1), initial=0)
+        else:
+            inside[...] = np.max(np.abs(m_ - _adjoint(m_)), axis=(-2, -1), initial=0, where=same)
+    if same is None:
         _diagonal(gap)[...] = np.inf
+    else:
+        gap[same] = np.inf
 
+    _leave_out_rounding(m_, w, gap, close)
     m_ /= gap  # ½ F ∘ M
     if w_bar is not None:
         diagonal = _diagonal(m_)
         diagonal += 0.5 * w_bar
     # V (…) Vᴴ into buffers that are free by now, then the sum with the adjoint.
-    t = _product(v, m_, gap if gap.dtype == v.dtype else np.empty(v.shape, v.dtype))
-    x = _product(t, _adjoint(v), m_)
-    np.add(x, _adjoint(x), out=x_bar)
+    t = np.matmul(v, m_, out=gap if gap.dtype == v.dtype else None)
+    x = np.matmul(t, _adjoint(v), out=m_)
+    np.add(x, _adjoint(x), out=out)
+
+
+def _leave_out_rounding(m_: Array, w: Array, gap: Array, close: Array) -> None:
+    """Make gaps infinite where ``M − Mᴴ`` is only rounding, looking at close eigenvalues, a band of M, alone."""
+    m, unit = w.shape[-1], eps(np, w.dtype)
+    if m == 1:
+        return
+    # The norm of an item bounds those of its columns, unless its square has left the range of exponents.
+    flat = m_.reshape(-1, m * m)
+    squares = np.vecdot(flat, flat).real
+    highest = max(squares.tolist())
+    clear = ROUNDING * unit * (2 * highest) ** 0.5 if highest > unit**4 else math.inf
+    # Of a random spectrum, few eigenvalues are close to more than the next one.
+    reach = 1 + m // 64
+    while reach < m - 1 and np.count_nonzero(w[:, reach + 1 :] - w[:, : -reach - 1] <= close):
+        reach *= 2
+    i, j, places = _pairs(m, min(reach, m - 1))
+    both = flat.take(places, axis=1)
+    a, mirrored = both[:, : i.size], both[:, i.size :]
+    a = np.abs(a - (mirrored.conj() if a.dtype.kind == "c" else mirrored))
+    if a.min() > clear:
+        return
+    bound = np.where(squares > unit**4, ROUNDING * unit * np.sqrt(2 * squares), np.inf)
+    item, pair = np.divmod(np.flatnonzero(a <= bound[:, None]), i.size)
+    i, j = i[pair], j[pair]
+
+    # Compare each of the others with the norms of both columns.
+    asked = np.zeros(w.shape, dtype=bool)
+    asked[item, i] = asked[item, j] = True
+    lengths = np.zeros(w.shape, w.dtype)
+    lengths[asked] = _lengths_without_own(m_, *np.nonzero(asked))
+    small = a[item, pair] <= ROUNDING * unit * (lengths[item, i] + lengths[item, j])
+    small &= w[item, j] - w[item, i] <= close[item, 0]
+    item, i, j = item[small], i[small], j[small]
+    gap[item, i, j] = gap[item, j, i] = np.inf
+
+
+@lru_cache(maxsize=16)
+def _pairs(m: int, reach: int) -> tuple[Array, Array, Array]:
+    """Rows and columns of the pairs ``i < j ≤ i + reach``, and where they, then their mirror images, are in memory."""
+    i, j = np.nonzero(np.triu(np.tri(m, k=reach, dtype=bool), 1))
+    return i, j, np.concatenate([i * m + j, j * m + i])
+
+
+def _lengths_without_own(m_: Array, item: Array, column: Array) -> Array:
+    """Return what `lengths_without_own` does, for the given columns."""
+    rows = np.abs(m_[item, :, column])
+    rows[np.arange(column.size), column] = 0
+    size = rows.max(axis=-1, initial=0)
+    rows /= np.where((size > 0) & (size < np.inf), size, 1)[:, None]  # no square leaves the range of exponents
+    return size * np.sqrt(np.vecdot(rows, rows))
+
+
+def _all_lengths_without_own(m_: Array) -> Array:
+    """Return what `lengths_without_own` does, for wide matrices."""
+    count, m = m_.shape[:2]
+    squares = np.zeros((count, m), m_.real.dtype)
+    for rows in _blocks(m, TILE):
+        panel = m_[:, rows]
+        panel = np.square(panel) if m_.dtype.kind != "c" else np.square(panel.real) + np.square(panel.imag)
+        panel[:, range(rows.stop - rows.start), range(rows.start, rows.stop)] = 0
+        squares += panel.sum(axis=1)
+    lengths = np.sqrt(squares)
+    # A square may have left the range of exponents.
+    item, column = np.nonzero(~((squares > eps(np, squares.dtype) ** 4) & (squares < np.inf)))
+    lengths[item, column] = _lengths_without_own(m_, item, column)
+    return lengths
 
 
 def _gap(w: Array, out: Array) -> Array:
@@ -197,42 +332,39 @@ def _gap(w: Array, out: Array) -> Array:
     return np.matmul(left, right, out=out)
 
 
-def _product(a: Array, b: Array, out: Array) -> Array:
-    """``A B``, by row panels where BLAS would split one product over threads that the batch is using already."""
-    m, panel = b.shape[-1], PANEL
-    if m**3 <= BLAS_THREADS or m >= WHOLE or m % panel or a.shape[0] * m * m < WORTH_THREADS // 2:
-        return np.matmul(a, b, out=out)
-    panels = (a.shape[0], m // panel, panel, m)
-    np.matmul(a.reshape(panels), b[:, None], out=out.reshape(panels))
-    return out
-
-
 def _tiled(
     w_bar: Array | None,
     w: Array,
-    cluster: Array | None,
+    label: Array | None,
+    close: Array,
     v_bar: Array,
     v: Array,
-    x_bar: Array,
-    inside: Array,
-    whole: Array,
+    out: Array,
+    inside: Array | None,
+    whole: Array | None,
 ) -> None:
     """Wide matrices: tiles in place, and only the lower block triangle of the last product."""
-    m_ = np.matmul(_adjoint(v), v_bar, out=x_bar)
-    if cluster is not None or m_.dtype.kind == "c":
+    m_ = np.matmul(_adjoint(v), v_bar, out=out)
+    if whole is not None:
         whole[...] = np.max(np.abs(m_), axis=(-2, -1), initial=0)
+    bound = ROUNDING * eps(np, w.dtype) * _all_lengths_without_own(m_)
     # Overwrite M with ½ (M − Mᴴ) ∘ F.
     for upper, lower in combinations_with_replacement(_blocks(w.shape[-1], TILE), 2):
         q = m_[..., lower, upper] - _adjoint(m_[..., upper, lower])
         gap = 2 * (w[..., None, upper] - w[..., lower, None])
         same = None
-        if cluster is not None:
-            same = cluster[..., None, upper] == cluster[..., lower, None]
+        if label is not None:
+            same = label[..., None, upper] == label[..., lower, None]
         elif lower == upper:
             same = np.broadcast_to(np.eye(q.shape[-1], dtype=bool), q.shape)
         if same is not None:
-            np.maximum(inside, np.max(np.abs(q), axis=(-2, -1), initial=0, where=same), out=inside)
+            if inside is not None:
+                np.maximum(inside, np.max(np.abs(q), axis=(-2, -1), initial=0, where=same), out=inside)
             gap[same] = np.inf
+        if np.any(w[:, lower.start, None] - w[:, upper.stop - 1, None] <= close):  # the smallest gaps of the tile
+            small = np.abs(q) <= bound[..., None, upper] + bound[..., lower, None]
+            small &= np.abs(gap) <= 2 * close[..., None]
+            gap[small] = np.inf
         q /= gap
         m_[..., lower, upper] = q
         if lower != upper:
@@ -241,4 +373,4 @@ def _tiled(
         diagonal = _diagonal(m_)
         diagonal += w_bar
     t = np.matmul(v, m_)
-    _hermitian_product(t, _adjoint(v), x_bar)
+    _product_rows(t, _adjoint(v), out)

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import lru_cache, partial
-from itertools import combinations_with_replacement
-from typing import Any
+from itertools import combinations_with_replacement, product
+from typing import Any, TypeAlias
 
 import numpy as np
 import scipy  # its parts are loaded where they are first used
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+Array: TypeAlias = np.ndarray[Any, Any]
 
 WHOLE = 256  # up to this width a matrix and its buffers stay in the second-level cache: no tiles needed
 TILE = 128  # wider: antisymmetrise and divide in tiles
@@ -54,8 +54,10 @@ def threads() -> int:
 
 
 @lru_cache(maxsize=1)
-def _pool(process: int, size: int) -> ThreadPoolExecutor:  # noqa: ARG001
+def _pool(process: int, size: int) -> Any:  # noqa: ARG001
     """Return a pool for this process: a forked child must not inherit its parent's."""
+    from concurrent.futures import ThreadPoolExecutor  # loads logging, a tenth of the time of ``import ddnref``
+
     return ThreadPoolExecutor(size, thread_name_prefix="ddnref")
 
 
@@ -63,7 +65,7 @@ def for_parts(run: Callable[[slice], None], count: int, m: int) -> None:
     """Call `run` on slices of a batch of `count` m×m matrices: chunks that stay in cache, on several threads.
 
     At (1000, 32) in float32, chunks on two threads take 0.5 of the time of the whole batch in one call. Wide matrices
-    run as one part, because BLAS uses the threads itself there and the two pools would wait for each other.
+    run as one part, because BLAS uses the threads itself there.
     """
     if count * m * m < WORTH_THREADS:
         run(slice(0, count))
@@ -83,10 +85,61 @@ def for_parts(run: Callable[[slice], None], count: int, m: int) -> None:
         for part in tasks:
             run(part)
 
-    others = [_pool(os.getpid(), workers - 1).submit(work) for _ in range(min(workers, len(parts)) - 1)]
-    work()
-    for other in others:
-        other.result()
+    # Each in a copy of this context, which has NumPy's setting for floating-point warnings.
+    pool = _pool(os.getpid(), workers - 1)
+    with _one_blas_thread(os.getpid()):
+        others = [pool.submit(copy_context().run, work) for _ in range(min(workers, len(parts)) - 1)]
+        work()
+        for other in others:
+            other.result()
+
+
+class _OneBlasThread:
+    """Hold OpenBLAS to one thread in the whole process, while any batch is shared between threads.
+
+    Otherwise two threads that decompose 16 matrices of 128×128 start four, which wait for each other: on two cores that
+    something else uses as well, 3 s instead of 24 ms. ``threadpoolctl`` finds the library. Its limits are not used,
+    because only the thread that sets one can lift it, which need not be the last to finish.
+    """
+
+    def __init__(self) -> None:
+        from threadpoolctl import ThreadpoolController
+
+        self.lock, self.batches = threading.Lock(), 0
+        self.before: tuple[int, ...] = ()
+        self.libraries: list[tuple[Callable[[], int], Callable[[int], None]]] = []
+        for found in ThreadpoolController().select(internal_api="openblas").lib_controllers:
+            # NumPy's and SciPy's own copies decorate the names.
+            for prefix, suffix in product(("", "scipy_"), ("", "64_", "_64")):
+                get, set_ = (
+                    getattr(found.dynlib, f"{prefix}openblas_{verb}_num_threads{suffix}", None)
+                    for verb in ("get", "set")
+                )
+                if get is not None and set_ is not None:
+                    self.libraries.append((get, set_))
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.batches += 1
+            if self.batches == 1:
+                self.before = tuple(get() for get, _ in self.libraries)
+                self._set((1,) * len(self.libraries))
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.batches -= 1
+            if self.batches == 0:
+                self._set(self.before)
+
+    def _set(self, numbers: tuple[int, ...]) -> None:
+        for (_, set_), number in zip(self.libraries, numbers, strict=True):
+            set_(number)
+
+
+@lru_cache(maxsize=1)
+def _one_blas_thread(process: int) -> _OneBlasThread:  # noqa: ARG001
+    """Return the hold of this process, as `_pool` does."""
+    return _OneBlasThread()
 
 
 def eigh(s: Array) -> tuple[Array, Array]:
@@ -99,25 +152,51 @@ def eigh(s: Array) -> tuple[Array, Array]:
     flat = s.reshape(math.prod(s.shape[:-2]), m, m)
     w, v_t = np.empty(flat.shape[:-1], dtype=flat.real.dtype), np.empty_like(flat)
 
-    for_parts(partial(_eigh_part, flat, w, v_t), flat.shape[0], m)
+    run = partial(_decompose_part, "eigh_lo", np.linalg.eigh, flat, (w, v_t.mT))
+    for_parts(run, flat.shape[0], m)
     return w.reshape(s.shape[:-1]), v_t.reshape(s.shape).mT
 
 
-def _eigh_part(flat: Array, w: Array, v_t: Array, part: slice) -> None:
-    """Decompose a part of the batch.
+def svd(a: Array) -> tuple[Array, Array, Array]:
+    """Decompose a batch in parallel; an item on which LAPACK fails comes out as NaN and leaves the others alone."""
+    *batch, m, n = a.shape
+    k, count = min(m, n), math.prod(batch)
+    flat = a.reshape(count, m, n)
+    u, v_h = np.empty((count, m, k), a.dtype), np.empty((count, k, n), a.dtype)
+    s = np.empty((count, k), a.real.dtype)
+
+    public = partial(np.linalg.svd, full_matrices=False)
+    for_parts(partial(_decompose_part, "svd_s", public, flat, (u, s, v_h)), count, math.isqrt(m * n))
+    return u.reshape(*batch, m, k), s.reshape(*batch, k), v_h.reshape(*batch, k, n)
+
+
+def _decompose_part(name: str, public: Callable[..., Any], flat: Array, out: tuple[Array, ...], part: slice) -> None:
+    """Write the factors of a part of the batch to `out`, by the driver `name`, or by NumPy's public function.
 
     This is not a closure, because one that calls itself would keep the arrays alive until the garbage collector runs.
     """
+    driver = _driver(name) or public
     try:
-        w[part], v = np.linalg.eigh(flat[part])
-        v_t[part] = v.mT
+        with np.errstate(all="ignore"):
+            found = driver(flat[part])
     except np.linalg.LinAlgError:
         # NumPy does not say which item failed: try them one by one.
         if part.stop - part.start > 1:
             for item in _blocks(part.stop, 1)[part.start :]:
-                _eigh_part(flat, w, v_t, item)
-        else:
-            w[part], v_t[part] = np.nan, np.nan
+                _decompose_part(name, public, flat, out, item)
+            return
+        found = (np.nan,) * len(out)
+    for factor, values in zip(out, found, strict=True):
+        factor[part] = values
+
+
+@lru_cache(maxsize=8)
+def _driver(name: str) -> Any:
+    """NumPy's ufunc around a driver of LAPACK; ``numpy.linalg`` converts single precision to double before it.
+
+    An item that fails comes out as NaN. The module is not public: ``None`` where it has no such name.
+    """
+    return getattr(getattr(np.linalg, "_umath_linalg", None), name, None)
 
 
 def eigh_largest(s: Array, k: int) -> tuple[Array, Array]:
@@ -130,11 +209,6 @@ def eigh_largest(s: Array, k: int) -> tuple[Array, Array]:
     return w[::-1], v[:, ::-1]
 
 
-def is_finite(s: Array) -> bool:
-    """Return whether a matrix has neither NaN nor infinity."""
-    return bool(np.isfinite(s).all())
-
-
 def hermitian_product(a: Array, b: Array) -> Array:
     """Return ``A Bᴴ``, which is known to be Hermitian up to rounding, made exactly Hermitian.
 
@@ -142,11 +216,11 @@ def hermitian_product(a: Array, b: Array) -> Array:
     of the full product, and saves the pass over memory that symmetrises it.
     """
     x = np.empty((*a.shape[:-1], a.shape[-2]), dtype=a.dtype)
-    _hermitian_product(a, adjoint(b), x)
+    _product_rows(a, adjoint(b), x)
     return x
 
 
-def _hermitian_product(a: Array, b_h: Array, x: Array, width: int = BLOCK) -> None:
+def _product_rows(a: Array, b_h: Array, x: Array, width: int = BLOCK) -> None:
     """Write the product to `x`, one block row at a time."""
     for rows in _blocks(a.shape[-2], width):
         np.matmul(a[..., rows, :], b_h[..., : rows.stop], out=x[..., rows, : rows.stop])
@@ -187,5 +261,5 @@ def hermitian_sum(b: Array, v: Array) -> Array:
         return x + adjoint(x)
     x = np.empty((*b.shape[:-1], b.shape[-2]), dtype=b.dtype)
     for item in np.ndindex(b.shape[:-2]):
-        _hermitian_product(left[item], right_h[item], x[item], STRIP)
+        _product_rows(left[item], right_h[item], x[item], STRIP)
     return x

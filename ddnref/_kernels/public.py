@@ -1,11 +1,13 @@
-"""The decorator of public functions: it validates options by name, refuses missing arrays and silences warnings."""
+"""The decorators of public functions: they validate options by name and make every library compute as it should."""
 
 from __future__ import annotations
 
 import inspect
+import math
 import numbers
 import operator
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -17,16 +19,15 @@ from ddnref._core.arrays import quiet
 P = ParamSpec("P")
 R = TypeVar("R")
 
-REQUIRED = ("Array", "Array | LinearOperator", "Factor")
+REQUIRED = ("Array", "Array | LinearOperator", "Array | float", "Factor")
 """Annotations of arguments that cannot be ``None``."""
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:
-    """Validate the options and arrays of `function` on each call, and silence NumPy's floating-point warnings.
+    """Validate the options and arrays of `function` on each call, and call it as `guarded` does.
 
-    Options that are not given cost nothing. Warnings are off because an item that is not finite comes out as NaN or is
-    raised, and a warning from the middle of an algorithm helps nobody. The decorator costs 2 µs per call, 1.4 of them
-    for the warnings.
+    Options that are not given cost nothing. A number of NumPy becomes Python's: as an array without axes it would turn
+    arrays of single precision into double precision. With the warnings the decorator costs 2 µs per call on NumPy.
     """
     # Everything that depends on the signature alone is worked out once.
     parameters = inspect.signature(function).parameters
@@ -34,30 +35,82 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     checks = {n: CHECKS[n] for n, p in parameters.items() if n in CHECKS and p.annotation not in (bool, "bool")}
     places = tuple((i, name) for i, (name, p) in enumerate(parameters.items()) if p.kind is not p.KEYWORD_ONLY)
     required = tuple((i, name) for i, name in places if parameters[name].annotation in REQUIRED)
-    positional = tuple((i, name) for i, name in places if name in checks)
+    # Arguments that can only be given by position are arrays.
+    by_name = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    positional = tuple((i, name) for i, name in places if parameters[name].kind is by_name)
+    call = guarded(function)
 
     def check(name: str, value: Any) -> None:
         if name in checks and value is not defaults[name]:
             checks[name](name, value)
 
     @wraps(function)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+    def checked(*args: Any, **kwargs: Any) -> R:
         # Check the options that were given; defaults are right.
         for name, value in kwargs.items():
             check(name, value)
+            if isinstance(value, np.generic):
+                kwargs[name] = _python_number(value)
         for i, name in positional:
             if i < len(args):
                 check(name, args[i])
+                if isinstance(args[i], np.generic):
+                    args = (*args[:i], _python_number(args[i]), *args[i + 1 :])
         # A missing array is named here, before an algorithm fails on it.
         for i, name in required:
             if (args[i] if i < len(args) else kwargs.get(name, ...)) is None:
                 raise TypeError(f"{name} is None: {function.__name__} needs an array there.")
-        if np.ndarray not in map(type, args) and any(map(array_api_compat.is_torch_array, args)):
-            return function(*args, **kwargs)  # PyTorch has no such warnings, and cannot trace the context manager
+        return call(*args, **kwargs)
+
+    return checked
+
+
+def guarded(function: Callable[P, R]) -> Callable[P, R]:
+    """Call `function` as the library of its arrays needs it.
+
+    Floating-point warnings of NumPy are off, because an item that is not finite comes out as NaN or is raised, and a
+    warning from the middle of an algorithm helps nobody. PyTorch's autocast and JAX's low precision of products are
+    off: see ``_kernels/torch.py`` and ``_kernels/jax.py``.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not any(type(a) is np.ndarray for a in args):
+            library = _library(args) or _library(kwargs.values())
+            if library == "torch":
+                from ddnref._kernels import torch as _torch
+
+                return _torch.call(function, args, kwargs)  # type: ignore[no-any-return]
+            if library == "jax":
+                from ddnref._kernels import jax as _jax
+
+                return _jax.call(function, args, kwargs)  # type: ignore[no-any-return]
         with quiet():
             return function(*args, **kwargs)
 
-    return checked
+    return call
+
+
+def _library(values: Iterable[Any]) -> str | None:
+    """Return "torch" or "jax" if the first tensor or array of JAX is among the values, or what they hold, else None."""
+    torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
+    if torch is None and jax is None:
+        return None
+    for value in values:
+        if torch is not None and isinstance(value, torch.Tensor):
+            return "torch"
+        if jax is not None and isinstance(value, jax.Array):
+            return "jax"
+        # Operators and chains hold parameters, and a factor may be a list of pieces.
+        held = getattr(value, "params", value)
+        if isinstance(held, (tuple, list)) and (found := _library(held)):
+            return found
+    return None
+
+
+def _python_number(value: Any) -> Any:
+    """Return a number of NumPy as one of Python; a `longdouble` has no other `item` than itself."""
+    return float(value) if isinstance(value, np.floating) else value.item()
 
 
 def _number(name: str, value: Any) -> None:
@@ -72,22 +125,18 @@ def _shown(value: Any) -> str:
     return text if len(text) < 60 else f"a {type(value).__name__}"
 
 
-def _finite(name: str, value: Any) -> None:
-    _number(name, value)
-    if value in (float("inf"), -float("inf")):
-        raise ValueError(f"{name} is {value}, expected a finite number.")
+def _number_that(holds: Callable[[Any], bool], expected: str) -> Callable[[str, Any], None]:
+    def check(name: str, value: Any) -> None:
+        _number(name, value)
+        if not holds(value):
+            raise ValueError(f"{name} is {value}, expected {expected}.")
+
+    return check
 
 
-def _tolerance(name: str, value: Any) -> None:
-    _number(name, value)
-    if value < 0:
-        raise ValueError(f"{name} is {value}, expected at least 0.")
-
-
-def _positive(name: str, value: Any) -> None:
-    _number(name, value)
-    if value <= 0:
-        raise ValueError(f"{name} is {value}, expected more than 0.")
+_finite = _number_that(math.isfinite, "a finite number")
+_tolerance = _number_that(lambda value: value >= 0, "at least 0")
+_positive = _number_that(lambda value: value > 0, "more than 0")
 
 
 def _step(name: str, value: Any) -> None:
@@ -122,10 +171,16 @@ def _array(name: str, value: Any) -> None:
         raise TypeError(f"{name} is {_shown(value)}, expected an array.")
 
 
+def _failure(name: str, value: Any) -> None:
+    if not isinstance(value, str) or value not in ("nan", "iterate"):
+        raise ValueError(f'{name} is {_shown(value)}, expected "nan" or "iterate".')
+
+
 CHECKS: dict[str, Callable[[str, Any], None]] = {
     **dict.fromkeys(("rtol", "atol", "gauge_rtol", "cluster_rtol", "check_rtol", "zero_rtol", "vjp_rtol"), _tolerance),
-    **dict.fromkeys(("step", "radius", "total", "alpha", "eps"), _step),
+    **dict.fromkeys(("step", "radius", "total", "alpha"), _step),
     "sigma": _finite,
+    "on_failure": _failure,
     "gap": _positive,
     **dict.fromkeys(("maxiter", "n_iter", "seed", "equalities"), _from(0)),
     **dict.fromkeys(("check_every", "restart", "directions", "mc_samples"), _from(1)),
@@ -133,8 +188,9 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     **dict.fromkeys(("v0", "x0", "y0", "reference"), _array),
     **dict.fromkeys(
         (
-            "callback", "while_loop", "preconditioner", "progress", "f", "df", "residual", "jacobian", "residual_vjp",
-            "gradient", "hessian", "gradient_vjp", "constraint", "constraint_jacobian", "function", "weight", "f_vjp",
+            "callback", "while_loop", "preconditioner", "preconditioner_adjoint", "progress", "f", "df", "d2f",
+            "residual", "jacobian", "residual_vjp", "residual_jvp", "gradient", "hessian", "gradient_vjp",
+            "gradient_jvp", "constraint", "constraint_jacobian", "function", "weight", "f_vjp",
         ),
         _callable,
     ),

@@ -13,29 +13,17 @@ SERIES_TERMS, FRACTION_TERMS, SPLIT = 40, 80, 1.5
 
 
 def erf(x: Array) -> Array:
-    """Return the error function of a real array."""
-    return _own_erf(x)(x)
-
-
-def _own_erf(x: Array) -> Callable[[Array], Array]:
+    """Return the error function of a real array, by its library where that has one."""
     own: Callable[[Array], Array] = erf_standard
     if array_api_compat.is_numpy_array(x):
-        from scipy import special
-
-        own = special.erf
+        from scipy.special import erf as own
     elif array_api_compat.is_cupy_array(x):
-        from cupyx.scipy import special as cupy_special
-
-        own = cupy_special.erf
+        from cupyx.scipy.special import erf as own  # type: ignore[no-redef]
     elif array_api_compat.is_torch_array(x):
-        import torch
-
-        own = torch.erf
+        from torch import erf as own  # type: ignore[no-redef]
     elif array_api_compat.is_jax_array(x):
-        from jax.scipy import special as jax_special
-
-        own = jax_special.erf
-    return own
+        from jax.scipy.special import erf as own  # type: ignore[no-redef]
+    return own(x)
 
 
 def erf_standard(x: Array) -> Array:

@@ -19,14 +19,13 @@ from ddnref._core.arrays import (
     Array,
     as_dtype,
     conj,
-    full,
+    is_complex,
     namespace_of,
     power_of_two_below,
     real,
     real_dtype,
     with_axes,
 )
-from ddnref._core.loops import CHECK_EVERY
 
 LONG = 2**11  # numbers in a vector from which a separate step for each vector pays
 PIECE = 2**15  # at 2**13 the number of calls shows: `figures.py --only krylov`, Laplacian, 1.37 there and 1.08 here
@@ -48,6 +47,14 @@ def as_complex(x: Array) -> Array:
     xp = array_api_compat.array_namespace(x)
     kind = xp.complex64 if real_dtype(xp, x.dtype) == xp.float32 else xp.complex128
     return xp.astype(x, kind, copy=False)
+
+
+def alike(a: Array, b: Array) -> tuple[Array, Array]:
+    """Make both complex if one is, because PyTorch's matrix product does not mix real and complex arrays."""
+    if is_complex(a) == is_complex(b):
+        return a, b
+    xp = namespace_of(a)
+    return (a, xp.astype(b, a.dtype)) if is_complex(a) else (xp.astype(a, b.dtype), b)
 
 
 # --- inner products and norms ---------------------------------------------------------------------------------------
@@ -107,9 +114,9 @@ def safe_norm(y: Array, axes: int = 1) -> Array:
 def largest(y: Array, axes: int = 1) -> Array:
     """Largest absolute value of each vector; 0 for a vector without entries."""
     xp = namespace_of(y)
-    if 0 in y.shape[y.ndim - axes :]:
-        return full(y.shape[: y.ndim - axes], 0.0, real(y))
-    return xp.max(xp.abs(y), axis=tuple(range(-axes, 0)))
+    # The standard has no maximum of nothing, but a sum.
+    reduced = xp.sum if 0 in y.shape[y.ndim - axes :] else xp.max
+    return reduced(xp.abs(y), axis=tuple(range(-axes, 0)))
 
 
 def power_of_two(y: Array, axes: int = 1) -> Array:
@@ -121,6 +128,15 @@ def normalised(y: Array, size: Array) -> Array:
     """Each vector divided by its size; a zero size leaves the vector as it is."""
     xp = namespace_of(y)
     return y / column(size + xp.astype(size == 0, size.dtype), y)
+
+
+def without_structure(shape: tuple[int, ...], like: Array) -> Array:
+    """A fixed vector with entries between −1 and 1, without a pattern that an operator may annihilate."""
+    xp = namespace_of(like)
+    i = xp.arange(math.prod(shape), device=array_api_compat.device(like))
+    kind = real_dtype(xp, like.dtype)
+    angles = xp.astype(i * i % 6007, kind) + 0.5  # small numbers, which single precision holds exactly
+    return xp.reshape(xp.astype(xp.cos(angles), like.dtype), shape)
 
 
 # --- updates --------------------------------------------------------------------------------------------------------
@@ -183,17 +199,9 @@ def put_row(q: Array, j: int, row: Array) -> Array:
 # --- loops over vectors -----------------------------------------------------------------------------------------------
 
 
-def steps_between_looks(like: Array) -> int:
-    """Steps that a loop takes by default between two looks at a flag: 1 on NumPy, where a look does not wait."""
-    return 1 if array_api_compat.is_numpy_array(like) else CHECK_EVERY
-
-
-def are_surely_set(flags: Array) -> bool:
-    """Whether all flags are set and that can be seen without waiting for a device; ``False`` leaves it open.
-
-    Conjugate gradients with a Laplacian of 32×32 points take 1.18 times as long without this shortcut.
-    """
-    return isinstance(flags, NUMPY) and bool(flags.all())
+def on_host(like: Array) -> bool:
+    """Whether a number can be read without waiting for a device."""
+    return bool(array_api_compat.is_numpy_array(like))
 
 
 def keeps_shape(like: Array) -> bool:
@@ -204,16 +212,19 @@ def keeps_shape(like: Array) -> bool:
     return not array_api_compat.is_numpy_array(like)
 
 
-def keeping_last(product: Callable[[Any, Array], Array]) -> Callable[[Any, Array], Array]:
-    """``product(params, x)``; on NumPy the last result stays allocated until the next exists.
+def keeping_last(
+    xp: Any, product: Callable[[Any, Array], Array], params: Any, shape: tuple[int, ...], target: tuple[int, ...]
+) -> Callable[[Array], Array]:
+    """``product(params, x)`` of vectors that are brought to `shape`, with the result in the shape `target`.
 
-    Freed before, it would go back to the system page by page. A blur of 256×256 points by conjugate gradients takes
-    1.17 times as long without this, of 512×512 points 1.26 times.
+    On NumPy the last result stays allocated until the next exists. Freed before, it would go back to the system page
+    by page. A blur of 256×256 points by conjugate gradients takes 1.17 times as long without this, of 512×512 points
+    1.26 times.
     """
     last: list[Array] = [None]
 
-    def apply(params: Any, x: Array) -> Array:
-        y = product(params, x)
+    def apply(x: Array) -> Array:
+        y = xp.reshape(product(params, xp.reshape(x, shape)), target)
         last[0] = y if type(y) is np.ndarray else None
         return y
 
