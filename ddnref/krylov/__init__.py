@@ -1,4 +1,8 @@
-"""Krylov methods for linear systems and least squares."""
+"""Krylov methods for linear systems and least squares.
+
+`cg` describes the arguments, the results and the errors that all methods share, and when the residual is computed
+afresh. The docstrings of the others say what differs.
+"""
 
 from ddnref.krylov._bicgstab import bicgstab
 from ddnref.krylov._cg import cg

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
-from ddnref._core.arrays import Array, as_dtype, eps, namespace_of, own
+from ddnref._core.arrays import Array, Namespace, as_dtype, own
 from ddnref._core.loops import WhileLoop
 from ddnref._kernels.public import public
 from ddnref._kernels.vectors import axpy, dot, norm, quotient, real_dot, xpay
@@ -13,12 +14,12 @@ from ddnref.krylov._rounds import Result, Round, finish, rounds
 from ddnref.krylov._system import (
     BREAKDOWN,
     NOT_FINITE,
-    RUNNING,
     Callback,
     Preconditioner,
     SolveInfo,
     System,
-    count,
+    active,
+    counted,
     mark,
     prepare,
 )
@@ -40,6 +41,7 @@ class _State(NamedTuple):
     """``‖r‖ / ‖b‖``, by recurrence."""
     status: Array
     n_iter: Array
+    active: Array
 
 
 @public
@@ -64,30 +66,18 @@ def bicgstab(
     operator : LinearOperator or (..., n, n) array, real or complex floating
         Need not be self-adjoint.
     b, x0, preconditioner, rtol, maxiter, check_every, callback, throw, while_loop
-        As in `cg`, but M ≈ A⁻¹ need only be regular, and a step takes two products.
-
-    Returns
-    -------
-    x : (..., \*domain_shape) array
-    info : SolveInfo
-        As in `cg`.
+        As in `cg`, like the results, but M ≈ A⁻¹ need only be regular.
 
     Raises
     ------
     ConvergenceError
-        Iteration limit, breakdown, stagnation, NaN or infinity.
-    TypeError, ValueError
-        As `cg`; `operator` need not be self-adjoint.
-
-    See Also
-    --------
-    gmres : never breaks down, and its residual never grows, for more memory.
+        Breakdown, and as `cg` apart from definiteness.
 
     Notes
     -----
     A step divides by ``ρ = r̃ᴴ r``, by ``r̃ᴴ A p`` and by ω. Where one of them vanishes up to rounding, the iteration
     starts again with the present residual as r̃, provided that this has at least halved; otherwise the breakdown is
-    reported. Cost of a step: two products, two with M, 20 n flops.
+    reported; `gmres` never breaks down. Cost of a step: two products, two with M, 20 n flops.
 
     References
     ----------
@@ -110,36 +100,32 @@ def bicgstab(
 
 def _round(system: System, start: Round, iterate: Callable[..., Any]) -> Result:
     """Steps from a residual that was computed afresh and that also serves as the shadow residual."""
-    xp = namespace_of(start.r)
-    one = as_dtype(xp.ones_like(start.size), start.r)
-    zeros = xp.zeros_like(start.r)  # so that the first direction is the residual
+    one = as_dtype(system.xp.ones_like(start.size), start.r)
+    zeros = system.xp.zeros_like(start.r)  # so that the first direction is the residual
     first = _State(
-        start.x, start.r, own(start.r), zeros, zeros, one, one, one, start.size, start.status, start.n_iter
+        start.x, start.r, own(start.r), zeros, zeros, one, one, one, start.size, start.status, start.n_iter,
+        active(system, start.size, start.status, start.n_iter),
     )  # fmt: skip
-
-    def active(state: _State) -> Array:
-        return (state.size > system.options.rtol) & (state.status == RUNNING) & (state.n_iter < system.options.maxiter)
-
-    last = iterate(active, lambda state: _step(system, state, active(state)), first, lambda state: state.size)
+    last = iterate(partial(_step, system), first)
     return Result(last.x, last.status, last.n_iter, last.size)
 
 
-def _step(system: System, state: _State, go: Array) -> _State:
+def _step(system: System, state: _State) -> _State:
     """``p ← r + β (p − ω v)``, ``s = r − α v``, ``x ← x + α M p + ω M s``, ``r ← s − ω t``."""
-    xp = namespace_of(state.r)
-    tiny = eps(xp, state.r.dtype) ** 1.5  # an inner product below this part of both lengths is only rounding
+    xp, go = system.xp, state.active
+    tiny = system.eps**1.5  # an inner product below this part of both lengths is only rounding
     shadow = norm(state.shadow)
 
     # The direction of the Bi-CG half of the step, and the step along it to the residual s.
     rho = dot(state.shadow, state.r)
-    go, status = _divisor(go, state.status, rho, tiny * shadow * state.size * system.norm_b)
+    go, status = _divisor(xp, go, state.status, rho, tiny * shadow * state.size * system.norm_b)
     beta = quotient(rho, state.rho, go) * quotient(state.alpha, state.omega, go)
     p = axpy(own(state.p), go, -state.omega, state.v)
     p = xpay(state.r, beta, p)
     p_hat = p if system.precondition is None else system.precondition(p)
     v = own(system.apply(p_hat))  # an operator may return the same buffer again
     sigma = dot(state.shadow, v)
-    go, status = _divisor(go, status, sigma, tiny * shadow * norm(v))
+    go, status = _divisor(xp, go, status, sigma, tiny * shadow * norm(v))
     alpha = quotient(rho, sigma, go)
     s = axpy(state.r, go, -alpha, v)
     s_hat = s if system.precondition is None else system.precondition(s)
@@ -153,21 +139,22 @@ def _step(system: System, state: _State, go: Array) -> _State:
     size = norm(r) / system.norm_b
 
     # With ω = 0 the next β has no value; and a residual beyond ‖r̃‖ / eps has lost every digit.
-    wild = size * system.norm_b > shadow / eps(xp, s.dtype)
+    wild = size * system.norm_b > shadow / system.eps
     flat = go & (((xp.abs(omega) == 0) & (size > system.options.rtol)) | (wild & (size < float("inf"))))
     status = mark(status, flat, BREAKDOWN)
     status = mark(status, go & ~flat & ~(size < float("inf")), NOT_FINITE)
+    n_iter, on = counted(system, go, size, status, state.n_iter)
     # A frozen item keeps divisors of one.
     one = xp.ones_like(rho)
     return _State(
         x, r, state.shadow, p, v, xp.where(go, rho, one), xp.where(go, alpha, one),
-        xp.where(go & ~flat, omega, one), size, status, count(go, state.n_iter),
+        xp.where(go & ~flat, omega, one), size, status, n_iter, on,
     )  # fmt: skip
 
 
-def _divisor(go: Array, status: Array, value: Array, smallest: Array) -> tuple[Array, Array]:
+def _divisor(xp: Namespace, go: Array, status: Array, value: Array, smallest: Array) -> tuple[Array, Array]:
     """Return where a step may divide by `value`, and the status where it may not."""
-    size = namespace_of(value).abs(value)
+    size = xp.abs(value)
     small = go & (size <= smallest)  # a restart may help
     wild = go & ~small & ~(size < float("inf"))
     return go & ~small & ~wild, mark(mark(status, small, BREAKDOWN), wild, NOT_FINITE)

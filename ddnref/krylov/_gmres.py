@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, as_dtype, conj, eps, full, namespace_of, real
+from ddnref._core.arrays import Array, Namespace, as_dtype, conj, full, real
 from ddnref._core.loops import WhileLoop
 from ddnref._kernels.dense import identity, matvec, solve
 from ddnref._kernels.public import public
@@ -23,12 +23,12 @@ from ddnref.krylov._rounds import Result, Round, finish, rounds
 from ddnref.krylov._system import (
     BREAKDOWN,
     NOT_FINITE,
-    RUNNING,
     Callback,
     Preconditioner,
     SolveInfo,
     System,
-    count,
+    active,
+    counted,
     mark,
     prepare,
 )
@@ -53,6 +53,7 @@ class _State(NamedTuple):
     """``‖r‖ / ‖b‖``, by recurrence."""
     status: Array
     n_iter: Array
+    active: Array
 
 
 @public
@@ -78,27 +79,15 @@ def gmres(
     operator : LinearOperator or (..., n, n) array, real or complex floating
         Need not be self-adjoint.
     restart : int, default 30
-        Steps of a cycle, and vectors held at once; at most n. Longer cycles need fewer steps, but more memory and more
-        work per step.
+        Steps of a cycle, and vectors held at once; at least 1, at most n. Longer cycles need fewer steps, but more
+        memory and more work per step.
     b, x0, preconditioner, rtol, maxiter, check_every, callback, throw, while_loop
-        As in `cg`, but M ≈ A⁻¹ need only be regular. `maxiter` counts steps, not cycles.
-
-    Returns
-    -------
-    x : (..., \*domain_shape) array
-    info : SolveInfo
-        As in `cg`.
+        As in `cg`, like the results, but M ≈ A⁻¹ need only be regular. `maxiter` counts steps, not cycles.
 
     Raises
     ------
     ConvergenceError
-        Iteration limit, stagnation (a cycle that does not reduce the residual), NaN or infinity.
-    TypeError, ValueError
-        As `cg`; `operator` need not be self-adjoint; `restart` below 1.
-
-    See Also
-    --------
-    bicgstab : needs seven vectors for any number of steps.
+        As `cg` apart from definiteness. Stagnation is a cycle that does not reduce the residual.
 
     Notes
     -----
@@ -118,21 +107,18 @@ def gmres(
     >>> np.round(x, 12), bool(info.converged)
     (array([1., 1.]), True)
     """
-    restart = operators.index(restart)
-    if restart < 1:
-        raise ValueError(f"restart is {restart}, expected at least 1.")
     system = prepare(
         "gmres", operator, b, x0=x0, preconditioner=preconditioner, callback=callback, rtol=rtol, maxiter=maxiter,
         check_every=check_every, while_loop=while_loop, throw=throw,
     )  # fmt: skip
-    cycle = partial(_cycle, min(restart, system.b.shape[-1]))
-    fall = 1 - eps(namespace_of(system.b), system.b.dtype) ** 0.5  # cycles may converge slowly
+    cycle = partial(_cycle, min(operators.index(restart), system.b.shape[-1]))
+    fall = 1 - system.eps**0.5  # cycles may converge slowly
     return finish(system, rounds(system, cycle, fall=fall, restarts=True))
 
 
 def _cycle(m: int, system: System, start: Round, iterate: Callable[..., Any]) -> Result:
     """At most m steps from a residual that was computed afresh, then the best x in the space that they span."""
-    xp = namespace_of(start.r)
+    xp = system.xp
     # The first basis vector is the residual; rows of the basis and columns of R are filled step by step.
     beta = norm(start.r)
     device = array_api_compat.device(start.r)
@@ -146,15 +132,9 @@ def _cycle(m: int, system: System, start: Round, iterate: Callable[..., Any]) ->
         size=start.size,
         status=start.status,
         n_iter=start.n_iter,
+        active=active(system, start.size, start.status, start.n_iter),
     )
-
-    def active(state: _State) -> Array:
-        return (state.size > system.options.rtol) & (state.status == RUNNING) & (state.n_iter < system.options.maxiter)
-
-    def body(state: _State) -> _State:
-        return _step(system, state, active(state), start.size)
-
-    last = iterate(active, body, first, lambda state: state.size, maxiter=m)
+    last = iterate(partial(_step, system, start.size), first, m)
 
     # Solve R y = Ω β e_1 and take the step M Q y; columns without a step contribute nothing.
     g = xp.where(last.used, as_dtype(beta, start.r)[..., None] * last.rotation[..., :m, 0], full((), 0.0, start.r))
@@ -166,9 +146,9 @@ def _cycle(m: int, system: System, start: Round, iterate: Callable[..., Any]) ->
     return Result(x, last.status, last.n_iter, last.size)
 
 
-def _step(system: System, state: _State, go: Array, start: Array) -> _State:
+def _step(system: System, start: Array, state: _State) -> _State:
     """One column of H, orthogonalised twice; the rotation that brings its last entry to zero."""
-    xp = namespace_of(state.q)
+    xp, go = system.xp, state.active
     m, j = state.used.shape[-1], state.j
     i = xp.arange(m + 1, device=array_api_compat.device(state.q))
     # Where j is a number, the basis so far is a slice. In a traced loop it is the whole array, whose other rows are 0.
@@ -184,8 +164,7 @@ def _step(system: System, state: _State, go: Array, start: Array) -> _State:
     w = w - g @ q
     h = (h + g)[..., 0, :]
     below = norm(w)[..., 0]
-    unit = eps(xp, w.dtype)
-    below = xp.where(below > 4 * unit * scale, below, xp.zeros_like(below))  # the space is invariant
+    below = xp.where(below > 4 * system.eps * scale, below, xp.zeros_like(below))  # the space is invariant
     finite = scale < float("inf")
     status = mark(state.status, go & ~finite, NOT_FINITE)
     go = go & finite
@@ -196,24 +175,25 @@ def _step(system: System, state: _State, go: Array, start: Array) -> _State:
     here, after = i == j, i == j + 1
     a = xp.sum(xp.where(here, h, xp.zeros_like(h)), axis=-1)
     rho = (real(conj(a) * a) + below * below) ** 0.5
-    singular = go & (rho <= unit * scale)  # a zero column of R
+    singular = go & (rho <= system.eps * scale)  # a zero column of R
     go, status = go & ~singular, mark(status, singular, BREAKDOWN)
-    rotation = _rotated(state.rotation, go, here, after, a, below, rho)
+    rotation = _rotated(xp, state.rotation, go, here, after, a, below, rho)
 
     # Store the column of R; the residual is the last entry of Ω β e_1.
     entries = xp.where(here, as_dtype(rho, h)[..., None], xp.where(i < j, h, xp.zeros_like(h)))[..., :m]
     fill = go[..., None] & here[:m]
     triangle = xp.where(fill[..., None, :], entries[..., None], state.triangle)
     size = start * xp.abs(xp.sum(xp.where(after, rotation[..., 0], xp.zeros_like(h)), axis=-1))
-    return _State(
-        put_row(state.q, j + 1, normalised(w, norm(w))), rotation, triangle, state.used | fill, j + 1,
-        xp.where(go, size, state.size), status, count(go, state.n_iter),
-    )  # fmt: skip
+    size = xp.where(go, size, state.size)
+    n_iter, go = counted(system, go, size, status, state.n_iter)
+    q = put_row(state.q, j + 1, normalised(w, norm(w)))
+    return _State(q, rotation, triangle, state.used | fill, j + 1, size, status, n_iter, go)
 
 
-def _rotated(rotation: Array, go: Array, here: Array, after: Array, a: Array, below: Array, rho: Array) -> Array:
+def _rotated(
+    xp: Namespace, rotation: Array, go: Array, here: Array, after: Array, a: Array, below: Array, rho: Array
+) -> Array:
     """Rows j and j + 1 of Ω replaced by ``c̄ ω_j + s ω_{j+1}`` and ``−s ω_j + c ω_{j+1}``, ``c = a/ρ``, ``s = β/ρ``."""
-    xp = namespace_of(rotation)
     rho = xp.where(go, rho, xp.ones_like(rho))
     c, s = (as_dtype(1 / rho, a) * a)[..., None], as_dtype(below / rho, a)[..., None]
     # Pick the two rows by masks, because j may be traced.

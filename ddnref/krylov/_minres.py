@@ -8,12 +8,14 @@ orthonormal in the inner product of M; φ̄_k is the norm of the residual in tha
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
-from ddnref._core.arrays import Array, eps, namespace_of, own
+from ddnref._core.arrays import Array, own
 from ddnref._core.loops import WhileLoop
 from ddnref._kernels.public import public
 from ddnref._kernels.vectors import axpy, column, norm, quotient, real_dot
+from ddnref.krylov._pivots import grid
 from ddnref.krylov._rounds import Result, Round, finish, rounds
 from ddnref.krylov._system import (
     PRECONDITIONER_NOT_POSITIVE_DEFINITE,
@@ -23,7 +25,8 @@ from ddnref.krylov._system import (
     Preconditioner,
     SolveInfo,
     System,
-    count,
+    active,
+    counted,
     failure,
     mark,
     prepare,
@@ -52,10 +55,28 @@ class _State(NamedTuple):
     s: Array
     norm2: Array
     """Square of the longest column of the tridiagonal matrix so far, a lower bound of ‖A‖²."""
+    ritz: Any
+    """`_Ritz`, or ``None``."""
     size: Array
     """``‖r‖ / ‖b‖``."""
     status: Array
     n_iter: Array
+    active: Array
+
+
+class _Ritz(NamedTuple):
+    """Pivots that show the eigenvalues of M A, of the tridiagonal matrix."""
+
+    shifts: Array
+    """Relative to the first column: positive ones that fall by factors of four, and their negatives."""
+    anchor: Array
+    """The length of the first column, which no smallest absolute value exceeds; 0 before."""
+    pivot: Array
+    """The last pivot of the matrix less each shift; infinity before the first."""
+    below: Array
+    """The number of eigenvalues below each shift."""
+    largest: Array
+    """The longest column."""
 
 
 @public
@@ -70,6 +91,7 @@ def minres(
     maxiter: int | None = None,
     check_every: int | None = None,
     callback: Callback | None = None,
+    estimate_condition: bool = False,
     throw: bool = True,
     while_loop: WhileLoop | None = None,
 ) -> tuple[Array, SolveInfo]:
@@ -79,26 +101,9 @@ def minres(
     ----------
     operator : LinearOperator or (..., n, n) array, real or complex floating
         Self-adjoint, which is not checked.
-    b, x0, preconditioner, rtol, maxiter, check_every, callback, throw, while_loop
-        As in `cg`. The preconditioner must be positive definite although the operator need not be.
-
-    Returns
-    -------
-    x : (..., \*domain_shape) array
-    info : SolveInfo
-        As in `cg`.
-
-    Raises
-    ------
-    ConvergenceError
-        Iteration limit, a preconditioner that is not positive definite, stagnation (a singular operator whose range
-        does not contain b: then x is a least-squares solution), NaN or infinity.
-    TypeError, ValueError
-        As `cg`.
-
-    See Also
-    --------
-    cg : for positive definite operators, with fewer operations per step.
+    b, x0, preconditioner, rtol, maxiter, check_every, callback, estimate_condition, throw, while_loop
+        As in `cg`, like the results and the errors. The preconditioner must be positive definite although the operator
+        need not be.
 
     Notes
     -----
@@ -127,36 +132,39 @@ def minres(
         "minres", operator, b, x0=x0, preconditioner=preconditioner, callback=callback, rtol=rtol, maxiter=maxiter,
         check_every=check_every, while_loop=while_loop, throw=throw, self_adjoint=True,
     )  # fmt: skip
-    return finish(system, rounds(system, _round))
+    return finish(system, rounds(system._replace(ritz=estimate_condition), _round))
 
 
 def _round(system: System, start: Round, iterate: Callable[..., Any]) -> Result:
     """Steps from a residual that was computed afresh."""
-    xp = namespace_of(start.r)
+    xp = system.xp
     z = start.r if system.precondition is None else system.precondition(start.r)
     rz = real_dot(start.r, z)
-    running = start.status == RUNNING
-    status = failure(start.status, running, rz, PRECONDITIONER_NOT_POSITIVE_DEFINITE)
+    status = failure(system, start.status, start.status == RUNNING, rz, PRECONDITIONER_NOT_POSITIVE_DEFINITE)
     # β_1 v_1 = r, measured in the inner product of M; the first reflection is c = −1, s = 0.
     beta = xp.where(rz > 0, rz, xp.ones_like(rz)) ** 0.5
     zero, one = xp.zeros_like(beta), xp.ones_like(beta)
-    vector = xp.zeros_like(start.r)
+    vector, ritz = xp.zeros_like(start.r), None
+    if system.ritz:
+        positive = grid(xp, 1.0, system.eps, 4.0, zero)
+        shifts = xp.concat([positive, -positive])
+        zeros = zero[..., None] + 0 * shifts
+        ritz = _Ritz(shifts, zero, zeros + float("inf"), zeros, zero)
     first = _State(
         x=start.x, r=own(start.r), before=vector, now=own(start.r), z=z, w=vector, w_before=vector, beta_before=one,
-        beta=beta, dbar=zero, epsilon=zero, phibar=beta, c=-one, s=zero, norm2=zero, size=start.size,
-        status=status, n_iter=start.n_iter,
+        beta=beta, dbar=zero, epsilon=zero, phibar=beta, c=-one, s=zero, norm2=zero,
+        ritz=ritz, size=start.size,
+        status=status, n_iter=start.n_iter, active=active(system, start.size, status, start.n_iter),
     )  # fmt: skip
-
-    def active(state: _State) -> Array:
-        return (state.size > system.options.rtol) & (state.status == RUNNING) & (state.n_iter < system.options.maxiter)
-
-    last = iterate(active, lambda state: _step(system, state, active(state)), first, lambda state: state.size)
-    return Result(last.x, last.status, last.n_iter, last.size)
+    last = iterate(partial(_step, system), first)
+    return Result(
+        last.x, last.status, last.n_iter, last.size, None if last.ritz is None else _condition(system, last.ritz)
+    )
 
 
-def _step(system: System, state: _State, go: Array) -> _State:
+def _step(system: System, state: _State) -> _State:
     """One Lanczos step, one reflection, one step along w."""
-    xp = namespace_of(state.r)
+    xp, go = system.xp, state.active
 
     # Lanczos: β_{k+1} v_{k+1} = A v_k − α_k v_k − β_k v_{k−1}.
     v = state.z * column(1 / state.beta, state.z)
@@ -166,8 +174,8 @@ def _step(system: System, state: _State, go: Array) -> _State:
     z = after if system.precondition is None else system.precondition(after)
     rz = real_dot(after, z)
     finite = rz < float("inf")  # false for NaN
-    rounding = (16 * eps(xp, v.dtype)) ** 2 * state.norm2  # a smaller β² shows that the space is invariant
-    status = failure(state.status, go & ~(xp.abs(rz) <= rounding), rz, PRECONDITIONER_NOT_POSITIVE_DEFINITE)
+    rounding = (16 * system.eps) ** 2 * state.norm2  # a smaller β² shows that the space is invariant
+    status = failure(system, state.status, go & ~(xp.abs(rz) <= rounding), rz, PRECONDITIONER_NOT_POSITIVE_DEFINITE)
     go = go & (status == RUNNING)
     beta = xp.where(finite & (rz > 0), rz, xp.zeros_like(rz)) ** 0.5
 
@@ -180,10 +188,11 @@ def _step(system: System, state: _State, go: Array) -> _State:
     norm2 = xp.maximum(state.norm2, alpha * alpha + beta * beta)
     # ‖A r‖ = ‖r‖ ‖(γ̄, d̄)‖; where it is this small a step along w would amplify rounding by 1/√eps and more [2].
     left = (gbar * gbar + dbar * dbar) ** 0.5
-    stuck = go & (left <= (eps(xp, v.dtype) * norm2) ** 0.5)
+    stuck = go & (left <= (system.eps * norm2) ** 0.5)
     go, status = go & ~stuck, mark(status, stuck, STAGNATION)
     c, s = quotient(gbar, gamma, go), quotient(beta, gamma, go)
 
+    ritz = state.ritz if state.ritz is None else _with_column(system, state.ritz, go, state.beta, alpha, beta)
     # x moves along w, the next column of V R⁻¹.
     phi = c * state.phibar
     w = (v - column(state.epsilon, v) * state.w_before - column(delta, v) * state.w) * column(
@@ -195,9 +204,35 @@ def _step(system: System, state: _State, go: Array) -> _State:
     # r ← s² r − φ̄ c v_{k+1}, frozen where `go` is not set.
     r = column(s * s, v) * state.r + column(quotient(-phibar * c, beta, goes_on), v) * after
     r = xp.where(go[..., None], r, state.r)
+    size = norm(r) / system.norm_b
+    n_iter, on = counted(system, go, size, status, state.n_iter)
     return _State(
         x=axpy(state.x, go, phi, w), r=r, before=state.now, now=after, z=z, w=w, w_before=state.w,
         beta_before=state.beta, beta=xp.where(goes_on, beta, xp.ones_like(beta)), dbar=dbar, epsilon=epsilon,
-        phibar=phibar, c=c, s=s, norm2=norm2, size=norm(r) / system.norm_b, status=status,
-        n_iter=count(go, state.n_iter),
+        phibar=phibar, c=c, s=s, norm2=norm2, ritz=ritz, size=size, status=status,
+        n_iter=n_iter, active=on,
     )  # fmt: skip
+
+
+def _with_column(system: System, ritz: _Ritz, go: Array, above: Array, alpha: Array, beta: Array) -> _Ritz:
+    """One more column of the tridiagonal matrix, ``(above, α, β)``, where `go` is set."""
+    xp, length = system.xp, (alpha * alpha + beta * beta) ** 0.5
+    anchor = xp.where(ritz.anchor > 0, ritz.anchor, length)
+    # d = α − μ − β² / d; a zero pivot counts as negative.
+    pivot = alpha[..., None] - anchor[..., None] * ritz.shifts - (above * above)[..., None] / ritz.pivot
+    pivot = xp.where(pivot == 0, -(system.eps**2) * anchor[..., None], pivot)
+    each, below = go[..., None], ritz.below + xp.astype(pivot < 0, alpha.dtype)
+    return _Ritz(
+        ritz.shifts, xp.where(go, anchor, ritz.anchor), xp.where(each, pivot, ritz.pivot),
+        xp.where(each, below, ritz.below), xp.where(go, xp.maximum(ritz.largest, length), ritz.largest),
+    )  # fmt: skip
+
+
+def _condition(system: System, ritz: _Ritz) -> Array:
+    """The quotient of the longest column and of the Ritz value next to zero, from the middle of its gap."""
+    xp, j = system.xp, ritz.below.shape[-1] // 2
+    shifts = ritz.shifts[:j]
+    near = ritz.below[..., :j] > ritz.below[..., j:]  # between −μ and μ
+    free = xp.max(xp.where(near, 0 * shifts, shifts), axis=-1)
+    smallest = xp.where(free < 1, 2 * xp.where(free > 0, free, system.eps / 4 + 0 * free), free) * ritz.anchor
+    return quotient(ritz.largest, smallest, smallest > 0)

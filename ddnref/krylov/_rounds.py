@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
-import array_api_compat
-
-from ddnref._core.arrays import Array, full, nan_where, own, quiet, with_axes
+from ddnref._core.arrays import Array, full, nan_where, own, with_axes
 from ddnref._core.loops import run
 from ddnref._kernels.vectors import column, norm
 from ddnref.krylov._system import (
@@ -33,7 +32,7 @@ from ddnref.krylov._system import (
 
 FALL = 0.5  # a round that leaves more than this part of the residual is the last
 
-Inner = TypeVar("Inner")
+Inner = TypeVar("Inner", bound=Any)
 
 
 class Round(NamedTuple):
@@ -46,6 +45,8 @@ class Round(NamedTuple):
     """``‖r‖ / ‖b‖``."""
     status: Array
     n_iter: Array
+    condition: Array
+    """An estimate of the condition number; 0 before there is one."""
 
 
 class Result(NamedTuple):
@@ -57,24 +58,23 @@ class Result(NamedTuple):
     n_iter: Array
     size: Array
     """``‖r‖ / ‖b‖``, by recurrence."""
+    condition: Array | None = None
+    """An estimate of the condition number, from methods that make one."""
 
 
 def first_round(system: System) -> Round:
     """The state at x0, or at zero, where the residual is b."""
-    xp = array_api_compat.array_namespace(system.b)
-    n_iter = xp.zeros(system.batch, dtype=xp.int32, device=array_api_compat.device(system.b))
     # From zero no product is needed.
     if system.x0 is None:
         shape = system.domain_shape if system.axes > 1 else (math.prod(system.domain_shape),)
-        x = full((*system.batch, *shape), 0.0, system.b)
-        size = norm(system.b, system.axes) / system.norm_b
-        return Round(x, own(system.b), size, system.status, n_iter)
-    r = system.b - system.apply(system.x0)
+        x, r = full((*system.batch, *shape), 0.0, system.b), own(system.b)
+    else:
+        x, r = own(system.x0), system.b - system.apply(system.x0)
     size = norm(r, system.axes) / system.norm_b
     # A start that meets the tolerance is returned as it is.
-    go = system.status == RUNNING
-    status = mark(system.status, go & (size <= system.options.rtol), CONVERGED)
-    return Round(own(system.x0), r, size, mark(status, go & ~(size < float("inf")), NOT_FINITE), n_iter)
+    status = mark(system.status, (system.status == RUNNING) & (size <= system.options.rtol), CONVERGED)
+    status = mark(status, (status == RUNNING) & ~(size < float("inf")), NOT_FINITE)
+    return Round(x, r, size, status, system.xp.zeros_like(status), system.xp.zeros_like(size))
 
 
 def rounds(
@@ -95,27 +95,25 @@ def rounds(
         new = method(system, last, iterate)
         r = system.b - system.apply(new.x)
         size = norm(r, system.axes) / system.norm_b
-        return Round(new.x, r, size, _judged(system, last, new, size, fall, restarts), new.n_iter)
+        helps = size <= fall * last.size
+        # A failure that the method reports counts unless x is good enough, or a new start can help.
+        good = size <= SLACK * system.options.rtol
+        finite = size < float("inf")
+        failed = (last.status == RUNNING) & (new.status != RUNNING) & ~good & finite
+        status = system.xp.where(failed & ~helps if restarts else failed, new.status, last.status)
+        status = decided(system, status, new.n_iter, good, finite, helps)
+        known = last.condition if new.condition is None else system.xp.maximum(last.condition, new.condition)
+        return Round(new.x, r, size, status, new.n_iter, known)
 
-    with quiet():
-        return run(
-            lambda state: state.status == RUNNING, body, first_round(system), maxiter=system.options.maxiter + 1,
-            check_every=1, while_loop=system.options.while_loop,
-        )  # fmt: skip
+    return run(
+        lambda state: state.status == RUNNING, body, first_round(system), maxiter=system.options.maxiter + 1,
+        check_every=1, while_loop=system.options.while_loop,
+    )  # fmt: skip
 
 
-def _judged(system: System, last: Round, new: Result, size: Array, fall: float, restarts: bool) -> Array:
-    """The status after a round."""
-    xp = array_api_compat.array_namespace(size)
-    running = last.status == RUNNING
-    good = size <= SLACK * system.options.rtol
-    finite = size < float("inf")
-    helps = size <= fall * last.size
-    # A failure that the method reports counts unless x is good enough, or a new start can help.
-    failed = (new.status != RUNNING) & ~(helps if restarts else xp.zeros_like(helps))
-    limit = new.n_iter >= system.options.maxiter
-    status = xp.where(running, xp.where(failed & ~good & finite, new.status, xp.zeros_like(new.status) + RUNNING),
-                      last.status)  # fmt: skip
+def decided(system: System, status: Array, n_iter: Array, good: Array, finite: Array, helps: Array) -> Array:
+    """The status after a round: `good` x have converged, and another round may only follow where this one `helps`."""
+    limit = n_iter >= system.options.maxiter
     # The first of these that holds decides.
     for bad, code in ((good, CONVERGED), (~finite, NOT_FINITE), (limit, ITERATION_LIMIT), (~helps, STAGNATION)):
         status = mark(status, (status == RUNNING) & bad, code)
@@ -123,35 +121,28 @@ def _judged(system: System, last: Round, new: Result, size: Array, fall: float, 
 
 
 def iterator(system: System) -> Callable[..., Any]:
-    """A function ``iterate(active, body, state, relative)``: `run` with the options of the system.
+    """A function ``iterate(step, state)`` that repeats ``state = step(state)`` while any of ``state.active`` is set.
 
-    The callback is given ``relative(state)``, and the steps of all rounds so far.
+    The callback is given ``state.size``, and the steps of all rounds so far.
     """
     options, callback = system.options, system.callback
-    seen = [0, 0]  # steps before this round, and in it
+    steps = 0
 
-    def iterate(
-        active: Callable[[Inner], Array],
-        body: Callable[[Inner], Inner],
-        state: Inner,
-        relative: Callable[[Inner], Array],
-        maxiter: int | None = None,
-    ) -> Inner:
+    def iterate(step: Callable[[Inner], Inner], state: Inner, maxiter: int = options.maxiter) -> Inner:
         def watched(state: Inner) -> Array:
             if callback is not None:
-                callback(Progress(seen[0] + seen[1], relative(state)))
-            return active(state)
+                callback(Progress(steps, state.size))
+            return state.active
 
         def counted(state: Inner) -> Inner:
-            seen[1] += 1
-            return body(state)
+            nonlocal steps
+            steps += 1
+            return step(state)
 
-        seen[:] = [sum(seen), 0]  # a new round begins
         plain = callback is None  # then nothing has to be counted
         return run(
-            active if plain else watched, body if plain else counted, state,
-            maxiter=options.maxiter if maxiter is None else maxiter, check_every=options.check_every,
-            while_loop=options.while_loop,
+            attrgetter("active") if plain else watched, step if plain else counted, state, maxiter=maxiter,
+            check_every=options.check_every, while_loop=options.while_loop,
         )  # fmt: skip
 
     return iterate
@@ -159,17 +150,19 @@ def iterator(system: System) -> Callable[..., Any]:
 
 def finish(system: System, last: Round) -> tuple[Array, SolveInfo]:
     """The solution in its own shape and scale, and how it ended; raises if the options say so."""
-    with quiet():
-        # Where a NaN or infinity was met, neither x nor its residual says anything.
-        bad = last.status == NOT_FINITE
-        info = SolveInfo(last.status == CONVERGED, last.n_iter, nan_where(bad, last.size), last.status)
-    return unscaled(system, last.x, bad, info), info
-
-
-def unscaled(system: System, x: Array, bad: Array, info: Any) -> Array:
-    """The solution in its own shape and scale, NaN where `bad`; raises for failures in `info` if the options say so."""
-    with quiet():
-        x = nan_where(with_axes(bad, system.axes), column(system.scale, x) * x)
+    # Where a NaN or infinity was met, neither x nor its residual says anything.
+    size = nan_where(last.status == NOT_FINITE, last.size)
+    unknown = full(tuple(size.shape), float("inf"), size)
+    condition = system.xp.where(last.condition > 0, last.condition, unknown)
+    info = SolveInfo(last.status == CONVERGED, last.n_iter, size, last.status, unknown, condition)
     if system.options.throw:
         raise_if_failed(system.function, info, system.options)
-    return array_api_compat.array_namespace(x).reshape(x, (*system.batch, *system.domain_shape))
+    return solution(system, last.x, last.status), info
+
+
+def solution(system: System, x: Array, status: Array) -> Array:
+    """An iterate in its own shape and scale; NaN where it is not finite."""
+    factor = system.scale if system.size_a is None else system.scale / system.size_a
+    x = column(factor, x) * x
+    x = nan_where(with_axes(status == NOT_FINITE, system.axes), x)
+    return system.xp.reshape(x, (*system.batch, *system.domain_shape))

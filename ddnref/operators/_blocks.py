@@ -15,8 +15,10 @@ import array_api_compat
 
 from ddnref._core.arrays import Array, adjoint, conj, is_complex, library, namespace, namespace_of
 from ddnref._core.checks import check_dtypes, check_shapes, check_square
-from ddnref._kernels.dense import hermitian_part, hermitian_product, identity, symmetrised
-from ddnref.operators._operator import LinearOperator, batch_axes
+from ddnref._kernels.dense import gram as gram_of
+from ddnref._kernels.dense import hermitian_part, identity, move_axis, symmetrised
+from ddnref._kernels.vectors import norm, real_dot
+from ddnref.operators._operator import LinearOperator, batch_axes, check_ending
 
 Pieces: TypeAlias = tuple[Array, ...]
 Factor: TypeAlias = Array | Sequence[Array] | LinearOperator
@@ -36,11 +38,25 @@ class SelfAdjoint(NamedTuple):
     """Shape of one vector."""
     like: Array
     """An array with the dtype of the vectors, on their device."""
+    metric: Callable[[Array], Array] | None = None
+    """The map B of rows in whose inner product ``⟨x, B y⟩`` the map is self-adjoint; ``None`` for the identity."""
 
     @property
     def m(self) -> int:
         """Entries of a vector."""
         return math.prod(self.shape)
+
+    def inner(self, y: Array, q: Array) -> Array:
+        """``h_ji = ⟨q_i, y_j⟩`` in the inner product of the map, ``(..., j, i)``."""
+        return inner(y if self.metric is None else self.metric(y), q)
+
+    def norm(self, y: Array) -> Array:
+        """Length of each row in the inner product of the map."""
+        return norm(y) if self.metric is None else real_dot(y, self.metric(y)) ** 0.5
+
+    def without(self, y: Array, q: Array) -> Array:
+        """Rows y less their part in the span of rows q that are orthonormal in the inner product of the map."""
+        return y - self.inner(y, q) @ q
 
     def rows(self, v: Array) -> Array:
         """Columns ``(..., *shape, j)`` as rows ``(..., j, m)``."""
@@ -51,6 +67,11 @@ class SelfAdjoint(NamedTuple):
         """The inverse of `rows`."""
         xp = array_api_compat.array_namespace(rows)
         return xp.reshape(xp.matrix_transpose(rows), (*self.batch, *self.shape, rows.shape[-2]))
+
+    def vectors(self, rows: Array) -> Array:
+        """Rows ``(..., j, m)`` as an operator takes them, ``(j, ..., *shape)``."""
+        xp = array_api_compat.array_namespace(rows)
+        return xp.reshape(move_axis(rows, -2, 0), (rows.shape[-2], *self.batch, *self.shape))
 
     def matrix(self) -> Array:
         """The map as a matrix ``(..., m, m)``, exactly Hermitian."""
@@ -85,18 +106,17 @@ def _of_operator(a: LinearOperator, function: str, like: Array | None) -> SelfAd
         )
     namespace(**{f"params[{i}]": parameter for i, parameter in enumerate(a.params)}, v0=like)
     # One product shows the batch axes and the dtype of all images.
-    n = len(a.domain_shape)
-    if like is not None and tuple(like.shape[like.ndim - n :]) != tuple(a.domain_shape):
-        raise ValueError(f"A vector has shape {tuple(like.shape)}, expected (..., *{tuple(a.domain_shape)}).")
+    if like is not None:
+        check_ending("A vector", like, a.domain_shape)
     batch, image = batch_axes(a, like)
 
     def apply(q: Array) -> Array:
         # The rows become one more leading axis, in front of the batch axes.
         xp = array_api_compat.array_namespace(q)
-        lead = xp.moveaxis(q, -2, 0) if batch else q
+        lead = move_axis(q, -2, 0) if batch else q
         y = a(xp.reshape(lead, (q.shape[-2], *batch, *a.domain_shape)))
         y = xp.reshape(y, lead.shape)
-        return xp.moveaxis(y, 0, -2) if batch else y
+        return move_axis(y, 0, -2) if batch else y
 
     return SelfAdjoint(apply, batch, a.domain_shape, image)
 
@@ -127,7 +147,7 @@ class Tall(NamedTuple):
     like: Array
     batch: tuple[int, ...]
     gram: Callable[[], Array]
-    """``VᴴV``, ``(..., n, n)``, exactly Hermitian."""
+    """``VᴴV``, ``(..., n, n)``, exactly Hermitian; in double precision where V is an array and the device has it."""
     apply: Callable[[Array], Pieces]
     """``V u``."""
     adjoint: Callable[[Pieces], Array]
@@ -168,10 +188,8 @@ def _tall_pieces(pieces: Pieces, names: list[str], join: Callable[[Pieces], Any]
         check_dtypes(**{name: (piece, pieces[0].dtype)})
 
     def gram() -> Array:
-        # One piece: only one triangle of its product need be computed.
-        if len(pieces) == 1:
-            return hermitian_product(adjoint(pieces[0]), adjoint(pieces[0]))
-        return hermitian_part(times_adjoint(pieces))
+        products = [gram_of(piece) for piece in pieces]
+        return sum(products[1:], products[0])
 
     def times_adjoint(e: Pieces) -> Array:
         terms = [adjoint(v) @ e_l for v, e_l in zip(pieces, e, strict=True)]

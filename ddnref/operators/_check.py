@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import array_api_compat
 import numpy as np
 
-from ddnref._core.arrays import Array, Namespace, is_complex, namespace
+from ddnref._core.arrays import Array, Namespace, full, is_complex, namespace
 from ddnref._kernels.public import public
 from ddnref._kernels.vectors import column, dot, norm, normalised, quotient, real_dot
 from ddnref.errors import OperatorError
-from ddnref.operators._operator import LinearOperator, batch_axes, times, zeros
+from ddnref.operators._operator import LinearOperator, batch_axes, check_ending, times
 from ddnref.testing import check_vjp
 
 RTOL = 1e-11
@@ -23,12 +23,10 @@ ZERO = 1e-15  # an eigenvalue that small, relative to the largest, is no more th
 
 
 class OperatorCheck(NamedTuple):
-    """The result for one claim about an operator."""
+    """Whether one claim about an operator holds."""
 
     name: str
-    """The claim."""
     passed: bool
-    """Whether it holds."""
     error: float
     """The relative error; NaN where the claim is either true or false."""
     message: str
@@ -36,10 +34,9 @@ class OperatorCheck(NamedTuple):
 
 
 class OperatorReport(NamedTuple):
-    """The results of `check_operator`; ``str(report)`` is a table."""
+    """Whether all claims of an operator hold, by `check_operator`; ``str(report)`` is a table."""
 
     passed: bool
-    """Whether every claim holds."""
     checks: tuple[OperatorCheck, ...]
     """Every claim that was checked. Where a basic claim fails, those that depend on it are left out."""
 
@@ -77,10 +74,6 @@ def check_operator(
     seed : int
     throw : bool, default True
         Raise if a claim fails. With ``False`` the failure is only in the report.
-
-    Returns
-    -------
-    report : OperatorReport
 
     Raises
     ------
@@ -126,9 +119,8 @@ def check_operator(
 
 def _given(a: LinearOperator, x: Array | None, rng: np.random.Generator, rtol: float, vjp_rtol: float) -> Given:
     xp = namespace(**{f"params[{i}]": p for i, p in enumerate(a.params)}, x=x)
-    n = len(a.domain_shape)
-    if x is not None and tuple(x.shape[max(0, x.ndim - n) :]) != tuple(a.domain_shape):
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., *{tuple(a.domain_shape)}).")
+    if x is not None:
+        check_ending("x", x, a.domain_shape)
     arrays = [*a.params, *([] if x is None else [x])]
     if any(p.dtype not in (xp.float64, xp.complex128) for p in arrays):
         raise TypeError(
@@ -138,7 +130,7 @@ def _given(a: LinearOperator, x: Array | None, rng: np.random.Generator, rtol: f
         )
     # Vectors are complex if a parameter is, and random in any case.
     if x is None:
-        x = zeros(tuple(a.domain_shape), a.params[0])
+        x = full(tuple(a.domain_shape), 0.0, a.params[0])
     if any(is_complex(p) for p in arrays):
         x = xp.astype(x, xp.complex128)
     given = Given(a, x, rng, rtol, vjp_rtol)
@@ -325,35 +317,29 @@ def _params_vjp(g: Given) -> Iterator[OperatorCheck]:
         return
     for i, (p, bar) in enumerate(zip(g.a.params, bars, strict=True)):
         # The gradient has the shape and the dtype of the parameter.
-        fits = tuple(bar.shape) == tuple(p.shape) and bar.dtype == p.dtype
         name = f"params_vjp[{i}]"
-        if not fits:
+        if tuple(bar.shape) != tuple(p.shape) or bar.dtype != p.dtype:
             message = (
-                f"it has shape {tuple(bar.shape)} and dtype {bar.dtype}, the parameter {tuple(p.shape)}, {p.dtype}"
+                f"it has shape {tuple(bar.shape)} and dtype {bar.dtype}, the parameter {tuple(p.shape)}, {p.dtype}: "
+                "sum over a batch, and take the real part for a real parameter."
             )
-            yield _fact(name, False, f"{message}: sum over a batch, and take the real part for a real parameter.")
+            yield _fact(name, False, message)
             continue
+
         # The finite differences of the product as a function of this parameter alone
+        def product(p: Array, i: int = i) -> Array:
+            return g.a.apply((*g.a.params[:i], p, *g.a.params[i + 1 :]), g.x)
+
+        def product_vjp(y_bar: Array, y: Array, i: int = i) -> Array:  # noqa: ARG001
+            return g.a.params_vjp(g.a.params, y_bar, g.x)[i]
+
         seed = int(g.rng.integers(2**31))  # of cotangents that are independent of x
-        report = check_vjp(*_partial(g, i), p, rtol=g.vjp_rtol, seed=seed)
+        report = check_vjp(product, product_vjp, p, rtol=g.vjp_rtol, seed=seed)
         message = (
             f"the gradient to params[{i}] differs from finite differences by {{error:.1e}} of its length (rtol "
             "{rtol:.0e}). The most likely cause is a missing conjugate, a factor, or a dependence that was left out."
         )
         yield _check(name, report.error, g.vjp_rtol, message)
-
-
-def _partial(g: Given, i: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The product as a function of one parameter, and its VJP."""
-    params = g.a.params
-
-    def f(p: Array) -> Array:
-        return g.a.apply((*params[:i], p, *params[i + 1 :]), g.x)
-
-    def f_vjp(y_bar: Array, y: Array) -> Array:  # noqa: ARG001
-        return g.a.params_vjp(params, y_bar, g.x)[i]
-
-    return f, f_vjp
 
 
 def _self_adjoint(g: Given) -> Iterator[OperatorCheck]:

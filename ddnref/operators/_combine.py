@@ -17,23 +17,16 @@ import math
 from collections.abc import Callable
 from functools import reduce
 from operator import add as plus
-from typing import Any
+from typing import Any, NamedTuple
 
 import array_api_compat
 import numpy as np
 
-from ddnref._core.arrays import Array, conj, is_complex
+from ddnref._core.arrays import Array, conj, is_complex, namespace
+from ddnref._core.checks import check_precision
 from ddnref._kernels.public import public
 from ddnref.operators._elementary import as_operator, coefficient
-from ddnref.operators._operator import (
-    LinearOperator,
-    Params,
-    check_params,
-    coefficient_bar,
-    is_array,
-    motions_of,
-    times,
-)
+from ddnref.operators._operator import LinearOperator, Params, coefficient_bar, is_array, motions_of, times
 
 
 @public
@@ -46,23 +39,10 @@ def scaled(
     ----------
     operator : LinearOperator, or array (..., n, m)
     c : (...) array, or a number
-        One number for each item of the batch. An array is the last parameter; a Python number is a constant.
+        One number for each item of the batch; its gradient is ``Σ ȳ conj(A x)``, real for real `c`.
     positive_definite : bool, optional
         Whether the product is known to be positive definite, which is not read from the values of an array `c`.
         Default: as `operator` for a positive number, else False.
-
-    Returns
-    -------
-    operator : LinearOperator
-
-    Raises
-    ------
-    TypeError
-        If `c` is of another library, device or precision than the parameters.
-
-    Notes
-    -----
-    ``c̄ = Σ ȳ conj(A x)``, real for real `c`.
 
     Examples
     --------
@@ -70,11 +50,10 @@ def scaled(
     >>> ddnref.operators.scaled(np.eye(2), np.asarray(3.0))(np.ones(2))
     array([3., 3.])
     """
-    # Only operators without arrays are closed over, so that parameters can be traced and replaced.
     a = as_operator(operator)
     c = coefficient("c", c, a.params)
-    n, parameter = len(a.range_shape), is_array(c)
-    bare, split = bare_of(a), _splitter(c)
+    n, parameter, split = len(a.range_shape), is_array(c), _splitter(c)
+    bare = a._replace(params=())  # closures hold no arrays, so that parameters can be traced and replaced
 
     def apply(params: Params, x: Array) -> Array:
         p, c = split(params)
@@ -120,19 +99,11 @@ def scaled(
 
 @public
 def adjoint(operator: Array | LinearOperator, /) -> LinearOperator:
-    """The adjoint ``Aᴴ`` as an operator, with the parameters of A.
+    """The adjoint ``Aᴴ`` as an operator; its ``params_vjp(ȳ, x)`` is that of A with the two vectors exchanged.
 
     Parameters
     ----------
     operator : LinearOperator, or array (..., n, m)
-
-    Returns
-    -------
-    operator : LinearOperator
-
-    Notes
-    -----
-    As ``Re ⟨ȳ, Ȧᴴ x⟩ = Re ⟨x, Ȧ ȳ⟩``, its ``params_vjp(ȳ, x)`` is that of A with the two vectors exchanged.
 
     Examples
     --------
@@ -141,7 +112,7 @@ def adjoint(operator: Array | LinearOperator, /) -> LinearOperator:
     array([1., 3.])
     """
     a = as_operator(operator)
-    bare = bare_of(a)
+    bare = a._replace(params=())
 
     def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
         return bare.params_vjp(params, x, y_bar)
@@ -165,26 +136,16 @@ def normal(
     *,
     positive_definite: bool | None = None,
 ) -> LinearOperator:
-    """The operator of the normal equations, ``AᴴA + ρ I``.
+    """The self-adjoint operator of the normal equations, ``AᴴA + ρ I``.
 
     Parameters
     ----------
     operator : LinearOperator, or array (..., n, m)
     damping : (...) real array, or a real number, optional
-        ρ, one number for each item of the batch. An array is the last parameter; a Python number is a constant.
+        ρ, one number for each item of the batch.
     positive_definite : bool, optional
         Whether the operator is known to be positive definite. Default: True with damping, which is assumed to be
         positive (`ddnref.krylov.cg` reports where it is not); False without, because A may have a null space.
-
-    Returns
-    -------
-    operator : LinearOperator
-        A self-adjoint operator from ``(..., *domain_shape)`` to the same.
-
-    Raises
-    ------
-    TypeError
-        If `damping` is complex, or of another library, device or precision than the parameters.
 
     Notes
     -----
@@ -201,8 +162,8 @@ def normal(
     """
     a = as_operator(operator)
     damping = None if damping is None else coefficient("damping", damping, a.params, real=True)
-    n, parameter = len(a.domain_shape), is_array(damping)
-    bare, split = bare_of(a), _splitter(damping)
+    n, parameter, split = len(a.domain_shape), is_array(damping), _splitter(damping)
+    bare = a._replace(params=())
 
     def apply(params: Params, x: Array) -> Array:
         p, rho = split(params)
@@ -244,7 +205,7 @@ def normal(
 
 @public
 def add(*operators: Array | LinearOperator, positive_definite: bool | None = None) -> LinearOperator:
-    """The sum of operators.
+    """The sum of operators, self-adjoint if all are.
 
     Parameters
     ----------
@@ -254,54 +215,43 @@ def add(*operators: Array | LinearOperator, positive_definite: bool | None = Non
         Whether the sum is known to be positive definite; default: whether all operators are. It is if one operator is
         and all others are at least semidefinite.
 
-    Returns
-    -------
-    operator : LinearOperator
-        An operator with the parameters of all, one after the other. Self-adjoint if all are.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Nothing to add; parameters of several libraries, devices or precisions; shapes that differ.
-
     Examples
     --------
     >>> import numpy as np
     >>> ddnref.operators.add(np.eye(2), ddnref.operators.diagonal(np.asarray([1.0, 2.0])))(np.ones(2))
     array([2., 3.])
     """
-    parts = _parts("add", operators)
+    given, parts = _parts("add", operators)
     first = parts.operators[0]
     for i, a in enumerate(parts.operators):
         _same(f"operators[{i}]", "domain_shape", a.domain_shape, first.domain_shape)
         _same(f"operators[{i}]", "range_shape", a.range_shape, first.range_shape)
-    bare = parts.bare()
 
     def apply(params: Params, x: Array) -> Array:
-        return reduce(plus, (a.apply(p, x) for a, p in bare.of(params)))
+        return reduce(plus, (a.apply(p, x) for a, p in parts.of(params)))
 
     def adjoint(params: Params, y: Array) -> Array:
-        return reduce(plus, (a.adjoint(p, y) for a, p in bare.of(params)))
+        return reduce(plus, (a.adjoint(p, y) for a, p in parts.of(params)))
 
     def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
-        return tuple(p_bar for a, p in bare.of(params) for p_bar in a.params_vjp(p, y_bar, x))
+        return tuple(p_bar for a, p in parts.of(params) for p_bar in a.params_vjp(p, y_bar, x))
 
     def params_jvp(params: Params, params_dot: Params, x: Array) -> Array:
-        return reduce(plus, (a.params_jvp(p, d, x) for a, p, d in bare.moving(params, params_dot)))
+        return reduce(plus, (a.params_jvp(p, d, x) for a, p, d in parts.moving(params, params_dot)))
 
     def adjoint_jvp(params: Params, params_dot: Params, y: Array) -> Array:
-        return reduce(plus, (a.adjoint_jvp(p, d, y) for a, p, d in bare.moving(params, params_dot)))
+        return reduce(plus, (a.adjoint_jvp(p, d, y) for a, p, d in parts.moving(params, params_dot)))
 
     # A sum has a property if all terms have it.
     flag = all(a.self_adjoint for a in parts.operators)
     positive = all(a.positive_definite for a in parts.operators) if positive_definite is None else positive_definite
 
     def prepare(params: Params) -> LinearOperator:
-        return add(*bare.prepared(params))._replace(positive_definite=positive)
+        return add(*parts.prepared(params))._replace(positive_definite=positive)
 
     shapes = first.domain_shape, first.range_shape
     motions = motions_of(parts.operators, params_jvp, adjoint_jvp)
-    return LinearOperator(parts.params, apply, adjoint, params_vjp, *shapes, flag, positive, prepare=prepare, **motions)
+    return LinearOperator(given, apply, adjoint, params_vjp, *shapes, flag, positive, prepare=prepare, **motions)
 
 
 @public
@@ -317,55 +267,45 @@ def compose(
     self_adjoint, positive_definite : bool, default False
         Properties of the product; a single operator keeps its own. For ``AᴴA`` use `normal`.
 
-    Returns
-    -------
-    operator : LinearOperator
-        With the parameters of all, one after the other.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Nothing to compose; parameters of several libraries, devices or precisions; shapes that do not fit.
-
     Examples
     --------
     >>> import numpy as np
     >>> ddnref.operators.compose(ddnref.operators.mask(np.asarray([1.0, 0.0])), np.ones((2, 2)))(np.ones(2))
     array([2., 0.])
     """
-    parts = _parts("compose", operators)
+    given, parts = _parts("compose", operators)
     for i, (a, b) in enumerate(zip(parts.operators, parts.operators[1:], strict=False)):
         _same(f"operators[{i}]", "domain_shape", a.domain_shape, b.range_shape)
-    bare, last = parts.bare(), parts.operators[-1]
+    last = parts.operators[-1]
 
     def apply(params: Params, x: Array) -> Array:
-        for a, p in reversed(bare.of(params)):
+        for a, p in reversed(parts.of(params)):
             x = a.apply(p, x)
         return x
 
     def adjoint(params: Params, y: Array) -> Array:
-        for a, p in bare.of(params):
+        for a, p in parts.of(params):
             y = a.adjoint(p, y)
         return y
 
     def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
         # The argument of each factor, for the last factor x itself
-        pairs, given = bare.of(params), [x]
+        pairs, arguments = parts.of(params), [x]
         for a, p in reversed(pairs[1:]):
-            given.append(a.apply(p, given[-1]))
+            arguments.append(a.apply(p, arguments[-1]))
         # ȳ goes down through the adjoints, from the first factor to the last.
         bars: list[Array] = []
         for i, (a, p) in enumerate(pairs):
-            bars.extend(a.params_vjp(p, y_bar, given[-1 - i]))
+            bars.extend(a.params_vjp(p, y_bar, arguments[-1 - i]))
             y_bar = y_bar if i + 1 == len(pairs) else a.adjoint(p, y_bar)
         return tuple(bars)
 
     def params_jvp(params: Params, params_dot: Params, x: Array) -> Array:
-        moving = reversed(bare.moving(params, params_dot))
+        moving = reversed(parts.moving(params, params_dot))
         return _product_rule([(a.apply, a.params_jvp, p, d) for a, p, d in moving], x)
 
     def adjoint_jvp(params: Params, params_dot: Params, y: Array) -> Array:
-        moving = bare.moving(params, params_dot)
+        moving = parts.moving(params, params_dot)
         return _product_rule([(a.adjoint, a.adjoint_jvp, p, d) for a, p, d in moving], y)
 
     # Flags of the factors say nothing about a product of several.
@@ -374,11 +314,11 @@ def compose(
     positive = positive_definite or (alone and last.positive_definite)
 
     def prepare(params: Params) -> LinearOperator:
-        return compose(*bare.prepared(params))._replace(self_adjoint=flag, positive_definite=positive)
+        return compose(*parts.prepared(params))._replace(self_adjoint=flag, positive_definite=positive)
 
     shapes = last.domain_shape, parts.operators[0].range_shape
     motions = motions_of(parts.operators, params_jvp, adjoint_jvp)
-    return LinearOperator(parts.params, apply, adjoint, params_vjp, *shapes, flag, positive, prepare=prepare, **motions)
+    return LinearOperator(given, apply, adjoint, params_vjp, *shapes, flag, positive, prepare=prepare, **motions)
 
 
 def _product_rule(factors: list[tuple[Callable[..., Array], Callable[..., Array], Params, Params]], x: Array) -> Array:
@@ -400,20 +340,10 @@ def stack(*operators: Array | LinearOperator) -> LinearOperator:
     *operators : LinearOperators, or arrays (..., n, m)
         With equal domains.
 
-    Returns
-    -------
-    operator : LinearOperator
-        With the parameters of all, one after the other. Where the ranges have equal shapes, the range is
-        ``(j, *range_shape)`` for j operators: one more axis, behind the batch axes. Where they differ, all results are
-        flattened and follow one another in one axis.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Nothing to stack; parameters of several libraries, devices or precisions; domains that differ.
-
     Notes
     -----
+    Where the ranges have equal shapes, the range is ``(j, *range_shape)`` for j operators: one more axis, behind the
+    batch axes. Where they differ, all results are flattened and follow one another in one axis.
     ``normal(stack(A, B), ρ)`` is ``AᴴA + BᴴB + ρ``.
 
     Examples
@@ -423,46 +353,46 @@ def stack(*operators: Array | LinearOperator) -> LinearOperator:
     array([[1., 1.],
            [2., 2.]])
     """
-    parts = _parts("stack", operators)
+    given, parts = _parts("stack", operators)
     domain = parts.operators[0].domain_shape
     for i, a in enumerate(parts.operators):
         _same(f"operators[{i}]", "domain_shape", a.domain_shape, domain)
-    bare, ranges = parts.bare(), [a.range_shape for a in parts.operators]
+    ranges = [a.range_shape for a in parts.operators]
     equal = len(set(ranges)) == 1  # then the images are stacked, else flattened and joined
 
     def apply(params: Params, x: Array) -> Array:
-        return _joined([a.apply(p, x) for a, p in bare.of(params)], ranges, equal)
+        return _joined([a.apply(p, x) for a, p in parts.of(params)], ranges, equal)
 
     def adjoint(params: Params, y: Array) -> Array:
         return reduce(
-            plus, (a.adjoint(p, y_i) for (a, p), y_i in zip(bare.of(params), _parted(y, ranges, equal), strict=True))
+            plus, (a.adjoint(p, y_i) for (a, p), y_i in zip(parts.of(params), _parted(y, ranges, equal), strict=True))
         )
 
     def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
-        bars = zip(bare.of(params), _parted(y_bar, ranges, equal), strict=True)
+        bars = zip(parts.of(params), _parted(y_bar, ranges, equal), strict=True)
         return tuple(p_bar for (a, p), y_bar_i in bars for p_bar in a.params_vjp(p, y_bar_i, x))
 
     def params_jvp(params: Params, params_dot: Params, x: Array) -> Array:
-        return _joined([a.params_jvp(p, d, x) for a, p, d in bare.moving(params, params_dot)], ranges, equal)
+        return _joined([a.params_jvp(p, d, x) for a, p, d in parts.moving(params, params_dot)], ranges, equal)
 
     def adjoint_jvp(params: Params, params_dot: Params, y: Array) -> Array:
-        moving = zip(bare.moving(params, params_dot), _parted(y, ranges, equal), strict=True)
+        moving = zip(parts.moving(params, params_dot), _parted(y, ranges, equal), strict=True)
         return reduce(plus, (a.adjoint_jvp(p, d, y_i) for (a, p, d), y_i in moving))
 
     def gram(params: Params, shift: Array | float | None) -> LinearOperator:
         # Σ A_iᴴ A_i + shift, each term in its own cheapest form, the shift in the first
-        filled = [a._replace(params=p) for a, p in bare.of(params)]
+        filled = [a._replace(params=p) for a, p in parts.of(params)]
         normals = [normal(a, None if i else shift).prepared() for i, a in enumerate(filled)]
         return add(*normals)._replace(positive_definite=shift is not None)
 
     def prepare(params: Params) -> LinearOperator:
-        return stack(*bare.prepared(params))
+        return stack(*parts.prepared(params))
 
     target = (len(ranges), *ranges[0]) if equal else (sum(map(math.prod, ranges)),)
     # The sum of Gram operators is worth it if one of them is cheaper than two products.
     some = any(a.gram is not None for a in parts.operators)
     return LinearOperator(
-        parts.params, apply, adjoint, params_vjp, domain, target, gram=gram if some else None, prepare=prepare,
+        given, apply, adjoint, params_vjp, domain, target, gram=gram if some else None, prepare=prepare,
         **motions_of(parts.operators, params_jvp, adjoint_jvp),
     )  # fmt: skip
 
@@ -470,18 +400,11 @@ def stack(*operators: Array | LinearOperator) -> LinearOperator:
 # --- parts and their parameters -----------------------------------------------------------------------------
 
 
-class _Parts:
-    """Several operators, and the places where their parameters start in the tuple of all parameters."""
+class _Parts(NamedTuple):
+    """Several operators without their parameters, and where these start in the tuple of all parameters."""
 
-    def __init__(self, operators: tuple[LinearOperator, ...], starts: tuple[int, ...]) -> None:
-        self.operators, self.starts = operators, starts
-
-    @property
-    def params(self) -> Params:
-        return tuple(p for a in self.operators for p in a.params)
-
-    def bare(self) -> _Parts:
-        return _Parts(tuple(bare_of(a) for a in self.operators), self.starts)
+    operators: tuple[LinearOperator, ...]
+    starts: tuple[int, ...]
 
     def of(self, params: Params) -> list[tuple[LinearOperator, Params]]:
         """Pairs of an operator and its parameters."""
@@ -495,14 +418,18 @@ class _Parts:
         return [a._replace(params=p).prepared() for a, p in self.of(params)]
 
 
-def _parts(function: str, given: tuple[Array | LinearOperator, ...]) -> _Parts:
+def _parts(function: str, given: tuple[Array | LinearOperator, ...]) -> tuple[Params, _Parts]:
+    """All parameters, and the operators without them."""
     if not given:
         raise TypeError(f"{function} needs at least one operator.")
     operators = tuple(as_operator(a, f"operators[{i}]") for i, a in enumerate(given))
-    check_params(**{f"operators[{i}].params[{j}]": p for i, a in enumerate(operators) for j, p in enumerate(a.params)})
+    named = {f"operators[{i}].params[{j}]": p for i, a in enumerate(operators) for j, p in enumerate(a.params)}
+    if named:
+        check_precision(namespace(**named), **named)
     # The parameters of operator i start at the sum of the counts before it.
     counts = [len(a.params) for a in operators]
-    return _Parts(operators, tuple(sum(counts[:i]) for i in range(len(counts) + 1)))
+    starts = tuple(sum(counts[:i]) for i in range(len(counts) + 1))
+    return tuple(named.values()), _Parts(tuple(a._replace(params=()) for a in operators), starts)
 
 
 def _joined(parts: list[Array], ranges: list[tuple[int, ...]], equal: bool) -> Array:
@@ -532,14 +459,6 @@ def _parted(y: Array, ranges: list[tuple[int, ...]], equal: bool) -> list[Array]
 def _same(name: str, field: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     if tuple(shape) != tuple(wanted):
         raise ValueError(f"{name}.{field} is {tuple(shape)}, expected {tuple(wanted)}: the operators do not fit.")
-
-
-# --- operators without their arrays -----------------------------------------------------------------------------
-
-
-def bare_of(a: LinearOperator) -> LinearOperator:
-    """The operator without its parameters, because closures must not hold arrays."""
-    return a._replace(params=())
 
 
 def _splitter(c: Any) -> Callable[[Params], tuple[Params, Any]]:

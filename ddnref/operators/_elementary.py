@@ -13,10 +13,11 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from ddnref._core.arrays import Array, conj, is_complex, library, namespace, with_scalars_as_arrays
+from ddnref._core.arrays import Array, conj, is_complex, library, namespace, namespace_of, with_scalars_as_arrays
 from ddnref._core.checks import check_precision
 from ddnref._kernels.dense import move_axis
 from ddnref._kernels.public import public
+from ddnref._kernels.vectors import alike
 from ddnref.operators._operator import (
     LinearOperator,
     Params,
@@ -31,7 +32,7 @@ from ddnref.operators._operator import (
 
 @public
 def dense(a: Array, /, *, self_adjoint: bool = False, positive_definite: bool = False) -> LinearOperator:
-    """A matrix as an operator.
+    """A matrix as an operator from ``(..., m)`` to ``(..., n)``, with the one parameter `a`.
 
     Parameters
     ----------
@@ -39,18 +40,6 @@ def dense(a: Array, /, *, self_adjoint: bool = False, positive_definite: bool = 
     self_adjoint, positive_definite : bool, default False
         Properties of the matrix. It is applied as it is, without being symmetrised, and its gradient treats all
         entries as free.
-
-    Returns
-    -------
-    operator : LinearOperator
-        From ``(..., m)`` to ``(..., n)``, with the one parameter `a`.
-
-    Raises
-    ------
-    TypeError
-        If `a` is not a floating array.
-    ValueError
-        If `a` has fewer than two axes, or is flagged self-adjoint and not square.
 
     Notes
     -----
@@ -84,7 +73,7 @@ def _sizes(name: str, a: Array) -> tuple[int, int]:
 
 def _dense(params: Params, x: Array) -> Array:
     (a,) = params
-    return _rows_times(x, array_api_compat.array_namespace(a).matrix_transpose(a))
+    return _rows_times(x, namespace_of(a).matrix_transpose(a))
 
 
 def _dense_adjoint(params: Params, y: Array) -> Array:
@@ -93,19 +82,19 @@ def _dense_adjoint(params: Params, y: Array) -> Array:
 
 def _dense_vjp(params: Params, y_bar: Array, x: Array) -> Params:
     (a,) = params
-    xp = array_api_compat.array_namespace(a)
+    xp = namespace_of(a)
     # One product ȳᵀ conj(x) per item of the batch sums over all right-hand sides.
     lead = np.broadcast_shapes(tuple(y_bar.shape[:-1]), tuple(x.shape[:-1]))
     u = _rows(xp.broadcast_to(y_bar, (*lead, y_bar.shape[-1])), a.ndim - 2)
     v = _rows(xp.broadcast_to(x, (*lead, x.shape[-1])), a.ndim - 2)
-    u, v = _alike(u, v)  # a real matrix may be applied to complex vectors
+    u, v = alike(u, v)  # a real matrix may be applied to complex vectors
     return (cotangent(xp.matrix_transpose(u) @ conj(v), a),)
 
 
 def _rows_times(x: Array, a: Array) -> Array:
     """Vectors ``(..., m)`` as rows times matrices ``(..., m, n)``, with all right-hand sides in one product."""
-    xp = array_api_compat.array_namespace(x)
-    x, a = _alike(x, a)
+    xp = namespace_of(x)
+    x, a = alike(x, a)
     batch = a.ndim - 2
     # One vector, or one for each item
     if x.ndim == 1 and batch == 0:
@@ -119,51 +108,28 @@ def _rows_times(x: Array, a: Array) -> Array:
 
 def _rows(x: Array, batch: int) -> Array:
     """Reshape ``(..., *batch, m)`` to ``(*batch, j, m)``, where j counts the vectors in front of the batch axes."""
-    xp = array_api_compat.array_namespace(x)
+    xp = namespace_of(x)
     # Flatten the axes in front, then move them next to the vectors.
     lead = tuple(x.shape[: max(0, x.ndim - 1 - batch)])
     flat = xp.reshape(x, (math.prod(lead), *x.shape[len(lead) :]))
     return move_axis(flat, 0, -2)
 
 
-def _alike(a: Array, b: Array) -> tuple[Array, Array]:
-    """Make both complex if one is, because PyTorch's matrix product does not mix real and complex arrays."""
-    if is_complex(a) == is_complex(b):
-        return a, b
-    xp = array_api_compat.array_namespace(a)
-    return (a, xp.astype(b, a.dtype)) if is_complex(a) else (xp.astype(a, b.dtype), b)
-
-
 @public
 def diagonal(
     d: Array, /, shape: tuple[int, ...] | int | None = None, *, positive_definite: bool = False
 ) -> LinearOperator:
-    r"""Multiplication with one number for each entry.
+    r"""Multiplication with one number for each entry; self-adjoint if `d` is real.
 
     Parameters
     ----------
     d : (..., \*shape) array, real or complex floating
+        Its gradient is ``Σ ȳ ∘ conj(x)``, summed over the axes that it lacks.
     shape : tuple of int, optional
         Shape of a vector; the last axis of `d` by default. Pass it for vectors on a grid, whose other axes would
         otherwise count as batch axes.
     positive_definite : bool, default False
-        Whether all entries are positive.
-
-    Returns
-    -------
-    operator : LinearOperator
-        An operator with the one parameter `d`, self-adjoint if that is real.
-
-    Raises
-    ------
-    TypeError
-        If `d` is not a floating array, or is complex and flagged positive definite.
-    ValueError
-        If `d` does not end with `shape`.
-
-    Notes
-    -----
-    ``d̄ = Σ ȳ ∘ conj(x)``, summed over the axes that `d` lacks.
+        Whether all entries are positive; then `d` must be real.
 
     Examples
     --------
@@ -180,27 +146,15 @@ def diagonal(
 
 @public
 def mask(m: Array, /, shape: tuple[int, ...] | int | None = None) -> LinearOperator:
-    r"""Projection that keeps some entries and sets the others to zero.
+    r"""Self-adjoint projection that keeps some entries and sets the others to zero.
 
     Parameters
     ----------
     m : (..., \*shape) array, real floating or bool
-        One where an entry is kept, zero where it is not; or a real weight. Boolean masks become floating numbers of
-        the library's default precision; convert them yourself for another precision.
+        One where an entry is kept, zero where it is not; or a real weight, to which the gradient refers. Boolean masks
+        become floating numbers of the library's default precision; convert them yourself for another precision.
     shape : tuple of int, optional
         As in `diagonal`.
-
-    Returns
-    -------
-    operator : LinearOperator
-        A self-adjoint operator with the one parameter `m`, as floating numbers, whose gradient is that of weights.
-
-    Raises
-    ------
-    TypeError
-        If `m` is complex or integer.
-    ValueError
-        If `m` does not end with `shape`.
 
     Examples
     --------
@@ -230,7 +184,7 @@ def _diagonal(d: Array, shape: tuple[int, ...], self_adjoint: bool, positive_def
     def gram(params: Params, shift: Array | float | None) -> LinearOperator:
         # AᴴA + shift is the diagonal |d|² + shift.
         (d,) = params
-        xp = array_api_compat.array_namespace(d)
+        xp = namespace_of(d)
         power = xp.real(d) ** 2 + xp.imag(d) ** 2 if is_complex(d) else d * d
         if shift is not None:
             power = power + over(shift, len(shape))

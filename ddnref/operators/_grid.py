@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, conj, is_complex, namespace
+from ddnref._core.arrays import Array, conj, full, is_complex, namespace
 from ddnref._kernels.grid import difference as forward
 from ddnref._kernels.grid import difference_adjoint as backward
-from ddnref._kernels.grid import filtered, inverse, laplacian, multiplier, transform
+from ddnref._kernels.grid import filtered, filtering, inverse, laplacian, multiplier, part, transform
 from ddnref._kernels.public import public
 from ddnref._kernels.vectors import as_complex
 from ddnref.operators._operator import (
@@ -27,7 +27,6 @@ from ddnref.operators._operator import (
     no_motions,
     no_params_vjp,
     over,
-    zeros,
 )
 
 BOUNDARIES = ("periodic", "replicate", "zero")
@@ -37,31 +36,18 @@ BOUNDARIES = ("periodic", "replicate", "zero")
 def convolution(
     kernel: Array, shape: tuple[int, ...] | int, /, *, self_adjoint: bool = False, positive_definite: bool = False
 ) -> LinearOperator:
-    r"""Periodic convolution on a grid with one to three axes.
+    r"""Periodic convolution from ``(..., *shape)`` to the same, on a grid with one to three axes.
 
     Parameters
     ----------
     kernel : (..., \*kernel_shape) array, real or complex floating
-        Behind its batch axes it has as many axes as the grid, none longer than the grid's. Its centre, entry
+        Behind its batch axes it has as many axes as the grid, none empty or longer than the grid's. Its centre, entry
         ``size // 2`` of each axis, is the origin.
     shape : tuple of int
-        Shape of the grid.
+        Shape of the grid, without empty axes.
     self_adjoint, positive_definite : bool, default False
         Properties of the kernel: self-adjoint if ``k_{−j} = conj(k_j)`` around the centre, positive definite if its
         spectrum is positive as well. Its gradient treats all entries as free.
-
-    Returns
-    -------
-    operator : LinearOperator
-        From ``(..., *shape)`` to the same, with the one parameter `kernel`.
-
-    Raises
-    ------
-    TypeError
-        If `kernel` is not a floating array.
-    ValueError
-        If the grid is empty or does not have one to three axes, or the kernel has fewer axes, an empty one, or is
-        larger.
 
     Notes
     -----
@@ -126,42 +112,30 @@ def _filter(
     spectrum: Array, shape: tuple[int, ...], is_real: bool, self_adjoint: bool, positive_definite: bool
 ) -> LinearOperator:
     """The multiplication of a spectrum, or of half of it for a real kernel, as a prepared operator."""
-
-    def apply(params: Params, x: Array) -> Array:
-        return filtered(x, params[0], shape, is_real)
-
-    def adjoint(params: Params, y: Array) -> Array:
-        return filtered(y, params[-1], shape, is_real)
-
     # A real spectrum belongs to a self-adjoint map and needs no conjugate.
     factor = multiplier(spectrum, shape)
     params = (factor, conj(factor)) if is_complex(spectrum) else (factor,)
-    return LinearOperator(params, apply, adjoint, no_params_vjp, shape, shape, self_adjoint, positive_definite)
+    products = filtering(0, shape, is_real), filtering(-1, shape, is_real)
+    return LinearOperator(params, *products, no_params_vjp, shape, shape, self_adjoint, positive_definite)
 
 
 def _embed(k: Array, small: tuple[int, ...], shape: tuple[int, ...]) -> Array:
     """The kernel in a grid of zeros, with its centre at the origin and its first half wrapped around."""
     xp = array_api_compat.array_namespace(k)
-    n = len(shape)
-    for axis in range(n):
-        c = small[axis] // 2
-        index = (..., slice(c, None)), (..., slice(None, c))
-        after, before = (k[(*i, *(slice(None),) * (n - 1 - axis))] for i in index)
+    for axis in range(-len(shape), 0):
+        c, gap = small[axis] // 2, list(k.shape)
+        gap[axis] = shape[axis] - small[axis]
         # The centre and what follows it come first, then zeros, then the entries before the centre.
-        gap = list(k.shape)
-        gap[axis - n] = shape[axis] - small[axis]
-        k = xp.concat([after, zeros(tuple(gap), k), before], axis=axis - n)
+        k = xp.concat([part(k, axis, c, None), full(tuple(gap), 0.0, k), part(k, axis, None, c)], axis=axis)
     return k
 
 
 def _crop(g: Array, small: tuple[int, ...], shape: tuple[int, ...]) -> Array:
     """The transpose of `_embed`."""
     xp = array_api_compat.array_namespace(g)
-    n = len(shape)
-    for axis in range(n):
+    for axis in range(-len(shape), 0):
         c = small[axis] // 2
-        index = (..., slice(shape[axis] - c, None)), (..., slice(None, small[axis] - c))
-        g = xp.concat([g[(*i, *(slice(None),) * (n - 1 - axis))] for i in index], axis=axis - n)
+        g = xp.concat([part(g, axis, shape[axis] - c, None), part(g, axis, None, small[axis] - c)], axis=axis)
     return g
 
 
@@ -174,7 +148,7 @@ def _correlation(y_bar: Array, x: Array, k: Array, shape: tuple[int, ...]) -> Ar
     is_real = not is_complex(x)
     # Sum over the batch before the inverse transform, which is linear.
     product = transform(y_bar, n) * conj(transform(x, n))
-    like = zeros((*k.shape[: k.ndim - n], *product.shape[product.ndim - n :]), product)
+    like = full((*k.shape[: k.ndim - n], *product.shape[product.ndim - n :]), 0.0, product)
     return inverse(cotangent(product, like), shape, is_real)
 
 
@@ -182,28 +156,18 @@ def _correlation(y_bar: Array, x: Array, k: Array, shape: tuple[int, ...]) -> Ar
 def difference(
     shape: tuple[int, ...] | int, /, axis: int | tuple[int, ...] | None = None, *, boundary: str = "periodic"
 ) -> LinearOperator:
-    r"""Finite-difference gradient of a function on a grid.
+    r"""Finite-difference gradient of a function on a grid, an operator without parameters.
 
     Parameters
     ----------
     shape : tuple of int
         Shape of the grid.
     axis : int or tuple of int, optional
-        Axes of the grid along which differences are taken; all by default.
+        Axes of the grid along which differences are taken, each at most once; all by default. For an int the range is
+        ``(..., *shape)``, else ``(..., j, *shape)`` with one component for each of the j axes.
     boundary : {"periodic", "replicate", "zero"}
         The value behind the last point: the first point; the last point again, so that the last difference is 0 (no
         flux, Neumann); or 0 (Dirichlet, at that end only, as nothing is assumed in front of the first point).
-
-    Returns
-    -------
-    operator : LinearOperator
-        An operator without parameters, from ``(..., *shape)`` to ``(..., *shape)`` if `axis` is an int, else to
-        ``(..., j, *shape)`` with one component for each of the j axes.
-
-    Raises
-    ------
-    ValueError
-        For an unknown boundary, an axis that the grid does not have or that is given twice, an empty grid.
 
     Notes
     -----

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple, NoReturn
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, conj, full, is_complex, is_number, namespace, namespace_of, quiet, with_axes
+from ddnref._core.arrays import Array, conj, full, is_complex, is_number, namespace, namespace_of, with_axes
 from ddnref._core.checks import check_precision, check_shapes, given
 from ddnref._kernels.dense import identity, move_axis
+from ddnref._kernels.public import guarded
 from ddnref._kernels.vectors import as_complex
 from ddnref.errors import DdnrefError
 
@@ -51,18 +52,21 @@ class LinearOperator(NamedTuple):
     """Optional, for the forward mode: ``params_jvp(params, params_dot, x) = Ȧ x``."""
     adjoint_jvp: Callable[[Params, Params, Array], Array] | None = None
     """Optional, for the forward mode of least squares: ``adjoint_jvp(params, params_dot, y) = Ȧᴴ y``."""
+    sparse: Callable[[Params], Any] | None = None
+    """Optional: ``sparse(params)`` is the map, of flattened vectors, as a sparse matrix of SciPy or CuPy. Functions
+    that factorise a matrix use it; operators of `from_scipy` have it."""
 
     @property
     def size(self) -> int:
         """Entries of a vector of the domain."""
         return math.prod(self.domain_shape)
 
+    @guarded
     def __call__(self, x: Array) -> Array:
         """Validate the shape and the dtype of `x`, and return ``A x``."""
         check_vector("x", x, self.domain_shape, self.params)
         try:
-            with quiet():  # a NaN in one item shows in the result
-                return self.apply(self.params, x)
+            return self.apply(self.params, x)
         except (ValueError, RuntimeError) as error:
             if isinstance(error, DdnrefError):
                 raise  # it already says what is wrong
@@ -96,7 +100,7 @@ class LinearOperator(NamedTuple):
                 raise TypeError("An operator without parameters has no dtype: pass like=, an array that has.")
             like = self.params[0]
         xp = array_api_compat.array_namespace(like)
-        batch, _ = batch_axes(self, zeros(self.domain_shape, like))
+        batch, _ = batch_axes(self, full(self.domain_shape, 0.0, like))
         # All unit vectors are right-hand sides of one product; their images are the columns.
         eye = xp.reshape(identity(self.size, like), (self.size, *(1,) * len(batch), *self.domain_shape))
         y = self.apply(self.params, eye)
@@ -147,17 +151,16 @@ def check_vector(name: str, x: Array, shape: tuple[int, ...], params: Params) ->
     named = {f"params[{i}]": parameter for i, parameter in enumerate(params)}
     given(**{name: x}, **named)
     xp = namespace(**{name: x}, **named)
-    if tuple(x.shape[max(0, x.ndim - len(shape)) :]) != shape:
-        wanted = ", ".join(["...", *map(str, shape)])
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({wanted}): batch axes lead.")
+    check_ending(name, x, shape)
     if any(parameter.dtype != x.dtype for parameter in params):
         check_precision(xp, **{name: x}, **named)
 
 
-def check_params(**params: Array) -> None:
-    """Raise unless the parameters of one operator share library, device and precision."""
-    if params:
-        check_precision(namespace(**params), **params)
+def check_ending(name: str, x: Array, shape: tuple[int, ...]) -> None:
+    """Raise ``ValueError`` unless `x` has the shape ``(..., *shape)``."""
+    if tuple(x.shape[max(0, x.ndim - len(shape)) :]) != tuple(shape):
+        wanted = ", ".join(["...", *map(str, shape)])
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({wanted}): batch axes lead.")
 
 
 def as_shape(name: str, shape: Any) -> tuple[int, ...]:
@@ -226,12 +229,7 @@ def batch_axes(a: LinearOperator, x: Array | None = None, name: str = "operator"
     The shapes of the parameters do not show the batch axes, so this takes a product. By default x is zero, in the dtype
     of the first parameter. Raises ``ValueError`` if the image does not end with ``range_shape``.
     """
-    image = a(zeros(a.domain_shape, a.params[0]) if x is None else x)
+    image = a(full(a.domain_shape, 0.0, a.params[0]) if x is None else x)
     batch = tuple(image.shape[: max(0, image.ndim - len(a.range_shape))])
     check_shapes(**{f"{name}.apply(params, x)": (image, (*batch, *a.range_shape))})
     return batch, image
-
-
-def zeros(shape: tuple[int, ...], like: Array) -> Array:
-    """Zeros of the dtype and on the device of `like`."""
-    return full(shape, 0.0, like)
