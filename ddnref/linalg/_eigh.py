@@ -1,12 +1,6 @@
 """Symmetric / Hermitian eigendecomposition and its VJP in closed form; of all eigenpairs, or of the top k.
 
-``X = V diag(λ) Vᴴ``. With ``M = Vᴴ V̄`` and ``F_ij = 1 / (λ_j − λ_i)`` between distinct eigenvalues, 0 elsewhere,
-
-    X̄ = V (diag(λ̄) + ½ F ∘ (M − Mᴴ)) Vᴴ                                 (all eigenpairs)
-    X̄ = sym(V (F_K ∘ (Vᴴ V̄_K)) V_Kᴴ) + V_K diag(λ̄_K) V_Kᴴ                (a subset K of them)
-
-The middle matrix is Hermitian before the outer products, and only the anti-Hermitian part of ``M`` enters:
-a loss cannot depend on the length of an eigenvector. `ddnref._kernels.eigh_vjp` computes both.
+`ddnref._kernels.eigh_vjp` has the equations, for all eigenpairs and for a subset of them, and computes both.
 """
 
 from __future__ import annotations
@@ -19,6 +13,7 @@ from ddnref._core.arrays import (
     Array,
     Namespace,
     adjoint,
+    among,
     eps,
     full,
     is_true,
@@ -33,7 +28,8 @@ from ddnref._core.checks import check_dtypes, check_shapes, check_square, confor
 from ddnref._core.selection import Columns, columns_of, take
 from ddnref._kernels.dense import eigh as _eigh
 from ddnref._kernels.dense import hermitian_part
-from ddnref._kernels.eigh_vjp import cluster_mask, eigenpairs_vjp, jump, masked
+from ddnref._kernels.eigh_jvp import Split, eigenpairs_jvp, one_sided_derivatives
+from ddnref._kernels.eigh_vjp import antisymmetric_part, cluster_mask, eigenpairs_vjp, jump, masked
 from ddnref._kernels.public import public
 from ddnref.errors import GaugeError
 
@@ -49,7 +45,8 @@ def eigh(x: Array, /, *, check_finite: bool = False) -> tuple[Array, Array]:
     x : (..., m, m) array, float32, float64, complex64 or complex128
         Its Hermitian part ``½ (X + Xᴴ)`` is decomposed, so a non-symmetric input is symmetrised, not half ignored.
     check_finite : bool, default False
-        Raise `NonFiniteError` if `x` contains NaN or infinity, reading one flag on the host.
+        Read one flag on the host and raise `NonFiniteError` if `x` contains NaN or infinity. Without it such an item of
+        the batch comes out as NaN, and the others are not affected.
 
     Returns
     -------
@@ -66,17 +63,15 @@ def eigh(x: Array, /, *, check_finite: bool = False) -> tuple[Array, Array]:
     ValueError
         If the last two axes are not square.
     NonFiniteError
-        Only with ``check_finite=True``.
+        As `check_finite` says.
 
     See Also
     --------
-    eigh_vjp : the reverse-mode derivative.
     spectral_function : functions of the matrix, differentiable at any degeneracy.
 
     Notes
     -----
-    An item of the batch that contains NaN or infinity comes out as NaN; the others are not affected. Cost: LAPACK's
-    or cuSOLVER's divide and conquer, about 9 m³ flops; two extra m×m arrays.
+    Cost: LAPACK's or cuSOLVER's divide and conquer, about 9 m³ flops; two extra m×m arrays.
 
     Examples
     --------
@@ -87,7 +82,7 @@ def eigh(x: Array, /, *, check_finite: bool = False) -> tuple[Array, Array]:
     """
     namespace(x=x)
     check_square("x", x)
-    refuse_recording("eigh", x)  # PyTorch would record its own derivative beside ours
+    refuse_recording("eigh", x=x)  # PyTorch would record its own derivative beside ours
     if check_finite:
         refuse_non_finite("x", x)
     return _eigh(hermitian_part(x))  # exactly Hermitian, so that every library reads the same matrix
@@ -110,19 +105,16 @@ def eigh_vjp(
 
     Parameters
     ----------
-    w_bar : (..., k) real array or None
-        Cotangent of the eigenvalues; ``None`` where the loss does not use them.
-    v_bar : (..., m, k) array or None
-        Cotangent of the eigenvectors; ``None`` where the loss does not use them.
-    w : (..., m) real array
-        All eigenvalues, ascending, from `eigh`.
-    v : (..., m, m) array
-        All eigenvectors, from `eigh`.
+    w_bar, v_bar : (..., k) real array and (..., m, k) array, or None
+        Cotangents of eigenvalues and eigenvectors; ``None`` for one that the loss does not use.
+    w, v : (..., m) real array and (..., m, m) array
+        All eigenvalues, ascending, and all eigenvectors, from `eigh`.
     index : sequence of k distinct int, optional
         The columns of `v` that `w_bar` and `v_bar` belong to, negatives counting from the end. All by default.
     rtol : float, optional
         Neighbouring eigenvalues no further apart than ``rtol * max|w|`` count as equal, chained into clusters.
-        Default ``16 * eps`` of the dtype.
+        Default ``16 * eps`` of the dtype. A larger one is needed only where the loss is known not to depend on how a
+        group of close eigenvalues is resolved, but its cotangents are less accurate than rounding.
     gauge_rtol : float, optional
         Largest accepted `gauge_residual`; default ``sqrt(eps)``. Pass ``float("inf")`` to accept the masked
         gradient of a loss that you know to be invariant whatever its cotangents say.
@@ -139,14 +131,9 @@ def eigh_vjp(
     ------
     GaugeError
         If the loss depends on the basis chosen inside a cluster of equal eigenvalues, on how they are ordered,
-        or on the phase of a complex eigenvector (only with ``throw=True``).
+        or on the phase of a complex eigenvector.
     TypeError, ValueError
         Mixed libraries, devices or dtypes; shapes that do not fit; repeated or out-of-range `index`.
-
-    See Also
-    --------
-    gauge_residual : how far a loss is from being well defined.
-    spectral_function_vjp : for losses that weight eigenvectors by functions of the eigenvalues.
 
     Notes
     -----
@@ -156,6 +143,12 @@ def eigh_vjp(
 
     for the pairing :math:`\mathrm{Re} \sum \mathrm{conj}(\bar y)\,\dot y`. Cost: three products of m×m
     matrices (6 m³ flops real), three m×m arrays; with `index` 6 m²k flops and no m×m array but the result.
+
+    *Close eigenvalues.* Entries of :math:`M - M^H` that are no more than rounding, ``4 * eps`` times the norms of both
+    columns, are left out where the gap would amplify them (up to ``max|w| / (16 * sqrt(m))``). The result is that of
+    the formula for a cotangent whose columns differ from those given by at most ``8 * sqrt(m) * eps`` of the part that
+    counts, which leaves out the component along the eigenvector itself. So a loss of the space of a group is right to
+    rounding at every gap. Single entries much smaller than the rest of their column are not each accurate.
 
     *Equal eigenvalues.* The masked value 0 is right for every loss of the cluster's projector and of symmetric
     functions of its eigenvalues. It is wrong for a loss that weights the eigenvectors by functions of their
@@ -185,11 +178,145 @@ def eigh_vjp(
         return xp.zeros_like(v)
     if gauge_rtol is None:
         gauge_rtol = eps(xp, w.dtype) ** 0.5  # half of the digits
-    x_bar, bad = eigenpairs_vjp(w_bar, v_bar, w, v, columns, neighbours(xp, w, rtol), gauge_rtol)
+    size = radius(xp, w)
+    x_bar, bad = eigenpairs_vjp(w_bar, v_bar, w, v, columns, neighbours(xp, w, rtol, size), size, gauge_rtol)
     if throw and bad is not None and is_true(xp.any(bad)):
         # Only now compute by how much, for the message.
         raise_gauge(gauge_residual(w_bar, v_bar, w, v, index=index, rtol=rtol), gauge_rtol)
     return x_bar
+
+
+@public
+def eigh_jvp(
+    x_dot: Array,
+    w: Array,
+    v: Array,
+    /,
+    *,
+    index: Sequence[int] | None = None,
+    rtol: float | None = None,
+    gauge_rtol: float | None = None,
+    throw: bool = True,
+) -> tuple[Array, Array]:
+    r"""Derivative of eigenvalues and eigenvectors along a direction of the matrix.
+
+    Parameters
+    ----------
+    x_dot : (..., m, m) array
+        The direction. Its Hermitian part counts, as `eigh` symmetrises.
+    w, v : (..., m) real array and (..., m, m) array
+        All eigenvalues, ascending, and all eigenvectors, from `eigh`.
+    index : sequence of k distinct int, optional
+        The columns of `v` whose derivatives are wanted, negatives counting from the end. All by default.
+    rtol : float, optional
+        Which neighbouring eigenvalues count as equal, as in `eigh_vjp`.
+    gauge_rtol : float, optional
+        By how much a direction may split equal eigenvalues: the largest entry of :math:`S_{cc} - \mu I` in a cluster
+        c, :math:`\mu` the mean of the diagonal, relative to the largest of S. Default ``sqrt(eps)``. Pass
+        ``float("inf")`` to accept the masked derivative for an output that you know to be a function of the cluster's
+        projector and of symmetric functions of its eigenvalues.
+    throw : bool, default True
+        Raise `GaugeError` where the direction splits equal eigenvalues, reading one flag on the host. With ``False``
+        nothing is read and the derivatives of such an item are NaN.
+
+    Returns
+    -------
+    w_dot, v_dot : (..., k) real array and (..., m, k) array
+        Derivatives of the chosen eigenvalues and eigenvectors. Each ``v_dot[..., i]`` is orthogonal to its
+        eigenvector, which fixes the phase of a complex one.
+
+    Raises
+    ------
+    GaugeError
+        If the direction splits equal eigenvalues, chosen or cut by the choice: single eigenvalues and eigenvectors
+        have no derivative there that is linear in the direction. `cluster_derivatives` has the one-sided ones.
+    TypeError, ValueError
+        As `eigh_vjp`; `x_dot` is ``None``.
+
+    Notes
+    -----
+    With :math:`S = V^H \dot X V` and :math:`F_{ij} = 1/(\lambda_j - \lambda_i)`, zero inside a cluster,
+
+    .. math:: \dot\lambda = \mathrm{diag}(S), \qquad \dot V = V (F \circ S)
+
+    The adjoint of `eigh_vjp` for the pairing :math:`\mathrm{Re} \sum \mathrm{conj}(\bar y)\,\dot y`. Cost: three
+    products of m×m matrices (6 m³ flops real); with `index` 6 m²k flops, and as many again to look for clusters that
+    the choice cuts, or those of two columns if the chosen ones are consecutive.
+
+    *Close eigenvalues.* The result is that of the formula for a direction that differs from the given one by rounding,
+    and :math:`F \circ S` is exactly anti-Hermitian. So derivatives of a function of the space of a group are right to
+    the rounding of the sum that forms them, even where those of single vectors are amplified by a small gap. Nothing is
+    left out here, while `eigh_vjp` leaves out what is rounding in its cotangents. Both sides of
+    :math:`\langle \bar V, \dot V \rangle = \langle \bar X, \dot X \rangle` therefore differ by rounding relative to
+    :math:`\|\bar V\| \|\dot V\|`, at every gap.
+
+    *Equal eigenvalues.* The masked value 0 is right for every function of the cluster's projector and of symmetric
+    functions of its eigenvalues, whatever the direction. A loss is not seen here, so that a direction which splits the
+    cluster is reported instead of being averaged in silence.
+
+    References
+    ----------
+    .. [1] J. R. Magnus, "On differentiating eigenvalues and eigenvectors", Econometric Theory 1 (1985), Theorem 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> w, v = ddnref.eigh(np.diag(np.asarray([1.0, 2.0, 4.0])))
+    >>> w_dot, v_dot = ddnref.eigh_jvp(np.diag(np.asarray([0.0, 0.0, 1.0])), w, v)
+    >>> w_dot
+    array([0., 0., 1.])
+    """
+    xp = conform("(m,m),(m)r,(m,m)", v=v, w=w, x_dot=x_dot).xp
+    columns = columns_of(index, v.shape[-1])
+    if 0 in v.shape:  # an empty matrix has no largest eigenvalue
+        return take(w, columns, -1), take(v, columns, -1)
+    if gauge_rtol is None:
+        gauge_rtol = eps(xp, w.dtype) ** 0.5  # half of the digits
+    w_dot, v_dot, split = eigenpairs_jvp(x_dot, w, v, columns, neighbours(xp, w, rtol), gauge_rtol)
+    if throw and split is not None and is_true(xp.any(split.bad)):
+        raise_split(split, take(w, columns, -1), gauge_rtol)
+    return w_dot, v_dot
+
+
+@public
+def cluster_derivatives(x_dot: Array, w: Array, v: Array, /, *, rtol: float | None = None) -> Array:
+    r"""One-sided derivatives of all eigenvalues along a direction, which may split equal ones.
+
+    Parameters
+    ----------
+    x_dot, w, v, rtol
+        As in `eigh_jvp`, with the same static errors.
+
+    Returns
+    -------
+    w_dot : (..., m) real array
+        Derivatives of the sorted eigenvalues of :math:`X + t \dot X` at :math:`t = 0`, for growing t: ascending within
+        each cluster of equal eigenvalues. For falling t they are ``-cluster_derivatives(-x_dot, w, v)``.
+
+    Notes
+    -----
+    In a cluster c they are the eigenvalues of :math:`V_c^H \dot X V_c`, elsewhere those of `eigh_jvp`. They are not
+    linear in the direction, so that no derivative can be formed from them by the chain rule for single eigenvalues.
+    Cost: three products of m×m matrices and one decomposition; no value is read on the host.
+
+    References
+    ----------
+    .. [1] P. Lancaster, "On eigenvalues of matrices dependent on a parameter", Numerische Mathematik 6 (1964),
+       theorem 7.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> w, v = ddnref.eigh(np.diag(np.asarray([1.0, 1.0, 4.0])))
+    >>> x_dot = np.asarray([[0.0, 3.0, 0.0], [3.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    >>> np.round(ddnref.cluster_derivatives(x_dot, w, v), 12)
+    array([-3.,  3.,  1.])
+    """
+    xp = conform("(m,m),(m)r,(m,m)", v=v, w=w, x_dot=x_dot).xp
+    if 0 in v.shape:
+        return xp.zeros_like(w)
+    finite = xp.all(xp.isfinite(w), axis=-1, keepdims=True)
+    return nan_where(~finite, one_sided_derivatives(x_dot, v, neighbours(xp, w, rtol)))
 
 
 @public
@@ -208,7 +335,7 @@ def gauge_residual(
     Parameters
     ----------
     w_bar, v_bar, w, v, index, rtol
-        As in `eigh_vjp`.
+        As in `eigh_vjp`, with the same static errors.
 
     Returns
     -------
@@ -216,16 +343,7 @@ def gauge_residual(
         The largest of: the part of ``M − Mᴴ`` inside clusters of equal eigenvalues and, for complex input, on its
         diagonal (the phase), relative to the largest entry of ``M = Vᴴ V̄``; the jump of ``w_bar`` between
         neighbours of a cluster, relative to its largest entry. Around machine precision for a well-defined loss,
-        of order one for a gauge-dependent one.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `eigh_vjp`.
-
-    Notes
-    -----
-    Small is necessary, not sufficient: see the notes of `eigh_vjp`. Cost: one product, 2 m²k flops.
+        of order one for a gauge-dependent one. Cost: one product, 2 m²k flops.
 
     Examples
     --------
@@ -248,7 +366,9 @@ def gauge_residual(
         missing = missing | xp.any(xp.isnan(w_bar), axis=-1)
     # Inside a cluster the basis is free, and on the diagonal the phase.
     if v_bar is not None:
-        residual = xp.maximum(residual, ratio(*masked(adjoint(v) @ v_bar, cluster_mask(near, columns), columns)))
+        m_ = adjoint(v) @ v_bar
+        part = masked(antisymmetric_part(m_, columns), m_, cluster_mask(near, columns))
+        residual = xp.maximum(residual, ratio(*part))
         missing = missing | xp.any(xp.isnan(v_bar), axis=(-2, -1))
     return nan_where(missing, residual)
 
@@ -272,12 +392,16 @@ def _checked(
     return xp, columns
 
 
-def neighbours(xp: Namespace, w: Array, rtol: float | None) -> Array:
-    """Return which neighbours in the sorted spectrum count as equal, ``(..., m − 1)``."""
+def radius(xp: Namespace, w: Array) -> Array:
+    """Return ``max|λ|`` of an ascending spectrum, ``(..., 1)``."""
+    return xp.maximum(-w[..., :1], w[..., -1:])
+
+
+def neighbours(xp: Namespace, w: Array, rtol: float | None, size: Array | None = None) -> Array:
+    """Return which neighbours in the sorted spectrum of that radius count as equal, ``(..., m − 1)``."""
     if rtol is None:
         rtol = RTOL * eps(xp, w.dtype)
-    size = xp.maximum(-w[..., :1], w[..., -1:])  # max|λ| of an ascending spectrum
-    return w[..., 1:] - w[..., :-1] <= rtol * size  # false for NaN
+    return w[..., 1:] - w[..., :-1] <= rtol * (radius(xp, w) if size is None else size)  # false for NaN
 
 
 def has_repeated(w: Array, rtol: float | None = None) -> Array:
@@ -298,12 +422,32 @@ def raise_gauge(residual: Array, gauge_rtol: float) -> NoReturn:
     # NaN items do not count here: they are reported by their result.
     worst = float(xp.max(xp.where(xp.isnan(residual), xp.zeros_like(residual), residual)))
     raise GaugeError(
-        f"The loss depends on a choice that the matrix does not determine: gauge residual {worst:.1e} > gauge_rtol "
-        f"{gauge_rtol:.1e}. The most likely cause is a loss that treats eigenvectors or eigenvalues inside a cluster "
-        "of equal eigenvalues individually, cuts such a cluster, or depends on the phase of a complex eigenvector; no "
-        "gradient exists there. Write it through the cluster's projector V_c V_cᴴ or through "
-        "ddnref.spectral_function; or pass throw=False to get NaN for these items, gauge_rtol=inf to accept the "
-        "masked gradient."
+        f"The loss depends on a choice that the matrix does not determine{among(residual > gauge_rtol)}: gauge "
+        f"residual {worst:.1e} > gauge_rtol {gauge_rtol:.1e}. The most likely cause is a loss that treats eigenvectors "
+        "or eigenvalues inside a cluster of equal eigenvalues individually, cuts such a cluster, or depends on the "
+        "phase of a complex eigenvector; no gradient exists there. Write it through the cluster's projector V_c V_cᴴ "
+        "or through ddnref.spectral_function; or pass throw=False to get NaN for these items, gauge_rtol=inf to "
+        "accept the masked gradient."
+    )
+
+
+def raise_split(split: Split, w: Array, gauge_rtol: float, what: str = "eigenvalues", remedy: str = "") -> NoReturn:
+    """Raise `GaugeError`, naming the first eigenvalue ``w``, (..., k), that the direction splits from its equals."""
+    xp, size = namespace_of(w), w.shape[-1]
+    # The most split eigenvalue of the first such item.
+    item = int(xp.argmax(xp.astype(xp.reshape(split.bad, (-1,)), xp.int32)))
+    by_how_much = xp.reshape(ratio(split.part, split.whole[..., None]), (-1, size))[item, :]
+    value = float(xp.reshape(w, (-1, size))[item, int(xp.argmax(by_how_much))])
+    remedy = remedy or (
+        "Use ddnref.cluster_derivatives for the one-sided ones of the eigenvalues, or ddnref.spectral_function for a "
+        "function of the matrix;"
+    )
+    raise GaugeError(
+        f"The direction splits equal {what}{among(split.bad)}, those at {value:.6g}, by "
+        f"{float(xp.max(by_how_much)):.1e} > gauge_rtol {gauge_rtol:.1e} of its size. Their derivatives are those of "
+        f"the projected direction, other ones on either side, so that none is linear in the direction. {remedy} or "
+        "pass throw=False to get NaN for these items, gauge_rtol=inf to accept the masked derivative if the result "
+        "depends on the projector only."
     )
 
 
@@ -316,28 +460,16 @@ def eigh_topk(x: Array, /, k: int, *, which: str = "LA", check_finite: bool = Fa
 
     Parameters
     ----------
-    x : (..., m, m) array, real or complex floating
-        Symmetrised as in `eigh`.
+    x, check_finite
+        As in `eigh`, with the same errors and cost.
     k : int
-        How many, ``1 <= k <= m``.
+        How many, ``1 <= k <= m``; `ValueError` otherwise.
     which : {"LA", "SA"}
         The largest eigenvalues, descending, or the smallest, ascending.
-    check_finite : bool, default False
-        As in `eigh`.
 
     Returns
     -------
-    w : (..., k) real array
-    v : (..., m, k) array
-
-    Raises
-    ------
-    TypeError, ValueError, NonFiniteError
-        As `eigh`; `k` out of range; unknown `which`.
-
-    See Also
-    --------
-    eigh_topk_fwd, eigh_topk_vjp
+    w, v : (..., k) real array and (..., m, k) array
 
     Examples
     --------
@@ -353,25 +485,8 @@ def eigh_topk(x: Array, /, k: int, *, which: str = "LA", check_finite: bool = Fa
 def eigh_topk_fwd(
     x: Array, /, k: int, *, which: str = "LA", check_finite: bool = False
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    """Compute `eigh_topk` and what its reverse pass needs.
-
-    Parameters
-    ----------
-    x, k, which, check_finite
-        As in `eigh_topk`.
-
-    Returns
-    -------
-    (w, v) : (..., k) and (..., m, k) arrays
-        The outputs of `eigh_topk`.
-    (w_all, v_all) : (..., m) and (..., m, m) arrays
-        The whole decomposition, as from `eigh`.
-
-    Raises
-    ------
-    TypeError, ValueError, NonFiniteError
-        As `eigh_topk`.
-    """
+    """Compute `eigh_topk` and what its reverse pass needs: ``(w, v), (w_all, v_all)``, all pairs as from `eigh`."""
+    refuse_recording("eigh_topk", x=x)  # by its own name, before eigh does
     w, v = eigh(x, check_finite=check_finite)
     columns = _top(k, which, w.shape[-1])  # a range, so that the columns are views
     return (take(w, columns, -1), take(v, columns, -1)), (w, v)
@@ -396,24 +511,16 @@ def eigh_topk_vjp(
 
     Parameters
     ----------
-    w_bar : (..., k) real array or None
-    v_bar : (..., m, k) array or None
-    w, v
-        The outputs of `eigh_topk_fwd`, ``(..., k)`` and ``(..., m, k)``.
-    w_all, v_all
-        What it saved, ``(..., m)`` and ``(..., m, m)``.
+    w_bar, v_bar, w, v, w_all, v_all
+        Cotangents as in `eigh_vjp`, the outputs of `eigh_topk_fwd` and what it saved.
     which, rtol, gauge_rtol, throw
         As in `eigh_topk` and `eigh_vjp`. A cluster of equal eigenvalues that the k-th one cuts has no derivative:
         it shows as a gauge-dependent loss.
 
     Returns
     -------
-    x_bar : (..., m, m) array, exactly Hermitian
-
-    Raises
-    ------
-    GaugeError, TypeError, ValueError
-        As `eigh_vjp`.
+    x_bar : (..., m, m) array
+        As from `eigh_vjp`, with the same errors.
 
     Examples
     --------
@@ -427,6 +534,48 @@ def eigh_topk_vjp(
     sizes = conform("(m,m),(m)r,(k)r,(m,k)", v_all=v_all, w_all=w_all, w=w, v=v).sizes
     index = _top(sizes["k"], which, sizes["m"])  # the same columns as in the forward
     return eigh_vjp(w_bar, v_bar, w_all, v_all, index=index, rtol=rtol, gauge_rtol=gauge_rtol, throw=throw)
+
+
+@public
+def eigh_topk_jvp(
+    x_dot: Array,
+    w: Array,
+    v: Array,
+    w_all: Array,
+    v_all: Array,
+    /,
+    *,
+    which: str = "LA",
+    rtol: float | None = None,
+    gauge_rtol: float | None = None,
+    throw: bool = True,
+) -> tuple[Array, Array]:
+    """Derivative of the top k eigenpairs along a direction of the matrix, at a cost of O(m²k).
+
+    Parameters
+    ----------
+    x_dot, w, v, w_all, v_all
+        The direction as in `eigh_jvp`, the outputs of `eigh_topk_fwd` and what it saved.
+    which, rtol, gauge_rtol, throw
+        As in `eigh_topk` and `eigh_jvp`. A direction that splits a cluster which the k-th eigenvalue cuts is found by
+        one more vector of the cluster's space.
+
+    Returns
+    -------
+    w_dot, v_dot : (..., k) real array and (..., m, k) array
+        As from `eigh_jvp`, with the same errors.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> (w, v), saved = ddnref.eigh_topk_fwd(np.diag(np.asarray([1.0, 4.0, 2.0])), 1)
+    >>> w_dot, v_dot = ddnref.eigh_topk_jvp(np.diag(np.asarray([5.0, 6.0, 7.0])), w, v, *saved)
+    >>> w_dot
+    array([6.])
+    """
+    sizes = conform("(m,m),(m)r,(k)r,(m,k)", v_all=v_all, w_all=w_all, w=w, v=v).sizes
+    index = _top(sizes["k"], which, sizes["m"])  # the columns of the forward
+    return eigh_jvp(x_dot, w_all, v_all, index=index, rtol=rtol, gauge_rtol=gauge_rtol, throw=throw)
 
 
 def _top(k: int, which: str, m: int) -> range:

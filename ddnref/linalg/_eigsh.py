@@ -1,25 +1,27 @@
-"""The k most wanted eigenpairs of a matrix or an operator, without the other m − k, and their VJP.
+"""The k most wanted eigenpairs of a matrix or an operator, without the other m − k, and their derivatives.
 
 The gradient comes from solves on the complement of the eigenvectors. With ``P = I − V Vᴴ``, ``M = Vᴴ V̄`` and
 ``F_ij = 1 / (λ_j − λ_i)`` between distinct ones of the k, 0 elsewhere,
 
     (λ_j I − X) w_j = P v̄_j   on range(P),        X̄ = sym(W Vᴴ + V (F ∘ M) Vᴴ) + V diag(λ̄) Vᴴ.
 
-All other eigenvalues lie on one side of each λ_j, so each system is definite, for the largest magnitudes too.
+All other eigenvalues lie on one side of each λ_j, so each system is definite, for the largest magnitudes too. The JVP
+solves the same systems, with ``Ẋ V`` for V̄, and with ``S = Vᴴ Ẋ V``
+
+    (λ_j I − X) u_j = P Ẋ v_j   on range(P),        λ̇ = diag(S),        V̇ = V (F ∘ S) + U.
 """
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable
-from typing import NamedTuple
-
-import array_api_compat
+from typing import NamedTuple, NoReturn
 
 from ddnref._core.arrays import (
     Array,
+    Namespace,
+    among,
     as_dtype,
-    conj,
     eps,
     full,
     is_true,
@@ -27,6 +29,7 @@ from ddnref._core.arrays import (
     namespace_of,
     nan_where,
     power_of_two_below,
+    real,
     real_dtype,
     refuse_recording,
 )
@@ -34,17 +37,26 @@ from ddnref._core.checks import check_dtypes, check_shapes, given
 from ddnref._core.loops import CHECK_EVERY, LoopOptions, WhileLoop
 from ddnref._core.noise import noise
 from ddnref._core.selection import take
-from ddnref._kernels.dense import eigh, hermitian_sum, identity
-from ddnref._kernels.dense import solve as dense_solve
-from ddnref._kernels.eigh_vjp import exceeds, masked
+from ddnref._kernels.dense import constant, eigh, hermitian_part, hermitian_sum, identity
+from ddnref._kernels.eigh_jvp import Split, cluster_means
+from ddnref._kernels.eigh_vjp import antisymmetric_part, close_gap, exceeds, is_rounding, left_out, masked
 from ddnref._kernels.public import public
 from ddnref._kernels.vectors import largest, norm, power_of_two
 from ddnref.errors import ConvergenceError, GaugeError
-from ddnref.krylov._cg import solve_from_zero
-from ddnref.krylov._system import ITERATION_LIMIT
-from ddnref.linalg._lanczos import Plan, lanczos, preference
+from ddnref.linalg._complement import (
+    Complement,
+    EigshVjpInfo,
+    Method,
+    Solve,
+    in_complement,
+    motion,
+    raise_unsolved,
+    solved,
+)
+from ddnref.linalg._eigh import raise_split
+from ddnref.linalg._lanczos import Found, Plan, lanczos, preference
 from ddnref.operators import LinearOperator
-from ddnref.operators._blocks import SelfAdjoint, inner, self_adjoint, without
+from ddnref.operators._blocks import SelfAdjoint, inner, self_adjoint
 
 WHICH = ("LA", "SA", "LM")
 METHODS = ("auto", "iterative", "full")
@@ -53,9 +65,6 @@ MAXITER = 1000  # cycles
 CLUSTER_RTOL = 32  # · eps · ‖A‖: exact repeats come out split by at most 10, with LAPACK (see _eigh.py) by 1
 FULL_UP_TO = 512  # measured: see `cheaper`
 DIRECT_UP_TO = 256  # columns of a matrix whose systems are factorised
-ALONE = 16
-"""Times `CLUSTER_RTOL`, the bound on a gap that is known only from the size of a solution, of whose right-hand side
-only a part lies in the cluster. In 300 random cut clusters the two differed by up to 10."""
 
 
 class EigshInfo(NamedTuple):
@@ -115,7 +124,8 @@ def eigsh(
     basis : int, optional
         Vectors held at once; default ``max(32, 3 k)`` and up to m. Larger: fewer products, more memory.
     method : {"auto", "iterative", "full"}
-        "full" computes the whole spectrum (an operator as a matrix); "auto" takes the faster way by the rule in Notes.
+        "full" computes the whole spectrum (an operator as a matrix). "auto" does so where that is usually faster: for a
+        dense matrix with m ≤ 512 or k > m / 128, and wherever ``basis >= m``.
     check_every : int, default 1
         Cycles between two checks of the flag that ends the loop, each of which reads it on the host.
     throw : bool, default True
@@ -138,27 +148,15 @@ def eigsh(
     TypeError, ValueError
         As `eigh`; `k`, `which`, `method`, `basis` out of range; an operator not marked as self-adjoint.
 
-    See Also
-    --------
-    eigsh_fwd : also returns what speeds up the derivative.
-    eigsh_vjp : the reverse-mode derivative.
-
     Notes
     -----
     Thick-restart Lanczos [1]_ with every vector orthogonalised twice. *Repeated eigenvalues* come with their
     multiplicity: when k pairs have converged, the iteration is continued in their orthogonal complement from a new
     random vector, and ends only when that finds nothing that belongs to them. That is a probabilistic statement: a
-    copy whose component in that vector is below rounding would be missed. Prototypes with blocks of 2 and 4, and
-    with Chebyshev filters, took longer.
-
-    Measured with its derivative against NumPy's full decomposition and the closed form, by
-    ``python asv_benches/figures.py --only eigsh`` (float64, k = 4, an idle machine): 1.09 of its time for a Gaussian
-    matrix with m = 1024, whose largest eigenvalues lie close together, 0.11 for the spectrum 1/i with m = 2048.
+    copy whose component in that vector is below rounding would be missed.
 
     Cost: (2 m² + 8 m basis) flops per product, ``basis * m`` numbers of memory. An eigenvalue that is very close to
     its neighbours, relative to the whole spectrum, takes many cycles.
-
-    "auto": the whole spectrum for a dense matrix with m ≤ 512 or k > m / 128, and wherever ``basis >= m``.
 
     References
     ----------
@@ -195,26 +193,11 @@ def eigsh_fwd(
     throw: bool = True,
     while_loop: WhileLoop | None = None,
 ) -> tuple[tuple[tuple[Array, Array], tuple[Array, Array]], EigshInfo]:
-    r"""Compute `eigsh` and what its reverse pass can use.
+    r"""Compute `eigsh` and what its reverse pass can use: ``((w, v), (w_rest, v_rest)), info``.
 
-    Parameters
-    ----------
-    x, k, which, v0, rtol, cluster_rtol, maxiter, basis, method, check_every, throw, while_loop
-        As in `eigsh`.
-
-    Returns
-    -------
-    (w, v)
-        The outputs of `eigsh`.
-    (w_rest, v_rest) : (..., r) and (..., m, r) or (..., \*domain_shape, r) arrays
-        Leftover Ritz pairs, most wanted first; the first value is that of the eigenvalue next to the k. After a full
-        decomposition all others, ``r = m - k``: then the derivative needs no solve.
-    info : EigshInfo
-
-    Raises
-    ------
-    ConvergenceError, GaugeError, TypeError, ValueError
-        As `eigsh`.
+    Parameters and errors are those of `eigsh`. The arrays ``(..., r)`` and ``(..., m, r)`` or
+    ``(..., \*domain_shape, r)`` are leftover Ritz pairs, most wanted first; the first value is that of the eigenvalue
+    next to the k. After a full decomposition they are all others, ``r = m - k``, and the derivative needs no solve.
     """
     if isinstance(x, LinearOperator):  # PyTorch would record the iteration
         for parameter in x.params:
@@ -225,12 +208,8 @@ def eigsh_fwd(
     p = _basis_size(operator.index(k), which, method, basis, a.m)
     tol = (1e-12 if eps(xp, a.like.dtype) < 1e-10 else 1e-6) if rtol is None else rtol
     if method == "full" or (method == "auto" and cheaper(a.m, k, p, isinstance(x, LinearOperator))):
-        (w, v), (w_rest, v_rest), scale, n_iter = _full(a, k, which)
-        y = a.rows(v)
-        residual = norm(a.apply(y) - as_dtype(w, y)[..., None] * y)  # recomputed, as the iteration does
-        residual = residual / xp.where(scale > 0, scale, xp.ones_like(scale))[..., None]
-        converged = xp.all(residual < float("inf"), axis=-1)  # false for NaN
-        n_products = n_iter + a.m
+        found = _full(a, k, which)
+        n_products = found.n_iter + a.m
     else:
         # Iterate with A over a power of two, because squares of ‖A v‖ could leave the range of exponents.
         image = a.apply(xp.broadcast_to(noise(0, a.m, a.like), (*a.batch, 1, a.m)))
@@ -240,13 +219,13 @@ def eigsh_fwd(
         options = LoopOptions(tol, MAXITER if maxiter is None else maxiter, check_every, while_loop)
         found = lanczos(unit, plan, v0, options)
         w, w_rest = found.w * size[..., None], found.w_rest * size[..., None]  # undo the scaling
-        v, v_rest, scale = a.columns(found.rows), a.columns(found.rest), found.scale * size
-        residual, converged, n_iter = found.residual, found.done, found.n_iter
-        n_products = n_iter * (p - plan.l) + k + 2
-    info = EigshInfo(converged, n_iter, residual, is_cut(w, w_rest, scale, which, cluster_rtol), n_products)
+        found = found._replace(w=w, w_rest=w_rest, scale=found.scale * size)
+        n_products = found.n_iter * (p - plan.l) + k + 2
+    cut = is_cut(found.w, found.w_rest, found.scale, which, cluster_rtol)
+    info = EigshInfo(found.done, found.n_iter, found.residual, cut, n_products)
     if throw:
         _raise_forward(info, tol, k)
-    return ((w, v), (w_rest, v_rest)), info
+    return ((found.w, a.columns(found.rows)), (found.w_rest, a.columns(found.rest))), info
 
 
 def _basis_size(k: int, which: str, method: str, basis: int | None, m: int) -> int:
@@ -278,8 +257,8 @@ def is_cut(w: Array, w_rest: Array, scale: Array, which: str, cluster_rtol: floa
     return preference(w, which)[..., -1] - preference(w_rest, which)[..., 0] <= rtol * scale
 
 
-def _full(a: SelfAdjoint, k: int, which: str) -> tuple[tuple[Array, Array], tuple[Array, Array], Array, Array]:
-    """Return the pairs, the others, ‖A‖ and zero iterations, from the whole spectrum."""
+def _full(a: SelfAdjoint, k: int, which: str) -> Found:
+    """Return what `lanczos` would, from the whole spectrum."""
     w, v = eigh(a.matrix())
     xp = namespace_of(w)
     scale = xp.max(xp.abs(w), axis=-1)  # ‖A‖
@@ -289,11 +268,13 @@ def _full(a: SelfAdjoint, k: int, which: str) -> tuple[tuple[Array, Array], tupl
         v = xp.take_along_axis(v, xp.broadcast_to(order[..., None, :], v.shape), axis=-1)
     # Eigh is ascending; "SA" and the order above are first to last.
     columns = range(a.m - 1, -1, -1) if which == "LA" else range(a.m)
-    wanted, others = (
-        (take(w, part, -1), xp.reshape(take(v, part, -1), (*a.batch, *a.shape, len(part))))
-        for part in (columns[:k], columns[k:])
-    )
-    return wanted, others, scale, xp.zeros(a.batch, dtype=xp.int32, device=array_api_compat.device(w))
+    wanted, others = columns[:k], columns[k:]
+    w, w_rest, rows, rest = take(w, wanted, -1), take(w, others, -1), take(v, wanted, -1), take(v, others, -1)
+    rows, rest = xp.matrix_transpose(rows), xp.matrix_transpose(rest)
+    residual = norm(a.apply(rows) - as_dtype(w, rows)[..., None] * rows)  # recomputed, as the iteration does
+    residual = residual / xp.where(scale > 0, scale, xp.ones_like(scale))[..., None]
+    done = xp.all(residual < float("inf"), axis=-1)  # false for NaN
+    return Found(w, rows, w_rest, rest, residual, scale, done, xp.zeros_like(done, dtype=xp.int32))
 
 
 def _raise_forward(info: EigshInfo, rtol: float, k: int) -> None:
@@ -303,14 +284,14 @@ def _raise_forward(info: EigshInfo, rtol: float, k: int) -> None:
         return
     if is_true(xp.all(info.converged)):
         raise GaugeError(
-            f"Eigenvalue {k} equals the next one, which is left out: which eigenvectors of that cluster come back is "
-            "arbitrary, and no gradient exists. The most likely cause is a symmetric problem, a zero matrix or a k "
-            "inside a multiplet. Pass a k that takes in the whole cluster or none of it; or pass throw=False to take "
-            "them as they are (info.cut says where)."
+            f"Eigenvalue {k} equals the next one, which is left out{among(info.cut)}: which eigenvectors of that "
+            "cluster come back is arbitrary, and no gradient exists. The most likely cause is a symmetric problem, a "
+            "zero matrix or a k inside a multiplet. Pass a k that takes in the whole cluster or none of it; or pass "
+            "throw=False to take them as they are (info.cut says where)."
         )
     failed = int(xp.sum(xp.astype(~info.converged, xp.int32)))
     raise ConvergenceError(
-        f"eigsh did not converge for {failed} item(s) of the batch: largest residual "
+        f"eigsh did not converge for {failed} item(s) of the batch{among(~info.converged)}: largest residual "
         f"{float(xp.max(info.residual_norm)):.1e} (rtol {rtol:.1e}) after {int(xp.max(info.n_iter))} cycles. The most "
         "likely cause is that the wanted eigenvalues are close to each other or to the next ones relative to the "
         "whole spectrum, that rtol is below rounding, or that the input is not finite. Pass a larger basis= or "
@@ -321,22 +302,10 @@ def _raise_forward(info: EigshInfo, rtol: float, k: int) -> None:
 # --- the derivative -------------------------------------------------------------------------------------------------
 
 
-class EigshVjpInfo(NamedTuple):
-    """Status of the solves of `eigsh_vjp`."""
-
-    converged: Array
-    """Per item, whether every solve reached `rtol`, or rounding, and the pairs given are eigenpairs, ``(...)``."""
-    n_iter: Array
-    """Iterations of conjugate gradients, ``(..., k)``; 0 where none were needed."""
-    residual_norm: Array
-    """``‖P v̄ − (λ I − X) w‖ / ‖P v̄‖``, recomputed, ``(..., k)``."""
-    cut: Array
-    """Per item, whether the loss depends on a cluster of equal eigenvalues that the k-th one cuts, ``(...)``."""
-
-
 class _Problem(NamedTuple):
     """The arguments of the derivative, with vectors as rows."""
 
+    x: Array | LinearOperator
     a: SelfAdjoint
     which: str
     w: Array
@@ -373,21 +342,21 @@ def eigsh_vjp(
     solver: str = "auto",
     check_every: int = CHECK_EVERY,
     throw: bool = True,
+    on_failure: str = "nan",
     while_loop: WhileLoop | None = None,
+    solve: Solve | None = None,
 ) -> tuple[Array | tuple[Array, ...], EigshVjpInfo]:
     r"""Gradient of a loss of k extremal eigenpairs, without the other m − k.
 
     Parameters
     ----------
-    w_bar : (..., k) real array or None
-    v_bar : (..., m, k) or (..., \*domain_shape, k) array or None
-    w, v
-        The outputs of `eigsh`.
+    w_bar, v_bar, w, v
+        Cotangents of the outputs of `eigsh`, ``None`` for one that the loss does not use, and the outputs themselves.
     *saved_and_x
         Either ``x`` alone, the array or operator given to `eigsh`, or ``w_rest, v_rest, x`` with what `eigsh_fwd`
         saved. These halve the iterations or better, need none after a full decomposition, and show a cut cluster in
         `w_bar` too.
-    which : {"LA", "SA", "LM"}
+    which
         As given to `eigsh`.
     rtol : float, optional
         Largest accepted residual of a solve, relative to its right-hand side; default 1e-10, and 1e-6 in single
@@ -405,6 +374,12 @@ def eigsh_vjp(
         As in `eigsh`, counting iterations.
     throw : bool, default True
         Raise what `info` says, reading one flag. With ``False`` the gradient of a failed item is NaN.
+    on_failure : {"nan", "iterate"}
+        With ``throw=False``: what becomes of an item whose solves have not converged. "iterate" goes on with the last
+        iterate, as if it had converged.
+    solve : callable, optional
+        For bridges: the function that solves the systems, made differentiable, so that this derivative can be
+        differentiated again.
 
     Returns
     -------
@@ -416,13 +391,10 @@ def eigsh_vjp(
     ConvergenceError
         If a solve failed or the pairs given are not eigenpairs of `x`.
     GaugeError
-        As `eigh_vjp`, and if the k-th eigenvalue cuts a cluster that the loss depends on.
+        As `eigh_vjp`, whose note on equal eigenvalues holds here as well; and if the k-th eigenvalue cuts a cluster
+        that the loss depends on.
     TypeError, ValueError
         As `eigh_vjp`.
-
-    See Also
-    --------
-    eigh_vjp : notes on what masking inside a cluster can and cannot do, which hold here as well.
 
     Notes
     -----
@@ -431,14 +403,15 @@ def eigsh_vjp(
     .. math:: (\lambda_j I - X) w_j = P \bar v_j, \qquad
         \bar X = \mathrm{sym}(W V^H + V (F \circ V^H \bar V) V^H) + V \mathrm{diag}(\bar\lambda) V^H
 
+    Rounding between close ones of the k is left out as in `eigh_vjp`.
+
     Cost: one product with a block of k vectors per iteration, and about ``sqrt(‖A‖ / gap)`` iterations, where gap is
     that from the k-th to the next eigenvalue, or to the last saved one. Without the saved pairs and without `v_bar`, a
     cut cluster cannot be seen here, but in ``info.cut`` of `eigsh`, which raises by default.
 
     References
     ----------
-    .. [1] J. R. Magnus, "On differentiating eigenvalues and eigenvectors", Econometric Theory 1 (1985), Theorem 1.
-    .. [2] S.-K. Xie, H.-J. Liao and L. Wang, "Automatic differentiation of dominant eigensolver and its applications
+    .. [1] S.-K. Xie, H.-J. Liao and L. Wang, "Automatic differentiation of dominant eigensolver and its applications
        in quantum physics", Phys. Rev. B 101 (2020), section III.
 
     Examples
@@ -451,39 +424,180 @@ def eigsh_vjp(
            [0., 1., 0.],
            [0., 0., 0.]])
     """
-    g = _problem(w_bar, v_bar, w, v, saved_and_x, which, solver)  # validated, vectors as rows
-    xp = namespace_of(w)
-    unit = eps(xp, w.dtype)
-    tol = _Tolerances(
-        (1e-10 if unit < 1e-10 else 1e-6) if rtol is None else rtol,
-        CLUSTER_RTOL * unit if cluster_rtol is None else cluster_rtol,
-        unit**0.5 if gauge_rtol is None else gauge_rtol,
-        unit**0.5 if check_rtol is None else check_rtol,
-    )
-    x = saved_and_x[-1]
-    if solver == "auto":
-        solver = "direct" if g.a.m <= DIRECT_UP_TO and not isinstance(x, LinearOperator) else "cg"
+    if w_bar is None and v_bar is None:
+        raise TypeError("w_bar and v_bar are both None: there is nothing to differentiate.")
+    g = _problem("eigsh_vjp", w_bar, v_bar, w, v, saved_and_x, which, solver)  # validated, vectors as rows
+    xp, x = namespace_of(w), saved_and_x[-1]
+    tol = _tolerances(eps(xp, w.dtype), rtol, cluster_rtol, gauge_rtol, check_rtol)
     loop = LoopOptions(tol.solve, max(1000, g.a.m) if maxiter is None else maxiter, check_every, while_loop)
+    method = Method(which, _chosen_solver(solver, g.a, x), tol.cluster, loop)
 
     # Cotangents over a power of two for each item, because their squares could leave the range of exponents.
     size = largest(g.w_bar) if g.v_bar is None else xp.maximum(largest(g.w_bar), largest(g.v_bar, 2))
     size = power_of_two_below(size)
     unit_v_bar = None if g.v_bar is None else g.v_bar / as_dtype(size, g.v_bar)[..., None, None]
     g = g._replace(w_bar=g.w_bar / size[..., None], v_bar=unit_v_bar)
-    half, info, bad = _half(g, tol, solver, loop)  # X̄ = B Vᴴ + V Bᴴ
+    half, info, bad = _half(g, tol, method, solve)  # X̄ = B Vᴴ + V Bᴴ
     if throw:
         _raise_reverse(info, bad, tol)
-    half = nan_where((bad | info.cut | ~info.converged)[..., None, None], half * as_dtype(size, half)[..., None, None])
+    failed = bad | info.cut if on_failure == "iterate" else bad | info.cut | ~info.converged
+    half = nan_where(failed[..., None, None], half * as_dtype(size, half)[..., None, None])
 
     if not isinstance(x, LinearOperator):
         return hermitian_sum(xp.matrix_transpose(half), xp.matrix_transpose(g.v)), info
-    # Re Σ_j ⟨2 b_j, Ẋ v_j⟩: as Ẋ is self-adjoint, X̄ need not be symmetrised. The k are one more leading axis.
-    shape = (half.shape[-2], *g.a.batch, *g.a.shape)
-    y_bar, y = (xp.reshape(xp.moveaxis(rows, -2, 0), shape) for rows in (2 * half, g.v))
-    return x.params_vjp(x.params, y_bar, y), info
+    # Re Σ_j ⟨2 b_j, Ẋ v_j⟩: as Ẋ is self-adjoint, X̄ need not be symmetrised.
+    return x.params_vjp(x.params, g.a.vectors(2 * half), g.a.vectors(g.v)), info
+
+
+@public
+def eigsh_jvp(
+    x_dot: Array | tuple[Array | None, ...],
+    w: Array,
+    v: Array,
+    /,
+    *saved_and_x: Array | LinearOperator,
+    which: str = "LA",
+    rtol: float | None = None,
+    cluster_rtol: float | None = None,
+    gauge_rtol: float | None = None,
+    check_rtol: float | None = None,
+    maxiter: int | None = None,
+    solver: str = "auto",
+    check_every: int = CHECK_EVERY,
+    throw: bool = True,
+    on_failure: str = "nan",
+    while_loop: WhileLoop | None = None,
+    solve: Solve | None = None,
+) -> tuple[tuple[Array, Array], EigshVjpInfo]:
+    r"""Derivative of k extremal eigenpairs along a direction, without the other m − k.
+
+    Parameters
+    ----------
+    x_dot : (..., m, m) array, or a tuple of arrays
+        The direction of a matrix, whose Hermitian part counts; for an operator one direction for each of its
+        parameters, ``None`` for one that does not move.
+    w, v, *saved_and_x
+        The outputs of `eigsh`, then ``x`` alone or ``w_rest, v_rest, x``, as in `eigsh_vjp`.
+    which, rtol, cluster_rtol, check_rtol, maxiter, solver, check_every, on_failure, while_loop, solve
+        As in `eigsh_vjp`.
+    gauge_rtol : float, optional
+        By how much the direction may split equal ones of the k, as in `eigh_jvp`.
+    throw : bool, default True
+        Raise what `info` says, and `GaugeError`, reading one flag. With ``False`` the derivatives of a failed item are
+        NaN.
+
+    Returns
+    -------
+    w_dot, v_dot : (..., k) real array and (..., \*shape, k) array
+        Derivatives of the outputs of `eigsh`, each ``v_dot[..., i]`` orthogonal to its eigenvector.
+    info : EigshVjpInfo
+        Of the systems below.
+
+    Raises
+    ------
+    ConvergenceError
+        If a solve failed or the pairs given are not eigenpairs of `x`.
+    GaugeError
+        If the direction splits equal ones of the k, or the k-th one cuts a cluster.
+    TypeError, ValueError
+        As `eigsh_vjp`; nothing moves; an operator without ``params_jvp``.
+
+    Notes
+    -----
+    With :math:`P = I - V V^H`, :math:`S = V^H \dot X V`, and F as in `eigh_jvp`,
+
+    .. math:: (\lambda_j I - X) u_j = P \dot X v_j, \qquad \dot\lambda = \mathrm{diag}(S), \qquad
+        \dot V = V (F \circ S) + U
+
+    Cost: one product with the direction for each pair, and the solves of `eigsh_vjp`. With the saved pairs a cluster
+    that the k-th one cuts is refused whatever the direction, because what moves its other part is not seen here.
+    Without them it is noticed only where the direction couples both parts, but ``info.cut`` of `eigsh`, which raises by
+    default, shows it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.diag(np.asarray([1.0, 4.0, 2.0]))
+    >>> (w, v), info = ddnref.eigsh(x, 1)
+    >>> (w_dot, v_dot), info = ddnref.eigsh_jvp(np.diag(np.asarray([5.0, 6.0, 7.0])), w, v, x)
+    >>> np.round(w_dot, 12)
+    array([6.])
+    """
+    if x_dot is None:
+        raise TypeError("x_dot is None: there is no direction.")
+    g = _problem("eigsh_jvp", None, None, w, v, saved_and_x, which, solver)
+    xp, x = namespace_of(w), saved_and_x[-1]
+    tol = _tolerances(eps(xp, w.dtype), rtol, cluster_rtol, gauge_rtol, check_rtol)
+    loop = LoopOptions(tol.solve, max(1000, g.a.m) if maxiter is None else maxiter, check_every, while_loop)
+    method = Method(which, _chosen_solver(solver, g.a, x), tol.cluster, loop)
+
+    # Ẋ V over a power of two for each item, because squares could leave the range of exponents.
+    image = motion(x_dot, x, v).apply(g.v)
+    size = power_of_two(image, 2)
+    g = g._replace(v_bar=image / as_dtype(size, image)[..., None, None])
+    w_dot, rows, info, split = _tangents(g, tol, method, solve)
+    if throw and is_true(xp.any(split.bad | info.cut | ~info.converged)):
+        _raise_tangents(info, split, g.w, tol)
+    failed = split.bad | info.cut
+    failed = failed if on_failure == "iterate" else failed | ~info.converged
+    v_dot = g.a.columns(nan_where(failed[..., None, None], rows * as_dtype(size, rows)[..., None, None]))
+    return (nan_where(failed[..., None], w_dot * size[..., None]), v_dot), info
+
+
+def _tangents(
+    g: _Problem, tol: _Tolerances, method: Method, solve: Solve | None
+) -> tuple[Array, Array, EigshVjpInfo, Split]:
+    """Tangents of the eigenvalues and, as rows, of the eigenvectors; how the solves went, and what was split."""
+    xp = namespace_of(g.w)
+    scale, eigen = _check_pairs(g, max(tol.check, tol.solve))
+    same = _same(g.w, tol.cluster * scale)
+    s = hermitian_part(xp.matrix_transpose(inner(g.v_bar, g.v)))
+    w_dot = real(xp.linalg.diagonal(s))
+
+    # Equal ones of the k must move together, and the k-th must not equal the next one.
+    split = split_among(s, same, largest(norm(g.v_bar)), tol.gauge)
+    cut = scale < 0
+    if g.w_rest is not None and math.isfinite(tol.gauge):
+        cut = is_cut(g.w, g.w_rest, scale, g.which, tol.cluster)
+
+    # The part inside the span of V in closed form, that in its complement from solves.
+    gap = g.w[..., None, :] - g.w[..., :, None]
+    block = s / as_dtype(xp.where(same, full((), float("inf"), gap), gap), s)
+    u, info = _solve(g, method, scale, solve)
+    info = info._replace(converged=info.converged & eigen, cut=info.cut | cut)
+    return w_dot, xp.matrix_transpose(block) @ g.v + u, info, split
+
+
+def split_among(s: Array, same: Array, whole: Array, gauge_rtol: float) -> Split:
+    """How far a direction splits equal ones of the k, from its block ``S``, ``(..., k, k)``, and a size to compare."""
+    xp = namespace_of(s)
+    mean = cluster_means(real(xp.linalg.diagonal(s)), same)
+    own = identity(s.shape[-1], s) * as_dtype(mean, s)[..., None, :]
+    part = xp.max(xp.abs(xp.where(same, s - own, full((), 0.0, s))), axis=-2)
+    return Split(part, whole, xp.any(part > gauge_rtol * whole[..., None], axis=-1))
+
+
+def _tolerances(
+    unit: float, rtol: float | None, cluster_rtol: float | None, gauge_rtol: float | None, check_rtol: float | None
+) -> _Tolerances:
+    """The options, or their defaults in a precision."""
+    return _Tolerances(
+        (1e-10 if unit < 1e-10 else 1e-6) if rtol is None else rtol,
+        CLUSTER_RTOL * unit if cluster_rtol is None else cluster_rtol,
+        unit**0.5 if gauge_rtol is None else gauge_rtol,
+        unit**0.5 if check_rtol is None else check_rtol,
+    )
+
+
+def _chosen_solver(solver: str, a: SelfAdjoint, x: Array | LinearOperator) -> str:
+    """Replace "auto" by the solver that it stands for."""
+    if solver != "auto":
+        return solver
+    return "direct" if a.m <= DIRECT_UP_TO and not isinstance(x, LinearOperator) else "cg"
 
 
 def _problem(
+    function: str,
     w_bar: Array | None,
     v_bar: Array | None,
     w: Array,
@@ -500,8 +614,6 @@ def _problem(
     x, (w_rest, v_rest) = saved_and_x[-1], (saved_and_x[:2] if len(saved_and_x) == 3 else (None, None))
     if solver not in SOLVERS or (solver == "direct" and isinstance(x, LinearOperator)):
         raise ValueError(f'solver is {solver!r}, expected "auto", "cg" or, for a dense x, "direct".')
-    if w_bar is None and v_bar is None:
-        raise TypeError("w_bar and v_bar are both None: there is nothing to differentiate.")
     if isinstance(w_rest, LinearOperator) or isinstance(v_rest, LinearOperator):
         raise TypeError("x, the operator, comes last, after w_rest and v_rest.")
     of_x = {f"params[{i}]": p for i, p in enumerate(x.params)} if isinstance(x, LinearOperator) else {"x": x}
@@ -509,6 +621,25 @@ def _problem(
     if len(saved_and_x) == 3:
         given(w_rest=w_rest, v_rest=v_rest)
     xp = namespace(w_bar=w_bar, v_bar=v_bar, w=w, v=v, w_rest=w_rest, v_rest=v_rest, **of_x)
+    check_pair_dtypes(xp, w_bar, v_bar, w, v, w_rest, v_rest)
+    # An operator's vectors may have several axes, and its batch axes show only when it is applied.
+    a = self_adjoint(x, function, v[..., 0])
+    check_pair_shapes(a, w_bar, v_bar, w, v, w_rest, v_rest)
+    some = xp.zeros_like(w) if w_bar is None else w_bar  # every later step may use it
+    rows = [None if u is None else a.rows(u) for u in (v_bar, v_rest)]
+    return _Problem(x, a, which, w, a.rows(v), some, rows[0], w_rest, rows[1])
+
+
+def check_pair_dtypes(
+    xp: Namespace,
+    w_bar: Array | None,
+    v_bar: Array | None,
+    w: Array,
+    v: Array,
+    w_rest: Array | None,
+    v_rest: Array | None,
+) -> None:
+    """Raise unless pairs, their cotangents and those that were saved have the dtypes that belong to `v`."""
     if w_rest is not None and w_rest.ndim < 1:
         raise ValueError(f"w_rest has shape {tuple(w_rest.shape)}, expected (..., r).")
     if v.ndim < 2 or v.shape[-1] < 1:
@@ -517,40 +648,51 @@ def _problem(
     check_dtypes(
         w=(w, number), w_bar=(w_bar, number), v_bar=(v_bar, v.dtype), w_rest=(w_rest, number), v_rest=(v_rest, v.dtype)
     )
-    # An operator's vectors may have several axes, and its batch axes show only when it is applied.
-    a = self_adjoint(x, "eigsh_vjp", v[..., 0])
+
+
+def check_pair_shapes(
+    a: SelfAdjoint,
+    w_bar: Array | None,
+    v_bar: Array | None,
+    w: Array,
+    v: Array,
+    w_rest: Array | None,
+    v_rest: Array | None,
+) -> None:
+    """Raise unless their shapes are those of a map."""
     k, shape = v.shape[-1], (*a.batch, *a.shape)
     r = 0 if w_rest is None else w_rest.shape[-1]
     check_shapes(
         w=(w, (*a.batch, k)), v=(v, (*shape, k)), w_bar=(w_bar, (*a.batch, k)), v_bar=(v_bar, (*shape, k)),
         w_rest=(w_rest, (*a.batch, r)), v_rest=(v_rest, (*shape, r)),
     )  # fmt: skip
-    some = xp.zeros_like(w) if w_bar is None else w_bar  # every later step may use it
-    rows = [None if u is None else a.rows(u) for u in (v_bar, v_rest)]
-    return _Problem(a, which, w, a.rows(v), some, rows[0], w_rest, rows[1])
 
 
-def _half(g: _Problem, tol: _Tolerances, solver: str, loop: LoopOptions) -> tuple[Array, EigshVjpInfo, Array]:
+def _half(g: _Problem, tol: _Tolerances, method: Method, solve: Solve | None) -> tuple[Array, EigshVjpInfo, Array]:
     """Rows ``B`` of ``X̄ = B Vᴴ + V Bᴴ``, how the solves went, and which items have a gauge-dependent loss."""
     xp = namespace_of(g.w)
     scale, eigen = _check_pairs(g, max(tol.check, tol.solve))
 
     # Equal ones of the k must have equal cotangents, and the k-th must not equal the next one, if the loss uses it.
     same = _same(g.w, tol.cluster * scale)
-    jump = xp.where(same, g.w_bar[..., :, None] - g.w_bar[..., None, :], full((), 0.0, g.w))
-    bad = exceeds(largest(jump, 2), largest(g.w_bar), tol.gauge)
+    bad = are_unequal(g.w_bar, same, tol.gauge)
     cut = _depends_on_cut(g, same, scale, tol)
     half = as_dtype(g.w_bar / 2, g.v)[..., None] * g.v
-    none = xp.zeros(g.w.shape, dtype=xp.int32, device=array_api_compat.device(g.w))
+    none = xp.zeros_like(g.w, dtype=xp.int32)
     if g.v_bar is None:
         return half, EigshVjpInfo(eigen, none, xp.zeros_like(g.w), cut), bad
 
     # The part inside the span of V in closed form, that in its complement from solves.
     m_ = xp.matrix_transpose(inner(g.v_bar, g.v))
-    bad = bad | exceeds(*masked(m_, same, range(g.w.shape[-1])), tol.gauge)
+    columns = range(g.w.shape[-1])
+    a = antisymmetric_part(m_, columns)
+    bad = bad | exceeds(*masked(a, m_, same), tol.gauge)
     gap = 2 * (g.w[..., None, :] - g.w[..., :, None])
-    block = m_ / as_dtype(xp.where(same, full((), float("inf"), gap), gap), m_)  # ½ F ∘ M
-    x, info = _solve(g, tol, solver, loop, scale)
+    # Rounding errors of M are those of all of v̄ but its component along v, also outside of the span.
+    own = xp.linalg.diagonal(m_)[..., None] * g.v
+    small = is_rounding(a, norm(g.v_bar - own), gap, 2 * close_gap(g.w, scale[..., None]), columns)
+    block = left_out(m_, small) / as_dtype(xp.where(same, full((), float("inf"), gap), gap), m_)  # ½ F ∘ M
+    x, info = _solve(g, method, scale, solve)
     info = info._replace(converged=info.converged & eigen, cut=info.cut | cut)
     return half + xp.matrix_transpose(block) @ g.v + x / 2, info, bad
 
@@ -578,6 +720,13 @@ def _same(w: Array, tol: Array) -> Array:
     return same
 
 
+def are_unequal(w_bar: Array, same: Array, gauge_rtol: float) -> Array:
+    """Whether cotangents of equal eigenvalues differ."""
+    xp = namespace_of(w_bar)
+    jump = xp.where(same, w_bar[..., :, None] - w_bar[..., None, :], full((), 0.0, w_bar))
+    return exceeds(largest(jump, 2), largest(w_bar), gauge_rtol)
+
+
 def _depends_on_cut(g: _Problem, same: Array, scale: Array, tol: _Tolerances) -> Array:
     """Whether the next eigenvalue belongs to the cluster of the k-th, and a cotangent in it is not zero."""
     xp = namespace_of(g.w)
@@ -592,62 +741,35 @@ def _depends_on_cut(g: _Problem, same: Array, scale: Array, tol: _Tolerances) ->
     return uses & is_cut(g.w, g.w_rest, scale, g.which, tol.cluster)
 
 
-def _solve(g: _Problem, tol: _Tolerances, solver: str, loop: LoopOptions, scale: Array) -> tuple[Array, EigshVjpInfo]:
+def _solve(g: _Problem, method: Method, scale: Array, solve: Solve | None) -> tuple[Array, EigshVjpInfo]:
     """``W``, and how well its rows solve ``(λ_j I − X) w_j = P v̄_j``."""
-    xp = namespace_of(g.w)
-    sign = xp.sign(g.w) if g.which == "LM" else full(g.w.shape, 1.0 if g.which == "LA" else -1.0, g.w)
-
-    def shifted(x: Array) -> Array:
-        """``σ_i P (λ_i I − A) x_i``, positive definite on range(P) with this sign: see the top."""
-        return as_dtype(sign, x)[..., None] * without(as_dtype(g.w, x)[..., None] * x - g.a.apply(x), g.v)
-
-    # Right-hand sides that are only rounding count as zero.
-    b = without(without(g.v_bar, g.v), g.v)
-    b = xp.where((norm(b) > 8 * eps(xp, g.w.dtype) * norm(g.v_bar))[..., None], b, xp.zeros_like(b))
-    n_iter = xp.zeros(g.w.shape, dtype=xp.int32, device=array_api_compat.device(g.w))
-    positive = n_iter == 0
-    if g.rest is not None and g.rest.shape[-2] == g.a.m - g.w.shape[-1]:
-        # All other eigenpairs are known. The solution is 0 across a cut cluster, which is reported elsewhere.
-        gap = sign[..., None] * (g.w[..., :, None] - g.w_rest[..., None, :])  # type: ignore[index]
-        gap = xp.where(gap > 0, gap, full((), float("inf"), gap))
-        y = (inner(b, g.rest) / as_dtype(gap, b)) @ g.rest
-    elif solver == "direct":
-        y = _direct(g, sign, b)  # k factorisations
-    else:
-        found = solve_from_zero(shifted, b, loop, precondition=_preconditioner(g), project=lambda r: without(r, g.v))
-        y, n_iter, positive = found.x, found.n_iter, found.status <= ITERATION_LIMIT
-
-    # A residual at rounding level of the solution is as good as one at the tolerance.
-    size, residual = norm(b), norm(b - shifted(y))
-    rounding = 2 * tol.cluster * scale[..., None] * norm(y)
-    converged = positive & (residual <= 2 * tol.solve * size + rounding)
-    # ‖y‖ ≤ ‖b‖ / gap: a solution this large says that the next eigenvalue is the k-th.
-    least = tol.cluster if g.w_rest is not None else ALONE * tol.cluster
-    cut = xp.any((size > 0) & (size <= least * scale[..., None] * norm(y)), axis=-1)
-    relative = residual / xp.where(size > 0, size, xp.ones_like(size))  # 0 for a right-hand side of 0
-    return as_dtype(sign, y)[..., None] * y, EigshVjpInfo(xp.all(converged, axis=-1), n_iter, relative, cut)
+    b = in_complement(g.v_bar, g.v)
+    if solve is None:
+        return solved(b, Complement(g.a, g.w, g.v, scale, g.w_rest, g.rest), method)
+    # What has its own derivative takes the user's form of vectors, and the loop of its bridge.
+    b, v, v_rest = (None if rows is None else g.a.columns(rows) for rows in (b, g.v, g.rest))
+    method = method._replace(loop=method.loop._replace(while_loop=None))
+    columns, info = solve(b, g.w, v, constant(scale), g.w_rest, v_rest, g.x, method=method)
+    return g.a.rows(columns), info
 
 
-def _preconditioner(g: _Problem) -> Callable[[Array], Array] | None:
-    """``z = r + Σ_j u_j (c_i / |λ_i − θ_j| − 1) ⟨u_j, r⟩`` with leftover Ritz pairs: they move to the far end c_i."""
-    if g.rest is None or g.w_rest is None or g.rest.shape[-2] == 0:
-        return None
-    xp, u = namespace_of(g.v), g.rest
-    gap = xp.abs(g.w[..., :, None] - g.w_rest[..., None, :])
-    c = xp.max(gap, axis=-1, keepdims=True)
-    factor = as_dtype(xp.where(gap > 0, c / xp.where(gap > 0, gap, xp.ones_like(gap)), xp.ones_like(gap)) - 1, u)
-    return lambda r: r + (factor * inner(r, u)) @ u
-
-
-def _direct(g: _Problem, sign: Array, b: Array) -> Array:
-    """Solve the same systems by factorisations: ``λ_i I − A + σ_i c VᴴV`` is regular and keeps range(P)."""
-    xp, matrix = namespace_of(b), g.a.matrix()
-    w, sign = (as_dtype(x, b)[..., None] for x in (g.w, sign))
-    c = xp.max(xp.sum(xp.abs(matrix), axis=-1), axis=-1)[..., None, None, None]  # at least ‖A‖
-    span = xp.matrix_transpose(g.v) @ conj(g.v)
-    shift = sign[..., None] * as_dtype(c, b) * span[..., None, :, :]
-    x = dense_solve(w[..., None] * identity(g.a.m, b) - matrix[..., None, :, :] + shift, b[..., None])
-    return sign * without(x[..., 0], g.v)
+def has_repeated(
+    w: Array,
+    v: Array,
+    w_rest: Array,
+    v_rest: Array,
+    x: Array | LinearOperator,
+    /,
+    *,
+    which: str = "LA",
+    cluster_rtol: float | None = None,
+) -> Array:
+    """Whether two of the k eigenvalues, or the k-th and the next one, are equal: second derivatives are wrong there."""
+    g = _problem("eigsh", None, None, w, v, (w_rest, v_rest, x), which, "auto")
+    scale, _ = _check_pairs(g, 0.0)
+    xp, rtol = namespace_of(w), _tolerances(eps(namespace_of(w), w.dtype), None, cluster_rtol, None, None).cluster
+    pairs = xp.sum(xp.astype(_same(w, rtol * scale), w.dtype), axis=(-2, -1))
+    return (pairs > w.shape[-1]) | is_cut(w, w_rest, scale, which, rtol)
 
 
 def _raise_reverse(info: EigshVjpInfo, bad: Array, tol: _Tolerances) -> None:
@@ -657,24 +779,30 @@ def _raise_reverse(info: EigshVjpInfo, bad: Array, tol: _Tolerances) -> None:
         return
     if is_true(xp.any(info.cut)):
         raise GaugeError(
-            "The loss depends on a cluster of equal eigenvalues of which the k-th is inside and the next outside: it "
-            "has no gradient. Pass a k that takes in the whole cluster or none of it, or leave its eigenpairs out of "
-            "the loss; or pass throw=False to get NaN for these items."
+            f"The loss given to eigsh_vjp depends on a cluster of equal eigenvalues{among(info.cut)} of which the k-th "
+            "is inside and the next outside: it has no gradient. Pass a k that takes in the whole cluster or none of "
+            "it, or leave its eigenpairs out of the loss; or pass throw=False to get NaN for these items."
         )
     if is_true(xp.any(bad)):
         raise GaugeError(
-            "The loss depends on a choice that the matrix does not determine, by more than gauge_rtol "
-            f"{tol.gauge:.1e}. The most likely cause is that it treats eigenpairs inside a cluster of equal "
-            "eigenvalues individually, or depends on the phase of a complex eigenvector; no gradient exists there. "
-            "Write it through the cluster's projector V_c V_cᴴ; or pass throw=False to get NaN for these items, "
-            "gauge_rtol=inf to accept the masked gradient."
+            f"The loss given to eigsh_vjp depends on a choice that the matrix does not determine{among(bad)}, by more "
+            f"than gauge_rtol {tol.gauge:.1e}. The most likely cause is that it treats eigenpairs inside a cluster of "
+            "equal eigenvalues individually, or depends on the phase of a complex eigenvector; no gradient exists "
+            "there. Write it through the cluster's projector V_c V_cᴴ; or pass throw=False to get NaN for these "
+            "items, gauge_rtol=inf to accept the masked gradient."
         )
-    failed = int(xp.sum(xp.astype(~info.converged, xp.int32)))
-    raise ConvergenceError(
-        f"eigsh_vjp did not converge for {failed} item(s) of the batch: largest residual "
-        f"{float(xp.max(info.residual_norm)):.1e} (rtol {tol.solve:.1e}) after {int(xp.max(info.n_iter))} iterations. "
-        "The most likely cause is that w and v are not the extremal eigenpairs that which= says, that the k-th "
-        "eigenvalue is very close to the next, or that the input is not finite. Pass the pairs that eigsh_fwd saved, "
-        'a larger maxiter= or rtol=, or solver="direct"; or pass throw=False to get NaN for these items and '
-        "info.converged."
-    )
+    raise_unsolved("eigsh_vjp", info, tol.solve)
+
+
+def _raise_tangents(info: EigshVjpInfo, split: Split, w: Array, tol: _Tolerances) -> NoReturn:
+    """Raise what the flags of a JVP say, one of which is set."""
+    xp = namespace_of(w)
+    if is_true(xp.any(info.cut)):
+        raise GaugeError(
+            f"The k-th eigenvalue given to eigsh_jvp cuts a cluster of equal ones{among(info.cut)}, of which the next "
+            "is left out: which eigenpairs of it come back is arbitrary, and they have no derivative. Pass a k that "
+            "takes in the whole cluster or none of it; or pass throw=False to get NaN for these items."
+        )
+    if is_true(xp.any(split.bad)):
+        raise_split(split, w, tol.gauge)
+    raise_unsolved("eigsh_jvp", info, tol.solve)

@@ -22,8 +22,8 @@ from ddnref._core.arrays import Array, adjoint, as_dtype, conj, eps, full, names
 from ddnref._core.loops import LoopOptions, run
 from ddnref._core.noise import noise
 from ddnref._kernels.dense import eigh, hermitian_part
-from ddnref._kernels.vectors import norm, normalised, put_row, real_dot
-from ddnref.operators._blocks import SelfAdjoint, inner, without
+from ddnref._kernels.vectors import normalised, put_row, real_dot
+from ddnref.operators._blocks import SelfAdjoint
 
 POOREST = 1e-4  # a check misses a copy only if its start is this much poorer in it than on average
 STAND_IN = 8  # · scale: takes the place of a Ritz value that does not exist; T is at most 3 · scale
@@ -107,25 +107,24 @@ def lanczos(a: SelfAdjoint, plan: Plan, v0: Array | None, options: LoopOptions) 
 
 def _first(a: SelfAdjoint, plan: Plan, v0: Array | None) -> State:
     """The state before the first cycle: a start vector, and nothing kept."""
-    xp = namespace_of(a.like)
+    xp, device = namespace_of(a.like), array_api_compat.device(a.like)
     start = noise(0, a.m, a.like) if v0 is None else xp.reshape(v0, (*a.batch, a.m))
-    start = normalised(xp.broadcast_to(start, (*a.batch, a.m))[..., None, :], norm(start[..., None, :]))
+    start = xp.broadcast_to(start, (*a.batch, a.m))[..., None, :]
+    start = normalised(start, a.norm(start))
     number = real(full((), 0.0, a.like))
-    flag = xp.zeros(a.batch, dtype=xp.bool, device=array_api_compat.device(a.like))
-    count = xp.zeros(a.batch, dtype=xp.int32, device=array_api_compat.device(a.like))
-    zero = full(a.batch, 0.0, number)
+    count = xp.zeros(a.batch, dtype=xp.int32, device=device)
     return State(
         y=xp.concat([full((*a.batch, plan.l, a.m), 0.0, a.like), start], axis=-2),
         theta=full((*a.batch, plan.l), 0.0, number),
-        live=xp.zeros((*a.batch, plan.l), dtype=xp.bool, device=array_api_compat.device(a.like)),
+        live=xp.zeros((*a.batch, plan.l), dtype=xp.bool, device=device),
         found=full((*a.batch, plan.k), float("nan"), number),
         w_rest=full((*a.batch, plan.l - plan.k), 0.0, number),
         rest=full((*a.batch, plan.l - plan.k, a.m), 0.0, a.like),
-        scale=zero,
+        scale=full(a.batch, 0.0, number),
         residual=full(a.batch, float("inf"), number),
         checks=count,
         growth=full((*a.batch, plan.k), 1.0, number),
-        done=flag,
+        done=xp.zeros(a.batch, dtype=xp.bool, device=device),
         n_iter=count,
     )
 
@@ -143,12 +142,10 @@ def cycle(a: SelfAdjoint, plan: Plan, state: State) -> State:
     live = is_present[..., : plan.l]
     size = xp.max(xp.where(live, xp.abs(theta[..., : plan.l]), full((), 0.0, theta)), axis=-1)
     scale = xp.maximum(scale, size)
-    next_state = state._replace(
-        theta=theta[..., : plan.l], live=live, scale=scale, growth=growth, n_iter=state.n_iter + 1
-    )
+    state = state._replace(theta=theta[..., : plan.l], live=live, scale=scale, growth=growth, n_iter=state.n_iter + 1)
     # A restart keeps the Ritz vectors and the vector that follows the basis.
     kept = s_t[..., : plan.l, :] @ q[..., :-1, :]
-    return _decided(plan, next_state, kept, q[..., -1:, :], theta, residual)
+    return _decided(a, plan, state, kept, q[..., -1:, :], theta, residual)
 
 
 def _extended(a: SelfAdjoint, plan: Plan, state: State) -> tuple[Array, Array, Array, Array]:
@@ -164,17 +161,17 @@ def _extended(a: SelfAdjoint, plan: Plan, state: State) -> tuple[Array, Array, A
     for j in range(l, p):
         basis = q[..., : j + 1, :]
         y = a.apply(q[..., j : j + 1, :])
-        h = inner(y, basis)
+        h = a.inner(y, basis)
         # Noise at rounding level leaves an invariant subspace in a random direction, and never divides by zero.
         size = scale + xp.astype(scale == 0, scale.dtype)
         y = y - h @ basis
         y = y + as_dtype(size, y)[..., None, None] * noise_floor[j % a.m : j % a.m + a.m]
         # Orthogonalise again, and once more: at rounding level one pass may leave nothing but rounding.
-        g = inner(y, basis)
+        g = a.inner(y, basis)
         y = y - g @ basis
         h = h + g
-        y = y - inner(y, basis) @ basis
-        beta = norm(y)
+        y = a.without(y, basis)
+        beta = a.norm(y)
         q = put_row(q, j + 1, normalised(y, beta))
         # An invariant subspace: the noise is no part of A.
         beta = xp.where(beta > 4 * unit * size[..., None], beta, xp.zeros_like(beta))[..., 0]
@@ -204,7 +201,9 @@ def _ordered(t_t: Array, stand_in: Array, which: str) -> tuple[Array, Array]:
     return xp.take_along_axis(theta, order, axis=-1), rows
 
 
-def _decided(plan: Plan, state: State, kept: Array, following: Array, theta: Array, residual: Array) -> State:
+def _decided(
+    a: SelfAdjoint, plan: Plan, state: State, kept: Array, following: Array, theta: Array, residual: Array
+) -> State:
     """Go on, begin a check, or stop."""
     xp = namespace_of(theta)
     # Has the search converged, would it have met a copy, is the next eigenvalue placed, are the k as before the check?
@@ -221,7 +220,7 @@ def _decided(plan: Plan, state: State, kept: Array, following: Array, theta: Arr
     first_k = xp.arange(plan.l, device=array_api_compat.device(theta)) < k
     live = state.live & (first_k | ~check[..., None])
     leftover, kept = kept[..., k:, :], xp.where(live[..., None], kept, xp.zeros_like(kept))
-    fresh = _fresh(state.checks, kept)
+    fresh = _fresh(a, state.checks, kept)
     size = _nonzero(state.scale)
     new = check[..., None]
     return state._replace(
@@ -256,14 +255,14 @@ def _grown(plan: Plan, growth: Array, theta: Array, s_t: Array, beta: Array, sca
     return xp.minimum(growth / xp.maximum(fade, full((), unit, fade)), full((), unit**-2, fade))
 
 
-def _fresh(checks: Array, kept: Array) -> Array:
+def _fresh(a: SelfAdjoint, checks: Array, kept: Array) -> Array:
     """A random unit vector orthogonal to the kept rows, a different one for each check of an item."""
     xp, m = namespace_of(kept), kept.shape[-1]
     phase = xp.astype(checks + 1, real(kept).dtype)[..., None] * (20 * m**0.5)
     z = as_dtype(xp.sin(phase * real(noise(2, m, kept))), kept)[..., None, :]
     for _ in range(2):
-        z = without(z, kept)
-        z = normalised(z, norm(z))
+        z = a.without(z, kept)
+        z = normalised(z, a.norm(z))
     return z
 
 
@@ -272,15 +271,15 @@ def _refined(a: SelfAdjoint, plan: Plan, state: State) -> Found:
     xp = namespace_of(state.y)
     k, n = plan.k, plan.k + 1
     y = state.y[..., :n, :]
-    y = 1.5 * y - inner(y, y) @ y / 2  # orthonormal to rounding: a Newton step for (Y Yᴴ)^(-1/2) Y
+    y = 1.5 * y - a.inner(y, y) @ y / 2  # orthonormal to rounding: a Newton step for (Y Yᴴ)^(-1/2) Y
     ay = a.apply(y)
     stand_in = _stand_in(state.scale)
     # Pairs that do not exist are zero rows; a stand-in keeps their values out of the way.
     missing = xp.where(state.live[..., :n], xp.zeros_like(stand_in), stand_in)
-    g = inner(ay, y)  # g_ji = ⟨y_i, A y_j⟩: the transpose of Yᴴ A Y
+    g = a.inner(ay, y)  # g_ji = ⟨y_i, A y_j⟩: the transpose of Yᴴ A Y
     theta, s_t = _ordered(hermitian_part(g + _diagonal(missing, n, g)), stand_in, plan.which)
     y, ay = s_t @ y, s_t @ ay
-    residual = norm(ay - as_dtype(theta, y)[..., None] * y)
+    residual = a.norm(ay - as_dtype(theta, y)[..., None] * y)
     size = _nonzero(state.scale)[..., None]
     return Found(
         w=theta[..., :k],

@@ -84,8 +84,8 @@ def eigen_residual(x: Array, w: Array, v: Array, /) -> Array:
     >>> float(ddnref.eigen_residual(2 * np.eye(2), np.asarray(2.0), np.asarray([1.0, 0.0])))
     0.0
     """
-    xp, y, z, w = _columns_and_product(x, w, v)
-    residual = _length(xp, z - w * y)
+    _, y, z, w = _rows_and_images(x, w, v)
+    residual = safe_norm(z - w * y)
     return residual[..., 0] if v.ndim < x.ndim else residual
 
 
@@ -101,24 +101,20 @@ def fixed_point_residual(x: Array, w: Array, v: Array, /) -> Array:
     >>> float(ddnref.fixed_point_residual(-2 * np.eye(2), np.asarray(-2.0), np.asarray([1.0, 0.0])))
     0.0
     """
-    xp, y, z, w = _columns_and_product(x, w, v)
-    size = _length(xp, z)[..., None, :]
+    xp, y, z, w = _rows_and_images(x, w, v)
+    size = safe_norm(z)[..., None]
     size = xp.where(w < 0, -size, nan_where(xp.isnan(w), size))  # the sign of the eigenvalue, NaN if that is NaN
-    residual = _length(xp, y - z / xp.where(size == 0, full((), float("nan"), size), size))
+    residual = safe_norm(y - z / xp.where(size == 0, full((), float("nan"), size), size))
     return residual[..., 0] if v.ndim < x.ndim else residual
 
 
-def _columns_and_product(x: Array, w: Array, v: Array) -> tuple[Namespace, Array, Array, Array]:
-    """The vectors as columns, X times them, and the eigenvalues as a row for each matrix."""
+def _rows_and_images(x: Array, w: Array, v: Array) -> tuple[Namespace, Array, Array, Array]:
+    """The vectors as rows, X times each of them, and the eigenvalues as a column for each matrix."""
     xp = namespace(x=x, w=w, v=v)
     check_precision(xp, x=x, w=w, v=v)  # not one dtype: eigenvalues of a Hermitian matrix are real
     check_square("x", x)
     n = v.shape[-1:] if v.ndim == x.ndim else ()
     check_shapes(v=(v, (*x.shape[:-1], *n)), w=(w, (*x.shape[:-2], *n)))
     y = v if n else v[..., None]  # one vector is a matrix of one column
-    return xp, y, x @ y, w[..., None, :] if n else w[..., None, None]
-
-
-def _length(xp: Namespace, columns: Array) -> Array:
-    """Length of each column, ``(..., n)``."""
-    return safe_norm(xp.matrix_transpose(columns))
+    rows, images = (xp.matrix_transpose(columns) for columns in (y, x @ y))
+    return xp, rows, images, w[..., :, None] if n else w[..., None, None]
