@@ -3,9 +3,11 @@
 from ddnref.curvature._gram import (
     gram_eigh,
     gram_eigh_fwd,
+    gram_eigh_jvp,
     gram_eigh_vjp,
     gram_eigvalsh,
     gram_eigvalsh_fwd,
+    gram_eigvalsh_jvp,
     gram_eigvalsh_vjp,
 )
 from ddnref.curvature._reducers import GramState, Reducer, SumState, gram_reducer, sum_reducer
@@ -20,7 +22,12 @@ from ddnref.curvature.hessian._solve import (
     hessian_solve,
     hessian_solve_vjp,
 )
-from ddnref.curvature.hessian._spectrum import EigvalCountInfo, hessian_eigval_count, hessian_eigvals
+from ddnref.curvature.hessian._spectrum import (
+    EigvalCountInfo,
+    HessianEigvalsInfo,
+    hessian_eigval_count,
+    hessian_eigvals,
+)
 
 __all__ = [
     "DirectionalDerivatives",
@@ -28,6 +35,7 @@ __all__ = [
     "Ggn",
     "GgnState",
     "GramState",
+    "HessianEigvalsInfo",
     "HessianFactor",
     "HessianSolveInfo",
     "Inertia",
@@ -40,9 +48,11 @@ __all__ = [
     "ggn_reducer",
     "gram_eigh",
     "gram_eigh_fwd",
+    "gram_eigh_jvp",
     "gram_eigh_vjp",
     "gram_eigvalsh",
     "gram_eigvalsh_fwd",
+    "gram_eigvalsh_jvp",
     "gram_eigvalsh_vjp",
     "gram_reducer",
     "hessian_eigval_count",

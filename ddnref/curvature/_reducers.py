@@ -11,19 +11,17 @@ so that a state must keep what the later ones are multiplied with. Everything el
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import Any, NamedTuple
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, adjoint, namespace, quiet
+from ddnref._core.arrays import Array, adjoint, as_dtype, namespace
 from ddnref._core.checks import check_dtypes, check_shapes
 from ddnref._kernels.dense import hermitian_part
-from ddnref._kernels.public import public
+from ddnref._kernels.public import guarded, public
 from ddnref.operators._blocks import Pieces, tall
-
-SHARDS = ("columns", "rows")
 
 
 class Reducer(NamedTuple):
@@ -80,16 +78,14 @@ def gram_reducer(shards: str = "columns") -> Reducer:
     See Also
     --------
     sum_reducer : products with V, gradients, losses.
-    ggn_reducer : of a network, where the columns need not be stored.
+    ggn_reducer : for a network, whose columns are kept as factors.
 
     Notes
     -----
-    *Rows* add up: a state is one n×n matrix, an update D n² flops, and nothing of a shard is kept.
-
-    *Columns*: the state keeps the shards, by reference, because the next one is multiplied with each of them. That is
-    D n numbers, against n² of the result: of use where V fits into memory (or is mapped into it, which is not undone
-    here) but what it is computed from does not. Where D n is too much, split the rows instead, or pass the factored
-    columns of a network to `ggn_reducer`, which keeps the inputs and the backpropagated factors of its layers instead.
+    Rows add up: a state is one n×n matrix, an update D n² flops, and nothing of a shard is kept. With columns the state
+    keeps the shards, D n numbers by reference, because the next one is multiplied with each of them. This is of use
+    where V fits into memory (or is mapped into it, which is not undone here) but what it is computed from does not;
+    where V does not fit, split the rows.
 
     Examples
     --------
@@ -102,10 +98,10 @@ def gram_reducer(shards: str = "columns") -> Reducer:
     array([[25.,  3.],
            [ 3.,  1.]])
     """
-    if shards not in SHARDS:
+    if shards not in ("columns", "rows"):
         raise ValueError(f'shards is {shards!r}, expected "columns" (samples) or "rows" (parameters).')
-    update, merge = (_add_rows, _merge_rows) if shards == "rows" else (_add_columns, _merge_columns)
-    return Reducer(GramState, update, merge, lambda state: assemble(state.blocks))
+    merge = _merge_rows if shards == "rows" else _merge_columns
+    return Reducer(GramState, partial(_update, merge), merge, lambda state: assemble(state.blocks))
 
 
 @public
@@ -158,28 +154,18 @@ def sum_reducer(function: Callable[..., Any], *, weight: Callable[..., float] | 
     return Reducer(SumState, update, _add, finalise)
 
 
-def reduce_shards(
-    reducer: Reducer, shards: Any, progress: Callable[[int, int | None], object] | None = None, state: Any = None
-) -> Any:
-    """Return the state after all shards; ``progress(done, total)`` is called after each, total ``None`` if unknown."""
-    total = len(shards) if hasattr(shards, "__len__") else None
-    state = reducer.init() if state is None else state
-    for done, shard in enumerate(shards, 1):
-        state = reducer.update(state, *shard)
-        if progress is not None:
-            progress(done, total)
-    return state
-
-
 # --- Gram matrices ----------------------------------------------------------------------------------------------------
 
 
-@quiet()
-def _add_rows(state: GramState, factor: Any) -> GramState:
-    return _merge_rows(state, GramState(((tall(factor).gram(),),)))
+@guarded
+def _update(merge: Callable[..., GramState], state: GramState, factor: Any) -> GramState:
+    pieces = tuple(factor) if isinstance(factor, (list, tuple)) else (factor,)
+    # Shards of rows add up, those of columns are needed by later ones.
+    v = tall(factor)
+    return merge(state, GramState(((as_dtype(v.gram(), v.like),),), () if merge is _merge_rows else (pieces,)))
 
 
-@quiet()
+@guarded
 def _merge_rows(a: GramState, b: GramState) -> GramState:
     if not (a.blocks and b.blocks):
         return a if a.blocks else b
@@ -188,13 +174,7 @@ def _merge_rows(a: GramState, b: GramState) -> GramState:
     return GramState(((k_a + k_b,),))
 
 
-@quiet()
-def _add_columns(state: GramState, factor: Any) -> GramState:
-    pieces = tuple(factor) if isinstance(factor, (list, tuple)) else (factor,)
-    return _merge_columns(state, GramState(((tall(factor).gram(),),), (pieces,)))
-
-
-@quiet()
+@guarded
 def _merge_columns(a: GramState, b: GramState) -> GramState:
     """Append the block rows of b, after the products of each of its shards with those of a."""
     below = tuple((*(_cross(v_i, v_j) for v_j in a.shards), *row) for v_i, row in zip(b.shards, b.blocks, strict=True))
@@ -217,7 +197,7 @@ def _cross(v: Pieces, w: Pieces) -> Array:
     return reduce(add, (adjoint(v_l) @ w_l for v_l, w_l in zip(v, w, strict=True)))
 
 
-@quiet()
+@guarded
 def assemble(blocks: tuple[tuple[Array, ...], ...]) -> Array:
     """Return the whole matrix from its lower block triangle, exactly Hermitian."""
     if not blocks:
@@ -225,15 +205,13 @@ def assemble(blocks: tuple[tuple[Array, ...], ...]) -> Array:
     if len(blocks) == 1:
         return blocks[0][0]
     xp = array_api_compat.array_namespace(blocks[0][0])
-    rows = []
-    for i, row in enumerate(blocks):
-        # The blocks right of the diagonal are the adjoints of those below it.
-        right = [adjoint(blocks[j][i]) for j in range(i + 1, len(blocks))]
-        rows.append(xp.concat([*row, *right], axis=-1))
+    # The blocks right of the diagonal are the adjoints of those below it.
+    right = [[adjoint(row[i]) for row in blocks[i + 1 :]] for i in range(len(blocks))]
+    rows = [xp.concat([*row, *rest], axis=-1) for row, rest in zip(blocks, right, strict=True)]
     return hermitian_part(xp.concat(rows, axis=-2))
 
 
-@quiet()
+@guarded
 def _add(a: SumState, b: SumState) -> SumState:
     if a.total is None or b.total is None:
         return b if a.total is None else a

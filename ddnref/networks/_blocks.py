@@ -8,8 +8,8 @@ from typing import Any, Self
 
 from ddnref._core.arrays import Array
 from ddnref.networks import _protocol
-from ddnref.networks._activations import Activation, jet, resolve
-from ddnref.networks._layers import AffineSaved, Parameterless, times
+from ddnref.networks._activations import Activation, resolve
+from ddnref.networks._layers import Activated, Parameterless
 from ddnref.networks._protocol import AnyLayer, LayerDerivatives, Params, Shape, add
 
 
@@ -34,6 +34,7 @@ class Residual:
     layers: Sequence[AnyLayer]
 
     def __post_init__(self) -> None:
+        # A tuple, because the caller may go on with the list.
         layers = tuple(self.layers)
         if not layers:
             raise ValueError("layers is empty: a Residual needs at least one layer.")
@@ -57,12 +58,13 @@ class Residual:
     def output_shape(self, shape: Shape | None) -> Shape | None:
         """Return the shape of one sample's output, which is that of its input."""
         inner = _protocol.output_shape(self.layers, shape)
+        # Either shape may be unknown, and then nothing can be said.
         if shape is not None and inner is not None and inner != shape:
             raise ValueError(f"its layers map samples of shape {shape} to {inner}: nothing to add the shortcut to.")
         return inner if shape is None else shape
 
     def forward(self, params: Params, x: Array, order: int = 2) -> tuple[Array, Any]:
-        """Return ``y = x + f(x)`` and what the layers inside saved."""
+        """Return ``y = x + f(x)``, and what derivatives need: x, y and what the layers inside saved."""
         inner, saved = _protocol.forward(self.layers, _protocol.split(self.layers, params), x, order)
         y = x + inner
         return y, (x, y, saved)
@@ -83,12 +85,8 @@ class Residual:
         parts = _protocol.split(self.layers, params)
         dots = None if params_dot is None else _protocol.split(self.layers, params_dot)
         inner, saved_dot = _protocol.forward_dot(self.layers, parts, saved[2], dots, x_dot)
-        # ẏ = ẋ + ḟ; either may be zero.
+        # Either tangent may be zero.
         return add(x_dot, inner), saved_dot
-
-    def jvp(self, params: Params, saved: Any, params_dot: Params | None, x_dot: Array | None) -> Array | None:
-        """Return ``ẏ`` alone."""
-        return self.forward_dot(params, saved, params_dot, x_dot)[0]
 
     def vjp_dot(
         self, params: Params, saved: Any, y_bar: Array, params_dot: Params | None, saved_dot: Any,
@@ -97,18 +95,18 @@ class Residual:
         """Return the tangents of the cotangents: those inside, and ``dx̄ = dȳ`` plus that of f."""
         parts = _protocol.split(self.layers, params)
         dots = None if params_dot is None else _protocol.split(self.layers, params_dot)
-        bars, bar_dot, bar = _protocol.vjp_dot(
-            self.layers, parts, saved[2], y_bar, dots, saved_dot, y_bar_dot, wrt=wrt
-        )  # fmt: skip
+        bars, bar_dot, bar = _protocol.vjp_dot(self.layers, parts, saved[2], y_bar, dots, saved_dot, y_bar_dot, wrt=wrt)
         flat = tuple(_protocol.joined(bars))
         if wrt == "params":
             return flat, None, None
+        # The shortcut adds dȳ to the tangent of x̄ and ȳ to x̄.
         return flat, add(y_bar_dot, bar_dot), y_bar + bar
 
     def derivatives(self, params: Params, saved: Any, y_bar: Array) -> LayerDerivatives:
         """Return input and output of the block, and the records of its layers."""
-        inner = _protocol.derivatives(self.layers, _protocol.split(self.layers, params), saved[2], y_bar)
-        return LayerDerivatives(saved[0], None, saved[1], y_bar, inner)
+        x, y, kept = saved
+        inner = _protocol.derivatives(self.layers, _protocol.split(self.layers, params), kept, y_bar)
+        return LayerDerivatives(x, None, y, y_bar, inner)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,12 +145,14 @@ class Frozen(Parameterless):
         self, params: Params, saved: Any, y_bar: Array, *, wrt: str = "both", per_sample: bool = False
     ) -> tuple[Params, Array | None]:
         """Return ``x̄`` alone."""
+        # wrt="x" saves the products that the layer's parameters would need.
         return (), self.layer.vjp(self.layer.params, saved, y_bar, wrt="x")[1]
 
     def forward_dot(
         self, params: Params, saved: Any, params_dot: Params | None, x_dot: Array | None
     ) -> tuple[Array | None, Any]:
         """Return ``ẏ`` from ``ẋ`` alone."""
+        # Constants have no tangents.
         return self.layer.forward_dot(self.layer.params, saved, None, x_dot)
 
     def vjp_dot(
@@ -170,7 +170,7 @@ class Frozen(Parameterless):
 
 
 @dataclass(frozen=True, eq=False)
-class Elementwise(Parameterless):
+class Elementwise(Parameterless, Activated):
     """A separate activation, for places where no affine layer precedes it."""
 
     activation: str | Activation
@@ -182,34 +182,3 @@ class Elementwise(Parameterless):
     def output_shape(self, shape: Shape | None) -> Shape | None:
         """Return the shape of one sample's output, which is that of its input."""
         return shape
-
-    def forward(self, params: Params, x: Array, order: int = 2) -> tuple[Array, AffineSaved | None]:
-        """Return ``y = φ(x)``."""
-        y, slope, curvature = jet(self.phi, x, order)
-        return y, AffineSaved(x, x, y, slope, curvature, x) if order else None
-
-    def vjp(
-        self, params: Params, saved: AffineSaved, y_bar: Array, *, wrt: str = "both", per_sample: bool = False
-    ) -> tuple[Params, Array]:
-        """Return ``x̄ = ȳ ∘ φ'``."""
-        return (), times(y_bar, saved.slope)
-
-    def forward_dot(
-        self, params: Params, saved: AffineSaved, params_dot: Params | None, x_dot: Array | None
-    ) -> tuple[Array | None, Array | None]:
-        """Return ``ẏ = φ' ∘ ẋ``."""
-        return None if x_dot is None else times(x_dot, saved.slope), x_dot
-
-    def vjp_dot(
-        self, params: Params, saved: AffineSaved, y_bar: Array, params_dot: Params | None, saved_dot: Array | None,
-        y_bar_dot: Array | None, *, wrt: str = "both",
-    ) -> tuple[Params, Array | None, Array | None]:  # fmt: skip
-        """Return ``dx̄ = dȳ ∘ φ' + ȳ ∘ φ'' ∘ ẋ``."""
-        x_bar_dot = None if y_bar_dot is None else times(y_bar_dot, saved.slope)
-        if saved.curvature is not None and saved_dot is not None:
-            x_bar_dot = add(x_bar_dot, (y_bar * saved.curvature) * saved_dot)
-        return (), x_bar_dot, times(y_bar, saved.slope)
-
-    def derivatives(self, params: Params, saved: AffineSaved, y_bar: Array) -> LayerDerivatives:
-        """Return a record in which the pre-activation is the input."""
-        return LayerDerivatives(saved.x, saved.s, saved.y, y_bar)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Self
 
 import array_api_compat
@@ -18,7 +19,7 @@ import numpy as np
 
 from ddnref._core.arrays import Array, namespace
 from ddnref._core.checks import check_dtypes, check_real
-from ddnref._kernels.public import public
+from ddnref._kernels.public import guarded, public
 from ddnref.networks import _checks, _from_torch, _losses, _protocol
 from ddnref.networks._activations import Activation
 from ddnref.networks._layers import Dense
@@ -28,6 +29,12 @@ from ddnref.networks._protocol import AnyLayer, LayerDerivatives, Params
 
 class Chain:
     r"""Layers under a loss, with all its derivatives written out.
+
+    Its methods take N samples ``x (N, ...)`` in the dtype of the parameters, where N may be zero, and targets t,
+    ``(N,)`` or ``(N, C)``, as the loss takes them. Targets out of range raise, for which one flag is read. With
+    ``throw=False`` nothing is read, as ``jax.jit`` needs it, and such a sample is NaN. Gradients and vectors v are
+    lists of arrays like `params`. For k vectors every array has one more axis of length k in front, and so has every
+    array of their products.
 
     Parameters
     ----------
@@ -46,7 +53,7 @@ class Chain:
         The loss of one sample, with the factor of the reduction over its outputs.
     reduction : str
     params : list of arrays
-        Those of all layers, ``[W1, b1, W2, …]``: gradients and vectors are lists like it.
+        Those of all layers, ``[W1, b1, W2, …]``.
 
     Raises
     ------
@@ -54,10 +61,6 @@ class Chain:
         Parameters of several libraries, devices or dtypes, or that PyTorch records; none at all; layers that do not
         fit the one before them; unknown names. Its methods: inputs and vectors that do not fit, no samples under the
         mean, and targets of the wrong shape, dtype or range.
-
-    See Also
-    --------
-    Chain.from_torch, Chain.from_arrays, Chain.mlp : other ways to make one.
 
     Notes
     -----
@@ -70,9 +73,8 @@ class Chain:
     deep network costs 1 per layer, the gradient 3, `ggnvp` 5 and `hvp` 9; several vectors share the first pass. Each
     layer keeps its input, pre-activation, and one or two derivatives of the activation in memory.
 
-    A sample whose values are NaN leaves the others' outputs and gradients alone, as do targets out of range with
-    ``throw=False``, which reads no value on the host and is what ``jax.jit`` needs. A kink counts as smooth: the
-    second derivative of ``"relu"`` is zero.
+    A sample that is NaN leaves the outputs and the per-sample gradients of the others alone. A kink counts as smooth:
+    the second derivative of ``"relu"`` is zero.
 
     References
     ----------
@@ -90,114 +92,110 @@ class Chain:
     """
 
     def __init__(self, layers: Sequence[AnyLayer], loss: str | Loss, reduction: str = "mean") -> None:
+        self._source: _from_torch.Source | None = None
+        self._set(layers, loss, reduction)
+
+    def _set(self, layers: Sequence[AnyLayer], loss: str | Loss, reduction: str) -> None:
         # Every array must come from one library, device and dtype, constants of frozen layers included.
-        self.layers = tuple(layers)
-        self.criterion = _losses.resolve(loss, reduction)
-        self.reduction = reduction
-        self._parts = [layer.params for layer in self.layers]
-        names = {f"params[{i}]": array for i, array in enumerate(self.params)}
+        layers, criterion = tuple(layers), _losses.resolve(loss, reduction)
+        parts = [layer.params for layer in layers]
+        names = {f"params[{i}]": array for i, array in enumerate(_protocol.joined(parts))}
         if not names:
             raise ValueError("layers hold no parameters: there is nothing to differentiate.")
-        constants = [array for layer in self.layers for array in getattr(layer, "constants", ())]
+        constants = [array for layer in layers for array in getattr(layer, "constants", ())]
         names |= {f"constants[{i}]": array for i, array in enumerate(constants)}
         namespace(**names)
         check_real(**names)
         check_dtypes(**{name: (array, names["params[0]"].dtype) for name, array in names.items()})
         _checks.refuse_recorded(names)
         # Shapes that are known without an input must fit from layer to layer.
-        _protocol.output_shape(self.layers, None)
+        _protocol.output_shape(layers, None)
+        self._layers, self._parts, self._criterion, self._reduction = layers, parts, criterion, reduction
+
+    def _follow(self) -> None:
+        """Read the modules again that this chain was made from, if they were changed other than in place."""
+        if self._source is not None and self._source.changed():
+            source = _from_torch.Source(*self._source.given)
+            self._set(*source.read())
+            self._source = source  # only now: what cannot be read raises on every call
+
+    @property
+    def layers(self) -> tuple[AnyLayer, ...]:
+        """The layers, first to last."""
+        self._follow()
+        return self._layers
+
+    @property
+    def criterion(self) -> Loss:
+        """The loss of one sample, with the factor of the reduction over its outputs."""
+        self._follow()
+        return self._criterion
+
+    @property
+    def reduction(self) -> str:
+        """The reduction over the samples, ``"mean"`` or ``"sum"``."""
+        self._follow()
+        return self._reduction
 
     @property
     def params(self) -> list[Array]:
         """The arrays of all layers, as a new list on each call."""
+        self._follow()
         return _protocol.joined(self._parts)
 
     def with_params(self, params: Sequence[Array]) -> Self:
-        """Return the same chain with other arrays.
-
-        Parameters
-        ----------
-        params : sequence of arrays
-            Shaped like `params`, in the same library and dtype. Under ``jax.jit`` these may be traced.
-
-        Returns
-        -------
-        chain : Chain
-            A new one; this one stays as it is.
-        """
+        """Return a new chain with other arrays like `params`, which may be traced under ``jax.jit``."""
         params = list(params)
         _checks.like_params("params", params, self.params)
-        layers = [layer.with_params(p) for layer, p in zip(self.layers, self.split(params), strict=True)]
-        return type(self)(layers, self.criterion, self.reduction)
+        # A new chain checks again that all arrays are of one library.
+        parts = _protocol.split(self._layers, params)
+        layers = [layer.with_params(p) for layer, p in zip(self._layers, parts, strict=True)]
+        return type(self)(layers, self._criterion, self._reduction)
 
     def split(self, params: Sequence[Array]) -> list[Params]:
         """Split a list like `params` into one tuple for each layer."""
         return _protocol.split(self.layers, params)
 
-    def scale(self, n: int) -> float:
-        """Return the factor of the sum over n samples: 1/n for the mean, 1 for the sum."""
+    def scale(self, n: int | Array) -> Any:
+        """Return the factor of the sum over the samples: 1/n for the mean, with n their number, or 1 for the sum.
+
+        Where the loss has a `Loss.sample_weight`, n is the sum of these weights.
+        """
         return 1 / n if self.reduction == "mean" else 1.0
+
+    def _scale(self, y: Array, t: Array) -> Any:
+        return 1 / _losses.count(self._criterion, y, t) if self._reduction == "mean" else 1.0
 
     # --- values ---------------------------------------------------------------------------------------------------
 
+    @guarded
     def forward(self, x: Array, order: int = 2) -> tuple[Array, list[Any]]:
         """Return outputs ``(N, C)``, and what each layer saves for derivatives up to `order` (0, 1 or 2)."""
-        _checks.inputs(self.layers, x, next(part[0] for part in self._parts if part))
-        return _protocol.forward(self.layers, self._parts, x, order)
+        self._follow()
+        _checks.inputs(self._layers, x, next(part[0] for part in self._parts if part))
+        return _protocol.forward(self._layers, self._parts, x, order)
 
     @public
     def output(self, x: Array) -> Array:
-        """Return the outputs of the last layer.
-
-        Parameters
-        ----------
-        x : (N, ...) array
-            Samples, also none; of the dtype of the parameters.
-
-        Returns
-        -------
-        y : (N, C) array
-        """
+        """Return the outputs ``(N, C)`` of the last layer."""
         return self.forward(x, 0)[0]
 
     @public
     def loss(self, x: Array, t: Array, *, throw: bool = True) -> Array:
-        """Return the loss.
-
-        Parameters
-        ----------
-        x : (N, ...) array
-        t : (N,) or (N, C) array
-            Targets, as the loss takes them.
-        throw : bool, default True
-            Raise for targets out of range, reading one flag; with ``False`` such a sample is NaN.
-
-        Returns
-        -------
-        loss : () array
-        """
+        """Return the loss, an array ``()``."""
         y = self.output(x)
-        return self._loss(y, t, _checks.bad_targets(self.criterion, self.reduction, y, t, throw))
+        # Targets are checked against the outputs, which show the number of classes.
+        return self._loss(y, t, _checks.bad_targets(self._criterion, self._reduction, y, t, throw))
 
     def _loss(self, y: Array, t: Array, bad: Array | None) -> Array:
         xp = array_api_compat.array_namespace(y)
-        return self.scale(y.shape[0]) * xp.sum(_checks.marked(self.criterion.value(y, t), bad))
+        return self._scale(y, t) * xp.sum(_checks.marked(self._criterion.value(y, t), bad))
 
     # --- first order ----------------------------------------------------------------------------------------------
 
     @public
     def gradient(self, x: Array, t: Array, *, throw: bool = True) -> list[Array]:
-        """Return the gradient of the loss.
-
-        Parameters
-        ----------
-        x, t, throw
-            As in `loss`.
-
-        Returns
-        -------
-        gradient : list of arrays like `params`
-        """
+        """Return the gradient of the loss with respect to `params`."""
         return self._gradient(x, t, throw)[1]
 
     @public
@@ -208,106 +206,74 @@ class Chain:
 
     def _gradient(self, x: Array, t: Array, throw: bool) -> tuple[tuple[Array, Array | None], list[Array]]:
         y, saved, y_bar, bad = self._reverse(x, t, 1, throw)
-        bars, _ = _protocol.vjp(self.layers, self._parts, saved, y_bar, wrt="params")
+        bars, _ = _protocol.vjp(self._layers, self._parts, saved, y_bar, wrt="params")
         return (y, bad), _protocol.joined(bars)
 
     @public
     def per_sample_gradients(self, x: Array, t: Array, *, throw: bool = True) -> list[Array]:
-        """Return the gradient of each sample's own loss; `gradient` is their mean or sum.
+        """Return the gradient of each sample's own loss, as arrays ``(N, *shape)``; `gradient` is their mean or sum.
 
-        Parameters
-        ----------
-        x, t, throw
-            As in `loss`.
-
-        Returns
-        -------
-        gradients : list of arrays ``(N, *shape)``
+        With a `Loss.sample_weight` their sum is divided by that of the weights.
         """
-        y, saved, y_bar, _ = self._reverse(x, t, 1, throw)
         # The loss of one sample carries no factor of the mean.
-        y_bar = y_bar / self.scale(y.shape[0])
-        return _protocol.joined(_protocol.vjp(self.layers, self._parts, saved, y_bar, wrt="params", per_sample=True)[0])
+        _, saved, y_bar, _ = self._reverse(x, t, 1, throw, scaled=False)
+        return _protocol.joined(
+            _protocol.vjp(self._layers, self._parts, saved, y_bar, wrt="params", per_sample=True)[0]
+        )
 
     @public
     def layer_derivatives(self, x: Array, t: Array, *, throw: bool = True) -> tuple[LayerDerivatives, ...]:
-        """Return the inputs, outputs and derivatives of the loss at each layer.
+        """Return a record for each layer, with arrays ``(N, ...)``.
 
-        Parameters
-        ----------
-        x, t, throw
-            As in `loss`.
-
-        Returns
-        -------
-        records : tuple of LayerDerivatives
-            One for each layer: `z_in`, its input; `s`, its pre-activation, or ``None``; `z_out`, its output; `b`, the
-            derivative of the loss with respect to that; `inner`, the records inside a `Residual`. All ``(N, ...)``.
+        Its fields are `z_in`, the input; `s`, the pre-activation, or ``None``; `z_out`, the output; `b`, the derivative
+        of the loss with respect to that; and `inner`, the records inside a `Residual`.
         """
         _, saved, y_bar, _ = self._reverse(x, t, 1, throw)
-        return _protocol.derivatives(self.layers, self._parts, saved, y_bar)
+        return _protocol.derivatives(self._layers, self._parts, saved, y_bar)
 
     # --- second order ---------------------------------------------------------------------------------------------
 
     @public
     def hvp(self, x: Array, t: Array, v: Sequence[Array], *, throw: bool = True) -> list[Array]:
-        """Multiply the Hessian of the loss with one or several vectors.
-
-        Parameters
-        ----------
-        x, t, throw
-            As in `loss`.
-        v : sequence of arrays like `params`
-            For k vectors, every array with one more axis of length k in front.
-
-        Returns
-        -------
-        product : list of arrays shaped like v
-        """
+        """Multiply the Hessian of the loss with one or several vectors."""
         v = list(v)
         _checks.like_params("v", v, self.params, leading=True)
         y, saved, y_bar, bad = self._reverse(x, t, 2, throw)
         # Tangent forward: ẏ = J v.
         parts, v_parts = self._parts, self.split(v)
-        y_dot, saved_dot = _protocol.forward_dot(self.layers, parts, saved, v_parts)
+        y_dot, saved_dot = _protocol.forward_dot(self._layers, parts, saved, v_parts)
+        # Tangent of the outputs' cotangent: ∇²ℓ ẏ.
         y_bar_dot = self._curved(y, t, y_dot, bad)
         # Tangent of the backward pass: d(Jᵀ ∇ℓ) along v.
-        dots = _protocol.vjp_dot(self.layers, parts, saved, y_bar, v_parts, saved_dot, y_bar_dot, wrt="params")
+        dots = _protocol.vjp_dot(self._layers, parts, saved, y_bar, v_parts, saved_dot, y_bar_dot, wrt="params")
         return _protocol.joined(dots[0])
 
     @public
     def ggnvp(self, x: Array, t: Array, v: Sequence[Array], *, throw: bool = True) -> list[Array]:
-        """Multiply the generalised Gauss–Newton matrix with one or several vectors.
-
-        Parameters
-        ----------
-        x, t, v, throw
-            As in `hvp`.
-
-        Returns
-        -------
-        product : list of arrays shaped like v
-        """
+        """Multiply the generalised Gauss–Newton matrix with one or several vectors."""
         v = list(v)
         _checks.like_params("v", v, self.params, leading=True)
         y, saved = self.forward(x, 1)
-        bad = _checks.bad_targets(self.criterion, self.reduction, y, t, throw)
+        bad = _checks.bad_targets(self._criterion, self._reduction, y, t, throw)
         parts = self._parts
         # G v = Jᵀ ∇²ℓ J v: tangent forward, Hessian of the loss, backward.
-        y_dot, _ = _protocol.forward_dot(self.layers, parts, saved, self.split(v))
-        bars, _ = _protocol.vjp(self.layers, parts, saved, self._curved(y, t, y_dot, bad), wrt="params")
+        y_dot, _ = _protocol.forward_dot(self._layers, parts, saved, self.split(v))
+        bars, _ = _protocol.vjp(self._layers, parts, saved, self._curved(y, t, y_dot, bad), wrt="params")
         return _protocol.joined(bars)
 
-    def _reverse(self, x: Array, t: Array, order: int, throw: bool) -> tuple[Array, list[Any], Array, Array | None]:
+    def _reverse(
+        self, x: Array, t: Array, order: int, throw: bool, scaled: bool = True
+    ) -> tuple[Array, list[Any], Array, Array | None]:
         """Return outputs, saved values, the cotangent of the outputs, and which samples have bad targets."""
         y, saved = self.forward(x, order)
-        bad = _checks.bad_targets(self.criterion, self.reduction, y, t, throw)
-        return y, saved, self.scale(y.shape[0]) * _checks.marked(self.criterion.gradient(y, t), bad), bad
+        bad = _checks.bad_targets(self._criterion, self._reduction, y, t, throw)
+        y_bar = _checks.marked(self._criterion.gradient(y, t), bad)
+        return y, saved, self._scale(y, t) * y_bar if scaled else y_bar, bad
 
     def _curved(self, y: Array, t: Array, y_dot: Array | None, bad: Array | None) -> Array:
         """Return ``∇²ℓ ẏ`` with the factor of the reduction."""
-        product = _losses.hessian_product(self.criterion, y, t, y_dot)
-        return self.scale(y.shape[0]) * _checks.marked(product, bad)
+        product = _losses.hessian_product(self._criterion, y, t, y_dot)
+        return self._scale(y, t) * _checks.marked(product, bad)
 
     # --- other ways to make one -----------------------------------------------------------------------------------
 
@@ -337,8 +303,6 @@ class Chain:
             How many weight matrices; one is a linear model.
         activation : str or Activation
             The activation of all layers but the last, which has none.
-        loss, reduction
-            As in `Chain`.
         bias : bool
             Whether layers have biases, zero at first.
         gain : float
@@ -348,10 +312,6 @@ class Chain:
             The same for every library: drawn by NumPy in float64, weight by weight.
         like : array, optional
             Its library, dtype and device; default NumPy's float64.
-
-        Returns
-        -------
-        chain : Chain
 
         Examples
         --------
@@ -367,13 +327,13 @@ class Chain:
         # NumPy draws the weights, so that a seed means the same for every library.
         rng = np.random.default_rng(seed)
         widths = [inputs, *[hidden] * (layers - 1), outputs]
-        dense = []
-        for i in range(layers):
-            draw = gain / math.sqrt(widths[i]) * rng.standard_normal((widths[i + 1], widths[i]))
-            weight = xp.asarray(draw, dtype=like.dtype, device=device)
-            zero = xp.zeros((widths[i + 1],), dtype=like.dtype, device=device) if bias else None
-            dense.append(Dense(weight, zero, activation if i < layers - 1 else "identity"))
-        return cls(dense, loss, reduction)
+        arrays = []
+        for a_in, a_out in pairwise(widths):
+            weight = gain / math.sqrt(a_in) * rng.standard_normal((a_out, a_in))
+            arrays.append(xp.asarray(weight, dtype=like.dtype, device=device))
+            if bias:
+                arrays.append(xp.zeros((a_out,), dtype=like.dtype, device=device))
+        return cls.from_arrays(arrays, activation=activation, loss=loss, reduction=reduction)
 
     @classmethod
     def from_arrays(
@@ -384,28 +344,17 @@ class Chain:
         loss: str | Loss = "cross_entropy",
         reduction: str = "mean",
     ) -> Self:
-        """Make a chain of dense layers from ``[W1, b1, W2, …]``.
+        """Make a chain of dense layers from weights ``(a_out, a_in)``, each followed by its bias ``(a_out,)``, if any.
 
-        Parameters
-        ----------
-        arrays : sequence of arrays
-            Weights ``(a_out, a_in)``; a vector is the bias of the matrix before it. Shared, not copied.
-        activation : str or Activation
-            The activation of all layers but the last, which has none.
-        loss, reduction
-            As in `Chain`.
-
-        Returns
-        -------
-        chain : Chain
+        The arrays are shared, not copied. All layers but the last have the activation.
         """
         # Group each weight with the bias that follows it, if any.
-        pairs: list[list[Array]] = []
+        pairs: list[list[Array | None]] = []
         for i, array in enumerate(arrays):
             if getattr(array, "ndim", None) == 2:
-                pairs.append([array])
-            elif getattr(array, "ndim", None) == 1 and pairs and len(pairs[-1]) == 1:
-                pairs[-1].append(array)
+                pairs.append([array, None])
+            elif getattr(array, "ndim", None) == 1 and pairs and pairs[-1][1] is None:
+                pairs[-1][1] = array
             else:
                 raise ValueError(
                     f"arrays[{i}] has shape {tuple(getattr(array, 'shape', ()))}; expected weights (a_out, a_in), each "
@@ -413,16 +362,19 @@ class Chain:
                 )
         if not pairs:
             raise ValueError("arrays is empty: expected weights (a_out, a_in) and biases (a_out,).")
-        last = len(pairs) - 1
-        dense = [
-            Dense(pair[0], pair[1] if len(pair) > 1 else None, activation if i < last else "identity")
-            for i, pair in enumerate(pairs)
-        ]
-        return cls(dense, loss, reduction)
+        # The last layer has no activation: the loss takes its outputs.
+        kinds = [activation] * (len(pairs) - 1) + ["identity"]
+        return cls([Dense(w, b, kind) for (w, b), kind in zip(pairs, kinds, strict=True)], loss, reduction)
 
     @classmethod
     def from_torch(cls, module: Any, *, loss: Any = "cross_entropy", reduction: str | None = None) -> Self:
         """Make a chain that shares its weights with a `torch.nn.Sequential`.
+
+        Its `params` are the detached parameters that require grad, in the module's order: an optimiser's step in place
+        is seen by both. Each use of the chain compares the module with what it was, and reads it again after any other
+        change: ``load_state_dict(assign=True)``, a new parameter or layer, ``double()``, ``to(device)``, an option, a
+        hook, `requires_grad`. The same holds for a loss module. A ``TypeError``, here or then, names a module that is
+        not supported. `with_params` returns a chain that follows nothing.
 
         Parameters
         ----------
@@ -431,20 +383,12 @@ class Chain:
             Sigmoid, Softplus, GELU, SiLU, Dropout in evaluation mode, and Sequential of these. A Linear or Conv2d
             whose parameters do not require grad becomes `Frozen`.
         loss : str, Loss or module
-            As in `Chain`, or a `torch.nn.CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss` without further options.
+            As in `Chain`, or a `torch.nn.CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss` with any of its options;
+            `weight` and `pos_weight` of the last have one entry for each output.
         reduction : {"mean", "sum"}, optional
             Default: that of the loss module, or the mean.
-
-        Returns
-        -------
-        chain : Chain
-            Its `params` are the detached parameters that require grad, in the module's order: an optimiser's step in
-            place is seen by both.
-
-        Raises
-        ------
-        TypeError
-            A module that is not supported, by its name in the Sequential.
         """
-        criterion, reduction = _from_torch.loss_from(loss, reduction)
-        return cls(_from_torch.layers_from(module), criterion, reduction)
+        source = _from_torch.Source(module, loss, reduction)
+        chain = cls(*source.read())
+        chain._source = source
+        return chain

@@ -21,6 +21,7 @@ def inputs(layers: Layers, x: Array, like: Array) -> None:
     refuse_recorded({"x": x})
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (N, features): one row for each sample.")
+    # With the shape of a sample, layers that do not fit each other are found before anything is computed.
     _protocol.output_shape(layers, tuple(x.shape[1:]))
 
 
@@ -78,6 +79,7 @@ def like_params(name: str, vectors: Sequence[Array], like: Sequence[Array], lead
     lead: tuple[int, ...] = ()
     if leading and vectors and getattr(vectors[0], "ndim", 0) == like[0].ndim + 1:
         lead = (vectors[0].shape[0],)
+    # Library, dtype and shape of each array, which messages call by its place in the list.
     arrays = {f"{name}[{i}]": array for i, array in enumerate(vectors)}
     given(**arrays)
     namespace(params=like[0], **arrays)

@@ -33,14 +33,10 @@ class Conv2d(Affine):
     activation : str or Activation
         As in `Dense`.
 
-    Raises
-    ------
-    TypeError, ValueError
-        As `Dense`; a stride below one or a padding below zero.
-
     Notes
     -----
-    The patches ``(N, c_in kh kw, positions)`` are stored: kh kw times the input, over the product of the strides.
+    Arguments that do not fit raise as in `Dense`. The patches ``(N, c_in kh kw, positions)`` are stored: kh kw times
+    the input, over the product of the strides.
 
     Examples
     --------
@@ -67,6 +63,7 @@ class Conv2d(Affine):
 
     def output_shape(self, shape: Shape | None) -> Shape | None:
         """Return ``(c_out, rows, columns)``."""
+        # Without an image the number of positions is not known.
         if shape is None:
             return None
         c_in, kernel = self.weight.shape[1], tuple(self.weight.shape[2:])
@@ -83,7 +80,7 @@ class Conv2d(Affine):
         rows, columns = ((shape[i - 2] + 2 * p[i] - k[i]) // s[i] + 1 for i in (0, 1))
         return rows, columns
 
-    def lift(self, x: Array) -> Array:
+    def lift(self, x: Array, ndim: int) -> Array:
         """Return the patches ``(..., N, c_in kh kw, positions)``."""
         # One column of u per position of the kernel.
         (p, q), out = self.margin, self.positions(x.shape)

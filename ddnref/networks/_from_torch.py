@@ -1,15 +1,17 @@
-"""Layers of a `torch.nn.Sequential` that share its weights; torch itself is not imported."""
+"""Layers of a `torch.nn.Sequential` that share its weights and follow it; torch itself is not imported."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from ddnref.networks._activations import Activation, leaky_relu
 from ddnref.networks._blocks import Elementwise, Frozen
 from ddnref.networks._convolution import Conv2d
 from ddnref.networks._layers import Dense, Flatten
-from ddnref.networks._losses import LOSSES, Loss
+from ddnref.networks._losses import LOSSES, Loss, bce, cross_entropy
 from ddnref.networks._protocol import AnyLayer
 
 KNOWN = (
@@ -19,6 +21,68 @@ KNOWN = (
 NAMED = {"ReLU": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid", "SiLU": "silu"}
 NAMED_LOSSES = {"CrossEntropyLoss": "cross_entropy", "MSELoss": "mse", "BCEWithLogitsLoss": "bce"}
 
+HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+PLAIN = (bool, int, float, str, tuple)
+"""Types of the options of a module."""
+
+
+class Source:
+    """The modules that a chain was made from, and what of them decides its layers, as it was then.
+
+    Writing into the weights, as an optimiser does, changes nothing here: the chain shares their memory. Other memory,
+    dtypes, devices, modules, options or hooks do, and `changed` says so.
+    """
+
+    def __init__(self, module: Any, loss: Any, reduction: str | None) -> None:
+        self.given = (module, loss, reduction)
+        self._options: dict[int, tuple[str, ...]] = {}  # names of the options of each module
+        self._stamp, self._held = ([], []) if _is_compiling() else self._current()
+
+    def read(self) -> tuple[list[AnyLayer], str | Loss, str]:
+        """Return layers, loss and reduction of the modules as they are now."""
+        module, loss, reduction = self.given
+        return layers_from(module), *loss_from(loss, reduction)
+
+    def changed(self) -> bool:
+        """Return whether the modules may no longer be those that they were."""
+        return _is_compiling() or self._current()[0] != self._stamp
+
+    def _current(self) -> tuple[list[Any], list[Any]]:
+        """Return what decides the layers, in numbers and strings, and the objects whose identity is part of it."""
+        stamp: list[Any] = []
+        held: list[Any] = []  # an identity means something only as long as its object lives
+        modules = [module for module in self.given[:2] if hasattr(module, "_parameters")]
+        while modules:
+            module = modules.pop()
+            held.append(module)
+            stamp += (id(module), type(module).__name__)
+            # Options such as a slope, a stride or the mode, whose names are looked up once; hooks and parametrisations.
+            own = vars(module)
+            if id(module) not in self._options:
+                self._options[id(module)] = tuple(k for k, v in own.items() if isinstance(v, PLAIN) or v is None)
+            stamp += map(own.get, self._options[id(module)])
+            stamp += [bool(own.get(name)) for name in HOOKS]
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                held.append(tensor)
+                stamp.append((name, id(tensor), *_place(tensor)))
+            modules += module._modules.values()
+        return stamp, held
+
+
+def _is_compiling() -> bool:
+    """Return whether `torch.compile` traces, which cannot compare pointers.
+
+    What is read in a trace, on the other hand, is watched by the compiler itself, which traces again after a change.
+    """
+    return "torch" in sys.modules and bool(sys.modules["torch"].compiler.is_compiling())
+
+
+def _place(tensor: Any) -> tuple[Any, ...]:
+    """Return where a tensor lies, and what it may be used for."""
+    if tensor is None:
+        return ()
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+
 
 def layers_from(module: Any) -> list[AnyLayer]:
     """Return the layers of a Sequential, each activation merged into the affine layer before it."""
@@ -27,10 +91,12 @@ def layers_from(module: Any) -> list[AnyLayer]:
     layers: list[AnyLayer] = []
     seen: set[int] = set()
     for name, child in _children(module, ""):
+        # A shared weight would get a gradient for each of its places, where PyTorch adds them.
         own = {id(p) for p in child.parameters()}
         if own & seen:
             raise _unsupported(name, child, "it shares a weight with a module before it, and a chain counts each alone")
         seen |= own
+        # An activation joins the layer before it, or becomes a layer where that is not affine.
         activation = _activation(name, child)
         if activation is None:
             layers += _layer(name, child)
@@ -49,18 +115,28 @@ def loss_from(loss: Any, reduction: str | None) -> tuple[str | Loss, str]:
     if kind not in NAMED_LOSSES:
         known = ", ".join([*(f'"{name}"' for name in LOSSES), *(f"torch.nn.{name}" for name in NAMED_LOSSES)])
         raise TypeError(f"loss is a {kind}, expected one of {known}, or a ddnref.networks.Loss.")
-    options = (("weight", None), ("pos_weight", None), ("label_smoothing", 0.0), ("ignore_index", -100))
-    for option, default in options:
-        if getattr(loss, option, default) != default:
-            raise ValueError(
-                f"{kind} has {option} set, which is not supported: write the loss as a ddnref.networks.Loss."
-            )
     if reduction not in (None, loss.reduction):
         raise ValueError(f"reduction is {reduction!r}, but that of {kind} is {loss.reduction!r}.")
+    # Weights are detached and share their memory with the module, as the parameters do.
+    given = {name: getattr(loss, name, None) for name in ("weight", "pos_weight")}
+    weight, pos_weight = (a if a is None else a.detach()[None] if a.ndim == 0 else a.detach() for a in given.values())
+    if kind == "CrossEntropyLoss":
+        found = cross_entropy(weight=weight, label_smoothing=loss.label_smoothing, ignore_index=loss.ignore_index)
+        return found, loss.reduction
+    if kind == "BCEWithLogitsLoss" and not (weight is None and pos_weight is None):
+        for name, array in (("weight", weight), ("pos_weight", pos_weight)):
+            if array is not None and array.ndim != 1:
+                raise ValueError(
+                    f"{kind} has a {name} of shape {tuple(array.shape)}, expected (C,): one factor for each output. "
+                    "Put factors that differ between samples into a ddnref.networks.Loss of your own, with the mean "
+                    "over the samples: PyTorch divides by their number too."
+                )
+        return bce(loss.reduction == "mean", weight, pos_weight), loss.reduction
     return NAMED_LOSSES[kind], loss.reduction
 
 
 def _children(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    # Nested modules are named like "1.0", as PyTorch names them.
     _refuse_hooks(prefix[:-1], module)
     for i, child in enumerate(module):  # named_children would leave out a module that comes twice
         path = f"{prefix}{i}"
@@ -73,7 +149,7 @@ def _children(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _refuse_hooks(name: str, module: Any) -> None:
     """Refuse hooks and parametrisations, which may change a module's input, weights or output."""
-    for hooks in ("_forward_pre_hooks", "_forward_hooks"):
+    for hooks in HOOKS:
         if getattr(module, hooks, None):
             raise _unsupported(name, module, f"its {hooks} (weight_norm is one) may change what it computes")
 
@@ -106,6 +182,7 @@ def _convolution(name: str, module: Any) -> Conv2d:
 
 
 def _arrays(module: Any) -> tuple[Any, Any]:
+    # Detached tensors share the memory of the parameters, and PyTorch records nothing.
     bias = module.bias
     return module.weight.detach(), None if bias is None else bias.detach()
 
@@ -120,15 +197,11 @@ def _frozen(name: str, module: Any, layer: Dense | Conv2d) -> AnyLayer:
 
 def _merged(layer: AnyLayer, activation: str | Activation) -> AnyLayer | None:
     """Return the affine layer with this activation if it has none yet, else ``None``."""
-    # An activation merges into an affine layer that has none yet.
     inner = layer.layer if isinstance(layer, Frozen) else layer
     if not isinstance(inner, Dense | Conv2d) or inner.activation != "identity":
         return None
-    if isinstance(inner, Dense):
-        new: Any = Dense(inner.weight, inner.bias, activation)
-    else:
-        new = Conv2d(inner.weight, inner.bias, inner.stride, inner.padding, activation)
-    return Frozen(new) if isinstance(layer, Frozen) else new
+    merged = replace(inner, activation=activation)
+    return Frozen(merged) if isinstance(layer, Frozen) else merged
 
 
 def _activation(name: str, module: Any) -> str | Activation | None:

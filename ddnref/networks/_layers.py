@@ -10,7 +10,7 @@ with one row for each sample, the sums over the samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Self
 
@@ -43,60 +43,29 @@ class AffineDot(NamedTuple):
     s: Array | None
 
 
-class Affine:
-    """An affine map followed by an activation; subclasses apply the linear map and its transposes."""
+class Activated:
+    """A linear map followed by an activation; subclasses define the map and its transposes, here the identity.
 
-    weight: Array
-    bias: Array | None
-    activation: str | Activation
+    These take any leading axes.
+    """
+
     phi: Activation
+    # For layers with parameters; sums over the samples are left out with per_sample=True.
+    linear_w: Callable[..., Array]  # (δ, u, per_sample=False): δ uᵀ
+    linear_b: Callable[..., Array]  # (δ, per_sample=False): the sum of δ over all entries that share a bias
+    spread: Callable[[Array], Array]  # the bias, made to broadcast against s
 
-    @property
-    def params(self) -> Params:
-        """``(weight,)`` or ``(weight, bias)``."""
-        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+    def lift(self, x: Array, ndim: int) -> Array:
+        """Return the input, which has `ndim` axes, or its tangent, which may have more, as the linear map takes it."""
+        return x
 
-    def with_params(self, params: Params) -> Self:
-        """Return the same layer with other arrays."""
-        bias = None if self.bias is None else params[1]
-        return replace(self, weight=params[0], bias=bias)  # type: ignore[type-var]
-
-    def check(self, ndim: int, layout: str) -> None:
-        """Check weight and bias."""
-        name = type(self).__name__
-        given(weight=self.weight)
-        namespace(weight=self.weight, bias=self.bias)
-        check_real(weight=self.weight, bias=self.bias)
-        check_dtypes(bias=(self.bias, self.weight.dtype))
-        if self.weight.ndim != ndim or 0 in self.weight.shape:
-            raise ValueError(f"weight of {name} has shape {tuple(self.weight.shape)}, expected {layout}, none zero.")
-        check_shapes(bias=(self.bias, (self.weight.shape[0],)))
-        object.__setattr__(self, "phi", resolve(self.activation))
-
-    # linear maps, for any leading axes
-    def lift(self, x: Array) -> Array:
-        """Return the input, or its tangent, as the linear map takes it."""
-        raise NotImplementedError
-
-    def linear(self, weight: Array, u: Array) -> Array:
+    def linear(self, weight: Array | None, u: Array) -> Array:
         """Return ``W u``."""
-        raise NotImplementedError
+        return u
 
-    def linear_x(self, weight: Array, delta: Array, saved: AffineSaved) -> Array:
+    def linear_x(self, weight: Array | None, delta: Array, saved: AffineSaved) -> Array:
         """Return ``Wᵀ δ``, shaped like the input."""
-        raise NotImplementedError
-
-    def linear_w(self, delta: Array, u: Array, per_sample: bool = False) -> Array:
-        """Return ``δ uᵀ``, summed over the samples unless `per_sample`."""
-        raise NotImplementedError
-
-    def linear_b(self, delta: Array, per_sample: bool = False) -> Array:
-        """Sum δ over all entries that share a bias."""
-        raise NotImplementedError
-
-    def spread(self, bias: Array) -> Array:
-        """Make a bias broadcastable against s."""
-        raise NotImplementedError
+        return delta
 
     def shaped(self, s: Array, saved_x: Array) -> Array:
         """Shape ``s`` or ``y`` as the layer returns it."""
@@ -108,11 +77,12 @@ class Affine:
 
     def forward(self, params: Params, x: Array, order: int = 2) -> tuple[Array, AffineSaved | None]:
         """Return ``y = φ(W x + b)`` and what derivatives need, or ``None`` with `order` 0."""
-        # s = W u + b, then the activation with as many derivatives as are needed later.
-        u = self.lift(x)
-        s = self.linear(params[0], u)
-        if self.bias is not None:
+        # s = W u + b
+        u = self.lift(x, x.ndim)
+        s = self.linear(_weight(params), u)
+        if len(params) > 1:
             s = s + self.spread(params[1])
+        # The activation comes with as many derivatives as are needed later.
         y, slope, curvature = jet(self.phi, s, order)
         return self.shaped(y, x), AffineSaved(u, s, y, slope, curvature, x) if order else None
 
@@ -122,30 +92,28 @@ class Affine:
         """Return ``W̄ = δᵀ x, b̄ = Σ δ, x̄ = δ W``."""
         # δ = ȳ ∘ φ' is the cotangent of the pre-activation.
         delta = times(self.flat(y_bar), saved.slope)
-        bars = None if wrt == "x" else self._bars(delta, saved.u, per_sample)
-        return bars, None if wrt == "params" else self.linear_x(params[0], delta, saved)
+        # Each of the two products is skipped where nobody asks for it.
+        bars = None if wrt == "x" else self._bars(params, delta, saved.u, per_sample)
+        return bars, None if wrt == "params" else self.linear_x(_weight(params), delta, saved)
 
-    def _bars(self, delta: Array, u: Array, per_sample: bool = False) -> Params:
-        w_bar = self.linear_w(delta, u, per_sample)
-        return (w_bar,) if self.bias is None else (w_bar, self.linear_b(delta, per_sample))
+    def _bars(self, params: Params, delta: Array, u: Array, per_sample: bool = False) -> Params:
+        bars = (self.linear_w(delta, u, per_sample),) if params else ()
+        return (*bars, self.linear_b(delta, per_sample)) if len(params) > 1 else bars
 
     def forward_dot(
         self, params: Params, saved: AffineSaved, params_dot: Params | None, x_dot: Array | None
     ) -> tuple[Array | None, AffineDot]:
         """Return ``ẏ = φ' ∘ (Ẇ x + W ẋ + ḃ)`` and what `vjp_dot` needs."""
         # ṡ = W ẋ + Ẇ x + ḃ, where each term may be zero.
-        u_dot = None if x_dot is None else self.lift(x_dot)
-        s_dot = None if u_dot is None else self.linear(params[0], u_dot)
+        u_dot = None if x_dot is None else self.lift(x_dot, saved.x.ndim)
+        s_dot = None if u_dot is None else self.linear(_weight(params), u_dot)
         if params_dot is not None:
             s_dot = add(s_dot, self.linear(params_dot[0], saved.u))
-            if self.bias is not None:
+            if len(params_dot) > 1:
                 s_dot = add(s_dot, self.spread(params_dot[1]))
+        # ẏ = φ' ∘ ṡ
         y_dot = None if s_dot is None else self.shaped(times(s_dot, saved.slope), saved.x)
         return y_dot, AffineDot(u_dot, s_dot)
-
-    def jvp(self, params: Params, saved: AffineSaved, params_dot: Params | None, x_dot: Array | None) -> Array | None:
-        """Return ``ẏ`` alone."""
-        return self.forward_dot(params, saved, params_dot, x_dot)[0]
 
     def vjp_dot(
         self, params: Params, saved: AffineSaved, y_bar: Array, params_dot: Params | None, saved_dot: AffineDot,
@@ -161,20 +129,56 @@ class Affine:
         if delta_dot is None:
             delta_dot = array_api_compat.array_namespace(delta).zeros_like(delta)
         # dW̄ = δ̇ᵀ x + δᵀ ẋ and db̄ = Σ δ̇.
-        bars: Params = () if wrt == "x" else self._bars(delta_dot, saved.u)
+        bars: Params = () if wrt == "x" else self._bars(params, delta_dot, saved.u)
         if saved_dot.u is not None and bars:
             bars = (bars[0] + self.linear_w(delta, saved_dot.u), *bars[1:])
         if wrt == "params":
             return bars, None, None
         # dx̄ = δ̇ W + δ Ẇ.
-        x_bar_dot = self.linear_x(params[0], delta_dot, saved)
+        x_bar_dot = self.linear_x(_weight(params), delta_dot, saved)
         if params_dot is not None:
             x_bar_dot = x_bar_dot + self.linear_x(params_dot[0], delta, saved)
-        return bars, x_bar_dot, self.linear_x(params[0], delta, saved)
+        return bars, x_bar_dot, self.linear_x(_weight(params), delta, saved)
 
     def derivatives(self, params: Params, saved: AffineSaved, y_bar: Array) -> LayerDerivatives:
         """Return input, pre-activation, output and the output's cotangent."""
         return LayerDerivatives(saved.x, self.shaped(saved.s, saved.x), self.shaped(saved.y, saved.x), y_bar)
+
+
+def _weight(params: Params) -> Array | None:
+    """Return the weight, or ``None`` for a layer without parameters."""
+    return params[0] if params else None
+
+
+class Affine(Activated):
+    """An affine map ``W x + b`` followed by an activation."""
+
+    weight: Array
+    bias: Array | None
+    activation: str | Activation
+
+    @property
+    def params(self) -> Params:
+        """``(weight,)`` or ``(weight, bias)``."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    def with_params(self, params: Params) -> Self:
+        """Return the same layer with other arrays."""
+        return replace(self, weight=params[0], bias=params[1] if len(params) > 1 else None)  # type: ignore[type-var]
+
+    def check(self, ndim: int, layout: str) -> None:
+        """Check weight and bias, and find the activation."""
+        # The weight defines library, dtype and sizes, and the bias must fit it.
+        given(weight=self.weight)
+        namespace(weight=self.weight, bias=self.bias)
+        check_real(weight=self.weight, bias=self.bias)
+        check_dtypes(bias=(self.bias, self.weight.dtype))
+        if self.weight.ndim != ndim or 0 in self.weight.shape:
+            name, shape = type(self).__name__, tuple(self.weight.shape)
+            raise ValueError(f"weight of {name} has shape {shape}, expected {layout}, none zero.")
+        check_shapes(bias=(self.bias, (self.weight.shape[0],)))
+        # The dataclass is frozen, so that its own assignment would raise.
+        object.__setattr__(self, "phi", resolve(self.activation))
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,16 +218,13 @@ class Dense(Affine):
     def output_shape(self, shape: Shape | None) -> Shape:
         """Return ``(a_out,)``."""
         a_out, a_in = self.weight.shape
+        # Images whose pixels are as many as the weight takes only lack a Flatten.
         if shape is not None and shape != (a_in,):
             raise ValueError(
                 f"its weight {(a_out, a_in)} takes samples of shape {(a_in,)}, but they come with shape {shape}"
                 + (". Put a ddnref.networks.Flatten before it." if len(shape) > 1 and math.prod(shape) == a_in else ".")
             )
         return (a_out,)
-
-    def lift(self, x: Array) -> Array:
-        """Return the input itself."""
-        return x
 
     def linear(self, weight: Array, u: Array) -> Array:
         """Return ``u Wᵀ``."""
@@ -235,9 +236,9 @@ class Dense(Affine):
 
     def linear_w(self, delta: Array, u: Array, per_sample: bool = False) -> Array:
         """Return ``δᵀ u``."""
-        # Without the sum over samples this is an outer product for each of them.
-        if per_sample:
+        if per_sample:  # an outer product for each sample
             return delta[..., :, None] * u[..., None, :]
+        # The matrix product sums over the samples.
         return _transposed(delta) @ u
 
     def linear_b(self, delta: Array, per_sample: bool = False) -> Array:
@@ -263,7 +264,7 @@ class Parameterless:
 
 
 @dataclass(frozen=True, eq=False)
-class Flatten(Parameterless):
+class Flatten(Parameterless, Activated):
     """A layer that makes one vector of each sample: ``(N, ...)`` to ``(N, features)``.
 
     Examples
@@ -274,37 +275,24 @@ class Flatten(Parameterless):
     (3, 1)
     """
 
+    phi = resolve("identity")
+
     def output_shape(self, shape: Shape | None) -> Shape | None:
         """Return ``(features,)``."""
         return None if shape is None else (math.prod(shape),)
 
-    def forward(self, params: Params, x: Array, order: int = 2) -> tuple[Array, Array]:
-        """Return ``y = x``, reshaped."""
-        return _reshaped(x, x.ndim - 1, (math.prod(x.shape[1:]),)), x
+    def lift(self, x: Array, ndim: int) -> Array:
+        """Reshape what belongs to one sample to a vector."""
+        own = ndim - 1
+        return _reshaped(x, own, (math.prod(x.shape[x.ndim - own :]),))
 
-    def vjp(
-        self, params: Params, saved: Array, y_bar: Array, *, wrt: str = "both", per_sample: bool = False
-    ) -> tuple[Params, Array]:
-        """Return ``x̄ = ȳ``, reshaped back."""
-        return (), _reshaped(y_bar, 1, saved.shape[1:])
+    def linear_x(self, weight: Array | None, delta: Array, saved: AffineSaved) -> Array:
+        """Undo `lift`."""
+        return _reshaped(delta, 1, saved.x.shape[1:])
 
-    def forward_dot(
-        self, params: Params, saved: Array, params_dot: Params | None, x_dot: Array | None
-    ) -> tuple[Array | None, None]:
-        """Return ``ẏ = ẋ``, reshaped."""
-        return None if x_dot is None else _reshaped(x_dot, saved.ndim - 1, (math.prod(saved.shape[1:]),)), None
-
-    def vjp_dot(
-        self, params: Params, saved: Array, y_bar: Array, params_dot: Params | None, saved_dot: None,
-        y_bar_dot: Array | None, *, wrt: str = "both",
-    ) -> tuple[Params, Array | None, Array | None]:  # fmt: skip
-        """Return ``dx̄ = dȳ``, reshaped back."""
-        back = saved.shape[1:]
-        return (), None if y_bar_dot is None else _reshaped(y_bar_dot, 1, back), _reshaped(y_bar, 1, back)
-
-    def derivatives(self, params: Params, saved: Array, y_bar: Array) -> LayerDerivatives:
-        """Return input and output."""
-        return LayerDerivatives(saved, None, self.forward((), saved)[0], y_bar)
+    def derivatives(self, params: Params, saved: AffineSaved, y_bar: Array) -> LayerDerivatives:
+        """Return input and output, without a pre-activation."""
+        return super().derivatives(params, saved, y_bar)._replace(s=None)
 
 
 def times(a: Array, b: Array | None) -> Array:
@@ -322,6 +310,7 @@ def _rows(x: Array, w: Array) -> Array:
     if w.ndim > 2 or x.ndim == 2:
         return x @ w
     xp = array_api_compat.array_namespace(x)
+    # A batched product would be one call of BLAS per leading index.
     return xp.reshape(xp.reshape(x, (-1, x.shape[-1])) @ w, (*x.shape[:-1], w.shape[-1]))
 
 

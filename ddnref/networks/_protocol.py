@@ -95,6 +95,7 @@ def joined(parts: Sequence[Params]) -> list[Array]:
 def forward(layers: Layers, params: Sequence[Params], x: Array, order: int) -> tuple[Array, list[Any]]:
     """Return the output, and what each layer saved."""
     saved = []
+    # Each layer takes the output of the one before it.
     for layer, theta in zip(layers, params, strict=True):
         x, kept = layer.forward(theta, x, order)
         saved.append(kept)
@@ -110,9 +111,10 @@ def vjp(
     # Below the first layer with parameters nobody asks for cotangents.
     first = _first_with_params(layers) if wrt == "params" else 0
     bar: Array | None = y_bar
+    # From the last layer to the first, each passes on the cotangent of its input.
     for i in range(len(layers) - 1, first - 1, -1):
-        here = _wanted(wrt, i == first)
-        theta_bar, bar = layers[i].vjp(params[i], saved[i], bar, wrt=here, per_sample=per_sample)
+        wanted = _wanted(wrt, i == first)
+        theta_bar, bar = layers[i].vjp(params[i], saved[i], bar, wrt=wanted, per_sample=per_sample)
         bars[i] = theta_bar or ()
     return bars, bar
 
@@ -141,12 +143,11 @@ def vjp_dot(
     first = _first_with_params(layers) if wrt == "params" else 0
     bar: Array | None = y_bar
     bar_dot = y_bar_dot
+    # The cotangent of each layer's input travels back together with its tangent.
     for i in range(len(layers) - 1, first - 1, -1):
         theta_dot = params_dot[i] if params_dot is not None and params_dot[i] else None
-        here = _wanted(wrt, i == first)
-        dots[i], bar_dot, bar = layers[i].vjp_dot(
-            params[i], saved[i], bar, theta_dot, saved_dot[i], bar_dot, wrt=here
-        )  # fmt: skip
+        wrt_i = _wanted(wrt, i == first)
+        dots[i], bar_dot, bar = layers[i].vjp_dot(params[i], saved[i], bar, theta_dot, saved_dot[i], bar_dot, wrt=wrt_i)
     return dots, bar_dot, bar
 
 
@@ -158,7 +159,7 @@ def derivatives(
     records, bar = [], y_bar
     for i in range(len(layers) - 1, -1, -1):
         records.append(layers[i].derivatives(params[i], saved[i], bar))
-        if i:
+        if i:  # nobody asks for the cotangent of the chain's input
             bar = layers[i].vjp(params[i], saved[i], bar, wrt="x")[1]
     return tuple(reversed(records))
 
@@ -168,6 +169,7 @@ def output_shape(layers: Layers, shape: Shape | None) -> Shape | None:
     for i, layer in enumerate(layers):
         try:
             shape = layer.output_shape(shape)
+        # A layer does not know its place in the chain.
         except ValueError as error:
             raise ValueError(f"layers[{i}] ({type(layer).__name__}): {error}") from None
     return shape
@@ -185,4 +187,5 @@ def _first_with_params(layers: Layers) -> int:
 
 
 def _wanted(wrt: str, is_first: bool) -> str:
+    # Layers above the first one with parameters must pass a cotangent down to it.
     return "both" if wrt == "params" and not is_first else wrt

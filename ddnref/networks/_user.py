@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import array_api_compat
@@ -95,24 +96,26 @@ class Layer:
         self, params: Params, saved: _Saved, y_bar: Array, *, wrt: str = "both", per_sample: bool = False
     ) -> tuple[Params | None, Array | None]:
         """Call the user's VJP once for each leading index of the cotangent, or for each sample."""
+        # User functions see no extra axes.
         if y_bar.ndim > saved.y.ndim:
-            # User functions see no extra axes: call them once for each leading index.
-            parts = [self.vjp(params, saved, bar, wrt=wrt, per_sample=per_sample) for bar in _unstacked(y_bar)]
-            return _stacked([p[0] for p in parts]), _stack([p[1] for p in parts])
+            each = (y_bar[i, ...] for i in range(y_bar.shape[0]))
+            parts = [self.vjp(params, saved, bar, wrt=wrt, per_sample=per_sample) for bar in each]
+            return _stacked(parts)  # type: ignore[no-any-return]
         if per_sample:
             return self._per_sample(params, saved, y_bar, wrt)
         bars, x_bar = self._vjp(params, saved.own, y_bar)
         return None if wrt == "x" else tuple(bars), None if wrt == "params" else x_bar
 
-    def _per_sample(self, params: Params, saved: _Saved, y_bar: Array, wrt: str) -> tuple[Params | None, Array | None]:
-        xp = array_api_compat.array_namespace(y_bar)
+    def _per_sample(self, params: Params, saved: _Saved, y_bar: Array, wrt: str) -> tuple[Params, Array | None]:
         # The cotangent of a single sample needs what forward saves for that sample alone.
         parts = []
         for n in range(y_bar.shape[0]):
             own = self._forward(params, saved.x[n : n + 1, ...])[1]
             parts.append(self._vjp(params, own, y_bar[n : n + 1, ...]))
-        x_bar = None if wrt == "params" else xp.concat([part[1] for part in parts], axis=0)
-        return _stacked([tuple(part[0]) for part in parts]), x_bar
+        bars = _stacked([part[0] for part in parts])
+        if wrt == "params":
+            return bars, None
+        return bars, array_api_compat.array_namespace(y_bar).concat([part[1] for part in parts], axis=0)
 
     def forward_dot(
         self, params: Params, saved: _Saved, params_dot: Params | None, x_dot: Array | None
@@ -120,10 +123,9 @@ class Layer:
         """Call the user's JVP, with zeros for a missing tangent."""
         if params_dot is None and x_dot is None:
             return None, None
+        # Both tangents get the same leading axes, over which the user's function is called one by one.
         dots = self._tangents(params, saved, params_dot, x_dot)
-        if dots[1].ndim == saved.x.ndim:
-            return self._jvp(params, saved.own, *dots), dots
-        return _stack([self._jvp(params, saved.own, *one) for one in _each(*dots)]), dots
+        return _each(partial(self._jvp, params, saved.own), dots, saved.x.ndim), dots
 
     def _tangents(
         self, params: Params, saved: _Saved, params_dot: Params | None, x_dot: Array | None
@@ -139,10 +141,6 @@ class Layer:
         theta = tuple(xp.broadcast_to(d, (*lead, *p.shape)) for d, p in zip(given, params, strict=True))
         return theta, xp.broadcast_to(xp.zeros_like(saved.x) if x_dot is None else x_dot, (*lead, *saved.x.shape))
 
-    def jvp(self, params: Params, saved: _Saved, params_dot: Params | None, x_dot: Array | None) -> Array | None:
-        """Return ``ẏ`` alone."""
-        return self.forward_dot(params, saved, params_dot, x_dot)[0]
-
     def vjp_dot(
         self, params: Params, saved: _Saved, y_bar: Array, params_dot: Params | None, saved_dot: Any,
         y_bar_dot: Array | None, *, wrt: str = "both",
@@ -150,48 +148,35 @@ class Layer:
         """Return the VJP of the cotangent's tangent, plus `second_order` of the cotangent."""
         # d(Jᵀ ȳ) = (dJ)ᵀ ȳ + Jᵀ dȳ: the user's second_order, and the VJP of dȳ.
         x_bar = self._vjp(params, saved.own, y_bar)[1]
-        bars, x_bar_dot = self._fixed(params, saved, y_bar, saved_dot)
+        bars, x_bar_dot = None, None
+        if saved_dot is not None:
+            if self._second_order is None:
+                raise ValueError("A Layer without second_order has no Hessian-vector product: pass it, or use ggnvp.")
+            bars, x_bar_dot = _each(partial(self._second_order, params, saved.own, y_bar), saved_dot, saved.x.ndim)
+        # Either term may be zero.
         if y_bar_dot is not None:
             moved, x_moved = self.vjp(params, saved, y_bar_dot)
             bars = moved if bars is None else tuple(a + b for a, b in zip(bars, moved or (), strict=True))
             x_bar_dot = add(x_bar_dot, x_moved)
-        return bars or (), x_bar_dot, x_bar
-
-    def _fixed(
-        self, params: Params, saved: _Saved, y_bar: Array, saved_dot: tuple[Params, Array] | None
-    ) -> tuple[Params | None, Array | None]:
-        if saved_dot is None:
-            return None, None
-        if self._second_order is None:
-            raise ValueError("A Layer without second_order has no Hessian-vector product: pass it, or use ggnvp.")
-        if saved_dot[1].ndim == saved.x.ndim:
-            bars, x_bar = self._second_order(params, saved.own, y_bar, *saved_dot)
-            return tuple(bars), x_bar
-        parts = [self._second_order(params, saved.own, y_bar, *one) for one in _each(*saved_dot)]
-        return _stacked([tuple(p[0]) for p in parts]), _stack([p[1] for p in parts])
+        return tuple(bars or ()), x_bar_dot, x_bar
 
     def derivatives(self, params: Params, saved: _Saved, y_bar: Array) -> LayerDerivatives:
         """Return input and output."""
         return LayerDerivatives(saved.x, None, saved.y, y_bar)
 
 
-def _unstacked(x: Array) -> list[Array]:
-    return [x[i, ...] for i in range(x.shape[0])]
+def _each(function: Callable[..., Any], dots: tuple[Params, Array], ndim: int) -> Any:
+    """Call a function of tangents, once for each leading index where x_dot has more than `ndim` axes."""
+    params_dot, x_dot = dots
+    if x_dot.ndim == ndim:
+        return function(params_dot, x_dot)
+    return _stacked([function(tuple(d[i, ...] for d in params_dot), x_dot[i, ...]) for i in range(x_dot.shape[0])])
 
 
-def _each(params_dot: Params, x_dot: Array) -> list[tuple[Params, Array]]:
-    """Return one pair of tangents for each leading index."""
-    return [(tuple(d[i, ...] for d in params_dot), x_dot[i, ...]) for i in range(x_dot.shape[0])]
-
-
-def _stack(parts: list[Any]) -> Array | None:
+def _stacked(parts: list[Any]) -> Any:
+    """Stack results along a new first axis: arrays, tuples of results entry by entry, and ``None`` as it is."""
     if parts[0] is None:
         return None
+    if isinstance(parts[0], (tuple, list)):
+        return tuple(_stacked(list(column)) for column in zip(*parts, strict=True))
     return array_api_compat.array_namespace(parts[0]).stack(parts, axis=0)
-
-
-def _stacked(parts: list[Params | None]) -> Params | None:
-    """Stack tuples of arrays into one tuple."""
-    if parts[0] is None:
-        return None
-    return tuple(_stack(list(column)) for column in zip(*parts, strict=True))

@@ -14,24 +14,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
+from itertools import product, starmap
+from operator import add, pos
 from typing import Any, NamedTuple, Protocol, Self
 
 import array_api_compat
 
 from ddnref._core.arrays import Array, adjoint
-from ddnref._kernels.gram import Factors, hadamard_gram
+from ddnref._kernels.gram import Factors
 from ddnref.networks._activations import Activation
 from ddnref.networks._blocks import Residual
 from ddnref.networks._convolution import Conv2d
 from ddnref.networks._layers import Affine, times
 from ddnref.networks._protocol import Layers, Params, split
 
-
-def _itself(z: Array) -> Array:
-    return z
-
-
-UNUSED = Activation(_itself, _itself, _itself)  # for linear maps; unlike lambdas, named functions can be pickled
+UNUSED = Activation(pos, pos, pos)  # for linear maps; unlike lambdas, named functions can be pickled
 EXPLICIT_NUMBERS = 2**24  # numbers of a convolution's columns that are stored at a time
 
 
@@ -41,10 +39,6 @@ class Columns(Protocol):
     @property
     def n_params(self) -> int:
         """Number of parameters (arrays) of the layer."""
-
-    @property
-    def like(self) -> Array:
-        """An array of the columns' dtype, on their device."""
 
     def part(self, rows: slice) -> Self:
         """Return the columns of some of the factors m."""
@@ -62,41 +56,37 @@ class Columns(Protocol):
 class AffineColumns(NamedTuple):
     """Columns of a dense or convolutional layer, as the factors u and δ."""
 
-    layer: Any
-    """The layer's linear map: its own activation is already in δ."""
-    u: Array
-    """(N, a_in), or patches (N, q, P)."""
-    delta: Array
-    """(M, N, a_out), or (M, N, c_out, P)."""
+    layer: Any  # its linear map: its activation is already in δ
+    u: Array  # (N, a_in), or patches (N, q, P)
+    delta: Array  # (M, N, a_out), or (M, N, c_out, P)
 
     @property
     def n_params(self) -> int:
-        """Number of parameters (arrays) of the layer."""
         return len(self.layer.params)
-
-    @property
-    def like(self) -> Array:
-        """An array of the columns' dtype, on their device."""
-        return self.delta
-
-    def part(self, rows: slice) -> AffineColumns:
-        """Return the columns of some of the factors m."""
-        return self._replace(delta=self.delta[rows, ...])
-
-    def cross(self, other: AffineColumns, chosen: Sequence[int]) -> Array:
-        """Return ``VᵀV'`` from the factors, without any column."""
-        if self.is_dense:
-            return hadamard_gram([self.factors(other, chosen)])
-        return _cross_convolution(self, other, 0 in chosen, 1 in chosen)
 
     @property
     def is_dense(self) -> bool:
         """Whether a column is ``δ uᵀ`` and δ, without a sum over positions."""
         return not isinstance(self.layer, Conv2d)
 
+    def part(self, rows: slice) -> AffineColumns:
+        return self._replace(delta=self.delta[rows, ...])
+
     def factors(self, other: AffineColumns, chosen: Sequence[int]) -> Factors:
-        """Return what `hadamard_gram` needs of a dense layer."""
+        """Return what `hadamard_gram` needs of a dense layer, in place of `cross`."""
         return Factors(self.u, other.u, self.delta, other.delta, 0 in chosen, 1 in chosen)
+
+    def cross(self, other: AffineColumns, chosen: Sequence[int]) -> Array:
+        """Return ``VᵀV'`` of a convolution."""
+        xp = array_api_compat.array_namespace(self.u)
+        parts = []
+        if 0 in chosen:
+            # Pairs of positions cost less where they are fewer than the entries of a kernel.
+            by_pairs = self.u.shape[-1] * other.u.shape[-1] <= self.u.shape[-2]
+            parts.append(_cross_positions(self, other) if by_pairs else _cross_channels(self, other))
+        if 1 in chosen:
+            parts.append(_matrix(xp.sum(self.delta, axis=-1)) @ adjoint(_matrix(xp.sum(other.delta, axis=-1))))
+        return reduce(add, parts)
 
     def apply(self, c: Array, chosen: Sequence[int]) -> Params:
         """Return ``(Σ_m c_m δ_m)ᵀ u``: mix the factors, then use the layer's VJP."""
@@ -129,42 +119,25 @@ class ExplicitColumns(NamedTuple):
 
     @property
     def n_params(self) -> int:
-        """Number of parameters (arrays) of the layer."""
         return len(self.arrays)
 
-    @property
-    def like(self) -> Array:
-        """An array of the columns' dtype, on their device."""
-        return self.arrays[0]
-
     def part(self, rows: slice) -> ExplicitColumns:
-        """Return the columns of some of the factors m."""
         return ExplicitColumns(tuple(array[rows, ...] for array in self.arrays))
 
     def cross(self, other: ExplicitColumns, chosen: Sequence[int]) -> Array:
-        """Multiply the stored columns."""
-        pairs = [(_matrix(self.arrays[i]), _matrix(other.arrays[i])) for i in chosen]
-        k = pairs[0][0] @ adjoint(pairs[0][1])
-        for v, w in pairs[1:]:
-            k = k + v @ adjoint(w)
-        return k
+        return reduce(add, (_matrix(self.arrays[i]) @ adjoint(_matrix(other.arrays[i])) for i in chosen))
 
     def apply(self, c: Array, chosen: Sequence[int]) -> Params:
-        """Combine the stored columns."""
         xp = array_api_compat.array_namespace(c)
         flat = xp.reshape(c, (c.shape[0], -1))
         arrays = (self.arrays[i] for i in chosen)
         return tuple(xp.reshape(flat @ _matrix(a), (c.shape[0], *a.shape[2:])) for a in arrays)
 
     def adjoint(self, vectors: Sequence[Array], chosen: Sequence[int]) -> Array:
-        """Return inner products with the stored columns."""
         xp = array_api_compat.array_namespace(self.arrays[0])
-        m, n = self.arrays[0].shape[:2]
-        c = None
-        for i, v in zip(chosen, vectors, strict=True):
-            here = xp.reshape(v, (v.shape[0], -1)) @ adjoint(_matrix(self.arrays[i]))
-            c = here if c is None else c + here
-        return xp.reshape(c, (vectors[0].shape[0], m, n))
+        rows = (xp.reshape(v, (v.shape[0], -1)) for v in vectors)
+        c = reduce(add, (v @ adjoint(_matrix(self.arrays[i])) for i, v in zip(chosen, rows, strict=True)))
+        return xp.reshape(c, (vectors[0].shape[0], *self.arrays[0].shape[:2]))
 
 
 def collect(
@@ -200,42 +173,29 @@ def _matrix(a: Array) -> Array:
     return array_api_compat.array_namespace(a).reshape(a, (a.shape[0] * a.shape[1], math.prod(a.shape[2:])))
 
 
-def _cross_convolution(v: AffineColumns, w: AffineColumns, weight: bool, bias: bool) -> Array:
-    """Return ``VᵀV'`` of a convolution by pairs of positions, or by the columns of some channels at a time."""
-    xp = array_api_compat.array_namespace(v.u)
-    k = None
-    if bias:
-        k = _matrix(xp.sum(v.delta, axis=-1)) @ adjoint(_matrix(xp.sum(w.delta, axis=-1)))
-    if not weight:
-        return k
-    # Pairs of positions cost less where they are fewer than the entries of a kernel.
-    by_pairs = v.u.shape[-1] * w.u.shape[-1] <= v.u.shape[-2]
-    own = _cross_positions(v, w) if by_pairs else _cross_channels(v, w)
-    return own if k is None else own + k
-
-
 def _cross_positions(v: AffineColumns, w: AffineColumns) -> Array:
     """Return ``Σ_pp' (u_npᵀ u_n'p') (δ_mnpᵀ δ_m'n'p')``."""
     xp = array_api_compat.array_namespace(v.u)
     (m, n), (m_, n_) = v.delta.shape[:2], w.delta.shape[:2]
-    k = None
-    for p in range(v.u.shape[-1]):
-        for q in range(w.u.shape[-1]):
-            outputs = _matrix(v.delta[..., p]) @ adjoint(_matrix(w.delta[..., q]))
-            inputs = v.u[..., p] @ adjoint(w.u[..., q])
-            here = xp.reshape(outputs, (m, n, m_, n_)) * inputs[:, None, :]
-            k = here if k is None else k + here
+
+    def pair(p: int, q: int) -> Array:
+        outputs = _matrix(v.delta[..., p]) @ adjoint(_matrix(w.delta[..., q]))
+        inputs = v.u[..., p] @ adjoint(w.u[..., q])
+        return xp.reshape(outputs, (m, n, m_, n_)) * inputs[:, None, :]
+
+    k = reduce(add, starmap(pair, product(range(v.u.shape[-1]), range(w.u.shape[-1]))))
     return xp.reshape(k, (m * n, m_ * n_))
 
 
 def _cross_channels(v: AffineColumns, w: AffineColumns) -> Array:
     """Multiply explicit columns, of as many output channels at a time as `EXPLICIT_NUMBERS` allows."""
     xp = array_api_compat.array_namespace(v.u)
-    size = max(c.delta.shape[0] * c.delta.shape[1] * c.u.shape[-2] for c in (v, w))
-    step, k = max(1, EXPLICIT_NUMBERS // size), None
-    for start in range(0, v.delta.shape[-2], step):
-        channels = slice(start, min(start + step, v.delta.shape[-2]))
+    count, size = v.delta.shape[-2], max(c.delta.shape[0] * c.delta.shape[1] * c.u.shape[-2] for c in (v, w))
+    step = max(1, EXPLICIT_NUMBERS // size)
+
+    def some(start: int) -> Array:
+        channels = slice(start, min(start + step, count))
         a, b = (_matrix(c.delta[..., channels, :] @ xp.matrix_transpose(c.u)) for c in (v, w))
-        here = a @ adjoint(b)
-        k = here if k is None else k + here
-    return k
+        return a @ adjoint(b)
+
+    return reduce(add, map(some, range(0, count, step)))

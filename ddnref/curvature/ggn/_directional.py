@@ -10,7 +10,10 @@ With ``K = VᵀV = Ẽ Λ Ẽᵀ``, for the k largest eigenvalues:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import array_api_compat
@@ -18,9 +21,9 @@ import array_api_compat
 from ddnref._core.arrays import Array, full, is_true
 from ddnref._core.checks import check_shapes
 from ddnref._kernels.public import public
-from ddnref.curvature._gram import inverse_roots, zero_tolerance
+from ddnref.curvature._gram import zero_tolerance
 from ddnref.curvature.ggn._functions import Batches, Progress, each, resolve, top
-from ddnref.curvature.ggn._state import Ggn, adjoint, apply, choices, cross
+from ddnref.curvature.ggn._state import Ggn, adjoint, apply, combined, cross, placed
 from ddnref.errors import SingularError
 
 
@@ -65,8 +68,8 @@ def ggn_directional_derivatives(
     Returns
     -------
     derivatives : DirectionalDerivatives
-        ``w (k,)``, ``first (N_g, k)`` and ``second (N, k)``, samples in the order of their numbers; with `groups` a
-        tuple of one for each group. The sign of a column of `first` is that of the eigenvector, which is arbitrary.
+        Samples in the order of their numbers; with `groups` a tuple of one for each group. The sign of a column of
+        `first` is that of the eigenvector, which is arbitrary.
 
     Raises
     ------
@@ -77,10 +80,9 @@ def ggn_directional_derivatives(
     -----
     .. math:: \gamma_{nk} = e_k^T g_n, \qquad \lambda_{nk} = \| S_n^T J_n e_k \|^2 .
 
-    Both belong to one sample's loss, without the 1/N of the mean: their mean over the samples (or their sum, under
-    ``reduction="sum"``) is the directional derivative of the loss, and the eigenvalue. No eigenvector is formed:
-    :math:`\gamma` needs :math:`V^T g_n`, a block of a Gram matrix, and :math:`\lambda` the entries of the Gram matrix's
-    eigenvectors alone. Cost beyond `ggn_eigh`'s decomposition: one further column backward, ``N n Σ a_out`` flops.
+    No eigenvector is formed: :math:`\gamma` needs :math:`V^T g_n`, a block of a Gram matrix, and :math:`\lambda` the
+    entries of the Gram matrix's eigenvectors alone. Cost beyond `ggn_eigh`'s decomposition: one further column
+    backward, ``N n Σ a_out`` flops.
 
     Examples
     --------
@@ -94,7 +96,7 @@ def ggn_directional_derivatives(
     ggn = resolve(
         chain, x, t, batches, progress, groups, subsampling, subsampling_gradient, mc_samples, seed, True, throw
     )
-    return each(ggn, lambda i: _derivatives(ggn, i, *top(ggn, i, k, method), zero_rtol, throw))
+    return each(ggn, lambda i: _derivatives(ggn, i, *top(ggn, i, k, method, zero_rtol, throw)))
 
 
 @public
@@ -120,14 +122,14 @@ def ggn_damped_newton(
 
     Parameters
     ----------
-    chain, x, t, batches, groups, subsampling, subsampling_gradient, mc_samples, seed, method, progress, throw
+    chain, x, t, batches, groups, subsampling, subsampling_gradient, mc_samples, seed
         As in `ggn_directional_derivatives`; the gradient is the mean or sum over its samples.
     k : int, optional
         How many directions; default all whose eigenvalue is not zero.
     damping : float, (k,) array, or callable
         δ: one for all directions; one for each; or a function from `DirectionalDerivatives` to ``(k,)``, for example
         of the noise in them. With `groups` it is used, or called, for each group.
-    zero_rtol : float, optional
+    method, zero_rtol, progress, throw
         As in `ggn_eigh`.
 
     Returns
@@ -161,8 +163,10 @@ def ggn_damped_newton(
     ggn = resolve(
         chain, x, t, batches, progress, groups, subsampling, subsampling_gradient, mc_samples, seed, True, throw
     )
-    if isinstance(damping, (int, float)) and not damping >= 0:
-        raise ValueError(f"damping is {damping}, expected at least 0: a negative one makes steps uphill.")
+    if isinstance(damping, (int, float)) and not 0 <= damping < math.inf:
+        raise ValueError(
+            f"damping is {damping}, expected a finite number of at least 0: a negative one makes steps uphill."
+        )
     network = ggn.options.chain
     step = [array_api_compat.array_namespace(p).zeros_like(p) for p in network.params]
     for i, group in enumerate(ggn.options.groups):
@@ -174,66 +178,51 @@ def ggn_damped_newton(
 # --- one group ----------------------------------------------------------------------------------------------------
 
 
-def _derivatives(ggn: Ggn, i: int, w: Array, u: Array, zero_rtol: float | None, throw: bool) -> DirectionalDerivatives:
-    """Return γ and λ of the eigenpairs of a group's Gram matrix."""
-    xp = array_api_compat.array_namespace(w)
-    scale = inverse_roots(w, w[:1], ggn.grams[i].shape[-1], zero_rtol, throw)
-    return DirectionalDerivatives(w * ggn.scale, _first(ggn, i, u * scale), _second(xp, ggn, w, u))
+def _derivatives(ggn: Ggn, i: int, w: Array, u: Array, scale: Array) -> DirectionalDerivatives:
+    """Return γ and λ of the eigenpairs of a group's Gram matrix, with ``scale = 1/√λ``."""
+    return DirectionalDerivatives(w * ggn.scale, _first(ggn, i, u * scale), _second(ggn, w, u))
 
 
 def _first(ggn: Ggn, i: int, c: Array) -> Array:
     """Return ``(V c)ᵀ g_n`` for coefficients ``(n, k)``."""
-    xp = array_api_compat.array_namespace(c)
-    group = ggn.options.groups[i]
-    parts = []
-    for g in ggn.shards:
-        if not g.n_gradient:
-            continue
-        total, start = None, 0
-        for v in ggn.shards:
-            if not v.n:
-                continue
-            size = v.m * v.n
-            here = xp.matrix_transpose(cross(v.columns, g.gradient, group)) @ c[start : start + size, :]
-            start += size
-            total = here if total is None else total + here
-        parts.append(total)
-    return xp.concat(parts, axis=0)
+    xp, group = array_api_compat.array_namespace(c), ggn.options.groups[i]
+
+    def of(gradient: Any) -> Array:
+        blocks = ((cross(v.columns, gradient, group), c[place, :]) for v, place in placed(ggn.shards))
+        return reduce(add, (xp.matrix_transpose(block) @ own for block, own in blocks))
+
+    return xp.concat([of(shard.gradient) for shard in ggn.shards if shard.n_gradient], axis=0)
 
 
-def _second(xp: Any, ggn: Ggn, w: Array, u: Array) -> Array:
+def _second(ggn: Ggn, w: Array, u: Array) -> Array:
     """Return ``λ_k Σ_m ẽ²_(mn)k``."""
-    parts, start = [], 0
-    for shard in ggn.shards:
-        size = shard.m * shard.n
-        square = u[start : start + size, :] ** 2
-        start += size
-        parts.append(xp.sum(xp.reshape(square, (shard.m, shard.n, u.shape[1])), axis=0))
-    return w * xp.concat(parts, axis=0)
+    xp = array_api_compat.array_namespace(w)
+    squares = (xp.reshape(u[place, :] ** 2, (shard.m, shard.n, u.shape[1])) for shard, place in placed(ggn.shards))
+    return w * xp.concat([xp.sum(square, axis=0) for square in squares], axis=0)
 
 
 def _step(
     ggn: Ggn, i: int, k: int | None, damping: Any, method: str, zero_rtol: float | None, throw: bool
 ) -> list[Array]:
     """Return ``− V (Σ_k ẽ_k γ_k / (√λ_k (λ_k + δ_k)))``."""
-    w, u = top(ggn, i, k, method)
-    xp = array_api_compat.array_namespace(w)
-    n, group = ggn.grams[i].shape[-1], ggn.options.groups[i]
-    zero = w <= zero_tolerance(xp, w, n, zero_rtol) * w[:1]
-    # With k=None directions without curvature are left out; otherwise they raise.
-    if k is None:  # directions without curvature are left out
-        scale = inverse_roots(xp.where(zero, xp.ones_like(w), w), 0 * w[:1], n, 0.0, False)
+    w, u, scale = top(ggn, i, k, method, zero_rtol, throw and k is not None)
+    xp, group = array_api_compat.array_namespace(w), ggn.options.groups[i]
+    zero = w <= zero_tolerance(xp, w, zero_rtol) * w[:1]
+    if k is None:  # directions without curvature are left out; otherwise they raise
         scale = xp.where(zero, xp.zeros_like(w), scale)
-    else:
-        scale = inverse_roots(w, w[:1], n, zero_rtol, throw)
-    gradient = _gradient(ggn, group)
-    # γ_k = ẽ_kᵀ Vᵀ g / √λ_k.
-    slope = scale * (xp.matrix_transpose(u) @ adjoint(ggn, group, gradient))[:, 0]  # γ
+    # The gradient g is the sum over samples of their columns, with the factor of the mean.
+    parts = ((v.gradient, ggn.scale_gradient * full((1, 1, v.n_gradient), 1.0, w)) for v in ggn.shards if v.n_gradient)
+    gradient = combined(group, parts)
+    # γ_k = ẽ_kᵀ Vᵀ g / √λ_k
+    slope = scale * (xp.matrix_transpose(u) @ adjoint(ggn, group, gradient))[:, 0]
     delta = _damping(ggn, i, w, u, scale, damping)
     curvature = w * ggn.scale + delta
     bad = ~zero & ~(curvature > 0)
     if throw and is_true(xp.any(bad)):
-        _raise_indefinite(xp, curvature)
+        raise SingularError(
+            f"λ + δ is {float(xp.min(curvature)):.1e} in some direction: the damped curvature must be positive. The "
+            "most likely cause is a damping per direction, or a function, with negative entries."
+        )
     # s = − V (Σ_k ẽ_k γ_k / (√λ_k (λ_k + δ_k))).
     safe = xp.where(zero & (k is None), xp.ones_like(w), xp.where(bad, full((), float("nan"), w), curvature))
     return apply(ggn, group, (u @ (-scale * slope / safe))[:, None])
@@ -243,29 +232,8 @@ def _damping(ggn: Ggn, i: int, w: Array, u: Array, scale: Array, damping: Any) -
     if isinstance(damping, (int, float)):
         return float(damping)
     if callable(damping):
-        xp = array_api_compat.array_namespace(w)
-        damping = damping(DirectionalDerivatives(w * ggn.scale, _first(ggn, i, u * scale), _second(xp, ggn, w, u)))
+        damping = damping(_derivatives(ggn, i, w, u, scale))
     if not array_api_compat.is_array_api_obj(damping):
         raise TypeError(f"damping is a {type(damping).__name__}, expected a number, an array (k,), or a function.")
     check_shapes(damping=(damping, tuple(w.shape)))
     return damping
-
-
-def _gradient(ggn: Ggn, group: tuple[int, ...]) -> list[Array]:
-    """Return the gradient g of a group, each array with one axis of length one in front."""
-    total: list[Array] | None = None
-    for shard in ggn.shards:
-        if not shard.n_gradient:
-            continue
-        # The gradient is the sum over samples of their columns, with the factor of the mean.
-        ones = full((1, 1, shard.n_gradient), ggn.scale_gradient, ggn.grams[0])
-        here = [v for columns, local in choices(shard.gradient, group) for v in columns.apply(ones, local)]
-        total = here if total is None else [a + b for a, b in zip(total, here, strict=True)]
-    return total or []
-
-
-def _raise_indefinite(xp: Any, curvature: Array) -> None:
-    raise SingularError(
-        f"λ + δ is {float(xp.min(curvature)):.1e} in some direction: the damped curvature must be positive. The most "
-        "likely cause is a damping per direction, or a function, with negative entries."
-    )

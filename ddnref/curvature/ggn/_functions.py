@@ -48,8 +48,8 @@ def ggn_eigvalsh(
     subsampling : iterable of int, optional
         Numbers of the samples to use, counted across all batches; the mean is over these. Default: all.
     mc_samples : int, optional
-        Replace the columns of ``S_n``, ``S_n S_nᵀ = ∇²ℓ_n``, by that many random combinations: an unbiased estimate
-        whose error falls as one over the root of `mc_samples`. Default: exact.
+        Replace the columns of ``S_n`` by that many random combinations: an unbiased estimate whose error falls as one
+        over the root of `mc_samples`. Default: exact.
     seed : int
         Of the random signs; a sample's depend on its number alone, not on the batches.
     progress : callable, optional
@@ -61,8 +61,9 @@ def ggn_eigvalsh(
     Returns
     -------
     w : (r,) array, or with `groups` a tuple of one for each group
-        Descending, ``r = min(D, N M)``: D parameters, M columns for each of the N samples: C for mean-squared error
-        and binary cross-entropy, C − 1 for the cross-entropy, or `mc_samples`. All other eigenvalues are zero.
+        Descending and never negative, ``r = min(D, N M)``: D parameters, and for each of the N samples M columns: C − 1
+        for the cross-entropy, the rank of its Hessian, else C, or `mc_samples`. All other eigenvalues are zero. In
+        single precision each is right to ``eps λ_1``, because that is how exactly V itself is computed.
 
     Raises
     ------
@@ -78,7 +79,7 @@ def ggn_eigvalsh(
     --------
     ggn_eigh, ggn_directional_derivatives, ggn_damped_newton
     ggn_reducer : for several of these from one Gram matrix, or over several processes.
-    ddnref.networks.Chain.ggnvp : products with the matrix, at any number of samples.
+    ddnref.networks.Chain.ggnvp : products with the matrix.
 
     Notes
     -----
@@ -87,11 +88,8 @@ def ggn_eigvalsh(
 
     without 1/N under ``reduction="sum"``. The eigenvalues are those of ``VᵀV``, to which a dense layer with inputs U
     and backpropagated factors Δ adds ``(UUᵀ [+ 1 with bias]) ∘ (ΔΔᵀ)``, and a convolution a sum over pairs of
-    positions. V, with D rows, is never stored. For the cross-entropy, whose Hessian has rank C − 1, that many columns
-    are used.
-
-    Cost, with n = N M: one pass forward, M backward; ``n² Σ a_out`` flops for the Gram matrix, about 4/3 n³ for the
-    eigenvalues; ``n² + N Σ a_in + n Σ a_out`` numbers.
+    positions. V, with D rows, is never stored. Cost, with n = N M: one pass forward, M backward; ``n² Σ a_out`` flops
+    for the Gram matrix, about 4/3 n³ for the eigenvalues; ``n² + N Σ a_in + n Σ a_out`` numbers.
 
     References
     ----------
@@ -103,8 +101,7 @@ def ggn_eigvalsh(
     Examples
     --------
     >>> import numpy as np
-    >>> from ddnref.networks import Chain, Dense
-    >>> chain = Chain([Dense(np.asarray([[1.0, 2.0]]))], "mse")
+    >>> chain = ddnref.networks.Chain([ddnref.networks.Dense(np.asarray([[1.0, 2.0]]))], "mse")
     >>> ddnref.curvature.ggn_eigvalsh(chain, np.asarray([[1.0, 0.0], [0.0, 3.0]]), np.asarray([[1.0], [1.0]]))
     array([9., 1.])
     """
@@ -138,18 +135,18 @@ def ggn_eigh(
     k : int, optional
         How many, ``1 <= k <= min(D, N M)``; default all of these, which must not be zero.
     method : {"auto", "full", "iterative"}
-        How the Gram matrix is decomposed. "auto" takes Lanczos (`eigsh`) for n = N M > 512 and k ≤ n / 32, and all that
-        it needs no value on the host for otherwise; under ``jax.jit`` pass "full".
+        How the Gram matrix is decomposed: in full, or by Lanczos (`eigsh`), which "auto" takes for n = N M > 512 and
+        k ≤ n / 32. Lanczos reads values on the host: under ``jax.jit`` pass "full".
     zero_rtol : float, optional
-        Eigenvalues up to ``zero_rtol * λ_1`` count as zero; default ``max(16, n) * eps``.
+        Eigenvalues up to ``zero_rtol * λ_1`` count as zero; default ``16 * eps``.
 
     Returns
     -------
     w : (k,) array
         Descending.
     v : list of arrays (k, \*shape)
-        Orthonormal eigenvectors, one array for each parameter of ``chain.params``, or of the group.
-        With `groups` a tuple of pairs ``(w, v)``, one for each group.
+        Orthonormal eigenvectors, one array for each parameter of ``chain.params``. With `groups` a tuple of pairs
+        ``(w, v)``, v with one array for each parameter of the group.
 
     Raises
     ------
@@ -158,7 +155,7 @@ def ggn_eigh(
     TypeError, ValueError, NonFiniteError
         As `ggn_eigvalsh`; `k` or `method` out of range.
     ConvergenceError, GaugeError
-        With ``method="iterative"``, as `eigsh`.
+        As `eigsh`, with ``method="iterative"``.
 
     Notes
     -----
@@ -168,8 +165,7 @@ def ggn_eigh(
     Examples
     --------
     >>> import numpy as np
-    >>> from ddnref.networks import Chain, Dense
-    >>> chain = Chain([Dense(np.asarray([[1.0, 2.0]]))], "mse")
+    >>> chain = ddnref.networks.Chain([ddnref.networks.Dense(np.asarray([[1.0, 2.0]]))], "mse")
     >>> x, t = np.asarray([[1.0, 0.0], [0.0, 3.0]]), np.asarray([[1.0], [1.0]])
     >>> w, (v,) = ddnref.curvature.ggn_eigh(chain, x, t, k=1)
     >>> np.abs(v)
@@ -178,9 +174,8 @@ def ggn_eigh(
     ggn = resolve(chain, x, t, batches, progress, groups, subsampling, None, mc_samples, seed, False, throw)
 
     def pairs(i: int) -> tuple[Array, list[Array]]:
-        w, u = top(ggn, i, k, method)
-        scale = inverse_roots(w, w[:1], ggn.grams[i].shape[-1], zero_rtol, throw)
-        return w * ggn.scale, apply(ggn, ggn.options.groups[i], u * scale)
+        w, u, scale = top(ggn, i, k, method, zero_rtol, throw)
+        return w * ggn.scale, apply(ggn, ggn.options.groups[i], u * scale)  # e = V ẽ / √λ
 
     return each(ggn, pairs)
 
@@ -217,16 +212,19 @@ def count(ggn: Ggn, i: int) -> int:
     return min(d, int(ggn.grams[i].shape[-1]))
 
 
-def top(ggn: Ggn, i: int, k: int | None, method: str) -> tuple[Array, Array]:
-    """Check k and the method, and return the k largest eigenpairs of one group's Gram matrix."""
+def top(
+    ggn: Ggn, i: int, k: int | None, method: str, zero_rtol: float | None, throw: bool
+) -> tuple[Array, Array, Array]:
+    """Check k and the method, and return the k largest eigenpairs of one group's Gram matrix, and ``1/√λ``."""
     if method not in _spectrum.METHODS:
         raise ValueError(f'method is {method!r}, expected "auto", "full" or "iterative".')
-    bound = count(ggn, i)
+    bound, n = count(ggn, i), ggn.grams[i].shape[-1]
     wanted = bound if k is None else operator.index(k)
     if not 1 <= wanted <= bound:
         where = f" of group {i}" if ggn.options.grouped else ""
         raise ValueError(
             f"k is {wanted}, expected 1 <= k <= {bound}: the GGN{where} has at most min(D, N M) non-zero eigenvalues, "
-            f"for n = N M = {ggn.grams[i].shape[-1]} columns."
+            f"for n = N M = {n} columns."
         )
-    return _spectrum.pairs(ggn.grams[i], wanted, method, bound)
+    w, u = _spectrum.pairs(ggn.grams[i], wanted, method, bound)
+    return w, u, inverse_roots(w, w[:1], zero_rtol, throw)

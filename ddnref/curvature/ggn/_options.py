@@ -12,43 +12,31 @@ import numpy as np
 from ddnref._core.arrays import Array
 from ddnref.networks._chain import Chain
 
-Groups = tuple[tuple[int, ...], ...]
-
 
 class Options(NamedTuple):
     """The data and options from which Gram matrices are computed."""
 
     chain: Chain
-    groups: Groups
-    grouped: bool
-    """Whether the caller named groups, and gets a tuple of results."""
+    groups: tuple[tuple[int, ...], ...]
+    grouped: bool  # whether the caller named groups, and gets a tuple of results
     subsampling: tuple[int, ...] | None
     subsampling_gradient: tuple[int, ...] | None
     mc_samples: int | None
     seed: int
-    gradient: bool
-    """Whether the gradients of the samples are wanted too."""
+    gradient: bool  # whether the gradients of the samples are wanted too
     throw: bool
 
 
 def options(
-    chain: Any,
-    groups: Sequence[Sequence[int]] | None,
-    subsampling: Iterable[int] | None,
-    subsampling_gradient: Iterable[int] | None,
-    mc_samples: int | None,
-    seed: int,
-    gradient: bool,
-    throw: bool,
-) -> Options:
+    chain: Any, groups: Any, subsampling: Any, subsampling_gradient: Any, mc_samples: int | None, seed: int,
+    gradient: bool, throw: bool,
+) -> Options:  # fmt: skip
     """Check the options and gather them."""
     if not isinstance(chain, Chain):
         raise TypeError(
             f"chain is a {type(chain).__name__}, expected a ddnref.networks.Chain: build one, or use Chain.from_torch; "
             "for a factor from elsewhere there is ddnref.curvature.gram_eigh."
         )
-    if mc_samples is not None and operator.index(mc_samples) < 1:
-        raise ValueError(f"mc_samples is {mc_samples}, expected at least 1, or None for the exact matrix.")
     return Options(
         chain,
         _groups(groups, len(chain.params)),
@@ -62,7 +50,7 @@ def options(
     )
 
 
-def _groups(groups: Sequence[Sequence[int]] | None, n: int) -> Groups:
+def _groups(groups: Sequence[Sequence[int]] | None, n: int) -> tuple[tuple[int, ...], ...]:
     if groups is None:
         return (tuple(range(n)),)
     if not groups:
@@ -134,18 +122,14 @@ def rows(x: Array, positions: list[int] | None) -> Array:
     if positions is None:
         return x
     xp = array_api_compat.array_namespace(x)
-    return xp.take(x, xp.asarray(positions, dtype=xp.int64, device=array_api_compat.device(x)), axis=0)
+    return xp.take(x, xp.asarray(positions, dtype=xp.int32, device=array_api_compat.device(x)), axis=0)
 
 
 def signs(seed: int, m: int, start: int, n: int, r: int, like: Array) -> Array:
-    """Draw random signs ``(m, n, r)`` that depend on the seed and on the number of each sample alone.
-
-    So a shard gets the same signs as it would within the whole data set.
-    """
+    """Draw random signs ``(n, m, r)`` that depend on the seed and on the number of each sample alone, not on shards."""
     # Skip the numbers of all samples before this shard.
     generator = np.random.PCG64(seed)
     generator.advance(start * m * r)
     drawn = np.random.Generator(generator).random((n, m, r))  # one step of the generator each
-    values = np.moveaxis(np.where(drawn < 0.5, -1.0, 1.0), 0, 1)
     xp = array_api_compat.array_namespace(like)
-    return xp.asarray(np.ascontiguousarray(values), dtype=like.dtype, device=array_api_compat.device(like))
+    return xp.asarray(np.where(drawn < 0.5, -1.0, 1.0), dtype=like.dtype, device=array_api_compat.device(like))

@@ -19,13 +19,15 @@ from typing import Any, NamedTuple, TypeAlias
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, Namespace, double, full, namespace_of, own
+from ddnref._core.arrays import Array, Namespace, double, is_true, namespace_of, own
 from ddnref._kernels.dense import identity
-from ddnref.networks._activations import jet
+from ddnref.errors import NonFiniteError
 from ddnref.networks._blocks import Frozen, Residual
 from ddnref.networks._chain import Chain
+from ddnref.networks._checks import bad_targets, inputs
 from ddnref.networks._layers import Dense, Flatten
-from ddnref.networks._protocol import LayerDerivatives
+from ddnref.networks._losses import count
+from ddnref.networks._protocol import Params, add, forward, split
 
 
 class Layer(NamedTuple):
@@ -48,12 +50,9 @@ class Expansion(NamedTuple):
     """The second-order expansion of the loss in the weights."""
 
     steps: tuple[Step, ...]  # layers in order, with marks where residual blocks begin and end
+    layers: tuple[Layer, ...]  # the layers without the marks
     curvature: Array  # S, (N, C, C): Hessian of the loss in the outputs, with the factor of the reduction
-
-    @property
-    def layers(self) -> list[Layer]:
-        """The layers without the marks."""
-        return [step for step in self.steps if isinstance(step, Layer)]
+    xp: Namespace  # of all arrays
 
 
 class Basis(NamedTuple):
@@ -93,6 +92,16 @@ def flat(v: Blocks) -> Array:
     return xp.concat([xp.reshape(block, (block.shape[0], -1)) for block in v], axis=-1)
 
 
+def unflat(rows: Array, shapes: Sequence[tuple[int, ...]]) -> Blocks:
+    """Split k vectors (k, p) into arrays ``(k, *shape)``: the inverse of `flat`."""
+    xp, start, found = namespace_of(rows), 0, []
+    for shape in shapes:
+        end = start + math.prod(shape)
+        found.append(xp.reshape(rows[:, start:end], (rows.shape[0], *shape)))
+        start = end
+    return found
+
+
 def combine(u: Blocks, factor: Array | float, v: Blocks) -> Blocks:
     """Return ``u + factor · v``, with one factor per vector or one for all."""
     if not isinstance(factor, float):
@@ -124,7 +133,7 @@ def extended(xp: Namespace, dz: Array, width: int) -> Array:
 
 def product(e: Expansion, v: Blocks) -> Blocks:
     """Return ``H V``: tangents forward, their adjoints backward; 8 N p flops for p parameters and one vector."""
-    xp, v_of = namespace_of(v[0]), iter(v)
+    xp, v_of = e.xp, iter(v)
     dz: Array = None  # the input of the first layer does not move
     kept: list[Array | None] = []
     saved: list[tuple[Layer, Array, Array, Array | None]] = []
@@ -140,7 +149,7 @@ def product(e: Expansion, v: Blocks) -> Blocks:
         elif step == OPEN:
             kept.append(dz)
         else:
-            dz = _sum(dz, kept.pop())
+            dz = add(dz, kept.pop())
     # Going back, q = ∂⟨∇loss, v⟩/∂z says how the gradient with respect to a layer's output changes along v.
     q: Array | None = (e.curvature @ dz[..., None])[..., 0]
     found: Blocks = []
@@ -151,15 +160,8 @@ def product(e: Expansion, v: Blocks) -> Blocks:
         elif step == CLOSE:
             kept.append(q)
         else:
-            q = _sum(q, kept.pop())
+            q = add(q, kept.pop())
     return found[::-1]
-
-
-def _sum(a: Array | None, b: Array | None) -> Array | None:
-    """Add two tangents, ``None`` standing for zero."""
-    if a is None or b is None:
-        return a if b is None else b
-    return a + b
 
 
 def _back(xp: Namespace, layer: Layer, v: Array, ds: Array, dz: Array | None, q: Array) -> tuple[Array, Array]:
@@ -181,7 +183,7 @@ class NetworkHessian(NamedTuple):
     expansion: Expansion | None  # ``None`` where the chain has a layer of a type that the eliminations do not take
     refused: str  # the name of that type
     total: int  # parameters of the network
-    sizes: list[int]  # parameters of each layer, or of the whole network as one
+    shapes: Sequence[tuple[int, ...]]  # of the block of each layer, or of the whole network as one
     product: Callable[[Blocks], Blocks]  # ``H V``
     # Convert lists like the chain's parameters, with a leading axis on every entry, to double precision blocks.
     blocks: Callable[[Sequence[Array]], Blocks]
@@ -199,47 +201,54 @@ class NetworkHessian(NamedTuple):
 
     def from_rows(self, rows: Array) -> Blocks:
         """Split the k vectors in the rows of a (k, p) array into blocks."""
-        if self.expansion is None:
-            return [rows[:, None, :]]
-        xp, start, found = namespace_of(rows), 0, []
-        for layer, size in zip(self.expansion.layers, self.sizes, strict=True):
-            shape = (rows.shape[0], layer.weight.shape[0], layer.z.shape[1])
-            found.append(xp.reshape(rows[:, start : start + size], shape))
-            start += size
-        return found
+        return unflat(rows, self.shapes)
 
 
 def hessian_of(chain: Chain, x: Array, t: Array, curvature: str) -> NetworkHessian:
-    """Expand the loss of a chain in its weights.
+    """Validate the chain and its data, and expand the loss in the weights.
 
     In double precision wherever the library has it, because the Hessian at small damping loses digits otherwise. All
     arrays are copies, so that a factorisation stays that of these weights and data when they change in place.
     """
+    if curvature not in ("hessian", "ggn"):
+        raise ValueError(f'curvature is {curvature!r}, expected "hessian" or "ggn".')
     weights = chain.params
     dtype = weights[0].dtype
-    # Everything from here on is computed with copies in double precision.
-    chain = type(chain)([_own(layer) for layer in chain.layers], chain.criterion, chain.reduction)
-    x, t = exact_copy(x), exact_copy(t)
+    inputs(chain.layers, x, weights[0])
+    if x.shape[0] == 0:
+        raise ValueError("x holds no samples: there is no Hessian to factor.")
     refused = _refused(chain.layers)
     if refused:
         return _by_products(chain, x, t, curvature, weights, refused)
-    # The derivatives of each layer, and of the loss in the outputs, make the expansion.
-    records = chain.layer_derivatives(x, t)
-    s = chain.scale(x.shape[0]) * chain.criterion.hessian(records[-1].z_out, t)
-    xp = namespace_of(s)
-    expansion = Expansion(tuple(_steps(xp, chain.layers, records, curvature)), s)
-    layers = expansion.layers
-    sizes = [layer.weight.shape[0] * layer.z.shape[1] for layer in layers]
+    # One pass forward with copies in double precision. The targets must fit the outputs in the dtype of the weights.
+    x = exact_copy(x)
+    xp = namespace_of(x)
+    parts = [tuple(xp.astype(p, x.dtype) for p in layer.params) for layer in chain.layers]
+    y, saved = forward(chain.layers, parts, x, 2)
+    bad_targets(chain.criterion, chain.reduction, xp.astype(y, dtype, copy=False), t, throw=True)
+    t = exact_copy(t)
+    # The derivatives of the loss in the outputs, and then of each layer, make the expansion.
+    scale = chain.scale(count(chain.criterion, y, t))
+    s = scale * chain.criterion.hessian(y, t)
+    steps, _ = _steps(xp, chain.layers, parts, saved, scale * chain.criterion.gradient(y, t), curvature)
+    layers = tuple(step for step in reversed(steps) if isinstance(step, Layer))
+    # NaN or infinity in anything would spread over all of the solution.
+    arrays = [s, *(layer.beta for layer in layers), *(layer.z for layer in layers)]
+    if not is_true(xp.all(xp.stack([xp.all(xp.isfinite(array)) for array in arrays]))):
+        raise NonFiniteError(
+            "The derivatives of the loss contain NaN or infinity. The most likely cause is NaN in weights, data or "
+            "targets, or activations that overflow with depth. Look at chain.loss(x, t) first."
+        )
+    expansion = Expansion(tuple(reversed(steps)), layers, s, xp)
+    shapes = [(layer.weight.shape[0], layer.z.shape[1]) for layer in layers]
     # A bias is the last column of its layer's block.
     biased = [layer.z.shape[1] > layer.weight.shape[1] for layer in layers]
 
     def blocks(v: Sequence[Array]) -> Blocks:
-        entries, found = iter(v), []
+        entries, found = (xp.astype(entry, x.dtype, copy=False) for entry in v), []
         for has_bias in biased:
-            block = double(xp, next(entries))
-            if has_bias:
-                block = xp.concat([block, double(xp, next(entries))[..., None]], axis=-1)
-            found.append(block)
+            block = next(entries)
+            found.append(xp.concat([block, next(entries)[..., None]], axis=-1) if has_bias else block)
         return found
 
     def params(v: Blocks) -> list[Array]:
@@ -248,66 +257,63 @@ def hessian_of(chain: Chain, x: Array, t: Array, curvature: str) -> NetworkHessi
             found += [block[..., :-1], block[..., -1]] if has_bias else [block]
         return [xp.astype(entry, dtype, copy=False) for entry in found]
 
+    total, bases = sum(map(math.prod, shapes)), cache(lambda: [basis(xp, layer) for layer in layers])
     return NetworkHessian(
-        expansion,
-        "",
-        sum(sizes),
-        sizes,
-        lambda v: product(expansion, v),
-        blocks,
-        params,
-        cache(lambda: [basis(xp, layer) for layer in layers]),
-        x,
-        weights,
+        expansion, "", total, shapes, lambda v: product(expansion, v), blocks, params, bases, x, weights
     )
 
 
-def _steps(xp: Namespace, layers: Sequence[Any], records: Sequence[LayerDerivatives], curvature: str) -> list[Step]:
-    """Collect the coefficients of every layer, between marks for residual blocks."""
+def _steps(
+    xp: Namespace, layers: Sequence[Any], parts: Sequence[Params], saved: Sequence[Any], b: Array, curvature: str
+) -> tuple[list[Step], Array]:
+    """Collect the coefficients of every layer, the last one first, with marks for residual blocks.
+
+    b is the gradient of the loss with respect to the output; that with respect to the input is returned too.
+    """
     steps: list[Step] = []
-    for layer, record in zip(layers, records, strict=True):
+    for layer, theta, kept in zip(reversed(layers), reversed(parts), reversed(saved), strict=True):
         if isinstance(layer, Residual):
-            steps += [OPEN, *_steps(xp, layer.layers, record.inner, curvature), CLOSE]
+            inner, bar = _steps(xp, layer.layers, split(layer.layers, theta), kept[2], b, curvature)
+            steps += [CLOSE, *inner, OPEN]
+            b = b + bar
         elif isinstance(layer, Dense):
             # f = φ'(s), β = b∘f, c = b∘φ''(s); an activation of ``None`` has slope 1 and no curvature.
-            _, slope, second = jet(layer.phi, record.s, 2)
-            slope = xp.ones_like(record.b) if slope is None else slope
-            beta, c = record.b * slope, xp.zeros_like(record.b) if second is None else record.b * second
+            slope = xp.ones_like(b) if kept.slope is None else kept.slope
+            beta, c = b * slope, xp.zeros_like(b) if kept.curvature is None else b * kept.curvature
+            b = beta @ theta[0]
             if curvature == "ggn":  # keeps the curvature of the loss, and drops that of the network
                 beta, c = xp.zeros_like(beta), xp.zeros_like(c)
-            z = record.z_in
-            if layer.bias is not None:
-                z = xp.concat([z, full((z.shape[0], 1), 1.0, z)], axis=1)
-            steps.append(Layer(layer.weight, z, beta, c, slope))
-    return steps
+            z = kept.u if layer.bias is None else xp.concat([kept.u, xp.ones_like(kept.u[:, :1])], axis=1)
+            steps.append(Layer(theta[0], z, beta, c, slope))
+        else:
+            b = layer.vjp((), kept, b, wrt="x")[1]
+    return steps, b
 
 
 def _by_products(
     chain: Chain, x: Array, t: Array, curvature: str, weights: list[Array], refused: str
 ) -> NetworkHessian:
-    """A network with other layers, known by its products alone: all parameters are one block."""
-    xp = namespace_of(x)
-    # Rows of all parameters, one after the other, are split where the chain takes them.
-    times = chain.hvp if curvature == "hessian" else chain.ggnvp
+    """Describe a network with other layers by its products alone: all parameters are one block."""
+    chain.loss(x, t)  # raises for targets that do not fit
+    # The check of the loss has passed, and would refuse its class weights beside outputs in double precision.
+    criterion = chain.criterion._replace(check=None)
+    chain = type(chain)([_own(layer) for layer in chain.layers], criterion, chain.reduction)
+    x, t = exact_copy(x), exact_copy(t)
+    xp, times = namespace_of(x), chain.hvp if curvature == "hessian" else chain.ggnvp
     shapes = [tuple(p.shape) for p in weights]
 
     def blocks(v: Sequence[Array]) -> Blocks:
-        rows = [xp.reshape(double(xp, entry), (entry.shape[0], -1)) for entry in v]
-        return [xp.concat(rows, axis=-1)[:, None, :]]
+        return [flat([xp.astype(entry, x.dtype, copy=False) for entry in v])[:, None, :]]
 
-    def split(v: Blocks) -> list[Array]:
-        found, start = [], 0
-        for shape in shapes:
-            found.append(xp.reshape(v[0][:, 0, start : start + math.prod(shape)], (v[0].shape[0], *shape)))
-            start += math.prod(shape)
-        return found
+    def arrays(v: Blocks) -> list[Array]:
+        return unflat(v[0][:, 0, :], shapes)
 
     def params(v: Blocks) -> list[Array]:
-        return [xp.astype(entry, weights[0].dtype, copy=False) for entry in split(v)]
+        return [xp.astype(entry, weights[0].dtype, copy=False) for entry in arrays(v)]
 
     total = sum(map(math.prod, shapes))
     return NetworkHessian(
-        None, refused, total, [total], lambda v: blocks(times(x, t, split(v))), blocks, params, list, x, weights
+        None, refused, total, [(1, total)], lambda v: blocks(times(x, t, arrays(v))), blocks, params, list, x, weights
     )
 
 

@@ -15,8 +15,7 @@ layer the stationarity of the expansion is symmetric and block tridiagonal:
 
 *QR.* The stacked block column of a layer and the one after it, ``[D_k; E_k] = Q [R; 0]``, is factored by Householder
 reflections, ``Qᵀ`` applied to the two block columns to its right; what fills in reaches one block further. Orthogonal
-steps cannot grow, so that the factorisation is backward stable without pivoting across layers, whatever the pivots of
-an elimination would be. It costs several times as much.
+steps cannot grow, so that the factorisation is backward stable without pivoting across layers.
 
 *Counting.* By Sylvester's law the signs of the pivots are the signs of the eigenvalues. Where a pivot is nearly
 singular while its layer is coupled to the next, `count_delayed` does what sparse symmetric solvers do: it diagonalises
@@ -85,7 +84,7 @@ class Joint(NamedTuple):
 
 def joint(e: Expansion, damping: Array | float) -> Joint:
     """Form all blocks, of sizes ``u + v + 2 tangents``."""
-    xp = namespace_of(e.curvature)
+    xp = e.xp
     frames = [frame(xp, layer) for layer in e.layers]
     dynamics = _dynamics(xp, e, frames)
     quadratics = [_quadratic(xp, f, 0 if i == 0 else dynamics[i][1].shape[1]) for i, f in enumerate(frames)]
@@ -104,30 +103,26 @@ def _dynamics(xp: Namespace, e: Expansion, frames: list[Frame]) -> list[tuple[Ar
     """Compute J and F of every layer, including the marks that follow it; F is ``None`` in the first layer."""
     found: list[tuple[Array, Array]] = []
     frames_of = iter(frames)
-    size = n = waiting = 0  # blocks opened before the first layer keep an input that does not move
+    n = waiting = 0  # blocks opened before the first layer keep an input that does not move
     for step in e.steps:
-        if not isinstance(step, Layer):
-            if not found:
-                waiting += 1
-                continue
+        if isinstance(step, Layer):
+            f, n_in = next(frames_of), step.c.shape[0] * step.weight.shape[1]
+            n, size = step.c.shape[0] * step.c.shape[1], found[-1][0].shape[0] if found else (1 + waiting) * n_in
+            # J = f (R⊗I)ᵀ, and zero for the tangents kept for residual blocks
+            slope = xp.reshape(step.slope, (-1, 1))
+            j = slope * samples(xp, f.basis.r.mT, identity(f.u, step.c))
+            j = xp.concat([j, full((size - n_in, f.u), 0.0, j)])
+            # F = f (I⊗W), and the identity for the tangents kept
+            x = None
+            if found:
+                eye = identity(size, j)
+                x = xp.concat([slope * units(xp, step.weight, eye[:n_in, :]), eye[n_in:, :]])
+            found.append((j, x))
+        elif found:
             u, x = found[-1]
             found[-1] = push(xp, step, u, n), None if x is None else push(xp, step, x, n)
-            size = found[-1][0].shape[0]
-            continue
-        f, n_in = next(frames_of), step.c.shape[0] * step.weight.shape[1]
-        n = step.c.shape[0] * step.c.shape[1]
-        # J = f (R⊗I)ᵀ, and zero for the tangents kept for residual blocks
-        slope = xp.reshape(step.slope, (-1, 1))
-        j = slope * samples(xp, f.basis.r.mT, identity(f.u, step.c))
-        kept = waiting * n_in if not found else size - n_in
-        j = xp.concat([j, full((kept, f.u), 0.0, j)])
-        # F = f (I⊗W), and the identity for the tangents kept
-        x = None
-        if found:
-            eye = identity(size, j)
-            x = xp.concat([slope * units(xp, step.weight, eye[:n_in, :]), eye[n_in:, :]])
-        found.append((j, x))
-        size = j.shape[0]
+        else:
+            waiting += 1
     return found
 
 
@@ -191,8 +186,7 @@ class Row(NamedTuple):
 
 def factor(e: Expansion, damping: Array | float) -> tuple[Joint, list[Row]]:
     """Factor from the first layer to the last."""
-    j = joint(e, damping)
-    xp = namespace_of(e.curvature)
+    j, xp = joint(e, damping), e.xp
     rows: list[Row] = []
     d, right = j.diagonal[0], None if not j.below else j.below[0].mT
     for i, below in enumerate(j.below):
@@ -214,12 +208,10 @@ def solve(j: Joint, rows: list[Row], g: Blocks) -> Blocks:
     b = _rights(xp, j, g)
     # Apply Qᵀ from the first layer to the last.
     for i, row in enumerate(rows):
-        n = row.r.shape[0]
-        if row.next is None:
-            b[i] = row.q.mT @ b[i]
-        else:
-            both = row.q.mT @ xp.concat([b[i], b[i + 1]])
-            b[i], b[i + 1] = both[:n, :], both[n:, :]
+        both, n = row.q.mT @ xp.concat(b[i : i + 2]), row.r.shape[0]
+        b[i] = both[:n, :]
+        if row.next is not None:
+            b[i + 1] = both[n:, :]
     # Substitute from the last layer to the first.
     y: list[Array] = []
     for row, right in zip(reversed(rows), reversed(b), strict=True):
@@ -280,14 +272,12 @@ def count_below(w: Array, bound: float) -> int:
             "Eigenvalues cannot be counted: an eigendecomposition has not converged, or met NaN. The most likely cause "
             "is huge weights or data, or a damping that makes a block exactly singular. Pass another damping."
         )
-    return int(xp.sum(xp.astype(w < bound, xp.int64)))
+    return int(xp.sum(xp.astype(w < bound, xp.int32)))
 
 
 def count_delayed(e: Expansion, damping: float) -> int:
     """Count the negative eigenvalues of H + εI for any shift, with delayed pivots."""
-    j = joint(e, damping)
-    xp = namespace_of(e.curvature)
-    count = 0
+    j, xp, count = joint(e, damping), e.xp, 0
     pivot = j.diagonal[0]
     for i, below in enumerate(j.below):
         w, q = eigh((pivot + pivot.mT) / 2)
@@ -296,7 +286,7 @@ def count_delayed(e: Expansion, damping: float) -> int:
         # Order the directions so that those to be delayed come first.
         ratio = xp.abs(w) / xp.sqrt(xp.sum(b * b, axis=0) + full((), 1e-300, w))
         order = xp.argsort(ratio)
-        late = int(xp.sum(xp.astype(ratio < THETA, xp.int64)))
+        late = int(xp.sum(xp.astype(ratio < THETA, xp.int32)))
         w, b = xp.take(w, order, axis=0), xp.take(b, order, axis=1)
         # Count and eliminate the others; the delayed ones join the next block.
         count += count_below(w[late:], 0.0)

@@ -27,11 +27,9 @@ SECONDS_PER_ENTRY = 2e-8  # of the dense matrix, to form it by products with the
 class Path(NamedTuple):
     """One factorisation of H + εI."""
 
-    name: str
     solve: Callable[[Blocks], Blocks]
     slogdet: Callable[[], tuple[Array, Array]]
-    saved: Any
-    """The factors; for "dense" the matrix H itself."""
+    saved: Any  # the factors; for "dense" the matrix H itself
 
 
 def check_method(method: str) -> None:
@@ -44,12 +42,8 @@ def build(name: str, h: NetworkHessian, damping: Array | float) -> Path:
     """Factor by the named method."""
     if name == "dense":
         matrix = h.matrix()
-        factors = lu(matrix + damping * identity(h.total, matrix))
-
-        def solve(g: Blocks) -> Blocks:
-            return h.from_rows(lu_solve(factors, flat(g).mT).mT)
-
-        return Path(name, solve, lambda: lu_slogdet(factors), matrix)
+        f = lu(matrix + damping * identity(h.total, matrix))
+        return Path(lambda g: h.from_rows(lu_solve(f, flat(g).mT).mT), lambda: lu_slogdet(f), matrix)
     if h.expansion is None:
         raise TypeError(
             f"method is {name!r}, but the chain has a layer of type {h.refused}: the sweeps over the layers take Dense "
@@ -57,13 +51,13 @@ def build(name: str, h: NetworkHessian, damping: Array | float) -> Path:
             "with ddnref.krylov.minres and chain.hvp."
         )
     if name == "tridiagonal":
-        f = _tridiagonal.factor(h.bases(), h.expansion, damping)
-        return Path(name, lambda g: _tridiagonal.solve(f, g, damping), lambda: _tridiagonal.slogdet(f, damping), f)
+        t = _tridiagonal.factor(h.bases(), h.expansion, damping)
+        return Path(lambda g: _tridiagonal.solve(t, g, damping), lambda: _tridiagonal.slogdet(t, damping), t)
     if name == "riccati":
-        r = _riccati.factor(h.expansion, damping)
-        return Path(name, lambda g: _riccati.solve(r, g), lambda: _riccati.slogdet(r), r)
+        r = _riccati.factor(h.bases(), h.expansion, damping)
+        return Path(lambda g: _riccati.solve(r, g), lambda: _riccati.slogdet(r), r)
     q = _joint.factor(h.expansion, damping)
-    return Path(name, lambda g: _joint.solve(*q, g), lambda: _joint.slogdet(*q), q)
+    return Path(lambda g: _joint.solve(*q, g), lambda: _joint.slogdet(*q), q)
 
 
 def count_negative(name: str, h: NetworkHessian, damping: float) -> int:
@@ -72,14 +66,10 @@ def count_negative(name: str, h: NetworkHessian, damping: float) -> int:
         raise TypeError("Only the dense form counts here.")
     if name not in ("tridiagonal", "riccati"):
         return _joint.count_delayed(h.expansion, damping)
-    if name == "tridiagonal":
-        bases = h.bases()
-        pivots = [found for _, found in _tridiagonal.sweep(bases, h.expansion, damping)]
-    else:
-        swept = [p for p, _, _ in _riccati.sweep(h.expansion, damping) if isinstance(p, _riccati.Pivot)]
-        pivots, bases = [p.q_uu for p in swept], [p.basis for p in swept]
+    sweep: Callable[..., Any] = _tridiagonal.sweep if name == "tridiagonal" else _riccati.sweep
+    pivots = (pivot for _, pivot in sweep(h.bases(), h.expansion, damping) if pivot is not None)
     # The weights that meet no input have the eigenvalue ε.
-    return sum(_joint.count_below(eigvalsh(p), 0.0) for p in pivots) + (damping < 0) * sum(b.rest for b in bases)
+    return sum(_joint.count_below(eigvalsh(p), 0.0) for p in pivots) + (damping < 0) * sum(b.rest for b in h.bases())
 
 
 # --- the rule ---------------------------------------------------------------------------------------------------------
@@ -109,7 +99,7 @@ def cost(name: str, h: NetworkHessian) -> tuple[float, float]:
 def seconds(name: str, h: NetworkHessian) -> float:
     """Estimate the time of a factorisation."""
     formed = SECONDS_PER_ENTRY * h.total**2 if name == "dense" else 0.0
-    return cost(name, h)[0] / FLOPS_PER_SECOND + SECONDS_PER_LAYER[name] * len(h.sizes) + formed
+    return cost(name, h)[0] / FLOPS_PER_SECOND + SECONDS_PER_LAYER[name] * len(h.shapes) + formed
 
 
 def order(h: NetworkHessian, method: str, damping: Array | float) -> list[str]:

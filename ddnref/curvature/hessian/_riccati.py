@@ -21,7 +21,7 @@ from typing import NamedTuple
 from ddnref._core.arrays import Array, Namespace, full, namespace_of
 from ddnref._kernels.blocks import Lu, add_diagonal, lu, lu_and_solution, lu_slogdet, lu_solve, matmul
 from ddnref._kernels.dense import identity
-from ddnref.curvature.hessian._expansion import CLOSE, OPEN, Basis, Blocks, Expansion, Layer, Step, basis, extended
+from ddnref.curvature.hessian._expansion import CLOSE, OPEN, Basis, Blocks, Expansion, Layer, Step, extended
 
 # --- Kronecker products with small matrices, on vectors ordered (sample, unit) ----------------------------------------
 
@@ -66,12 +66,6 @@ class Value(NamedTuple):
     n: int  # entries of the current tangent
 
 
-def pull(xp: Namespace, step: Step, value: Value) -> Value:
-    """P of the state before a mark, from P of the state after it."""
-    rows = _pull_rows(xp, step, value.p, value.n)
-    return Value(_pull_rows(xp, step, rows.mT, value.n), value.n)
-
-
 def _pull_rows(xp: Namespace, step: Step, p: Array, n: int) -> Array:
     """Apply the transpose of `push` to the rows of P."""
     if step == CLOSE:
@@ -88,17 +82,8 @@ def push(xp: Namespace, step: Step, x: Array, n: int) -> Array:
     return xp.concat([x[:n, ...] + x[rest:, ...], x[n:rest, ...]])
 
 
-class Pivot(NamedTuple):
-    """The blocks Q_UU, Q_Ux and Q_xx of one layer, in a basis of its weights."""
-
-    basis: Basis
-    q_uu: Array
-    q_ux: Array | None  # ``None`` in the first layer, whose input does not move
-    q_xx: Array | None
-
-
-def pivot(xp: Namespace, b: Basis, value: Value, damping: Array | float, first: bool) -> Pivot:
-    """Form Q_UU, Q_Ux and Q_xx of a layer from the value of all that follows it."""
+def pivot(xp: Namespace, b: Basis, value: Value, damping: Array | float, first: bool) -> tuple[Array, Array, Array]:
+    """Form Q_UU, Q_Ux and Q_xx; the latter two are ``None`` in the first layer, whose input does not move."""
     layer, n = b.layer, b.layer.c.shape[0] * b.layer.c.shape[1]
     m = _behind(xp, layer, value)
     # Q_UU = ε I + (R⊗I) M (R⊗I)ᵀ
@@ -106,7 +91,7 @@ def pivot(xp: Namespace, b: Basis, value: Value, damping: Array | float, first: 
     q_uu = samples(xp, b.r, rm[:, :n].mT)
     q_uu = add_diagonal((q_uu + q_uu.mT) / 2, damping)
     if first:
-        return Pivot(b, q_uu, None, None)
+        return q_uu, None, None
     # Q_Ux = (R⊗I) M (I⊗W) + Qᵀ⊗β
     q_ux = units_right(xp, rm[:, :n], layer.weight) + coupling(xp, b)
     # Q_xx = (I⊗W)ᵀ M (I⊗W) − ββᵀ ⊗ (I − QQᵀ)/ε
@@ -117,7 +102,7 @@ def pivot(xp: Namespace, b: Basis, value: Value, damping: Array | float, first: 
         q_ux = xp.concat([q_ux, rm[:, n:]], axis=1)
         above = xp.concat([q_xx, across], axis=1)
         q_xx = xp.concat([above, xp.concat([across.mT, m[n:, n:]], axis=1)])
-    return Pivot(b, q_uu, q_ux, q_xx)
+    return q_uu, q_ux, q_xx
 
 
 def _behind(xp: Namespace, layer: Layer, value: Value) -> Array:
@@ -146,7 +131,7 @@ class Kept(NamedTuple):
 
     basis: Basis
     lu: Lu
-    gain: Array | None  # ``Q_UU⁻¹ Q_Ux``
+    gain: Array | None  # ``Q_UU⁻¹ Q_Ux``; ``None`` in the first layer
 
 
 class Riccati(NamedTuple):
@@ -157,36 +142,32 @@ class Riccati(NamedTuple):
     outputs: int  # entries of the network's outputs
 
 
-def sweep(e: Expansion, damping: Array | float) -> Iterator[tuple[Pivot | str, Lu | None, Array | None]]:
-    """Eliminate from the last layer to the first; yields ``(pivot, its factors, its gain)``, or a mark."""
-    xp = namespace_of(e.curvature)
-    last = block_diagonal(xp, e.curvature)
+def sweep(bases: list[Basis], e: Expansion, damping: Array | float) -> Iterator[tuple[Kept | str, Array | None]]:
+    """Eliminate from the last layer to the first; yields what is kept of each and its pivot, or a mark and ``None``."""
+    xp, last, bases_of = e.xp, block_diagonal(e.xp, e.curvature), reversed(bases)
     value = Value(last, last.shape[0])
-    first = e.layers[0]  # its input does not move, so that nothing is handed on
     for step in reversed(e.steps):
         if not isinstance(step, Layer):
-            value = pull(xp, step, value)
-            yield step, None, None
+            # P of the state before the mark, from P of the state after it
+            rows = _pull_rows(xp, step, value.p, value.n)
+            value = Value(_pull_rows(xp, step, rows.mT, value.n), value.n)
+            yield step, None
             continue
-        found = pivot(xp, basis(xp, step), value, damping, step is first)
-        if found.q_ux is None or found.q_xx is None:
-            yield found, lu(found.q_uu), None
+        b = next(bases_of)
+        q_uu, q_ux, q_xx = pivot(xp, b, value, damping, b is bases[0])
+        if q_ux is None:  # nothing is handed on
+            yield Kept(b, lu(q_uu), None), q_uu
             continue
-        factors, gain = lu_and_solution(found.q_uu, found.q_ux)
-        yield found, factors, gain
+        factors, gain = lu_and_solution(q_uu, q_ux)
+        yield Kept(b, factors, gain), q_uu
         # P = Q_xx − Q_Uxᵀ Q_UU⁻¹ Q_Ux goes to the layer before.
-        p = found.q_xx - matmul(found.q_ux.mT, gain)
+        p = q_xx - matmul(q_ux.mT, gain)
         value = Value((p + p.mT) / 2, step.weight.shape[1] * step.c.shape[0])
 
 
-def factor(e: Expansion, damping: Array | float) -> Riccati:
+def factor(bases: list[Basis], e: Expansion, damping: Array | float) -> Riccati:
     """Factor all pivots; ``(4.7 + 4/N) (N a)³`` flops for a layer of N ≤ a samples and width a."""
-    kept: list[Kept | str] = []
-    for found, factors, gain in sweep(e, damping):
-        if isinstance(found, str) or factors is None:
-            kept.append(str(found))
-        else:
-            kept.append(Kept(found.basis, factors, gain))
+    kept = [kept for kept, _ in sweep(bases, e, damping)]
     return Riccati(tuple(kept[::-1]), damping, e.curvature.shape[0] * e.curvature.shape[1])
 
 

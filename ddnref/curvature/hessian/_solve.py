@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property
 from typing import NamedTuple, NoReturn
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, double, eps, full, is_true, library, namespace, namespace_of, quiet
+from ddnref._core.arrays import Array, Namespace, double, eps, is_true, namespace, namespace_of, quiet
 from ddnref._core.checks import check_real, check_shapes
 from ddnref._core.noise import noise
 from ddnref._kernels.dense import eigvalsh
@@ -22,14 +23,13 @@ from ddnref.errors import ConvergenceError, NonFiniteError, SingularError
 from ddnref.networks._chain import Chain
 from ddnref.networks._checks import like_params
 
-REFINEMENTS = 8
-"""Most refinement steps that "auto" takes."""
+REFINEMENTS = 8  # most refinement steps that "auto" takes
 ZERO = 3e-10  # eigenvalues of H + εI below this, relative to ‖H‖, count as zero
 # Largest backward error, relative to ‖H‖, at which an elimination's pivots are trusted: well below `ZERO`.
 BACKWARD = 1e-11
+# Smallest damping, relative to ‖H‖, at which the fast forms count: they divide by it, and an error of eps ‖H‖²/ε in
+# what they leave of the Hessian must stay well below `ZERO`.
 LEAST = 1e-5
-"""Smallest damping, relative to ‖H‖, at which the fast forms count: they divide by it, and an error of eps ‖H‖²/ε in
-what they leave of the Hessian must stay well below `ZERO`."""
 SLOGDET = 1e-11  # largest error of a solution at which the determinant of that factorisation is trusted
 COUNT = 1e-3  # largest error of a solution at which the signs of the pivots are trusted
 
@@ -76,8 +76,17 @@ def _select(first: Array, a: _Solution, b: _Solution) -> _Solution:
     """Take `a` for the right-hand sides in `first`, `b` for the others."""
     xp, flags = namespace_of(first), first[:, None, None]
     x, r = ([xp.where(flags, p, q) for p, q in zip(u, v, strict=True)] for u, v in ((a.x, b.x), (a.r, b.r)))
-    size_x, size_r, error, steps = (xp.where(first, p, q) for p, q in zip(a[2:6], b[2:6], strict=True))
-    return _Solution(x, r, size_x, size_r, error, steps, a.path)
+    return _Solution._make([x, r, *(xp.where(first, p, q) for p, q in zip(a[2:6], b[2:6], strict=True)), a.path])
+
+
+def _nonzero(xp: Namespace, size: Array) -> Array:
+    """Replace zeros by ones, to divide by."""
+    return xp.where(size > 0, size, xp.ones_like(size))
+
+
+def _finite(xp: Namespace, ratio: Array) -> Array:
+    """Replace NaN by infinity, which compares as too large."""
+    return xp.where(xp.isfinite(ratio), ratio, xp.full_like(ratio, math.inf))
 
 
 class HessianFactor:
@@ -95,10 +104,6 @@ class HessianFactor:
         Parameters of the network.
     flops, nbytes : float
         What that factorisation takes and holds, estimated from the shapes.
-    counted_by : str
-        The factorisation whose pivots `inertia` counts.
-    norm : array without axes
-        ``‖H‖₂``, a lower estimate from two products.
     rtol : float
         Largest backward error of a solution that counts as converged: 1e-15 in double precision (5e-7 where only
         single precision is available) up to 20 layers, growing as the square root of their number beyond.
@@ -109,92 +114,49 @@ class HessianFactor:
         self._xp = namespace_of(hessian.like)
         self._eps = eps(self._xp, hessian.like.dtype)
         self._order = _methods.order(hessian, method, damping)
-        self._built: dict[str, _methods.Path] = {}
-        self._norm: Array | None = None
-        self._w: Array | None = None
+        # Every factorisation is built when it is first asked for.
+        self._path: Callable[[str], _methods.Path] = cache(lambda name: _methods.build(name, hessian, damping))
         self.path = self._order[0]
         self.flops, numbers = _methods.cost(self.path, hessian)
         self.nbytes = numbers * 8
         # The rounding of the products that measure the error grows with the square root of the number of layers.
-        self.rtol = 4.5 * self._eps * math.sqrt(max(1.0, len(hessian.sizes) / 20))
+        self.rtol = 4.5 * self._eps * math.sqrt(max(1.0, len(hessian.shapes) / 20))
         self._path(self.path)
 
     def __repr__(self) -> str:
         return f"HessianFactor({self.total} parameters, {self.path}, damping={self.damping})"
 
-    @property
+    @cached_property
     def norm(self) -> Array:
         """``‖H‖₂``, a lower estimate from two products."""
-        if self._norm is None:
-            xp, e = self._xp, self._hessian.expansion
-            # Start from noise and the gradient, which leans towards the largest eigenvectors.
-            v = self._hessian.from_rows(noise(0, self.total, self._hessian.like)[None, :])
-            if e is not None:
-                gradient = [(layer.beta.mT @ layer.z)[None, :, :] for layer in e.layers]
-                size = norm_of_pieces(gradient, 2)
-                v = combine(v, 1 / xp.where(size > 0, size, xp.ones_like(size)), gradient)
-            # Two steps of the power method.
-            size = norm_of_pieces(v, 2)
-            for _ in range(2):
-                v, before = self._hessian.product(v), size
-                size = norm_of_pieces(v, 2)
-            self._norm = (size / xp.where(before > 0, before, xp.ones_like(before)))[0]
-        return self._norm
-
-    def _path(self, name: str) -> _methods.Path:
-        """Build the named factorisation when it is first asked for."""
-        if name not in self._built:
-            self._built[name] = _methods.build(name, self._hessian, self.damping)
-        return self._built[name]
+        xp, h = self._xp, self._hessian
+        # Start from noise and the gradient, which leans towards the largest eigenvectors.
+        v = h.from_rows(noise(0, self.total, h.like)[None, :])
+        if h.expansion is not None:
+            gradient = [(layer.beta.mT @ layer.z)[None, :, :] for layer in h.expansion.layers]
+            v = combine(v, 1 / _nonzero(xp, norm_of_pieces(gradient, 2)), gradient)
+        # Two steps of the power method.
+        v = h.product(v)
+        size, after = norm_of_pieces(v, 2), norm_of_pieces(h.product(v), 2)
+        return (after / _nonzero(xp, size))[0]
 
     @public
     def solve(
         self, b: Sequence[Array], *, refine: str | int = "auto", throw: bool = True
     ) -> tuple[list[Array], HessianSolveInfo]:
-        """``(H + εI)⁻¹ b``, refined.
-
-        Parameters
-        ----------
-        b : list of arrays, shaped like the chain's parameters
-            Right-hand side; several with one leading axis on every entry.
-        refine : "auto" or int
-            "auto" refines with exact Hessian-vector products while the backward error falls, and falls back to a
-            stable factorisation where "auto" chose the method; a number takes that many steps and no other path.
-        throw : bool, default True
-            Raise for a right-hand side that did not converge; with ``False`` its best solution is returned.
-
-        Returns
-        -------
-        x : list of arrays like `b`
-        info : HessianSolveInfo
-            Its arrays have one entry for each right-hand side.
-
-        Raises
-        ------
-        ConvergenceError
-            A backward error above `rtol`.
-        SingularError
-            ``H + εI`` is singular to working precision.
-        NonFiniteError
-            `b` is not finite.
-        TypeError, ValueError
-            `b` is not shaped like the parameters, of another dtype or library; `refine` is neither.
-
-        Notes
-        -----
-        Cost: ``4 p`` flops and a product for each step, p the parameters, and ``O(L (N a)²)``. A right-hand side that
-        is zero gives exact zeros.
-        """
+        """Solve as `hessian_solve` does, with the same parameters, results and errors, but without factoring again."""
         # Validate, and convert to blocks in double precision with one leading axis.
         self.check("b", b, finite=throw)
         if refine != "auto" and not (isinstance(refine, int) and refine >= 0):
             raise ValueError(f'refine is {refine!r}, expected "auto" or a number of steps.')
         single = b[0].ndim == self._hessian.weights[0].ndim
         g = self._hessian.blocks([entry[None, ...] for entry in b] if single else b)
-        # Solve and refine, then judge the result.
+        # Solve and refine, then judge by the backward error and by how much the right-hand side is amplified.
         size_g = norm_of_pieces(g, 2)
-        found = self._best(g, size_g, refine)
-        info = self._status(found, size_g)
+        found, safe = self._best(g, size_g, refine), _nonzero(self._xp, size_g)
+        amplification = _finite(self._xp, (self.norm + abs(self.damping)) * found.size_x / safe)
+        good = (found.error <= self.rtol) & (amplification < HESSIAN_AMPLIFICATION / self._eps)
+        info = HessianSolveInfo(good, found.steps, found.size_r / safe, found.error, amplification, found.path)
         if throw and not is_true(self._xp.all(info.converged)):
             _raise_failed(info, self.rtol, self._eps)
         x = self._hessian.params(found.x)
@@ -225,15 +187,16 @@ class HessianFactor:
         """Repeat ``x ← x + (H + εI)⁻¹ r`` with exact residuals r while the backward error falls."""
         xp, path = self._xp, self._path(name)
         state = self._measured(path.solve(g), g, size_g, name)
-        for _ in range(REFINEMENTS if refine == "auto" else int(refine)):
-            if refine == "auto" and is_true(xp.all(state.error <= 4 * self._eps)):
+        auto = refine == "auto"
+        for _ in range(REFINEMENTS if auto else int(refine)):
+            if auto and is_true(xp.all(state.error <= 4 * self._eps)):
                 break
             new = self._measured(combine(state.x, 1.0, path.solve(state.r)), g, size_g, name)
             new = new._replace(steps=state.steps + 1)
             fallen, halved = new.error < state.error, xp.any(new.error < state.error / 2)
             # Usually all errors have fallen, and no pass over memory is needed to choose.
-            state = new if refine == "auto" and is_true(xp.all(fallen)) else _select(fallen, new, state)
-            if refine == "auto" and not is_true(halved):
+            state = new if auto and is_true(xp.all(fallen)) else _select(fallen, new, state)
+            if auto and not is_true(halved):
                 break
         return state
 
@@ -245,37 +208,23 @@ class HessianFactor:
         # ‖r‖ / (‖H‖ ‖x‖ + ‖g‖) with r = g − (H + εI) x; infinite where anything is not finite
         r = [a - b for a, b in zip(g, hx, strict=True)]
         size_x, size_r = norm_of_pieces(x, 2), norm_of_pieces(r, 2)
-        size = self.norm * size_x + size_g
-        error = size_r / xp.where(size > 0, size, xp.ones_like(size))
-        error = xp.where(xp.isfinite(error), error, full((), float("inf"), error))
+        error = _finite(xp, size_r / _nonzero(xp, self.norm * size_x + size_g))
         steps = xp.zeros(error.shape, dtype=xp.int32, device=array_api_compat.device(error))
         return _Solution(x, r, size_x, size_r, error, steps, path)
-
-    def _status(self, found: _Solution, size_g: Array) -> HessianSolveInfo:
-        """Judge a solution by its backward error and by how much it amplifies its right-hand side."""
-        xp = self._xp
-        safe = xp.where(size_g > 0, size_g, xp.ones_like(size_g))
-        amplification = (self.norm + abs(self.damping)) * found.size_x / safe
-        amplification = xp.where(xp.isfinite(amplification), amplification, full((), float("inf"), safe))
-        good = (found.error <= self.rtol) & (amplification < HESSIAN_AMPLIFICATION / self._eps)
-        return HessianSolveInfo(good, found.steps, found.size_r / safe, found.error, amplification, found.path)
 
     def check(self, name: str, v: Sequence[Array], finite: bool = False) -> None:
         """Raise unless `v` is a list like the chain's parameters, with or without one leading axis."""
         like_params(name, list(v), self._hessian.weights, leading=True)
-        xp = namespace_of(v[0])
+        xp = self._xp
         if finite and not is_true(xp.all(xp.stack([xp.all(xp.isfinite(entry)) for entry in v]))):
             raise NonFiniteError(f"{name} contains NaN or infinity. Pass throw=False to get the other solutions.")
 
     @public
     def slogdet(self) -> tuple[Array, Array]:
-        """Sign and ``log|det(H + εI)|``.
+        """Sign and ``log|det(H + εI)|``, arrays without axes, in double precision where the library has it.
 
-        Returns
-        -------
-        sign, log : arrays without axes
-            In double precision where the library has it. From the factorisation that solved a random system to 1e-11,
-            or a stable one. No solver knows it better than ``eps Σ ‖H‖ / |λ|`` over the eigenvalues of ``H + εI``.
+        They are those of the factorisation that solved a random system to 1e-11, or of a stable one. No solver knows
+        them better than ``eps Σ ‖H‖ / |λ|`` over the eigenvalues of ``H + εI``.
         """
         return self._path(self._trusted(SLOGDET)).slogdet()
 
@@ -283,24 +232,24 @@ class HessianFactor:
     def inertia(self) -> Inertia:
         """Counts of negative, zero and positive eigenvalues of H + εI.
 
-        Returns
-        -------
-        Inertia
-            Three integers. Eigenvalues within 3e-10 ‖H‖ of zero count as zero: counts are taken at both ends of that
-            interval, from the pivots of an elimination that has solved a random system well, else from blocks with
-            delayed pivots (see the page on the Hessian).
+        Counts are taken at both ends of the interval that counts as zero, from the pivots of an elimination that has
+        solved a random system well, else from blocks with delayed pivots (see the page on the Hessian).
         """
         # Count the eigenvalues below both ends of the interval around zero.
         width, damping, name = ZERO * float(self.norm), float(self.damping), self.counted_by
         if name == "dense":
-            self._w = eigvalsh(self._path(name).saved) if self._w is None else self._w
             below, not_above = (count_below(self._w, -damping - shift) for shift in (width, -width))
         else:
             shifted = (damping + width, damping - width)
             below, not_above = (_methods.count_negative(name, self._hessian, shift) for shift in shifted)
         return Inertia(below, not_above - below, self.total - not_above)
 
-    @property
+    @cached_property
+    def _w(self) -> Array:
+        """Eigenvalues of the dense matrix H."""
+        return eigvalsh(self._path("dense").saved)
+
+    @cached_property
     def counted_by(self) -> str:
         """The factorisation whose pivots are counted."""
         # The fast forms divide by the damping, and do not count where it is small.
@@ -347,14 +296,7 @@ def _raise_failed(info: HessianSolveInfo, rtol: float, eps: float) -> NoReturn:
 
 @public
 def hessian_factor(
-    chain: Chain,
-    x: Array,
-    t: Array,
-    /,
-    *,
-    damping: float | Array,
-    curvature: str = "hessian",
-    method: str = "auto",
+    chain: Chain, x: Array, t: Array, /, *, damping: float | Array, curvature: str = "hessian", method: str = "auto"
 ) -> HessianFactor:
     r"""Factor ``H + damping·I``, H the Hessian of a network's loss in all its weights, in time linear in its depth.
 
@@ -372,15 +314,16 @@ def hessian_factor(
     curvature : {"hessian", "ggn"}
         The Hessian, or the generalised Gauss–Newton matrix.
     method : {"auto", "tridiagonal", "riccati", "qr", "dense"}
-        "auto" takes the fastest, and falls back to a stable one for a solution that is not good enough (see `Notes`).
         "tridiagonal" eliminates pre-activations, and needs a plain chain whose samples are linearly independent in
         every layer and fewer than its inputs. "riccati" eliminates weights, and takes every chain. "qr" is stable for
-        every damping, and two to fifteen times slower. "dense" forms the matrix.
+        every damping, and two to fifteen times slower. "dense" forms the matrix. "auto" takes the fastest by estimated
+        time. It solves again by the cheaper of "qr" and "dense" where a solution's backward error stays above
+        ``factor.rtol`` after refinement, and begins with these for a damping of zero.
 
     Returns
     -------
     HessianFactor
-        With ``solve(b) -> (x, info)``, ``slogdet()``, ``inertia()``, and estimates ``flops`` and ``nbytes``.
+        With ``solve(b) -> (x, info)``, ``slogdet()`` and ``inertia()``.
 
     Raises
     ------
@@ -408,10 +351,6 @@ def hessian_factor(
     Arithmetic is in float64 wherever the library has it, whatever the dtype of the weights, because the inverse at
     small damping has no digits in float32. Solutions come back in the dtype of the weights.
 
-    By estimated time, "auto" takes either the fast elimination ("tridiagonal" where it applies, else "riccati") or the
-    dense matrix. A solution whose backward error stays above ``factor.rtol`` (1e-15) after refinement is solved for
-    again by the cheaper of "qr" and "dense". ``damping=0`` starts there.
-
     References
     ----------
     .. [1] A. Rahimi, "The Hessian of tall-skinny networks is easy to invert" (2025).
@@ -429,38 +368,7 @@ def hessian_factor(
     (True, 0)
     """
     _methods.check_method(method)
-    epsilon = _checked_damping(damping, x)
-    hessian = prepared(chain, x, t, curvature)
-    if is_true(epsilon == 0):
-        refuse_null_space(hessian, "damping", "Pass a damping, such as 1e-3 times the largest eigenvalue.")
-    return HessianFactor(hessian, epsilon, method)
-
-
-def prepared(chain: Chain, x: Array, t: Array, curvature: str) -> NetworkHessian:
-    """Validate the chain and its data, and expand the loss."""
-    if curvature not in ("hessian", "ggn"):
-        raise ValueError(f'curvature is {curvature!r}, expected "hessian" or "ggn".')
-    library(x=x, t=t)
-    if x.ndim and x.shape[0] == 0:
-        raise ValueError("x holds no samples: there is no Hessian to factor.")
-    chain.loss(x, t)  # raises for shapes, dtypes and targets that do not fit
-    hessian = hessian_of(chain, x, t, curvature)
-    if hessian.expansion is not None:
-        # NaN or infinity in anything would spread over all of the solution.
-        xp, e = namespace_of(x), hessian.expansion
-        arrays = [e.curvature, *(layer.beta for layer in e.layers), *(layer.z for layer in e.layers)]
-        if not is_true(xp.all(xp.stack([xp.all(xp.isfinite(array)) for array in arrays]))):
-            raise NonFiniteError(
-                "The derivatives of the loss contain NaN or infinity. The most likely cause is NaN in weights, data or "
-                "targets, or activations that overflow with depth. Look at chain.loss(x, t) first."
-            )
-    return hessian
-
-
-def _checked_damping(damping: float | Array, x: Array) -> float | Array:
-    """Validate the damping, and copy it if it is an array."""
-    is_array = array_api_compat.is_array_api_obj(damping)
-    if is_array:
+    if array_api_compat.is_array_api_obj(damping):
         namespace(damping=damping, x=x)
         check_real(damping=damping)
         check_shapes(damping=(damping, ()))
@@ -468,12 +376,16 @@ def _checked_damping(damping: float | Array, x: Array) -> float | Array:
         raise TypeError(f"damping is a {type(damping).__name__}, expected a number or an array without axes.")
     if not math.isfinite(damping):
         raise ValueError(f"damping is {float(damping)}, expected a finite number.")
-    return exact_copy(damping) if is_array else float(damping)
+    # Zero is refused where the Hessian is singular by its shape.
+    hessian = hessian_of(chain, x, t, curvature)
+    if is_true(damping == 0):
+        refuse_null_space(hessian, "damping", "Pass a damping, such as 1e-3 times the largest eigenvalue.")
+    return HessianFactor(hessian, float(damping) if isinstance(damping, (int, float)) else exact_copy(damping), method)
 
 
 def refuse_null_space(hessian: NetworkHessian, name: str, instead: str) -> None:
     """Raise `SingularError` for a shift of zero where a layer has more inputs and outputs than there are samples."""
-    layers = [] if hessian.expansion is None else hessian.expansion.layers
+    layers = () if hessian.expansion is None else hessian.expansion.layers
     # Weights between directions that no sample's input and no sample's β sees have the eigenvalue zero.
     free = sum(max(0, z.weight.shape[0] - z.z.shape[0]) * max(0, z.z.shape[1] - z.z.shape[0]) for z in layers)
     if free:
@@ -505,8 +417,11 @@ def hessian_solve(
         As in `hessian_factor`.
     b : list of arrays, shaped like ``chain.params``
         Right-hand side; several with one leading axis on every entry.
-    refine, throw
-        As in `HessianFactor.solve`.
+    refine : "auto" or int
+        "auto" refines with exact Hessian-vector products while the backward error falls, and falls back to a stable
+        factorisation where "auto" chose the method; a number takes that many steps and no other path.
+    throw : bool, default True
+        Raise for a right-hand side that did not converge; with ``False`` its best solution is returned.
 
     Returns
     -------
@@ -516,18 +431,21 @@ def hessian_solve(
     Raises
     ------
     ConvergenceError
-        The backward error stayed above 1e-15 (double precision, up to 20 layers; see `HessianFactor`).
+        A backward error above `HessianFactor.rtol`.
     SingularError
         ``H + damping·I`` is singular to working precision.
-    NonFiniteError
-        Weights, data or `b` are not finite.
-    TypeError, ValueError
-        As `hessian_factor`; `b` is not shaped like the parameters.
+    NonFiniteError, TypeError, ValueError
+        As `hessian_factor`; `b` is not finite, not shaped like the parameters, or of another dtype or library.
 
     See Also
     --------
     hessian_factor : factor once, solve often.
     hessian_solve_vjp : its derivative with respect to `b` and `damping`.
+
+    Notes
+    -----
+    Cost beyond that of `hessian_factor`, with p parameters and L layers: ``4 p`` flops, ``O(L (N a)²)`` and a product
+    for each step. A right-hand side that is zero gives exact zeros.
 
     Examples
     --------
@@ -555,26 +473,18 @@ def hessian_solve_vjp(
 
     Parameters
     ----------
-    x_bar : list of arrays
-        Cotangent of the solution.
-    x : list of arrays
-        The solution; both shaped like the parameters, or with one leading axis on every entry.
+    x_bar, x : lists of arrays
+        Cotangent of the solution, and the solution, as `hessian_solve` returned it.
     factor : HessianFactor
         The factorisation that gave the solution.
     refine, throw
-        As in `HessianFactor.solve`.
+        As in `hessian_solve`, with its errors.
 
     Returns
     -------
     (b_bar, damping_bar) : list of arrays like `x_bar`, and an array without axes
         The damping is shared by all right-hand sides: its cotangent is summed over them.
     info : HessianSolveInfo
-        How that solve ended.
-
-    Raises
-    ------
-    ConvergenceError, SingularError, NonFiniteError, TypeError, ValueError
-        As `hessian_solve`.
 
     Notes
     -----

@@ -12,8 +12,7 @@ with rows and columns ordered (sample, unit). T also has the inertia and the det
     inertia(H + εI) = inertia(T) + sign(ε) Σ_l a_out (ã − N)
     log|det(H + εI)| = log|det T| + Σ_l a_out [ (ã − N) log|ε| + log det(z zᵀ) ]
 
-`_riccati` does the same for every chain. It takes 1.2 times the processor time of this form on 100 layers of width 64
-with one sample, and 3 times on 16 layers of width 64 with four samples (medians of interleaved solves, one thread).
+`_riccati` does the same for every chain, and takes up to three times as long (see the page on tuning).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from typing import NamedTuple
 from ddnref._core.arrays import Array, Namespace, namespace_of
 from ddnref._kernels.blocks import Lu, add_diagonal, lu, lu_and_solution, lu_slogdet, lu_solve, matmul
 from ddnref._kernels.dense import identity
-from ddnref._kernels.dense import solve as solve_dense
+from ddnref._kernels.lu import solve_triangular
 from ddnref.curvature.hessian._expansion import Basis, Blocks, Expansion, extended, sum_of_products
 from ddnref.curvature.hessian._riccati import block_diagonal, slogdet_sum
 
@@ -52,9 +51,9 @@ class Inputs(NamedTuple):
 
 
 def inputs(b: Basis) -> Inputs:
-    """From ``z = Rᵀ Qᵀ``: ``z⁺ = R⁻¹ Qᵀ``, ``K = R⁻¹ R⁻ᵀ``."""
-    r_inverse = 1 / b.r if b.r.shape[0] == 1 else solve_dense(b.r, identity(b.r.shape[0], b.r))
-    return Inputs(b, r_inverse @ b.q.mT, r_inverse @ r_inverse.mT)
+    """Return the pseudo-inverse ``z⁺ = R⁻¹ Qᵀ`` of ``z = Rᵀ Qᵀ``, and ``K = z⁺ z⁺ᵀ``."""
+    pseudo = b.q.mT / b.r if b.r.shape[0] == 1 else solve_triangular(b.r, b.q.mT, lower=False)
+    return Inputs(b, pseudo, pseudo @ pseudo.mT)
 
 
 def row(
@@ -111,7 +110,7 @@ class Kept(NamedTuple):
 
 def sweep(bases: list[Basis], e: Expansion, damping: Array | float) -> Iterator[tuple[Kept, Array]]:
     """Eliminate from the last layer to the first; yields what is kept of each, and its pivot."""
-    xp, here = namespace_of(e.curvature), inputs(bases[-1])
+    xp, here = e.xp, inputs(bases[-1])
     pivot, gain = row(xp, here, None, e.curvature, damping)[0], None
     for b in reversed(bases[:-1]):
         before = inputs(b)
