@@ -7,20 +7,33 @@ and a hashable rest of pure functions and shapes, and put together again where t
 from __future__ import annotations
 
 import inspect
+import numbers
+import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any, NamedTuple
 
-from ddnref._core.arrays import Array, as_tuple, namespace_of, nan_where, with_axes
+from ddnref._core.arrays import Array, as_tuple, first_flagged, listed, namespace_of, nan_where, with_axes
+from ddnref._kernels.public import CHECKS
 from ddnref._rules.contract import Rule
 from ddnref.operators import LinearOperator
 
-WARNING = (
-    "A gradient is NaN for at least one item of the batch: the input is not finite, the loss depends on a choice "
-    "inside repeated eigenvalues (see ddnref.gauge_residual), the function is not differentiable there (a singular "
-    "matrix, a change of activity), or an iteration has not converged (see info). Call the operation and its VJP by "
-    "hand with throw=True to see which."
+NAN = (
+    "A gradient is NaN ({}): the input is not finite, the loss depends on a choice inside repeated eigenvalues (see "
+    "ddnref.gauge_residual), the function is not differentiable there (a singular matrix, a change of activity), or "
+    "an iteration has not converged (see info). Call the operation and its VJP by hand with throw=True to see which."
 )
+NAN_TANGENT = (
+    "A tangent is NaN ({}): the input or its tangent is not finite, the direction splits repeated eigenvalues (see "
+    "ddnref.eigh_jvp), the function is not differentiable there (a singular matrix, a change of activity), or an "
+    "iteration has not converged (see info). Call the operation and its JVP by hand with throw=True to see which."
+)
+ITERATE = (
+    "A gradient is that of an iterate ({}): the iteration, or the one that solves for the derivative, has not "
+    'converged, and on_failure="iterate" goes on as if it had. Its error is about that of the iterate (see info).'
+)
+"""Warnings of bridges, with the place of the operation and the items."""
 
 
 # --- options ------------------------------------------------------------------------------------------------------
@@ -32,21 +45,39 @@ def options_of(rule: Rule, options: dict[str, Any], while_loop: Any = None) -> t
     `while_loop` goes to those that iterate, unless the options name one.
     """
     forward, vjp = keywords(rule.forward), keywords(rule.vjp)
-    unknown = set(options) - forward - vjp
+    known = forward | vjp | keywords(rule.jvp) | keywords(rule.second)
+    unknown = set(options) - known
     if unknown:
-        raise TypeError(
-            f"{rule.name} has no option {', '.join(sorted(unknown))}; it takes {', '.join(sorted(forward | vjp))}."
-        )
+        raise TypeError(f"{rule.name} has no option {', '.join(sorted(unknown))}; it takes {', '.join(sorted(known))}.")
     # Options that are given come last and replace the default of the bridge.
     given = {"while_loop": while_loop, **options, "throw": False}
     return {k: v for k, v in given.items() if k in forward}, {k: v for k, v in given.items() if k in vjp}
 
 
+def jvp_options_of(rule: Rule, options: dict[str, Any], while_loop: Any = None) -> dict[str, Any]:
+    """Select the options of the JVP: those of the VJP that it takes as well, and those that it alone takes."""
+    _, of_vjp = options_of(rule, options, while_loop)
+    others = keywords(rule.forward) | keywords(rule.vjp)  # a start of the forward is none of the JVP
+    alone = {name: value for name, value in options.items() if name not in others}
+    given = {**alone, "throw": False, **of_vjp}
+    return {name: value for name, value in given.items() if name in keywords(rule.jvp)}
+
+
 @cache
-def keywords(function: Callable[..., Any]) -> frozenset[str]:
-    """The names of the keyword options of a function."""
+def keywords(function: Callable[..., Any] | None) -> frozenset[str]:
+    """The names of the keyword options of a function; none where there is no function."""
+    if function is None:
+        return frozenset()
     parameters = inspect.signature(function).parameters.values()
     return frozenset(p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY)
+
+
+@cache
+def required_of(function: Callable[..., Any]) -> frozenset[str]:
+    """The names of the options without a default."""
+    parameters = inspect.signature(function).parameters.values()
+    given_by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+    return frozenset(p.name for p in parameters if p.default is p.empty and p.kind not in given_by_place)
 
 
 @cache
@@ -69,58 +100,83 @@ def plain_forward(rule: Rule) -> Callable[..., tuple[tuple[Array, ...], tuple[Ar
 @cache
 def plain_vjp(rule: Rule) -> Callable[..., tuple[Array, ...]]:
     """The VJP as a tuple of cotangents, without the status of an iteration; always the same function, too."""
-    # torch.compile accepts closures over a function and a flag, but not over a rule.
-    function, iterates = rule.vjp, rule.vjp_info is not None
+    return _without_status(rule.vjp, rule.vjp_info is not None)
 
+
+@cache
+def plain_jvp(rule: Rule) -> Callable[..., tuple[Array, ...]]:
+    """The JVP as a tuple of tangents, without the status of an iteration; always the same function, too."""
+    return _without_status(rule.jvp, rule.vjp_info is not None)
+
+
+def _without_status(function: Callable[..., Any], iterates: bool) -> Callable[..., tuple[Array, ...]]:
+    # torch.compile accepts closures over a function and a flag, but not over a rule.
     @wraps(function)
-    def vjp(*arrays: Array | None, **options: Any) -> tuple[Array, ...]:
+    def derivative(*arrays: Array | None, **options: Any) -> tuple[Array, ...]:
         result = function(*arrays, **options)
         return as_tuple(result[0] if iterates else result)
 
-    return vjp
+    return derivative
 
 
 class Bound(NamedTuple):
     """A rule with its options bound, as bridges call it."""
 
     forward: Callable[..., tuple[tuple[Array, ...], tuple[Array, ...], tuple[Array, ...]]]
-    """Outputs, saved arrays, and the fields of ``rule.info``; outputs that have not converged are NaN."""
+    """Outputs, saved arrays, and the fields of ``rule.info``; outputs that have not converged are NaN, unless
+    iterates are wanted."""
     reverse: Callable[..., tuple[Array | None, ...]]
     """``reverse(bars, arrays)``: from cotangents of outputs and saved arrays, or ``None``, to those of the inputs;
     `arrays` are outputs, saved arrays and the inputs that the rule needs."""
-    undefined: Callable[..., Array] | None  # as in the rule, its tolerance bound
+    push: Callable[..., tuple[Array, ...]] | None
+    """``push(dots, arrays)``: from tangents of the inputs, or ``None``, to those of the outputs, with the same arrays;
+    empty where no input moves. ``None`` where another library computes. With ``throw=True`` it raises, not NaN."""
+    push_saved: Callable[..., tuple[Array | None, ...]] | None
+    """``push_saved(dots, arrays)``: the tangents of the saved arrays, which only a second derivative uses."""
+    second: Callable[..., Array] | None
+    """``second(x_dot, y_bar, *arrays)`` as in the rule; ``None`` also where an option is missing that it needs."""
+    undefined: Callable[..., Array] | None  # as in the rule, its options bound
     result: Callable[..., Any]
     """``result(outputs, info)``: the return value of the operation, put together again."""
 
 
-def bind(rule: Rule, options: dict[str, Any], while_loop: Any = None, solve: Callable[..., Any] | None = None) -> Bound:
+def bind(
+    rule: Rule,
+    options: dict[str, Any],
+    while_loop: Any = None,
+    solve: Callable[..., Any] | None = None,
+    notify: Callable[[Array], None] | None = None,
+) -> Bound:
     """Bind options once, or raise a ``TypeError`` that names those that are unknown or missing.
 
-    `solve` is the function with which a recursive rule's VJP solves: the operation itself, made differentiable.
+    `solve` is the function with which the derivatives of a recursive rule solve: `rule.inner`, made differentiable.
+    `notify` is called by the VJP with flags of the items whose gradient is that of an iterate.
     """
+    options = dict(options)
+    on_failure = options.pop("on_failure", "nan")
+    CHECKS["on_failure"]("on_failure", on_failure)
+    if on_failure == "iterate" and rule.info is None:
+        raise TypeError(f'on_failure="iterate" was given, but {rule.name} does not iterate: leave it out.')
     # An option without a default is required; without it the call inside the framework would fail obscurely.
-    required = {
-        p.name
-        for function in (rule.forward, rule.vjp)
-        for p in inspect.signature(function).parameters.values()
-        if p.default is p.empty and p.kind not in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL)
-    }
+    required = required_of(rule.forward) | required_of(rule.vjp)
     if required - set(options):
         missing = ", ".join(f"{name}=..." for name in sorted(required - set(options)))
         raise TypeError(f"Bind the options of {rule.name} once: differentiable(ddnref.{rule.name}, {missing}).")
     forward_options, vjp_options = options_of(rule, options, while_loop)
+    jvp_options = jvp_options_of(rule, options, while_loop)
     if rule.recursive and solve is not None:
-        vjp_options["solve"] = solve
+        vjp_options["solve"] = jvp_options["solve"] = solve
     # Closures over single fields, which torch.compile can guard.
-    rtol = {"rtol": options["rtol"]} if "rtol" in options else {}
-    function, undefined, iterates = rule.forward, rule.undefined, rule.info is not None
+    function, iterates = rule.forward, rule.info is not None
 
     def forward(*inputs: Array) -> tuple[tuple[Array, ...], tuple[Array, ...], tuple[Array, ...]]:
         result = function(*inputs, **forward_options)
         if not iterates:
             return as_tuple(result[0]), result[1], ()
-        # With throw=False an item that has not converged is returned as it is; a bridge must not pass it on.
+        # With throw=False an item that has not converged is returned as it is.
         (outputs, saved), info = result
+        if on_failure == "iterate":
+            return as_tuple(outputs), (info.converged, *saved), tuple(info)
         outputs = tuple(nan_where(~spread(info.converged, y), y) for y in as_tuple(outputs))
         return outputs, saved, tuple(info)
 
@@ -128,10 +184,18 @@ def bind(rule: Rule, options: dict[str, Any], while_loop: Any = None, solve: Cal
         value = outputs[0] if rule.outputs == 1 else outputs
         return value if rule.info is None else (value, rule.info(*info))
 
+    if on_failure == "nan":
+        reverse, push = _reverse(rule, vjp_options), _push(rule, jvp_options)
+    else:
+        reverse = _at_iterate(rule.vjp, rule, vjp_options, notify)
+        push = _at_iterate(rule.jvp, rule, jvp_options, notify)
     return Bound(
         forward,
-        _reverse(rule, vjp_options),
-        None if undefined is None else lambda *arrays: undefined(*arrays, **rtol),
+        reverse,
+        push,
+        _push_saved(rule),
+        _second(rule, options),
+        _undefined(rule, options, on_failure),
         result,
     )
 
@@ -156,6 +220,114 @@ def _reverse(rule: Rule, options: dict[str, Any]) -> Callable[..., tuple[Array |
     return reverse
 
 
+def _push(rule: Rule, options: dict[str, Any]) -> Callable[..., tuple[Array, ...]]:
+    jvp, can_throw = plain_jvp(rule), "throw" in options
+
+    def push(dots: tuple[Array | None, ...], arrays: tuple[Array, ...], throw: bool = False) -> tuple[Array, ...]:
+        if all(dot is None for dot in dots):
+            return ()
+        dots = _with_optional(rule, dots)
+        return jvp(*dots, *arrays, **({**options, "throw": True} if throw and can_throw else options))
+
+    return push
+
+
+def _push_saved(rule: Rule) -> Callable[..., tuple[Array | None, ...]] | None:
+    function, n = rule.saved_jvp, rule.outputs
+    if function is None:
+        return None
+
+    def push_saved(dots: tuple[Array | None, ...], arrays: tuple[Array, ...]) -> tuple[Array | None, ...]:
+        if all(dot is None for dot in dots):
+            return ()
+        return as_tuple(function(*_with_optional(rule, dots), *arrays[n:]))
+
+    return push_saved
+
+
+def _with_optional(rule: Rule, dots: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
+    """The tangents, and ``None`` for each optional input that was not given: outputs come after all of them."""
+    return (*dots, *(None,) * (len(inputs_of(rule)) - len(dots)))
+
+
+def _second(rule: Rule, options: dict[str, Any]) -> Callable[..., Array] | None:
+    function = rule.second
+    if function is None or not required_of(function) <= set(options):
+        return None
+    given = {name: value for name, value in options.items() if name in keywords(function)}
+    given["throw"] = False
+
+    # A closure, not a partial function, for torch.compile.
+    def second(*arrays: Array) -> Array:
+        moved: Array = function(*arrays, **given)
+        return moved
+
+    return second
+
+
+def _undefined(rule: Rule, options: dict[str, Any], on_failure: str) -> Callable[..., Array] | None:
+    function, n = rule.undefined, rule.outputs
+    if function is None:
+        return None
+    given = {name: value for name, value in options.items() if name in keywords(function)}
+
+    def undefined(*arrays: Array) -> Array:
+        if on_failure == "iterate":
+            arrays = (*arrays[:n], *arrays[n + 1 :])  # without the flags of what has converged
+        return function(*arrays, **given)
+
+    return undefined
+
+
+def _at_iterate(
+    function: Callable[..., Any], rule: Rule, options: dict[str, Any], notify: Callable[[Array], None] | None
+) -> Callable[..., tuple[Array | None, ...]]:
+    """A derivative of an iterative rule, its VJP or JVP, at the last iterate, as if that had converged.
+
+    The first saved array is the flags of the items that did converge.
+    """
+    n, count, known = rule.outputs, rule.outputs if function is rule.vjp else None, keywords(function)
+    if "check_rtol" in known:
+        options = {"check_rtol": float("inf"), **options}
+    if "on_failure" in known:
+        options = {**options, "on_failure": "iterate"}
+    inner = rule.inner or rule
+    bridged = rule.recursive and "solve" in options
+    solve = partial(options["solve"], on_failure="iterate") if bridged else inner.function
+
+    def derivative(given: tuple[Array | None, ...], arrays: tuple[Array, ...]) -> tuple[Array | None, ...]:
+        given = given[:count]  # cotangents of saved arrays come only from a second derivative
+        if all(x is None for x in given):
+            return ()
+        if function is rule.jvp:
+            given = _with_optional(rule, given)
+        converged = [arrays[n]]
+
+        def solve_to_iterate(*inputs: Any, **others: Any) -> Any:
+            x, info = solve(*inputs, **others)
+            converged.append(info.converged)
+            return x, info._replace(converged=info.converged | True)
+
+        own_solve = {"solve": solve_to_iterate} if rule.recursive else {}
+        result = function(*given, *arrays[:n], *arrays[n + 1 :], **{**options, **own_solve})
+        if rule.vjp_info is not None:
+            result, info = result
+            converged.append(info.converged)
+        if notify is not None:
+            notify(_any_false(converged))
+        return as_tuple(result)
+
+    return derivative
+
+
+def _any_false(flags: Sequence[Array]) -> Array:
+    """Return which items lack one of several flags; flags of other axes count for all items."""
+    first, *others = (~flag for flag in flags)
+    for other in others:
+        first = first | (other if other.shape == first.shape else namespace_of(other).any(other))
+    return first
+
+
 @cache
 def inputs_of(rule: Rule) -> tuple[inspect.Parameter, ...]:
     """The arrays and operators that the operation takes."""
@@ -178,6 +350,66 @@ def spread(flags: Array, like: Array) -> Array:
 def failed(x_bar: Array) -> Array:
     """Return where a gradient is NaN. One column tells, because all entries of a failed item are NaN."""
     return namespace_of(x_bar).isnan(x_bar[..., :1] if x_bar.ndim else x_bar)
+
+
+def failed_items(flags: Array, axes: int | None) -> Array | None:
+    """Reduce the flags of `failed` to one per item, whose own axes are the last `axes`; ``None`` if unknown."""
+    if axes is None:
+        return None
+    return namespace_of(flags).any(flags, axis=tuple(range(flags.ndim - axes, flags.ndim))) if axes else flags
+
+
+def widest(gradients: Sequence[Array | None], axes: Sequence[int | None]) -> int:
+    """The gradient that has the most batch axes, and so tells items apart that share other inputs."""
+    pairs = enumerate(zip(gradients, axes, strict=False))
+    batch = {i: x.ndim - n for i, (x, n) in pairs if x is not None and n is not None}
+    return max(batch, key=batch.__getitem__, default=0)
+
+
+def warn(message: str, operation: str, items: Any = None) -> None:
+    """Warn of gradients of an operation; `items` are flags of those concerned, as an array of NumPy if known."""
+    warnings.warn(message.format(operation + _among(items)), RuntimeWarning, stacklevel=3)
+
+
+def _among(items: Any) -> str:
+    """Return in words which items of a batch are flagged."""
+    places, count = ([], 0) if items is None or items.ndim == 0 else first_flagged(items)
+    if count == 0:
+        return ""
+    more = f" and {count - len(places)} more" if count > len(places) else ""
+    size = str(tuple(items.shape) if items.ndim > 1 else items.shape[0])
+    return f", item{'s' if count > 1 else ''} {listed(places)}{more} of {size}"
+
+
+def named(function: Callable[..., Any], rule: Rule) -> Callable[..., Any]:
+    """Give a bridge's function the name and the docstring of the operation."""
+    function.__name__ = function.__qualname__ = rule.name
+    function.__doc__ = rule.function.__doc__
+    return function
+
+
+def own_axes(rule: Rule, layout: Layout) -> tuple[int | None, ...]:
+    """How many axes of each array of a layout are those of one item; ``None`` for the parameters of an operator."""
+    axes = _axes_in(rule.signature.split("->")[0])
+    # The vectors of an operator may have several axes for each of its two letters.
+    long: dict[str, int] = {}
+    for part, letters in zip(layout.parts, axes, strict=False):
+        if part is not None:
+            long = {letters[0]: len(part.range_shape), letters[1]: len(part.domain_shape)}
+    found: list[int | None] = []
+    for part, count, letters in zip(layout.parts, layout.counts, axes, strict=False):
+        found += [sum(long.get(letter, 1) for letter in letters) if part is None else None] * count
+    return tuple(found)
+
+
+def output_axes(rule: Rule, layout: Layout) -> tuple[int | None, ...]:
+    """How many axes of each output are those of one item; ``None`` where an operator decides."""
+    return tuple(len(letters) if layout.plain else None for letters in _axes_in(rule.signature.split("->")[1]))
+
+
+def _axes_in(signature: str) -> list[list[str]]:
+    """The letters of the axes of each array, in one part of a signature."""
+    return [part.split(",") if part else [] for part in re.findall(r"\(([^)]*)\)", signature)]
 
 
 # --- operators among the inputs -----------------------------------------------------------------------------------
@@ -212,6 +444,20 @@ class Layout(NamedTuple):
             own = tuple(next(rest) for _ in range(count))
             yield own[0] if part is None else part._replace(params=own)
 
+    def directions(self, dots: Sequence[Array | None], operands: dict[int, Any]) -> Iterator[Any]:
+        """Put tangents together again: for an operator a tuple, ``None`` where none of its parameters moves.
+
+        `operands` are the operators by their position; a parameter that rests beside one that moves gets zeros.
+        """
+        rest = iter(dots)
+        for i, (part, count) in enumerate(zip(self.parts, self.counts, strict=True)):
+            own = tuple(next(rest) for _ in range(count))
+            if part is None or all(dot is None for dot in own):
+                yield own[0] if part is None else None
+            else:
+                pairs = zip(own, operands[i].params, strict=True)
+                yield tuple(namespace_of(p).zeros_like(p) if dot is None else dot for dot, p in pairs)
+
 
 def flatten(inputs: Sequence[Any]) -> tuple[Layout, tuple[Array, ...]]:
     """Take the inputs apart into a layout and arrays."""
@@ -233,7 +479,7 @@ def refuse_foreign(rule: Rule, inputs: Sequence[Any], is_own: Callable[[Any], bo
 
 
 def on_arrays(bound: Bound, rule: Rule, layout: Layout) -> Bound:
-    """A bound operation that takes the arrays of a layout, and gives a cotangent for each."""
+    """A bound operation that takes the arrays of a layout, and takes or gives a tangent or cotangent for each."""
     if layout.plain:
         return bound
     # The VJP sees the needed inputs alone.
@@ -248,7 +494,44 @@ def on_arrays(bound: Bound, rule: Rule, layout: Layout) -> Bound:
         results, inputs = arrays[: len(arrays) - count], arrays[len(arrays) - count :]
         return tuple(leaves(bound.reverse(bars, (*results, *needed.join(inputs)))))
 
-    return bound._replace(forward=forward, reverse=reverse)
+    def on_operators(push: Callable[..., Any] | None) -> Callable[..., Any] | None:
+        if push is None:
+            return None
+
+        def pushed(dots: tuple[Array | None, ...], arrays: tuple[Array, ...]) -> tuple[Array | None, ...]:
+            results, inputs = arrays[: len(arrays) - count], arrays[len(arrays) - count :]
+            operands = tuple(needed.join(inputs))
+            directions = layout.directions(dots, dict(zip(rule.needs, operands, strict=False)))
+            return push(tuple(directions), (*results, *operands))  # type: ignore[no-any-return]
+
+        return pushed
+
+    def undefined(*arrays: Array) -> Array:
+        results, inputs = arrays[: len(arrays) - count], arrays[len(arrays) - count :]
+        return bound.undefined(*results, *needed.join(inputs))  # type: ignore[misc]
+
+    push, push_saved = on_operators(bound.push), on_operators(bound.push_saved)
+    flags = None if bound.undefined is None else undefined
+    return bound._replace(forward=forward, reverse=reverse, push=push, push_saved=push_saved, undefined=flags)
+
+
+@cache
+def _places_of_numbers(function: Callable[..., Any]) -> frozenset[int]:
+    """Positions of the arguments that may be numbers instead of arrays, by their annotation."""
+    parameters = inspect.signature(function).parameters.values()
+    return frozenset(i for i, p in enumerate(parameters) if p.annotation == "Array | float")
+
+
+def numbers_as_arrays(
+    function: Callable[..., Any], inputs: Sequence[Any], array: Callable[[float, Any], Any]
+) -> tuple[Any, ...]:
+    """The inputs, with numbers made arrays by ``array(number, first input)`` where the function takes numbers."""
+    if not any(isinstance(x, numbers.Real) for x in inputs):
+        return tuple(inputs)
+    places = _places_of_numbers(function)
+    return tuple(
+        array(float(x), inputs[0]) if i in places and isinstance(x, numbers.Real) else x for i, x in enumerate(inputs)
+    )
 
 
 def leaves(bars: Any) -> Iterator[Array | None]:

@@ -32,6 +32,31 @@ class Backend(NamedTuple):
     while_loop: Any = None
     """The library's own loop, if compiled iterations need one."""
 
+    # A library that compiles would do so for every operation of a check, and every shape. There the checks hold arrays
+    # of NumPy, and only the functions of a rule run on the library.
+
+    def hold(self, values: NDArray[Any]) -> Array:
+        """Make an array for the arithmetic of checks."""
+        return values if self.compiles else self.convert(values)
+
+    def bound(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """Bind the options of a function, for arrays that checks hold."""
+        return self.held(self.bind(function, **options))
+
+    def held(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `function` for arrays that checks hold."""
+        return self._lifted(function) if self.compiles else function
+
+    def _lifted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def copied(result: Any) -> Any:
+            if isinstance(result, tuple):
+                return tuple(map(copied, result))
+            if type(result).__module__ == "numpy":
+                raise TypeError(f"a function of {self.name} arrays returned one of NumPy")
+            return self.to_numpy(result)
+
+        return lambda *arrays: copied(function(*(None if a is None else self.convert(np.asarray(a)) for a in arrays)))
+
 
 class MissingDependencyError(Exception):
     """An optional dependency is not installed or not usable; the message says how to install it."""
@@ -52,10 +77,7 @@ def require(*modules: str, extra: str, what: str) -> None:
 def backend(name: str) -> Iterator[Backend]:
     """Load the array library `name`. The strict flags of array-api-strict hold only inside the ``with`` block.
 
-    Raises
-    ------
-    MissingDependencyError
-        The library is not installed, or it is CuPy and there is no GPU.
+    Raises `MissingDependencyError` if the library is not installed, or if it is CuPy and there is no GPU.
     """
     opened, inside = _LOADERS[name]()
     with inside:
@@ -99,7 +121,11 @@ def _jax() -> Loaded:
         # Options are Python values and functions: static, so that each combination is compiled once.
         return partial(jax.jit(function, static_argnames=tuple(options)), **options)
 
-    return Backend("jax", jax.__version__, jax.numpy.asarray, np.asarray, bind, True, jax.lax.while_loop), nullcontext()
+    # JAX compiles a function once more for arrays that are not bound to a device, and once more for each precision of
+    # products. Rules make theirs on the device of their inputs and in full precision: so do the checks around them.
+    convert = partial(jax.numpy.asarray, device=jax.devices()[0])
+    loaded = Backend("jax", jax.__version__, convert, np.asarray, bind, True, jax.lax.while_loop)
+    return loaded, jax.default_matmul_precision("highest")
 
 
 def _strict() -> Loaded:

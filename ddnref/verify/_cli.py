@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ddnref {ddnref.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    verify = _command(commands, "verify", "check every VJP on this machine; exit code 1 when one is wrong")
+    verify = _command(commands, "verify", "check every VJP and JVP on this machine; exit code 1 when one is wrong")
     verify.add_argument("--dtype", choices=(*DTYPES, "all"), default="all", help="default: all four")
     verify.set_defaults(command=_verify)
 

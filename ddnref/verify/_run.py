@@ -12,7 +12,7 @@ from typing import TextIO
 from ddnref._rules import table as _rules
 from ddnref.verify import _checks as checks
 from ddnref.verify._backends import Backend
-from ddnref.verify._checks import Case, Outcome
+from ddnref.verify._problem import Case, Outcome
 
 WIDTH = 80  # columns; no line of the output is longer
 ROW = "  {:<23}  {:>7}  {:>9}  {:<4}  {}"  # what was checked, error, tolerance, result, worst case

@@ -53,6 +53,15 @@ def random_spectrum(rng: np.random.Generator, batch: tuple[int, ...], spectrum: 
     return (x + np.conj(np.swapaxes(x, -1, -2))) / 2
 
 
+def with_singular_values(
+    rng: np.random.Generator, batch: Batch, m: int, n: int, values: Any, is_complex: bool = False
+) -> Any:
+    """A random m×n matrix with the given singular values, at most ``min(m, n)``."""
+    s = np.asarray(values)
+    left, right = (np.linalg.qr(normal(rng, (*batch, side, s.shape[-1]), is_complex))[0] for side in (m, n))
+    return (left * s[..., None, :]) @ np.conj(np.swapaxes(right, -1, -2))
+
+
 def eigen_loss(convert: Convert, rng: np.random.Generator, shape: tuple[int, ...], k: int, is_complex: bool) -> Loss:
     """``Σ c_i λ_i + Re Σ (a_iᴴ y_i)(y_iᴴ b_i)``: every first-order loss of simple eigenpairs, free of gauge."""
     a, b = (convert(normal(rng, (*shape, k), is_complex)) for _ in range(2))

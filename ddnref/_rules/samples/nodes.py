@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ddnref._rules.samples import Batch, Convert, Sample, is_double
+from ddnref._rules.samples import Batch, Convert, Sample
 
 
 def sphere(convert: Convert, rng: np.random.Generator, batch: Batch, m: int, _: bool, **options: Any) -> Sample:
@@ -47,9 +47,8 @@ def sinkhorn(convert: Convert, rng: np.random.Generator, batch: Batch, m: int, _
     m = max(m, 2)  # a single row would leave nothing to choose
     p, q = rng.uniform(0.5, 1.5, (*batch, m)), rng.uniform(0.5, 1.5, (*batch, m + 1))
     p, q = p / np.sum(p, axis=-1, keepdims=True), q / np.sum(q, axis=-1, keepdims=True)
-    inputs = tuple(convert(z) for z in (rng.uniform(0, 1, (*batch, m, m + 1)), p, q))
-    rtol = 1e-13 if is_double(inputs[0]) else 1e-6
-    return Sample(inputs, {"eps": 0.2, "rtol": rtol}, None, 0.3, 1e3)
+    cost, eps = rng.uniform(0, 1, (*batch, m, m + 1)), rng.uniform(0.15, 0.25, batch)
+    return Sample(tuple(convert(np.asarray(z)) for z in (cost, p, q, eps)), {}, None, 0.1, 1e3)
 
 
 def robust_pool(convert: Convert, rng: np.random.Generator, batch: Batch, m: int, _: bool, **options: Any) -> Sample:
