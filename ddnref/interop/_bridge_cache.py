@@ -8,7 +8,6 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any, TypeAlias
 
 from ddnref._rules.contract import Rule
-from ddnref._rules.table import RULES
 
 LIBRARIES = ("math", "numpy", "jax", "jax.numpy", "torch")
 Bridge: TypeAlias = Callable[[Rule, dict[str, Any]], Callable[..., Any]]
@@ -18,15 +17,15 @@ def cached_by_options(bridge: Bridge) -> Bridge:
     """Make a bridge return the same function for the same options, where these cannot change."""
 
     @lru_cache(maxsize=256)
-    def find(name: str, options: tuple[tuple[str, Any, str], ...]) -> Callable[..., Any]:
-        return bridge(RULES[name], {key: value for key, value, _ in options})
+    def find(rule: Rule, options: tuple[tuple[str, Any, str], ...]) -> Callable[..., Any]:
+        return bridge(rule, {key: value for key, value, _ in options})
 
     @wraps(bridge)
     def cached(rule: Rule, options: dict[str, Any]) -> Callable[..., Any]:
         if not all(map(is_constant, options.values())):
             return bridge(rule, options)
         # The text of an option is part of the key, because 2, 2.0 and True are equal and have the same hash.
-        return find(rule.name, tuple((key, value, repr(value)) for key, value in sorted(options.items())))
+        return find(rule, tuple((key, value, repr(value)) for key, value in sorted(options.items())))
 
     return cached
 

@@ -165,5 +165,6 @@ def checked(given: Sequence[Given], options: dict[str, Any]) -> tuple[dict[str, 
     # Results may have axes that no argument has: columns that an option asks for, or a bias.
     sizes.update({axis: options[axis] for axis in ("k", "n") if axis not in sizes and options.get(axis) is not None})
     sizes.setdefault("k", min(sizes.get("m", 0), sizes.get("n", 0)))
+    sizes.setdefault("l", min(sizes.get("m", 0), sizes.get("n", 0)))
     sizes.setdefault("p", sizes.get("n", 0) + bool(options.get("bias", True)))
     return sizes, dtype

@@ -57,11 +57,12 @@ def computed_by(compute: str, rule: Rule, bound: Bound) -> tuple[Rule, Bound]:
     # PyTorch cannot trace this VJP. So the rule counts as one whose VJP iterates: whole batches, no second derivative.
     opaque = rule._replace(
         vjp_info=rule.vjp_info or tuple,
+        direct=False,
         recursive=False,
         undefined=None,
         refusal=REFUSAL.format(name=rule.name, library=compute),
     )
-    return opaque, Bound(forward, reverse, None, bound.result)
+    return opaque, Bound(forward, reverse, None, None, None, None, bound.result)
 
 
 @contextmanager

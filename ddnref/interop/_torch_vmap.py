@@ -14,6 +14,7 @@ import torch
 
 from ddnref._rules.binding import Layout
 from ddnref.operators import LinearOperator
+from ddnref.operators._operator import batch_axes
 
 Tensor: TypeAlias = Any
 
@@ -28,32 +29,46 @@ def mapped_axis_first(size: int, in_dims: tuple[int | None, ...], arrays: tuple[
 
 def align_batch(
     layout: Layout, item_axes: tuple[int, ...], arrays: tuple[Tensor, ...]
-) -> tuple[Layout, tuple[Tensor, ...]]:
+) -> tuple[Layout, tuple[Tensor, ...], int]:
     """Line up the batch axes of arrays that have the mapped axis in front; return layout and arrays of the batch.
 
-    `item_axes` says how many axes of each input belong to one item, where inputs broadcast against each other.
+    `item_axes` says how many axes of each input belong to one item, where inputs broadcast against each other. The last
+    result is the number of batch axes behind the mapped one.
     """
     if layout.plain:
         if not item_axes:
-            return layout, arrays
+            return layout, arrays, 0
         own = item_axes[: len(arrays)]
         lead = max(array.ndim - n for array, n in zip(arrays, own, strict=True))
-        return layout, tuple(_with_single_axes(array, lead + n) for array, n in zip(arrays, own, strict=True))
+        aligned = tuple(_with_single_axes(array, lead + n) for array, n in zip(arrays, own, strict=True))
+        return layout, aligned, lead - 1
 
-    # Apply the operator of one item to zeros, which shows how many batch axes its parameters have.
+    # The product of one item's operator with zeros shows how many batch axes its parameters have.
     inputs = list(layout.join(arrays))
     (operator,) = (x for x in inputs if isinstance(x, LinearOperator))
     dtype = next((array.dtype for array in arrays if array.is_complex()), arrays[-1].dtype)
-    vector = torch.zeros(operator.domain_shape, dtype=dtype, device=arrays[0].device)
-    image = operator.apply(tuple(parameter[0] for parameter in operator.params), vector)
+    item = operator.with_params(*(parameter[0] for parameter in operator.params))
+    batch, _ = batch_axes(item, torch.zeros(operator.domain_shape, dtype=dtype, device=arrays[0].device))
 
-    # Right-hand sides and starting points may have more batch axes than that.
+    # Right-hand sides and starting points may have more batch axes than that, where they broadcast.
     n = len(operator.range_shape)
-    lead = max([image.ndim - n, *(x.ndim - 1 - n for x in inputs if not isinstance(x, LinearOperator))])
+    if not item_axes:
+        parts = tuple(None if part is None else _mapped_operator(part, len(batch)) for part in layout.parts)
+        return Layout(parts, layout.counts), arrays, len(batch)
+    lead = max([len(batch), *(x.ndim - 1 - n for x in inputs if not isinstance(x, LinearOperator))])
     parts = tuple(None if part is None else _mapped_operator(part, lead) for part in layout.parts)
     flat: list[Tensor] = []
     for x in inputs:
         flat.extend(x.params if isinstance(x, LinearOperator) else (_with_single_axes(x, lead + 1 + n),))
+    return Layout(parts, layout.counts), tuple(flat), lead
+
+
+def align_held(layout: Layout, arrays: tuple[Tensor, ...], lead: int, own: int) -> tuple[Layout, tuple[Tensor, ...]]:
+    """Line up what options hold with vectors of `lead` batch axes and `own` axes, and the mapped axis in front."""
+    parts = tuple(None if part is None else _mapped_operator(part, lead) for part in layout.parts)
+    flat: list[Tensor] = []
+    for x in layout.join(arrays):
+        flat.extend(x.params if isinstance(x, LinearOperator) else (_with_single_axes(x, max(1 + lead + own, x.ndim)),))
     return Layout(parts, layout.counts), tuple(flat)
 
 
@@ -86,7 +101,15 @@ def _mapped_operator(part: LinearOperator, lead: int) -> LinearOperator:
         axes = (0,) * len(params), mapped_axis(y_bar, target), mapped_axis(x, domain)
         return tuple(torch.func.vmap(part.params_vjp, in_dims=axes)(params, y_bar, x))
 
+    def motion(f: Callable[..., Tensor] | None, own: int) -> Callable[..., Tensor] | None:
+        if f is None:
+            return None
+        # A product of parameters and their tangents with a vector is one of twice as many parameters.
+        both = product(lambda pairs, x: f(pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :], x), own)
+        return lambda params, params_dot, x: both((*params, *params_dot), x)
+
     return LinearOperator(
         (), product(part.apply, domain), product(part.adjoint, target), params_vjp,
         part.domain_shape, part.range_shape, part.self_adjoint, part.positive_definite,
+        params_jvp=motion(part.params_jvp, domain), adjoint_jvp=motion(part.adjoint_jvp, target),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""HIPS autograd: ``differentiable(op)`` makes an operation on NumPy arrays use our VJP, for first derivatives.
+"""HIPS autograd: ``differentiable(op)`` makes an operation on NumPy arrays use our VJP and JVP, for first derivatives.
 
 A complex gradient of autograd is the conjugate of ours; the bridge converts.
 """
@@ -10,44 +10,37 @@ from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
-from autograd.core import defvjp_argnums
-from autograd.extend import Box, primitive
-from autograd.tracer import getval
+
+from ddnref.interop._extras import needed_by_bridge
+
+with needed_by_bridge("autograd"):
+    from autograd.core import defjvp_argnums, defvjp_argnums
+    from autograd.extend import Box, primitive
+    from autograd.tracer import getval
 
 from ddnref._core.arrays import Array
-from ddnref._rules.binding import Bound, Layout, bind, flatten, refuse_foreign
+from ddnref._rules.binding import Bound, Layout, flatten, named, numbers_as_arrays, refuse_foreign
 from ddnref._rules.contract import Rule
 from ddnref._rules.table import rule_of
-from ddnref.interop._numpy_pair import numpy_pair, refuse_second_derivative
+from ddnref.interop._on_numpy import bind_on_numpy, on_numpy, refuse_second_derivative
 
 
 def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Turn one of ddnref's operations into a function that HIPS autograd differentiates with our VJP.
+    """Turn one of ddnref's operations into a function that HIPS autograd differentiates with our VJP and JVP.
 
-    Parameters
-    ----------
-    operation : callable
-        A public operation with a rule, such as ``ddnref.eigh``.
-    **options
-        Options of the operation and of its VJP, bound once: ``differentiable(ddnref.eigh_topk, k=4)``.
-
-    Returns
-    -------
-    function : callable
-        Takes arrays or autograd's boxes and returns the same values as the operation. Gradients follow the convention
-        of ``autograd.grad``.
+    Its operation, options and missing gradients are those of all bridges, see `ddnref.interop`. The function takes
+    arrays or autograd's boxes. Gradients follow the convention of ``autograd.grad``, and ``autograd.make_jvp`` gives
+    the tangents of the JVP.
 
     Raises
     ------
-    TypeError
-        The operation has no rule, an option is unknown, or a required one is missing.
     NotImplementedError
-        When a second derivative is taken: autograd traces NumPy functions, not those of the array API.
+        When a second derivative is taken, in any order of the modes: autograd traces NumPy functions, not those of the
+        array API.
 
     Notes
     -----
-    Where no gradient exists (a gauge-dependent loss, a singular matrix), that item's gradient is NaN and a warning
-    says why. The status of an iteration is a plain array. Make an operator from plain arrays first; its method
+    The status of an iteration is a plain array. Make an operator from plain arrays first; its method
     ``with_params(...)`` then takes autograd's boxes.
 
     Examples
@@ -60,11 +53,12 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
            [0., 1.]])
     """
     rule = rule_of(operation)
-    bound = bind(rule, options)
+    bound = bind_on_numpy(rule, options)
     operate = lru_cache(maxsize=16)(partial(_operation, rule, bound))
     n, fields = rule.outputs, rule.info_fields
 
     def function(*inputs: Any) -> Any:
+        inputs = numbers_as_arrays(rule.forward, inputs, lambda number, x: np.asarray(number, _bare(x).dtype))
         refuse_foreign(rule, inputs, lambda x: isinstance(x, np.ndarray | np.generic | Box), "a NumPy array")
         layout, arrays = flatten(inputs)
         flat = operate(layout)(*arrays)
@@ -72,37 +66,55 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
         info = tuple(_bare(flat[i]) for i in range(len(flat) - fields, len(flat)))
         return bound.result(tuple(flat[i] for i in range(n)), info)
 
-    function.__name__ = function.__qualname__ = rule.name
-    function.__doc__ = operation.__doc__
-    return function
+    return named(function, rule)
 
 
 def _operation(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., Any]:
     """A primitive of the arrays of a layout, which returns outputs, saved arrays and status in one tuple."""
-    forward, reverse_on_numpy = numpy_pair(rule, bound, layout)
-    operate = primitive(forward)
+    there = on_numpy(rule, bound, layout)
+    operate = primitive(there.forward)
     needs, n, fields = layout.places(rule.needs), rule.outputs, rule.info_fields
+    count = sum(layout.counts)
 
-    # The VJP is a primitive too, so that its own derivative can be refused.
+    # The derivatives are primitives too, so that their own derivatives can be refused.
     @primitive
     def reverse(*arrays: Array) -> tuple[Array, ...]:
         # Conjugate on the way in and out, for autograd's convention.
-        gradients = reverse_on_numpy(tuple(map(np.conj, arrays[:n])), arrays[n:])
+        gradients = there.reverse(tuple(map(np.conj, arrays[:n])), arrays[n:])
         return tuple(None if g is None else np.conj(g) for g in gradients)
 
+    @primitive
+    def push(*arrays: Array | None) -> tuple[Array, ...]:
+        # Tangents have no convention to convert.
+        dots, rest = arrays[:count], arrays[count:]
+        return there.push(dots, rest) or tuple(map(np.zeros_like, rest[:n]))
+
+    def kept(flat: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The last arrays that a derivative takes: outputs, saved arrays and the needed inputs."""
+        results = (flat[i] for i in range(len(flat) - fields))
+        return *results, *(inputs[i] for i in needs if i < len(inputs))
+
     def pull(argnums: Sequence[int], flat: Any, inputs: tuple[Any, ...], _: Any) -> Callable[[Any], list[Any]]:
-        results = tuple(flat[i] for i in range(len(flat) - fields))
+        arrays = kept(flat, inputs)
 
         def cotangents(bars: Any) -> list[Any]:
-            arrays = *results, *(inputs[i] for i in needs if i < len(inputs))
             found = reverse(*(bars[i] for i in range(n)), *arrays)
             found = found or (None,) * len(inputs)  # no output was used
             return [np.zeros_like(_bare(inputs[i])) if found[i] is None else found[i] for i in argnums]
 
         return cotangents
 
+    def tangents(argnums: Sequence[int], dots: Sequence[Any], flat: Any, inputs: tuple[Any, ...], _: Any) -> Any:
+        moving = dict(zip(argnums, dots, strict=True))
+        found = push(*map(moving.get, range(count)), *kept(flat, inputs))
+        # Nothing uses those of saved arrays and of the status.
+        return (*found, *(None,) * (len(flat) - n))
+
     defvjp_argnums(operate, pull)
-    defvjp_argnums(reverse, refuse_second_derivative("autograd"))
+    defjvp_argnums(operate, tangents)
+    for derivative in (reverse, push):
+        defvjp_argnums(derivative, refuse_second_derivative("autograd"))
+        defjvp_argnums(derivative, refuse_second_derivative("autograd"))
     return operate  # type: ignore[no-any-return]
 
 

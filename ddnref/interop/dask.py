@@ -15,14 +15,18 @@ from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import dask
-import dask.array as da
 import numpy as np
-from dask.array.utils import meta_from_array
+
+from ddnref.interop._extras import needed_by_bridge
+
+with needed_by_bridge("dask"):
+    import dask
+    import dask.array as da
+    from dask.array.utils import meta_from_array
 
 from ddnref._core.arrays import Array, as_tuple, nan_where
 from ddnref._core.checks import check_dtypes, check_shapes
-from ddnref._rules.binding import bind, leaves, options_of, plain_vjp, spread
+from ddnref._rules.binding import bind, leaves, numbers_as_arrays, options_of, plain_vjp, spread
 from ddnref._rules.table import RULES, rule_of
 from ddnref.curvature._reducers import Reducer
 from ddnref.interop._dask_signatures import Given, Item, called, checked, items_of, names_of, refuse_others
@@ -36,7 +40,8 @@ def map_items(function: Callable[..., Any], /, *arrays: da.Array | None, **optio
     Parameters
     ----------
     function : callable
-        A public function of an operation with a rule, such as ``ddnref.eigh`` or ``ddnref.eigh_vjp``.
+        A public function of an operation with a rule, such as ``ddnref.eigh`` or ``ddnref.eigh_vjp``. A JVP is not
+        mapped: call it on blocks of your own.
     *arrays : dask.array.Array or None
         The arrays of the function, in its order. Batch axes lead and may be chunked; the axes of one item must be in
         one chunk. An array that several items share has fewer batch axes, or some of length one, as for the function
@@ -59,10 +64,9 @@ def map_items(function: Callable[..., Any], /, *arrays: da.Array | None, **optio
 
     Notes
     -----
-    A worker raises errors that depend on values, such as `GaugeError` with ``throw=True``, and they come out of
-    ``compute`` with their type. With ``throw=False`` such an item is NaN, and the others of its block are right.
-
-    Batch axes of unknown length are allowed where the arrays have the same chunks. Blocks may hold no items at all.
+    Errors that depend on values come out of ``compute`` with their type; with ``throw=False`` such an item is NaN, and
+    the others of its block are right. Batch axes of unknown length are allowed where the arrays have the same chunks.
+    Blocks may hold no items at all.
 
     Examples
     --------
@@ -77,6 +81,7 @@ def map_items(function: Callable[..., Any], /, *arrays: da.Array | None, **optio
     """
     # Find the function's rule, and validate the arrays against its signature.
     own = called(function)
+    arrays = numbers_as_arrays(function, arrays, _as_dask)
     names = names_of(function, arrays, options)
     given = {i: Given(names[i], x, own.items[i]) for i, x in enumerate(arrays) if x is not None}
     sizes, dtype = checked(list(given.values()), options)
@@ -136,12 +141,7 @@ def map_gradients(
     -------
     value : (...) dask.array.Array
     gradients : dask.array.Array, or a tuple of them
-        One for each input.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `map_items`.
+        One for each input. Errors are those of `map_items`.
 
     Examples
     --------
@@ -154,6 +154,7 @@ def map_gradients(
     ([2.0, 5.0], [[0.0, 0.0], [0.0, 1.0]])
     """
     rule = rule_of(operation)
+    inputs = numbers_as_arrays(rule.forward, inputs, _as_dask)
     names = names_of(rule.function, inputs, options_of(rule, options)[0])
     bind(rule, options)  # raises for options that only the VJP misses
     given = [Given(*each) for each in zip(names, inputs, items_of(rule)[0][: len(inputs)], strict=True)]
@@ -285,6 +286,11 @@ def _repeated(each: Given, lengths: Sequence[float]) -> list[int]:
     """Batch axes in which the array has length one and others do not."""
     missing = len(lengths) - len(each.batch)
     return [j for j in range(missing, len(lengths)) if each.batch[j - missing] == 1 != lengths[j]]
+
+
+def _as_dask(number: float, x: Any) -> Any:
+    """A number as a Dask array of the dtype of another one, which may not be one and is refused later."""
+    return da.from_array(np.asarray(number, getattr(x, "dtype", None)))
 
 
 def _present(nested: Any) -> list[Any]:

@@ -1,54 +1,76 @@
-"""JAX: ``differentiable(op)`` makes an operation use our VJP instead of JAX's own derivative.
+"""JAX: ``differentiable(op)`` makes an operation use our JVP and VJP instead of JAX's own derivatives.
 
-It works with ``jit``, ``vmap`` and ``grad``. Second derivatives need reverse mode twice, ``jax.jacrev(jax.grad(f))``.
-A complex gradient of JAX is the conjugate of ours; the bridge converts.
+It works with ``jit``, ``vmap``, ``grad``, ``jvp`` and what is made of them, at every order: see `_jax_linear`. A
+complex gradient of JAX is the conjugate of ours; the bridge converts.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from functools import lru_cache, partial, reduce
+from functools import cache, lru_cache, partial, reduce
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
+
+from ddnref.interop._extras import needed_by_bridge
+
+with needed_by_bridge("jax"):
+    import jax
+    import jax.numpy as jnp
+    from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from ddnref._core.arrays import Array
-from ddnref._rules.binding import WARNING, Bound, Layout, bind, failed, flatten, on_arrays, refuse_foreign, spread
+from ddnref._kernels.jax import TracedError, in_full_precision
+from ddnref._rules.binding import (
+    ITERATE,
+    NAN,
+    NAN_TANGENT,
+    Bound,
+    Layout,
+    bind,
+    failed,
+    failed_items,
+    flatten,
+    keywords,
+    named,
+    numbers_as_arrays,
+    on_arrays,
+    output_axes,
+    own_axes,
+    refuse_foreign,
+    spread,
+    warn,
+    widest,
+)
 from ddnref._rules.contract import Rule
 from ddnref._rules.table import rule_of
 from ddnref.interop._bridge_cache import cached_by_options, is_constant
+from ddnref.interop._held_options import FUNCTIONS, held_by, holding
+from ddnref.interop._jax_linear import Flags, LinearMap, Some, differentiated, linear, shape_of
+from ddnref.operators import LinearOperator, as_operator
+
+Plain = Callable[[Some, Some, Flags], Some]
+Axes = tuple[int | None, ...]
 
 
 def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Turn one of ddnref's operations into a function that JAX differentiates with our VJP.
+    """Turn one of ddnref's operations into a function that JAX differentiates with our JVP and VJP.
 
-    Parameters
-    ----------
-    operation : callable
-        A public operation with a rule, such as ``ddnref.eigh``.
-    **options
-        Options of the operation and of its VJP, bound once: ``differentiable(ddnref.eigh_topk, k=4)``.
-
-    Returns
-    -------
-    function : callable
-        Takes arrays and returns the same values as the operation. Gradients follow the convention of ``jax.grad``.
+    Its operation, options and missing gradients are those of all bridges, see `ddnref.interop`. Gradients follow the
+    convention of ``jax.grad``.
 
     Raises
     ------
-    TypeError
-        The operation has no rule, an option is unknown, or a required one is missing.
+    NotImplementedError
+        When a third derivative of a function of a matrix is taken.
 
     Notes
     -----
-    Where no gradient exists (a gauge-dependent loss, a singular matrix), that item's gradient is NaN and a warning
-    says why. A second derivative through repeated eigenvalues is NaN too. Forward mode raises, and so does
-    ``jax.hessian``; use ``jax.jacrev(jax.grad(f))``. Calling ``ddnref.eigh`` itself under ``jax.grad`` would use
-    JAX's derivative of ``jnp.linalg.eigh``, which is NaN or wrong at repeated eigenvalues.
+    ``jax.jvp``, ``jacfwd``, ``hessian`` and ``linearize`` use the JVP. A tangent that splits repeated eigenvalues is
+    NaN, unless ``gauge_rtol=float("inf")`` accepts it, and so is a second derivative of eigenpairs there. Those of
+    functions of a matrix are exact at every spectrum: of ``ddnref.sqrtm``, ``invsqrtm``, ``logm`` and ``expm``, and of
+    ``spectral_function`` with ``d2f=``. Calling ``ddnref.eigh`` itself under ``jax.grad`` would use JAX's derivative of
+    ``jnp.linalg.eigh``, which is NaN or wrong at repeated eigenvalues.
 
     Examples
     --------
@@ -64,13 +86,23 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
 @cached_by_options
 def _bridge(rule: Rule, options: dict[str, Any]) -> Callable[..., Any]:
     def solve(*inputs: Any, **others: Any) -> Any:
-        return _bridge(rule, others)(*inputs)
+        return _bridge(rule.inner, others)(*inputs)  # type: ignore[arg-type]
 
     # A VJP that solves its own systems solves them with this bridge, and so it can be differentiated again.
-    bound = bind(rule, options, jax.lax.while_loop, solve if rule.recursive else None)
-    operate = lru_cache(maxsize=16)(partial(_operation, rule, bound, all(map(is_constant, options.values()))))
+    def notify(flags: Array) -> None:
+        _warn(ITERATE, rule.name, jnp.any(flags), flags)
+
+    bind_rule = partial(
+        bind, rule, while_loop=jax.lax.while_loop, solve=solve if rule.recursive else None, notify=notify
+    )
+    bound = bind_rule(options)
+    checked = "gauge_rtol" in keywords(rule.vjp) | keywords(rule.jvp)
+    unchecked = bind_rule({**options, "gauge_rtol": float("inf")}) if checked else None
+    is_fixed = all(map(is_constant, options.values()))
+    operate = lru_cache(maxsize=16)(partial(_operation, rule, bound, unchecked, is_fixed))
 
     def function(*inputs: Array) -> Any:
+        inputs = numbers_as_arrays(rule.forward, inputs, lambda number, x: jnp.asarray(number, jnp.result_type(x)))
         layout, arrays = flatten(inputs)
         if not all(isinstance(x, jax.Array) for x in arrays):
             # JAX's constants may be NumPy arrays, or of a private type.
@@ -80,60 +112,227 @@ def _bridge(rule: Rule, options: dict[str, Any]) -> Callable[..., Any]:
                 "an array of JAX or NumPy",
             )  # fmt: skip
             arrays = tuple(map(jnp.asarray, arrays))
-        outputs, _, info = operate(layout)(*arrays)
+        held = None if is_fixed else _held(options, inputs)
+        if held is None:
+            outputs, _, info = operate(layout)(*arrays)
+        else:
+            more, rebuild = held
+
+            def bind_with(arrays: tuple[Array, ...]) -> Bound:
+                return bind_rule({**options, **rebuild(arrays)})
+
+            own = holding(bind_with, rule, layout, len(more))
+            outputs, _, info = _operation(rule, own, None, False, layout, len(more))(*arrays, *more)
         return bound.result(outputs, info)
 
-    function.__name__ = function.__qualname__ = rule.name
-    function.__doc__ = rule.function.__doc__
-    return function
+    return named(function, rule)
+
+
+def _held(
+    options: dict[str, Any], inputs: tuple[Any, ...]
+) -> tuple[tuple[Array, ...], Callable[[tuple[Array, ...]], dict[str, Any]]] | None:
+    """The arrays that options hold, and the options from these arrays; ``None`` where there are none."""
+    names, layout, found = held_by(options)
+    arrays = tuple(map(jnp.asarray, found))
+    # Functions give up the traced values in their closures. They are traced with a vector of the solve's shape.
+    functions: list[tuple[str, int, Callable[..., Any]]] = []
+    for name in FUNCTIONS:
+        f = options.get(name)
+        if f is None or isinstance(f, LinearOperator) or is_constant(f):
+            continue
+        a, b = as_operator(inputs[0]), inputs[1]
+        image = jax.eval_shape(lambda a=a, b=b: b + a.apply(a.params, jnp.zeros(a.domain_shape, b.dtype)))
+        lead = image.shape[: len(image.shape) - len(a.range_shape)]
+        converted, values = jax.closure_convert(f, jax.ShapeDtypeStruct((*lead, *a.domain_shape), image.dtype))
+        arrays += tuple(values)
+        functions.append((name, len(values), converted))
+
+    def rebuild(own: tuple[Array, ...]) -> dict[str, Any]:
+        cut = sum(layout.counts)
+        rebuilt = dict(zip(names, layout.join(own[:cut]), strict=True))
+        for name, count, f in functions:
+            rebuilt[name] = partial(_with_values, f, own[cut : cut + count])
+            cut += count
+        return rebuilt
+
+    return (tuple(map(jax.lax.stop_gradient, arrays)), rebuild) if arrays else None
+
+
+def _with_values(f: Callable[..., Array], values: tuple[Array, ...], r: Array) -> Array:
+    """A function of one vector that is given the values of its closure."""
+    return f(r, *values)
 
 
 def _operation(
-    rule: Rule, bound: Bound, is_constant: bool, layout: Layout
+    rule: Rule, bound: Bound, unchecked: Bound | None, is_constant: bool, layout: Layout, held: int = 0
 ) -> Callable[..., tuple[tuple[Array, ...], ...]]:
-    """A function of the arrays of a layout, with our VJP, that returns outputs, saved arrays and status."""
-    own = on_arrays(bound, rule, layout)
+    """A function of the arrays of a layout, with our JVP and VJP, that returns outputs, saved arrays and status.
+
+    `unchecked` is bound without the check of the gauge, where the rule has one. The last `held` arrays are those that
+    options hold, which have no derivative.
+    """
+    own = bound if held else on_arrays(bound, rule, layout)
     # Compile each step where no option can change.
-    compiled = _compiled if is_constant and layout.plain else lambda function: function
-    forward, first_order = compiled(own.forward), _first_order(own.undefined)
+    compile_step = _compiled if is_constant and layout.plain else lambda function: function
+    forward, tangent_map = compile_step(own.forward), _tangent_map(rule, own, compile_step, layout, held)
+    if unchecked is not None:
+        # A second derivative has two parts, and only their sum does not depend on the gauge.
+        other = _tangent_map(rule, on_arrays(unchecked, rule, layout), compile_step, layout, held)
+        tangent_map.unchecked, tangent_map.transpose.unchecked = other, other.transpose
     needs, count = layout.places(rule.needs), sum(layout.counts)
+    needs += tuple(range(count, count + held))
+    if own.second is not None:
+        needs += (0,)  # the input itself, of which this derivative is one
 
-    # The VJP in JAX's convention, and whether any gradient is NaN.
-    @compiled
-    def reverse(bars: tuple[Array | None, ...], arrays: tuple[Array, ...]) -> tuple[tuple[Array | None, ...], Any]:
-        bars = tuple(None if bar is None else jnp.conj(bar) for bar in bars)
-        gradients = tuple(None if g is None else jnp.conj(g) for g in own.reverse(bars, arrays)[:count])
-        flags = [jnp.any(failed(g)) for g in gradients if g is not None]
-        return gradients, reduce(jnp.logical_or, flags) if flags else None
-
-    @jax.custom_vjp
-    def operate(*inputs: Array) -> tuple[tuple[Array, ...], ...]:
+    def call(*inputs: Array) -> tuple[tuple[Array, ...], ...]:
         return forward(*inputs)  # type: ignore[no-any-return]
 
-    def operate_fwd(*inputs: Any) -> tuple[tuple[tuple[Array, ...], ...], tuple[tuple[Array, ...], tuple[Array, ...]]]:
-        values = tuple(primal.value for primal in inputs)
-        # Traced values are differentiated once more, which must find our VJP; others can skip JAX's tracing.
-        outputs, saved, info = (operate if _traced(values) else forward)(*values)
-        return (outputs, saved, info), ((*outputs, *saved), values)
+    # The caller sees outputs alone. What a derivative has saved is differentiated by the next one, which therefore
+    # needs an operation whose saved arrays have tangents.
+    operate, again = jax.custom_jvp(call), jax.custom_jvp(call)
 
-    def operate_bwd(
-        residuals: tuple[tuple[Array, ...], tuple[Array, ...]], bars: tuple[tuple[Any, ...], ...]
-    ) -> tuple[Array | None, ...]:
-        results, inputs = residuals
-        arrays = *results, *(inputs[i] for i in needs)
-        # Cotangents that are symbolically zero are absent, so that the VJP does not compute with them.
-        used = tuple(None if isinstance(bar, SymbolicZero) else bar for bar in (*bars[0], *bars[1]))
-        gradients, flag = reverse(used, arrays)
-        if not gradients:  # no cotangent was given
-            return tuple(None for _ in inputs)
-        _warn(flag)
-        # A second derivative can only follow under a trace.
-        if not _traced((*gradients, *arrays)):
-            return gradients  # type: ignore[no-any-return]
-        return tuple(None if g is None else first_order(g, *arrays) for g in gradients)
+    def operate_jvp(inputs: tuple[Array, ...], tangents: tuple[Any, ...], moves_saved: bool) -> tuple[Any, Any]:
+        # Traced values may be differentiated once more; others can skip JAX's tracing.
+        outputs, saved, info = (again if _traced(inputs) else forward)(*inputs)
+        results = (*outputs, *saved)
+        # Tangents that are symbolically zero are absent, so that nothing computes with them.
+        dots = tuple(None if isinstance(t, SymbolicZero) else t for t in tangents)
+        dots = (*dots[:count], *(None,) * held)
+        # Integers never move.
+        wanted = (True,) * len(outputs) + tuple(moves_saved and jnp.issubdtype(y.dtype, jnp.inexact) for y in saved)
+        found = linear(
+            tangent_map, dots, (*results, *(inputs[i] for i in needs)), [shape_of(x) for x in inputs],
+            [shape_of(y) for y in results], wanted,
+        )  # fmt: skip
+        moved = tuple(zero_from_primal(y, True) if t is None else t for y, t in zip(results, found, strict=True))
+        n = len(outputs)
+        return (outputs, saved, info), (moved[:n], moved[n:], zero_from_primal(info, symbolic_zeros=True))
 
-    operate.defvjp(operate_fwd, operate_bwd, symbolic_zeros=True)  # or absent cotangents would be arrays of zeros
+    moves_saved = own.push_saved is not None and own.second is None
+    operate.defjvp(lambda inputs, tangents: operate_jvp(inputs, tangents, False), symbolic_zeros=True)
+    again.defjvp(lambda inputs, tangents: operate_jvp(inputs, tangents, moves_saved), symbolic_zeros=True)
     return operate  # type: ignore[no-any-return]
+
+
+def _tangent_map(rule: Rule, own: Bound, compile_step: Callable[[Any], Any], layout: Layout, held: int) -> LinearMap:
+    """The map from tangents of the inputs to those of outputs and saved arrays; its transpose is our VJP."""
+    count = sum(layout.counts)
+    frame = None if own.second is None else -1  # the last array is the input
+
+    def push(dots: Some, arrays: Some, wanted: Flags) -> Some:
+        found = own.push(dots, arrays[:frame])  # type: ignore[misc]
+        saved = wanted[len(found) :]
+        more = own.push_saved(dots, arrays) if own.push_saved and any(saved) else (None,) * len(saved)
+        return (*found, *more)
+
+    # The VJP in JAX's convention; arrays that options hold have no gradient.
+    def pull(bars: Some, arrays: Some, wanted: Flags) -> Some:  # noqa: ARG001
+        bars = tuple(None if bar is None else jnp.conj(bar) for bar in bars)
+        gradients = own.reverse(bars, arrays[:frame])[:count] or (None,) * count
+        return (*(None if g is None else jnp.conj(g) for g in gradients), *(None,) * held)
+
+    def direction(plain: Plain, axes: Axes, message: str, along: LinearMap | None) -> LinearMap:
+        def moved(dots: Some, arrays: Some, moves: Some, wanted: Flags) -> Some:
+            if along is not None:
+                return _moved_with_input(along, dots, arrays, moves, wanted)
+            found = differentiated(in_full_precision(plain), dots, arrays, moves, wanted)
+            if own.undefined is None:
+                return found
+            # A factor, which the transpose keeps, as a selection would not.
+            wrong = own.undefined(*arrays)
+            return tuple(None if t is None else t * _nan_or_one(spread(wrong, t), t) for t in found)
+
+        return LinearMap(_with_warning(plain, axes, message, rule, compile_step), moved, compile_step is _compiled)
+
+    forth, back = (None, None) if own.second is None else _second_derivatives(rule, own.second, compile_step)
+    outputs, inputs = output_axes(rule, layout), own_axes(rule, layout)
+    return direction(push, outputs, NAN_TANGENT, forth).transposed_by(direction(pull, inputs, NAN, back))
+
+
+# --- second derivatives in closed form ------------------------------------------------------------------------------
+
+
+def _second_derivatives(
+    rule: Rule, second: Callable[..., Array], compile_step: Callable[[Any], Any]
+) -> tuple[LinearMap, LinearMap]:
+    """How the JVP and the VJP, in JAX's convention, change along a direction of the input.
+
+    ``S(a, t) = D²f(X)[a, t]`` is symmetric in a, t and the cotangent of its value. With the pairing of JAX, which does
+    not conjugate, three maps of a are therefore all that there is, with t among their arrays: ``S(a, t)``, its
+    transpose ``conj S(conj a, t)``, and ``conj S(a, conj t)``, which is its own transpose. As t moves, each becomes one
+    of them, with a and t exchanged.
+    """
+
+    def make(plain: Callable[[Array, Array, Some], Array], exchanged: str) -> LinearMap:
+        def apply(dots: Some, arrays: Some, wanted: Flags) -> Some:  # noqa: ARG001
+            t, *frame, _ = arrays
+            return (plain(dots[0], t, frame),)  # type: ignore[arg-type]
+
+        def moved(dots: Some, arrays: Some, moves: Some, wanted: Flags) -> Some:
+            if moves[-1] is not None:
+                raise NotImplementedError(
+                    f"A third derivative of {rule.name} was asked for. Its first two are in closed form."
+                )
+            return _exchanged(maps[exchanged], dots, arrays, moves, wanted)
+
+        return LinearMap(_with_warning(apply, (2,), NAN, rule, compile_step), moved, compile_step is _compiled)
+
+    conj = jnp.conj
+    maps = {
+        "forth": make(lambda a, t, frame: second(a, t, *frame), "forth"),
+        "transposed": make(lambda a, t, frame: conj(second(conj(a), t, *frame)), "back"),
+        "back": make(lambda a, t, frame: conj(second(a, conj(t), *frame)), "transposed"),
+    }
+    maps["back"].transposed_by(maps["back"])
+    return maps["forth"].transposed_by(maps["transposed"]), maps["back"]
+
+
+def _exchanged(of: LinearMap, dots: Some, arrays: Some, moves: Some, wanted: Flags) -> Some:
+    """Apply a map to the move of the first array, with what it was linear in in that place."""
+    shapes = (shape_of(arrays[0]),)
+    return linear(of, moves[:1], (*dots, *arrays[1:]), shapes, shapes, wanted)
+
+
+def _moved_with_input(along: LinearMap, dots: Some, arrays: Some, moves: Some, wanted: Flags) -> Some:
+    """The change of a self-adjoint map with its input, the last array; what else was saved is only a frame."""
+    shapes = (shape_of(arrays[-1]),)
+    (found,) = linear(along, moves[-1:], (*dots[:1], *arrays), shapes, shapes, (True,))
+    return (found, *(None,) * (len(wanted) - 1))
+
+
+# --- values that are NaN --------------------------------------------------------------------------------------------
+
+
+def _with_warning(
+    plain: Plain, axes: Axes, message: str, rule: Rule, compile_step: Callable[[Any], Any]
+) -> Callable[[Some, Some, Flags], Some]:
+    """A map that warns where a result is NaN, and is compiled for each set of results that are wanted."""
+    flagged = cache(lambda wanted: compile_step(in_full_precision(partial(_flagged, plain, axes, wanted))))
+
+    def apply(dots: Some, arrays: Some, wanted: Flags) -> Some:
+        found, flag, items = flagged(wanted)(dots, arrays)
+        if flag is not None:
+            _warn(message, rule.name, flag, items)
+        return found  # type: ignore[no-any-return]
+
+    return apply
+
+
+def _nan_or_one(flags: Array, like: Array) -> Array:
+    return jnp.where(flags, jnp.nan, 1.0).astype(like.real.dtype)
+
+
+def _flagged(
+    plain: Plain, axes: Axes, wanted: Flags, dots: Some, arrays: Some
+) -> tuple[Some, Array | None, Array | None]:
+    """The results of a map, whether any is NaN, and which items of the batch are; `axes` are those of one item."""
+    found = plain(dots, arrays, wanted)
+    flags = {i: failed(jax.lax.stop_gradient(y)) for i, y in enumerate(found[: len(axes)]) if y is not None}
+    if not flags:
+        return found, None, None
+    i = widest(found, axes)
+    items = failed_items(flags[i], axes[i]) if i in flags else None
+    return found, reduce(jnp.logical_or, map(jnp.any, flags.values())), items
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -143,7 +342,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arrays: Any) -> Any:
         try:
             return jitted(*arrays)
-        except jax.errors.JAXTypeError:  # it asked a tracer for its value
+        except (jax.errors.JAXTypeError, TracedError):  # it asked a tracer for its value
             return function(*arrays)
 
     return call
@@ -153,41 +352,32 @@ def _traced(arrays: tuple[Array | None, ...]) -> bool:
     return any(isinstance(array, jax.core.Tracer) for array in arrays)
 
 
-def _first_order(undefined: Callable[..., Array] | None) -> Callable[..., Array]:
-    """An identity on gradients whose own derivative is NaN for items where it would be wrong."""
-    if undefined is None:
-        return lambda x_bar, *arrays: x_bar  # noqa: ARG005
-
-    @jax.custom_jvp
-    def first_order(x_bar: Array, *arrays: Array) -> Array:  # noqa: ARG001
-        return x_bar
-
-    @first_order.defjvp
-    def _(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
-        x_bar, *arrays = primals
-        keep = jnp.where(spread(undefined(*arrays), x_bar), jnp.nan, 1.0).astype(tangents[0].real.dtype)
-        return x_bar, tangents[0] * keep
-
-    return first_order  # type: ignore[no-any-return]
-
-
-def _warn(flag: Array) -> None:
+def _warn(message: str, name: str, flag: Array, items: Array | None) -> None:
     """Warn if the flag is set: at once if it is on a CPU, else from the stream of its device, without waiting."""
     if isinstance(flag, jax.core.Tracer):
-        _warn_in_stream(flag)
+        _in_stream(message, name)(flag, items)
     elif flag.is_fully_addressable and all(device.platform == "cpu" for device in flag.devices()):
-        _say(flag)
+        if flag.any():
+            _say(message, name, items)
     else:
-        _warn_from_device(flag)
+        jax.jit(_in_stream(message, name))(flag, items)
 
 
-def _say(flag: Array) -> None:
-    if flag.any():
-        warnings.warn(WARNING, RuntimeWarning, stacklevel=2)
+def _say(message: str, name: str, items: Array | None) -> None:
+    warn(message, name, None if items is None else np.asarray(items))
 
 
-def _warn_in_stream(flag: Array) -> None:
-    jax.lax.cond(flag, lambda f: jax.debug.callback(_say, f), lambda f: None, flag)  # noqa: ARG005
+@cache
+def _in_stream(message: str, name: str) -> Callable[[Array, Array | None], Array]:
+    """A function that warns when it runs; under ``vmap`` it does so once, for the whole batch."""
 
+    @jax.custom_batching.custom_vmap
+    def report(flag: Array, items: Array | None) -> Array:
+        jax.lax.cond(flag, lambda i: jax.debug.callback(partial(_say, message, name), i), lambda i: None, items)  # noqa: ARG005
+        return flag
 
-_warn_from_device = jax.jit(_warn_in_stream)
+    @report.def_vmap
+    def _(size: int, batched: tuple[bool, bool], flag: Array, items: Array | None) -> tuple[Array, bool]:  # noqa: ARG001
+        return report(jnp.any(flag), items), False
+
+    return report  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""TensorFlow: ``differentiable(op)`` makes an operation use our VJP, eagerly and inside ``tf.function``.
+"""TensorFlow: ``differentiable(op)`` makes an operation use our VJP and JVP, eagerly and inside ``tf.function``.
 
 TensorFlow's tensors do not follow the array API, so everything runs on the CPU, on NumPy arrays that view the tensors:
 at once in eager mode, through ``tf.numpy_function`` in a graph. Complex gradients have the same convention as ours.
@@ -6,54 +6,46 @@ at once in eager mode, through ``tf.numpy_function`` in a graph. Complex gradien
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import zip_longest
 from typing import Any, TypeAlias
 
 import numpy as np
-import tensorflow as tf
+
+from ddnref.interop._extras import needed_by_bridge
+
+with needed_by_bridge("tensorflow"):
+    import tensorflow as tf
 
 from ddnref._core.arrays import Array
-from ddnref._rules.binding import Bound, Layout, bind, flatten, refuse_foreign
+from ddnref._rules.binding import Bound, Layout, flatten, named, numbers_as_arrays, refuse_foreign
 from ddnref._rules.contract import Rule
 from ddnref._rules.table import rule_of
-from ddnref.interop._numpy_pair import numpy_pair, refuse_second_derivative
+from ddnref.interop._on_numpy import bind_on_numpy, on_numpy, refuse_second_derivative
 
 Tensor: TypeAlias = Any  # TensorFlow is optional, so that types must not depend on it
-
-
 Spec: TypeAlias = Any  # tf.TensorSpec: dtype and shape of a tensor in a graph, None for unknown lengths
 
 
 def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Turn one of ddnref's operations into a function that TensorFlow differentiates with our VJP.
+    """Turn one of ddnref's operations into a function that TensorFlow differentiates with our VJP and JVP.
 
-    Parameters
-    ----------
-    operation : callable
-        A public operation with a rule, such as ``ddnref.eigh``.
-    **options
-        Options of the operation and of its VJP, bound once: ``differentiable(ddnref.eigh_topk, k=4)``.
-
-    Returns
-    -------
-    function : callable
-        Takes tensors, variables or NumPy arrays and returns the values of the operation as tensors.
+    Its operation, options and missing gradients are those of all bridges, see `ddnref.interop`. The function takes
+    tensors, variables or NumPy arrays. ``tf.autodiff.ForwardAccumulator`` gives the tangents of the JVP in eager mode.
 
     Raises
     ------
-    TypeError
-        The operation has no rule, an option is unknown, a required one is missing, or an input is not an array.
     ValueError
         Inside ``tf.function``, when too little is known of the shapes of the inputs to tell those of the outputs.
     NotImplementedError
-        When a second derivative or forward mode is asked for, because the VJP runs outside of TensorFlow.
+        When a second derivative is asked for, because the derivatives run outside of TensorFlow, or forward mode in a
+        graph, where TensorFlow loses the tangents of such calls.
 
     Notes
     -----
-    Where no gradient exists (a gauge-dependent loss, a singular matrix), that item's gradient is NaN and a warning
-    says why. The status of an iteration has no gradient. Make an operator from NumPy arrays first; its method
+    The status of an iteration has no gradient. Make an operator from NumPy arrays first; its method
     ``with_params(...)`` then takes tensors. ``jit_compile=True`` raises, because XLA cannot call Python, and another
     process cannot load a saved model.
 
@@ -68,7 +60,7 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     [[0.0, 0.0], [0.0, 1.0]]
     """
     rule = rule_of(operation)
-    bound = bind(rule, options)
+    bound = bind_on_numpy(rule, options)
     operate = lru_cache(maxsize=16)(partial(_operation, rule, bound))
     n = rule.outputs
 
@@ -76,19 +68,19 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
         def is_tensor(x: Any) -> bool:
             return isinstance(x, np.ndarray | np.generic) or bool(tf.is_tensor(x))
 
+        inputs = numbers_as_arrays(rule.forward, inputs, lambda number, x: tf.constant(number, x.dtype))
         refuse_foreign(rule, inputs, is_tensor, "a tensor, a variable or a NumPy array")
         layout, arrays = flatten(inputs)
         flat = operate(layout)(*map(tf.convert_to_tensor, arrays))
         return bound.result(flat[:n], tuple(map(tf.stop_gradient, flat[n:])))
 
-    function.__name__ = function.__qualname__ = rule.name
-    function.__doc__ = operation.__doc__
-    return tf.autograph.experimental.do_not_convert(function)  # type: ignore[no-any-return]
+    return tf.autograph.experimental.do_not_convert(named(function, rule))  # type: ignore[no-any-return]
 
 
 def _operation(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., tuple[Tensor, ...]]:
-    """A function of the tensors of a layout, with our VJP, that returns outputs and status."""
-    forward, reverse_on_numpy = numpy_pair(rule, bound, layout)
+    """A function of the tensors of a layout, with our VJP and JVP, that returns outputs and status."""
+    there = on_numpy(rule, bound, layout)
+    forward = there.forward
     needs, n, count = layout.places(rule.needs), rule.outputs, sum(layout.counts)
 
     @lru_cache(maxsize=64)
@@ -108,19 +100,81 @@ def _operation(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., tuple[
 
         return (*results[:n], *info), pull
 
-    # It takes also inputs that the VJP does not need: a second derivative may come through them, and is refused.
-    @tf.custom_gradient
-    def reverse(*tensors: Tensor) -> tuple[Any, Callable[..., Any]]:
-        gradients = _on_numpy(on_numpy, tensors, lambda *specs: specs[len(specs) - count :])
-        # TensorFlow takes longer for a tuple of one.
-        return (gradients[0] if count == 1 else gradients), refuse_second_derivative("TensorFlow")
+    def reverse(*tensors: Tensor) -> Any:
+        # All inputs, also those that the VJP does not need: a second derivative may come through any, and is refused.
+        return linear(*tensors[:n], *_fixed(*tensors[n:]))
 
-    def on_numpy(*arrays: Array) -> tuple[Array, ...]:
-        results, inputs = arrays[n : len(arrays) - count], arrays[len(arrays) - count :]
-        gradients = reverse_on_numpy(arrays[:n], (*results, *(inputs[i] for i in needs if i < count)))
+    @tf.custom_gradient
+    def linear(*tensors: Tensor) -> tuple[Any, Callable[..., Any]]:
+        """The VJP as a linear map of cotangents, whose gradient is its transpose: the JVP."""
+        rest = tensors[n:]
+        if _call.runs:
+            gradients = tuple(map(tf.zeros_like, tensors[len(tensors) - count :]))
+        else:
+            gradients = _on_numpy(gradients_of, tensors, lambda *specs: specs[len(specs) - count :])
+
+        def transposed(*dots: Tensor) -> Any:
+            if not tf.executing_eagerly():
+                raise NotImplementedError(_IN_GRAPH.format(rule.name))
+            moved = push(*map(tf.convert_to_tensor, dots), *rest)
+            # Zeros, not None, so that what holds the rest fixed is asked.
+            return (*((moved,) if n == 1 else moved), *map(tf.zeros_like, rest))
+
+        # TensorFlow takes longer for a tuple of one.
+        return (gradients[0] if count == 1 else gradients), transposed
+
+    @tf.custom_gradient
+    def push(*tensors: Tensor) -> tuple[Any, Callable[..., Any]]:
+        moved = _on_numpy(tangents_of, tensors, lambda *specs: specs[count : count + n])
+        return (moved[0] if n == 1 else moved), refuse_second_derivative("TensorFlow")
+
+    def needed(rest: Sequence[Array]) -> tuple[Array, ...]:
+        """The last arrays that a derivative takes, from results and all inputs."""
+        results, inputs = rest[: len(rest) - count], rest[len(rest) - count :]
+        return *results, *(inputs[i] for i in needs if i < count)
+
+    def gradients_of(*arrays: Array) -> tuple[Array, ...]:
+        gradients = there.reverse(arrays[:n], needed(arrays[n:]))
+        inputs = arrays[len(arrays) - count :]
         return tuple(np.zeros_like(x) if g is None else g for x, g in zip_longest(inputs, gradients[:count]))
 
-    return operate  # type: ignore[no-any-return]
+    def tangents_of(*arrays: Array) -> tuple[Array, ...]:
+        return there.push(arrays[:count], needed(arrays[count:])) or tuple(
+            map(np.zeros_like, arrays[count : count + n])
+        )
+
+    def call(*inputs: Tensor) -> tuple[Tensor, ...]:
+        _call.runs = True
+        try:
+            return operate(*inputs)  # type: ignore[no-any-return]
+        finally:
+            _call.runs = False
+
+    return call
+
+
+class _Call(threading.local):
+    """Whether an operation runs in this thread.
+
+    Reverse mode pulls cotangents after the call. Forward mode pulls meaningless ones before the call returns, and only
+    to transpose what that does; their gradient need not be computed, and must not warn.
+    """
+
+    runs = False
+
+
+_call = _Call()
+_IN_GRAPH = (
+    "Forward mode of {}, or a second derivative, was asked for inside tf.function. TensorFlow loses the tangents of "
+    "functions that a graph calls through ddnref's bridge to TensorFlow, which gives first derivatives only: use "
+    "tf.autodiff.ForwardAccumulator in eager mode."
+)
+
+
+@tf.custom_gradient
+def _fixed(*tensors: Tensor) -> tuple[tuple[Tensor, ...], Callable[..., Any]]:
+    """Tensors as they are, with no derivative: if one is asked for, it is a second derivative of the operation."""
+    return tuple(map(tf.identity, tensors)), refuse_second_derivative("TensorFlow")
 
 
 def _on_numpy(

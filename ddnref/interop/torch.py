@@ -1,76 +1,81 @@
 """PyTorch: ``differentiable(op)`` makes an operation record our VJP instead of PyTorch's own derivative.
 
-Everything runs on the tensors themselves, on their device, without a copy. It works with ``backward``,
-``torch.func.grad / vmap / jacrev`` and ``torch.compile(fullgraph=True)``. For second derivatives PyTorch differentiates
-our VJP. At repeated eigenvalues they would be wrong, so they raise.
+Everything runs on the tensors themselves, on their device, without a copy. It works with ``backward``, every
+transform of ``torch.func`` in every nesting, ``torch.autograd.forward_ad``, and ``torch.compile(fullgraph=True)`` of
+reverse mode. For second derivatives PyTorch differentiates our VJP or JVP. Those of functions of a matrix are explicit,
+and exact at repeated eigenvalues; those of eigenvectors would be wrong there, so they raise.
 """
 
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable
-from functools import lru_cache, partial, reduce
-from operator import or_
+from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
-import torch
+from ddnref.interop._extras import needed_by_bridge
 
-from ddnref._kernels.torch import is_eager
+with needed_by_bridge("torch"):
+    import torch
+
+from ddnref._kernels.torch import call, is_eager, is_forward, is_transformed_in_graph
 from ddnref._rules.binding import (
-    WARNING,
+    NAN,
     Bound,
     Layout,
     bind,
-    failed,
     flatten,
     input_counts,
+    named,
+    numbers_as_arrays,
     on_arrays,
+    own_axes,
     refuse_foreign,
-    spread,
 )
 from ddnref._rules.contract import Rule
 from ddnref._rules.table import rule_of
-from ddnref.errors import GaugeError
 from ddnref.interop._bridge_cache import cached_by_options
+from ddnref.interop._held_options import FUNCTIONS, held_by, holding
 from ddnref.interop._torch_foreign_kernels import computed_by
-from ddnref.interop._torch_vmap import align_batch, mapped_axis_first
+from ddnref.interop._torch_forward import in_forward_mode, pushing, refuse_graph
+from ddnref.interop._torch_opaque import opaque
+from ddnref.interop._torch_second import first_order, linear_map, moves_saved
+from ddnref.interop._torch_vmap import align_batch, align_held, mapped_axis_first
+from ddnref.interop._torch_warnings import notify, with_warning
 from ddnref.operators import LinearOperator
 
 Tensor: TypeAlias = Any  # torch is optional, so that types must not depend on it
+
+THIRD = (
+    "A third derivative of {} was asked for. The first two are exact at any degeneracy, and the third is not known: "
+    "build the function of the matrix from ddnref.eigh, where the eigenvalues are distinct."
+)
 
 
 def differentiable(operation: Callable[..., Any], *, compute: str | None = None, **options: Any) -> Callable[..., Any]:
     """Turn one of ddnref's operations into a function that PyTorch differentiates with our VJP.
 
+    Its operation, options and missing gradients are those of all bridges, see `ddnref.interop`.
+
     Parameters
     ----------
-    operation : callable
-        A public operation with a rule, such as ``ddnref.eigh``.
     compute : {None, "cupy", "numpy"}
         The library that computes: PyTorch by default, CuPy for CUDA tensors (on PyTorch's current stream) or NumPy
         for CPU tensors. The other libraries get the tensors through DLPack, without a copy. They break the graph of
         ``torch.compile``, and they have no second derivatives.
-    **options
-        Options of the operation and of its VJP, bound once: ``differentiable(ddnref.eigh_topk, k=4)``.
-
-    Returns
-    -------
-    function : callable
-        Takes tensors and returns the same values as the operation.
 
     Raises
     ------
-    TypeError
-        The operation has no rule, an option is unknown, or a required one is missing.
     NotImplementedError
-        When a second derivative is taken with ``compute=``, or of an operation whose VJP iterates.
+        When a tangent or a second derivative is taken with ``compute=``; for a third derivative of a function of a
+        matrix; by ``torch.func.linearize`` of an operation that iterates.
 
     Notes
     -----
-    The VJP runs with ``throw=False``: where no gradient exists (a gauge-dependent loss, a singular matrix), that
-    item's gradient is NaN and a warning says why. A second derivative through a repeated eigenvalue raises
-    `GaugeError`. Under ``torch.func.vmap``, which cannot raise for one item, it is NaN for that item.
+    A second derivative through a repeated eigenvalue raises `GaugeError`, and so does a tangent along a direction that
+    splits one, unless ``gauge_rtol=inf`` accepts it. Under ``torch.func.vmap``, which cannot raise for one item, it is
+    NaN for that item. Functions of a matrix have second derivatives everywhere; `spectral_function` takes ``d2f=`` for
+    them. ``torch.compile`` runs an operation uncompiled inside transforms of ``torch.func`` and in forward mode.
 
     Examples
     --------
@@ -86,36 +91,71 @@ def differentiable(operation: Callable[..., Any], *, compute: str | None = None,
     rule = rule_of(operation)
     if compute is None:
         return _bridge(rule, options)
-    function = _function(*computed_by(compute, rule, bind(rule, options)))
+    function = _function(*computed_by(compute, rule, bind(rule, options, notify=partial(notify, rule.name))))
     return function if rule.info is not None else torch.compiler.disable(function)  # no graph can hold its kernels
 
 
 @cached_by_options
 def _bridge(rule: Rule, options: dict[str, Any]) -> Callable[..., Any]:
+    plain_solve = None if rule.solves_by is None else rule.solves_by.function
+
     def solve(*inputs: Any, **others: Any) -> Any:
-        return _bridge(rule, others)(*inputs)
+        # Nothing records it, and a compiler differentiates no gradient again.
+        unrecorded = is_eager() and not (torch.is_grad_enabled() or is_forward())
+        if plain_solve is not None and (unrecorded or torch.compiler.is_compiling()):
+            others.pop("on_failure", None)  # the derivative that called this judges what has not converged
+            return plain_solve(*inputs, **others)
+        return _bridge(rule.inner, others)(*inputs)  # type: ignore[arg-type]
 
     # A VJP that solves its own systems solves them with this bridge, and so it can be differentiated again.
-    return _function(rule, bind(rule, options, solve=solve if rule.recursive else None))
+    warned = partial(notify, rule.name)
+
+    def rebind(changed: dict[str, Any]) -> Bound:
+        return bind(rule, {**options, **changed}, solve=solve if rule.recursive else None, notify=warned)
+
+    return _function(rule, rebind({}), options, rebind)
 
 
-def _function(rule: Rule, bound: Bound) -> Callable[..., Any]:
-    """The function that the user calls: it takes operators apart and puts the results together."""
+def _function(
+    rule: Rule,
+    bound: Bound,
+    options: dict[str, Any] | None = None,
+    rebind: Callable[[dict[str, Any]], Bound] | None = None,
+) -> Callable[..., Any]:
+    """The function that the user calls: it takes operators apart and puts the results together.
+
+    `rebind` binds other values of those options that hold tensors, which transforms must see.
+    """
+    names, held, extra = held_by(options or {})
+    functions = [(name, f) for name in FUNCTIONS if callable(f := (options or {}).get(name)) and name not in names]
     # Where all inputs are arrays, their number says which operation it is. Operators get one for each structure.
     operations = {count: _operation(rule, bound, Layout((None,) * count, (1,) * count)) for count in input_counts(rule)}
     with_operators = lru_cache(maxsize=16)(partial(_operation, rule, bound))
     n, fields = rule.outputs, rule.info_fields
 
     def function(*inputs: Any) -> Any:
+        inputs = numbers_as_arrays(rule.forward, inputs, _like)
         operation, arrays = operations.get(len(inputs)), inputs
         if operation is None or any(isinstance(x, LinearOperator) for x in inputs):
             layout, arrays = flatten(inputs)
             operation = with_operators(layout)
         if not all(isinstance(x, torch.Tensor) for x in arrays):
             refuse_foreign(rule, inputs, lambda x: isinstance(x, torch.Tensor), "a PyTorch tensor")
-        if is_eager():
-            operation = operation.eager
-        flat = operation.apply(*arrays)
+        eager = is_eager()
+        if not eager and (functions or extra):
+            for name, f in functions:
+                _refuse_mapped(name, f)
+            if extra and rebind is not None:
+                layout, _ = flatten(inputs)
+                operation = _holding_operation(rule, rebind, layout, names, held)
+                arrays = (*arrays, *(x.detach() for x in extra))
+        if is_forward():
+            if rule.info is not None:
+                refuse_graph(rule.name)
+            operation = operation.forms["nested" if moves_saved(tuple(arrays)) else "forward"]
+        elif eager:
+            operation = operation.forms["eager"]
+        flat = call(operation.apply, tuple(arrays), {})
         return bound.result(flat[:n], flat[len(flat) - fields :])
 
     if rule.info is not None:  # it iterates
@@ -123,21 +163,106 @@ def _function(rule: Rule, bound: Bound) -> Callable[..., Any]:
             f"{rule.name} iterates until a flag that it reads on the host is clear, which no graph can hold: leave out "
             f"fullgraph=True, and {rule.name} runs between two compiled parts"
         )
-        function = torch.compiler.disable(function, reason=reason)
-    function.__name__ = function.__qualname__ = rule.name
-    function.__doc__ = rule.function.__doc__
-    return function
+        return named(torch.compiler.disable(function, reason=reason), rule)
+    reason = (
+        f"torch.compile would drop the derivative of {rule.name} inside a transform of torch.func that it traces: "
+        f"leave out fullgraph=True, or compile the loss and transform the compiled function"
+    )
+    uncompiled = torch.compiler.disable(function, reason=reason)
+
+    def guarded(*inputs: Any) -> Any:
+        return (uncompiled if is_transformed_in_graph() else function)(*inputs)
+
+    return named(guarded, rule)
 
 
-def _operation(rule: Rule, bound: Bound, layout: Layout) -> Any:
-    """An operation as ``autograd.Function`` of the arrays of a layout."""
-    flat = on_arrays(bound, rule, layout)
-    reverse = _opaque_reverse(rule, bound, layout) if rule.opaque else flat.reverse
+def _like(number: float, x: Any) -> Any:
+    return torch.tensor(number, dtype=x.dtype, device=x.device) if isinstance(x, torch.Tensor) else number
+
+
+def _refuse_mapped(name: str, f: Any) -> None:
+    """Raise ``TypeError`` for a function whose closure holds a tensor that ``vmap`` maps."""
+    for cell in getattr(f, "__closure__", None) or ():
+        if isinstance(cell.cell_contents, torch.Tensor) and _is_mapped(cell.cell_contents):
+            raise TypeError(
+                f"{name} is a function that holds a tensor which torch.func.vmap maps, and that cannot be seen from "
+                "outside. Pass a LinearOperator with this tensor as a parameter, such as ddnref.operators.diagonal(d)."
+            )
+
+
+def _is_mapped(x: Tensor) -> bool:
+    """Whether one of the transforms around a tensor is ``vmap``."""
+    internals = torch._C._functorch
+    while internals.is_functorch_wrapped_tensor(x):
+        if internals.is_batchedtensor(x):
+            return True
+        x = internals.get_unwrapped(x)
+    return False
+
+
+def _holding_operation(
+    rule: Rule, rebind: Callable[[dict[str, Any]], Bound], layout: Layout, names: tuple[str, ...], held: Layout
+) -> Any:
+    """An operation whose last arrays are those that options hold; these have no gradient."""
+
+    def bind_with(arrays: tuple[Tensor, ...]) -> Bound:
+        return rebind(dict(zip(names, held.join(arrays), strict=True)))
+
+    count = sum(held.counts)
+
+    def mapped(arrays: tuple[Tensor, ...], form: str) -> tuple[Tensor, ...]:
+        whole, own, lead = align_batch(layout, rule.item_axes, arrays[: len(arrays) - count])
+        axes = next((len(part.domain_shape) for part in layout.parts if part is not None), 1)
+        aligned, more = align_held(held, arrays[len(arrays) - count :], lead, axes)
+        operation = _holding_operation(rule, rebind, whole, names, aligned)
+        return operation.forms[form].apply(*own, *more)  # type: ignore[no-any-return]
+
+    return _operation(rule, holding(bind_with, rule, layout, count), layout, count, mapped)
+
+
+def _operation(
+    rule: Rule,
+    bound: Bound,
+    layout: Layout,
+    held: int = 0,
+    mapped: Callable[[tuple[Tensor, ...], str], tuple[Tensor, ...]] | None = None,
+) -> Any:
+    """An operation as ``autograd.Function`` of the arrays of a layout, and of `held` arrays that options hold.
+
+    Its ``forms`` are this class, a cheaper one outside ``torch.func``, and those for forward mode. ``mapped(arrays,
+    form)`` runs a form on arrays whose first axis is mapped by ``vmap``.
+    """
+    flat = bound if held else on_arrays(bound, rule, layout)
+    reverse = opaque(rule, bound, layout, "reverse") if rule.opaque else flat.reverse
     # Where a second derivative would be wrong it must be refused; an opaque VJP refuses all of them by itself.
     undefined = None if rule.opaque else flat.undefined
-    first_order = None if undefined is None else _first_order(undefined, rule.refusal)
+    refused = None if undefined is None else first_order(undefined, rule.refusal)
     needs, count = layout.places(rule.needs), sum(layout.counts)
-    fields, recursive = rule.info_fields, rule.recursive  # torch.compile takes closures over these, not over a rule
+    needs += tuple(range(count, count + held))
+    linear = None
+    if flat.second is not None:
+        # The explicit second derivative belongs to the matrix, which is saved for it.
+        linear = linear_map(_of_one(reverse), flat.second, THIRD.format(rule.name))
+        needs = (0,)
+    axes = own_axes(rule, layout)
+    # torch.compile takes closures over these, not over a rule.
+    name, fields = rule.name, rule.info_fields
+
+    def pull(arrays: tuple[Tensor, ...], *bars: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients = reverse(bars, arrays)
+        return with_warning(gradients[:count], axes, NAN, name) if gradients else ()
+
+    def pull_linear(arrays: tuple[Tensor, ...], *bars: Tensor | None) -> tuple[Tensor | None, ...]:
+        *arrays, x = arrays  # type: ignore[assignment]
+        if bars[0] is None:  # the eigenpairs are constants
+            return ()
+        if linear is not None and (torch.is_grad_enabled() or is_forward()):
+            gradients: tuple[Tensor | None, ...] = (linear(bars[0], x, *arrays),)
+        else:
+            gradients = reverse(bars[:1], arrays)
+        return with_warning(gradients, axes, NAN, name)
+
+    pulled = pull if linear is None else pull_linear
 
     class Operation(torch.autograd.Function):
         """Outputs, saved arrays and status; saved ones are outputs too, so that second derivatives pass through."""
@@ -155,35 +280,54 @@ def _operation(rule: Rule, bound: Bound, layout: Layout) -> Any:
         @staticmethod
         def backward(ctx: Any, *bars: Tensor | None) -> Any:
             arrays = ctx.saved_tensors
-            gradients = reverse(bars[: len(bars) - fields], arrays)
+            gradients = call(pulled, (arrays, *bars[: len(bars) - fields]), {}, in_backward=True)
             if not gradients:  # no cotangent was given
                 return (None,) * len(ctx.needs_input_grad)
-            gradients = _with_warning(gradients[:count], recursive)
-            if first_order is None or not torch.is_grad_enabled():
-                return gradients
-            return tuple(first_order.apply(x_bar, *arrays) for x_bar in gradients)
+            if refused is not None and linear is None and (torch.is_grad_enabled() or is_forward()):
+                gradients = tuple(refused(x_bar, *arrays) for x_bar in gradients)
+            return (*gradients, *(None,) * held)
 
-    Operation.forward = staticmethod(_forward(flat, count))
-    Operation.eager = _eager(Operation)
+    Operation.forward = staticmethod(_forward(flat, count + held))
 
     # vmap cannot trace loops and other libraries, so they run once on the whole batch, whose axis leads.
-    if rule.info is not None or rule.opaque:
+    if mapped is None and (rule.info is not None or rule.opaque):
 
-        def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[tuple[Tensor, ...], int]:
-            arrays = mapped_axis_first(info.batch_size, in_dims, inputs)
-            whole, arrays = align_batch(layout, rule.item_axes, arrays)
+        def mapped(arrays: tuple[Tensor, ...], form: str) -> tuple[Tensor, ...]:
+            whole, arrays, _ = align_batch(layout, rule.item_axes, arrays)
             operation = Operation if whole is layout else _operation(rule, bound, whole)
-            return operation.apply(*arrays), 0
+            return operation.forms[form].apply(*arrays)  # type: ignore[no-any-return]
 
-        Operation.vmap = staticmethod(vmap)
+    push = pushing(rule, bound, layout, flat, refused, linear)
+    forms = {"plain": Operation, "eager": _eager(Operation)}
+    for form in ("forward", "nested"):
+        forms[form] = in_forward_mode(
+            Operation, push, needs, fields, flat.push_saved if form == "nested" and linear is None else None
+        )
+    for form, operation in forms.items():
+        if mapped is not None and form != "eager":
+            operation.vmap = staticmethod(_vmap(mapped, form))
+    Operation.forms = forms
     return Operation
+
+
+def _of_one(reverse: Callable[..., Any]) -> Callable[..., Tensor]:
+    """The VJP of an operation of one input and one output, as a function that returns an array."""
+    return lambda y_bar, *arrays: reverse((y_bar,), arrays)[0]
+
+
+def _vmap(mapped: Callable[..., tuple[Tensor, ...]], form: str) -> Callable[..., Any]:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[tuple[Tensor, ...], int]:
+        return mapped(mapped_axis_first(info.batch_size, in_dims, inputs), form), 0
+
+    return vmap
 
 
 def _forward(flat: Bound, count: int) -> Callable[..., Any]:
     """A function of `count` inputs that returns outputs, saved arrays and status in one tuple."""
+    run = flat.forward
 
     def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
-        outputs, saved, info = flat.forward(*inputs)
+        outputs, saved, info = run(*inputs)
         return *outputs, *saved, *info
 
     # torch.compile counts parameters to see whether the first one is a context.
@@ -205,114 +349,3 @@ def _eager(operation: Any) -> Any:
 
     Eager.backward = operation.backward
     return Eager
-
-
-def _opaque_reverse(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., Any]:
-    """A VJP that PyTorch cannot trace, as its loop reads flags: it runs on whole batches and has no derivative."""
-    reverse = on_arrays(bound, rule, layout).reverse
-    needed = layout.select(rule.needs)
-    own = sum(needed.counts)
-
-    class Reverse(torch.autograd.Function):
-        @staticmethod
-        def forward(count: int, *arrays: Tensor | None) -> tuple[Tensor, ...]:
-            return reverse(arrays[:count], arrays[count:])
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            pass
-
-        @staticmethod
-        def backward(ctx: Any, *bars: Tensor | None) -> Any:
-            raise NotImplementedError(rule.refusal)
-
-        @staticmethod
-        def vmap(
-            info: Any, in_dims: tuple[int | None, ...], count: int, *arrays: Tensor | None
-        ) -> tuple[tuple[Tensor, ...], int]:
-            arrays = mapped_axis_first(info.batch_size, in_dims[1:], arrays)
-            if needed.plain:
-                return Reverse.apply(count, *arrays), 0
-            # An operator of one item becomes one of the whole batch, which has another VJP.
-            whole, inputs = align_batch(needed, rule.item_axes, arrays[len(arrays) - own :])
-            bars, results = arrays[:count], arrays[count : len(arrays) - own]
-            return _opaque_reverse(rule, bound, whole)(bars, (*results, *inputs)), 0
-
-    def opaque(bars: tuple[Tensor | None, ...], arrays: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if all(bar is None for bar in bars):
-            return ()
-        return Reverse.apply(len(bars), *bars, *arrays)  # type: ignore[no-any-return]
-
-    return opaque
-
-
-def _with_warning(gradients: tuple[Tensor | None, ...], shared: bool) -> tuple[Tensor | None, ...]:
-    """The gradients, with a warning if one of them is NaN: at once where values can be read, else when the graph runs.
-
-    `shared` says whether the computation of the gradients still uses them, and is differentiated again.
-    """
-    if not torch.compiler.is_compiling():
-        try:
-            # One read for all gradients: on a GPU, each read would wait for it.
-            found = bool(reduce(or_, (failed(x_bar).any() for x_bar in gradients if x_bar is not None)))
-        except RuntimeError:  # under vmap, or while a graph is recorded, no value can be read
-            pass
-        else:
-            if found:
-                warnings.warn(WARNING, RuntimeWarning, stacklevel=2)
-            return gradients
-    return tuple(None if x_bar is None else _with_warning_in_graph(x_bar, shared) for x_bar in gradients)
-
-
-def _with_warning_in_graph(x_bar: Tensor, shared: bool) -> Tensor:
-    """The gradient, computed from the result of the warning, which a compiler would otherwise drop as unused."""
-    flags = torch.ops.ddnref.warn(failed(x_bar))
-    # A gradient that something else uses must not be changed in place.
-    if shared and torch.is_grad_enabled():
-        return torch.where(flags, torch.nan, x_bar)
-    # The flags are those of one column, so it is enough to write that one.
-    column = x_bar[..., :1] if x_bar.ndim else x_bar
-    column.copy_(torch.where(flags, torch.nan, column))
-    return x_bar
-
-
-@torch.library.custom_op("ddnref::warn", mutates_args=(), schema="(Tensor flags) -> Tensor")
-def _warn(flags: Tensor) -> Tensor:
-    """Warn if a flag is set, when it runs, also inside a compiled graph."""
-    if flags.any():
-        warnings.warn(WARNING, RuntimeWarning, stacklevel=2)
-    return flags.clone()
-
-
-_warn.register_fake(lambda flags: torch.empty_like(flags))
-_warn.register_vmap(lambda info, in_dims, flags: (torch.ops.ddnref.warn(flags), in_dims[0]))  # noqa: ARG005
-
-
-def _first_order(undefined: Callable[..., Tensor], refusal: str) -> Any:
-    """An identity on gradients whose own derivative is refused for items that are `undefined`."""
-
-    class FirstOrder(torch.autograd.Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(x_bar: Tensor, *arrays: Tensor) -> Tensor:  # noqa: ARG004
-            return x_bar.view_as(x_bar)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG004
-            ctx.save_for_backward(*inputs[1:])
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-            arrays = ctx.saved_tensors
-            wrong = undefined(*arrays)
-            try:
-                refused = bool(wrong.any())
-            except RuntimeError:  # under vmap no value can be read, and one item cannot raise: it is NaN
-                grad = torch.where(spread(wrong, grad), torch.nan, grad)
-            else:
-                if refused:
-                    raise GaugeError(refusal)
-            return grad, *(None for _ in arrays)
-
-    return FirstOrder
