@@ -95,27 +95,12 @@ def ddn_vjp_schur(v_bar: Array, x: Array, w: Array, v: Array, /, *, mode: str = 
 def ift_vjp_jacobian(v_bar: Array, x: Array, w: Array, v: Array, /, *, symmetric: bool = True) -> Array:
     """Gradient through the fixed point, with explicit ``∂f/∂y`` and ``∂f/∂X``, one pair at a time.
 
-    Parameters
-    ----------
-    v_bar, x, w, v
-        As `ddn_vjp_jacobian`; the eigenvalues with their signs, and none of them zero.
-    symmetric : bool, default True
-        Symmetrise the result. ``False`` returns the plain gradient of f, which is right for any real matrix.
+    ``(∂f/∂y)ᵀ q = ȳ``, then ``X̄ = −(∂f/∂X)ᵀ q``. Arrays and errors are those of `ddn_vjp_jacobian`; no eigenvalue may
+    be zero. Without `symmetric` the result is the plain gradient of f, which is right for any real matrix.
 
-    Returns
-    -------
-    x_bar : (..., m, m) array
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `ddn_vjp_jacobian`.
-
-    Notes
-    -----
-    ``(∂f/∂y)ᵀ q = ȳ``, then ``X̄ = −(∂f/∂X)ᵀ q``. The tutorial assumes λ > 0 and has no sign in f. For λ < 0 no
-    eigenvector is a fixed point of its f, and the gradient is off by a factor of two or three. It also solves by the
-    normal equations ``(∂f/∂y)(∂f/∂y)ᵀ``, which square the condition number. Cost: O(m³ n) flops, O(m³) memory.
+    The tutorial assumes λ > 0 and has no sign in f. For λ < 0 no eigenvector is a fixed point of its f, and the
+    gradient is off by a factor of two or three. It also solves by the normal equations ``(∂f/∂y)(∂f/∂y)ᵀ``, which
+    square the condition number. Cost: O(m³ n) flops, O(m³) memory.
     """
     xp = _check(v_bar, x, w, v)
     eye, x_bar = identity(x.shape[-1], x), xp.zeros_like(x)
@@ -137,18 +122,12 @@ def ift_vjp_structured(
 ) -> Array:
     """Gradient of `ift_vjp_jacobian` simplified at the eigenpair: ``(I − XᵀP/λ) q = ȳ``, ``X̄ = (P q / λ) yᵀ``.
 
-    Parameters
-    ----------
-    v_bar, x, w, v, symmetric
-        As in `ift_vjp_jacobian`, whose result and errors are also these.
-    store_b : bool, default False
-        Store ``B = ∂f/∂X``, m×m² numbers, where an outer product gives the same.
+    Arguments, result and errors are the same, and ``P = I − y yᵀ``. `store_b` stores ``B = ∂f/∂X``, m×m² numbers, where
+    an outer product gives the same.
 
-    Notes
-    -----
-    ``P = I − y yᵀ``. The tutorial's structured form solves with ``I − P X/λ`` in place of the transpose used here. They
-    are equal for a symmetric X, where ``P X = X P``; for any other X the tutorial's is wrong. Cost: O(m³ n) flops;
-    O(m²) memory, O(m³) with `store_b`.
+    The tutorial's structured form solves with ``I − P X/λ`` in place of the transpose used here. They are equal for a
+    symmetric X, where ``P X = X P``; for any other X the tutorial's is wrong. Cost: O(m³ n) flops; O(m²) memory, O(m³)
+    with `store_b`.
     """
     xp = _check(v_bar, x, w, v)
     x_t, eye, x_bar = xp.matrix_transpose(x), identity(x.shape[-1], x), xp.zeros_like(x)

@@ -21,6 +21,8 @@ ATOL = 1e-9
 def eigh_vjp_v1(v_bar: Array, x: Array, w: Array, v: Array, /) -> Array:
     """Gradient by one pseudo-inverse of an m×m matrix per eigenpair: ``X̄ = sym Σ_k (λ_k I − X)⁺ v̄_k v_kᵀ``.
 
+    Cost: m singular value decompositions, O(m⁴).
+
     Parameters
     ----------
     v_bar, x, v : (..., m, m) real arrays
@@ -36,10 +38,6 @@ def eigh_vjp_v1(v_bar: Array, x: Array, w: Array, v: Array, /) -> Array:
     ------
     TypeError, ValueError
         Mixed libraries or dtypes; complex arrays; shapes that do not fit.
-
-    Notes
-    -----
-    Cost: m singular value decompositions, O(m⁴).
     """
     xp = conform("(m,m),(m,m),(m),(m,m)", real_only=True, v_bar=v_bar, x=x, w=w, v=v).xp
     eye, x_bar = identity(x.shape[-1], x), xp.zeros_like(x)

@@ -15,6 +15,7 @@ from ddnref._core.arrays import Array, namespace_of
 from ddnref._core.noise import noise
 from ddnref._kernels.dense import eigh
 from ddnref.networks._chain import Chain
+from ddnref.networks._losses import count
 from ddnref.reference.network import network_ggn, network_jacobian
 
 
@@ -46,26 +47,16 @@ def ggn_dense_derivatives(chain: Chain, x: Array, t: Array, k: int) -> tuple[Arr
 def ggn_dense_newton(chain: Chain, x: Array, t: Array, k: int, damping: float) -> Array:
     """The damped Newton step along the k leading eigenvectors ``(D,)``; for parameters see `ggn_dense_derivatives`."""
     w, v, first, _ = ggn_dense_derivatives(chain, x, t, k)
-    slope = chain.scale(x.shape[0]) * namespace_of(x).sum(first, axis=0)  # e_kᵀ g
+    n = count(chain.criterion, chain.output(x), t)
+    slope = chain.scale(n) * namespace_of(x).sum(first, axis=0)  # e_kᵀ g
     return -(v @ (slope / (w + damping)))
 
 
 def ggn_power_iteration(chain: Chain, x: Array, t: Array, k: int = 1, *, steps: int = 1000) -> tuple[Array, Array]:
-    """The k leading eigenpairs by power iteration on `Chain.ggnvp`, one after the other.
+    """The k leading eigenpairs, (k,) and (D, k), by power iteration on `Chain.ggnvp`, one after the other.
 
-    Parameters
-    ----------
-    chain : Chain
-        A chain of any layers.
-    x, t
-        Inputs and targets, as for `Chain.loss`.
-    k, steps : int
-        Number of pairs, and of products for each.
-
-    Returns
-    -------
-    w, v : (k,) and (D, k) arrays
-        Their error decreases as ``(λ_(k+1) / λ_k)`` to the power of `steps`.
+    The chain may have any layers; `x` and `t` are as for `Chain.loss`. Each pair takes `steps` products, and its error
+    decreases as ``(λ_(k+1) / λ_k)`` to the power of `steps`.
     """
     xp = namespace_of(chain.params[0])
     size = sum(math.prod(p.shape) for p in chain.params)

@@ -71,23 +71,10 @@ def cg_unrolled(operator: LinearOperator, b: Array, /, n_iter: int) -> tuple[Arr
 def cg_unrolled_vjp(
     x_bar: Array, b: Array, saved: tuple[Step, ...], operator: LinearOperator, /
 ) -> tuple[Params, Array]:
-    r"""Gradient with respect to the operator's parameters and b, through every step.
+    """Gradient with respect to the operator's parameters and b, ``(params_bar, b_bar)``, through every step.
 
-    Parameters
-    ----------
-    x_bar : (..., \*domain_shape) array
-    b, saved, operator
-        The arguments and the result of `cg_unrolled`.
-
-    Returns
-    -------
-    params_bar : tuple of arrays
-    b_bar : (..., \*domain_shape) array
-
-    Raises
-    ------
-    TypeError, ValueError
-        Mixed libraries or dtypes; shapes that do not fit; nothing saved.
+    `b`, `saved` and `operator` are the arguments and the result of `cg_unrolled`. Errors are the same, with
+    ``ValueError`` also where nothing is saved.
     """
     xp = namespace(x_bar=x_bar, b=b)
     check_dtypes(x_bar=(x_bar, b.dtype))

@@ -22,21 +22,14 @@ from ddnref._core.arrays import Array, namespace_of
 from ddnref._kernels.dense import identity
 from ddnref.networks._chain import Chain
 from ddnref.networks._layers import Dense
+from ddnref.networks._losses import count
 
 
 def network_jacobian(chain: Chain, x: Array) -> Array:
-    """Derivatives of all outputs with respect to all parameters.
+    """Derivatives ``(N, C, D)`` of all outputs with respect to all parameters, for x of shape ``(N, a_0)``.
 
-    Parameters
-    ----------
-    chain : Chain
-        A chain of `Dense` layers; ``TypeError`` for others.
-    x : (N, a_0) array
-
-    Returns
-    -------
-    jacobian : (N, C, D) array
-        D counts the parameters in the order of ``chain.params``, each flattened.
+    D counts the parameters in the order of ``chain.params``, each flattened. The layers must be `Dense`; others raise
+    ``TypeError``.
     """
     return _propagate(chain, x, second=False).first
 
@@ -50,7 +43,7 @@ def network_hessian(chain: Chain, x: Array, t: Array) -> Array:
     """The Hessian of the loss ``(D, D)``; parameters as `network_jacobian` and `Chain.loss`."""
     xp, state = namespace_of(x), _propagate(chain, x, second=True)
     # The curvature of the loss in the outputs, and that of the outputs in the parameters.
-    g = chain.scale(x.shape[0]) * chain.criterion.gradient(state.z, t)
+    g = chain.scale(count(chain.criterion, state.z, t)) * chain.criterion.gradient(state.z, t)
     return _ggn(chain, state, t) + xp.sum(g[..., None, None] * state.second, axis=(0, 1))
 
 
@@ -106,4 +99,4 @@ def _layer(layer: Dense, state: _State, units: Array, second: bool) -> _State:
 def _ggn(chain: Chain, state: _State, t: Array) -> Array:
     xp = namespace_of(state.z)
     curved = chain.criterion.hessian(state.z, t) @ state.first
-    return chain.scale(state.z.shape[0]) * xp.sum(xp.matrix_transpose(state.first) @ curved, axis=0)
+    return chain.scale(count(chain.criterion, state.z, t)) * xp.sum(xp.matrix_transpose(state.first) @ curved, axis=0)

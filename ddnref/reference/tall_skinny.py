@@ -28,6 +28,7 @@ from ddnref._core.arrays import Array, full, namespace_of
 from ddnref._kernels.dense import identity, solve
 from ddnref.networks._chain import Chain
 from ddnref.networks._layers import Dense
+from ddnref.networks._losses import count
 
 
 class LayerMatrices(NamedTuple):
@@ -36,24 +37,14 @@ class LayerMatrices(NamedTuple):
     dx: Array
     dz: Array
     dxx: Array
-    dzx: Array
-    """(p, entries of z)."""
+    dzx: Array  # (p, entries of z)
     dzz: Array
 
 
 def tall_skinny_derivatives(chain: Chain, x: Array, t: Array, /) -> list[LayerMatrices]:
-    """All five matrices of every layer of a chain of dense layers, the last one including the loss.
+    """All five matrices of every layer, the last one including the loss.
 
-    Parameters
-    ----------
-    chain : Chain
-        A chain of `Dense` layers without bias; ``TypeError`` for others.
-    x : (N, a) array
-    t : array
-
-    Returns
-    -------
-    list of LayerMatrices
+    The layers must be `Dense` without bias; others raise ``TypeError``. `x` and `t` are as for `Chain.loss`.
     """
     records = chain.layer_derivatives(x, t)
     found = []
@@ -64,7 +55,7 @@ def tall_skinny_derivatives(chain: Chain, x: Array, t: Array, /) -> list[LayerMa
         slope, curvature = layer.phi.slope(record.s), layer.phi.curvature(record.s)
         second = (record.b * curvature)[:, :, None] * identity(curvature.shape[1], curvature)
         if last:  # the loss follows the activation of the outputs
-            s = chain.scale(x.shape[0]) * chain.criterion.hessian(record.z_out, t)
+            s = chain.scale(count(chain.criterion, record.z_out, t)) * chain.criterion.hessian(record.z_out, t)
             second = second + slope[:, :, None] * s * slope[:, None, :]
         found.append(_layer(layer.weight, record.z_in, record.b * slope, slope, second, last))
     return found
@@ -94,19 +85,7 @@ def _layer(weight: Array, z: Array, beta: Array, slope: Array, second: Array, la
 
 
 def tall_skinny_product(layers: Sequence[LayerMatrices], v: Sequence[Array], /) -> list[Array]:
-    """``H v`` by the four terms, from explicit matrices.
-
-    Parameters
-    ----------
-    layers : list of LayerMatrices
-        The result of `tall_skinny_derivatives`.
-    v : list of (p_l,) arrays
-        One vector for each layer.
-
-    Returns
-    -------
-    list of (p_l,) arrays
-    """
+    """``H v`` by the four terms, from the matrices of `tall_skinny_derivatives` and one vector ``(p_l,)`` per layer."""
     xp = namespace_of(v[0])
     # Forward: y = M⁻¹ Dx v, from the first layer to the last; `read` holds P y, which each layer reads, and the last y.
     read = [0 * layers[0].dz[0, :]]
@@ -123,19 +102,9 @@ def tall_skinny_product(layers: Sequence[LayerMatrices], v: Sequence[Array], /) 
 
 
 def tall_skinny_solve(layers: Sequence[LayerMatrices], g: Sequence[Array], damping: float, /) -> list[Array]:
-    """``(H + εI)⁻¹ g``: the augmented system sorted by layers, block tridiagonal, by block elimination.
+    """``(H + εI)⁻¹ g`` by block elimination of the augmented system, with arguments as in `tall_skinny_product`.
 
-    Parameters
-    ----------
-    layers : list of LayerMatrices
-        The result of `tall_skinny_derivatives`.
-    g : list of (p_l,) arrays
-    damping : float
-
-    Returns
-    -------
-    list of (p_l,) arrays
-        NaN or wrong where a pivot block is singular, which is not checked.
+    The result is NaN or wrong where a pivot block is singular, which is not checked.
     """
     xp = namespace_of(g[0])
     diagonal, above, below = _sorted_by_layers(layers, damping)
