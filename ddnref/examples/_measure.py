@@ -47,6 +47,7 @@ NOTHING_KEPT = {  # malloc requests all but small blocks from the system and ret
     "MALLOC_MMAP_THRESHOLD_": "4096",
     "MALLOC_TOP_PAD_": "0",
     "MALLOC_TRIM_THRESHOLD_": "0",
+    "PYTHONMALLOC": "malloc",  # its own allocator would request a whole megabyte at times
 }
 
 
@@ -69,7 +70,7 @@ def seconds(
 
 def peaks(source: str, timed: Figures) -> Figures:
     """Return the peak memory in bytes of the passes that were timed; empty where the system does not provide it."""
-    return _ask(PINNED | NOTHING_KEPT, "peaks", source, _flat(timed))
+    return _ask(PINNED | NOTHING_KEPT, "peaks", source, list(timed.items()))
 
 
 def expected(name: str, size: Size, known: Figures) -> float:
@@ -125,12 +126,8 @@ def _ask(settings: dict[str, str], *question: Any) -> Figures:
     return _figures(json.loads(done.stdout.splitlines()[-1]))
 
 
-def _flat(figures: Figures) -> list[Any]:
-    return [[name, size, value] for (name, size), value in figures.items()]
-
-
-def _figures(flat: list[Any]) -> Figures:
-    return {(name, tuple(size)): value for name, size, value in flat}
+def _figures(items: list[Any]) -> Figures:
+    return {(name, tuple(size)): value for (name, size), value in items}  # JSON has made lists of all tuples
 
 
 def _answer_seconds(passes: Passes, sizes: Any, patience: float, least: int, repeat: float, always: Any) -> Figures:
@@ -169,4 +166,4 @@ if __name__ == "__main__":
     module, _, function = source.partition(":")
     answer = _answer_seconds if kind == "seconds" else _answer_peaks
     found = answer(getattr(importlib.import_module(module), function), *options)
-    print(f"\n{json.dumps(_flat(found))}")  # in a line by itself, because a library may have printed before
+    print(f"\n{json.dumps(list(found.items()))}")  # in a line by itself, because a library may have printed before

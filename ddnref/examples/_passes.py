@@ -41,18 +41,17 @@ def numpy_ladder(size: Size) -> dict[str, Call]:
 def torch_ladder(size: Size) -> dict[str, Call]:
     """Return PyTorch's ``eigh`` and its autograd."""
     x, _, _, v_bar = problem(size)
-    forward, backward = _torch(x, v_bar)
-    return {"PyTorch forward": forward, "PyTorch": backward}
+    return _torch("PyTorch", x, v_bar)
 
 
-def _torch(x: Matrix, v_bar: Matrix) -> tuple[Call, Call]:
+def _torch(name: str, x: Matrix, v_bar: Matrix) -> dict[str, Call]:
     import torch
 
     torch.set_num_threads(THREADS)
     leaf = torch.tensor(x, requires_grad=True)
     v = torch.linalg.eigh(leaf)[1][..., -v_bar.shape[-1] :]
     backward = partial(torch.autograd.grad, v, leaf, torch.tensor(v_bar), retain_graph=True)
-    return partial(torch.linalg.eigh, leaf), backward
+    return {f"{name} forward": partial(torch.linalg.eigh, leaf), name: backward}
 
 
 def jax_ladder(size: Size) -> dict[str, Call]:
@@ -84,20 +83,14 @@ def _photographs(rng: np.random.Generator, b: int, m: int) -> Matrix:
     patches = np.lib.stride_tricks.sliding_window_view(pixels, (EDGE, EDGE), axis=(1, 2))
     which, row, column = (rng.integers(size, size=(b, m)) for size in patches.shape[:3])
     features = patches[which, row, column].reshape(b, m, -1)
-    return np.asarray(features @ np.swapaxes(features, -1, -2) / features.shape[-1])
+    return np.asarray(features @ np.swapaxes(features, -1, -2) / (2 * features.shape[-1]))
 
 
-def _with_transpose(z: Matrix) -> Matrix:
-    return np.asarray(np.abs(z) + np.abs(np.swapaxes(z, -1, -2)))
-
-
-# All are symmetric with positive entries, so that the dominant eigenvalue is positive and simple, and power iteration
-# finds it in a few steps.
 DISTRIBUTIONS: dict[str, Callable[[np.random.Generator, int, int], Matrix]] = {
-    "gaussian": lambda rng, b, m: _with_transpose(rng.standard_normal((b, m, m))),
-    "uniform": lambda rng, b, m: _with_transpose(rng.random((b, m, m))),
-    "von Mises": lambda rng, b, m: _with_transpose(rng.vonmises(0.0, 1.0, (b, m, m))),
-    "integers 0–10": lambda rng, b, m: _with_transpose(rng.integers(0, 11, (b, m, m)).astype(np.float64)),
+    "gaussian": lambda rng, b, m: rng.standard_normal((b, m, m)),
+    "uniform": lambda rng, b, m: rng.random((b, m, m)),
+    "von Mises": lambda rng, b, m: rng.vonmises(0.0, 1.0, (b, m, m)),
+    "integers 0–10": lambda rng, b, m: rng.integers(0, 11, (b, m, m)),
     "photographs": _photographs,
 }
 COTANGENTS = ("ones", "random")
@@ -105,7 +98,10 @@ COTANGENTS = ("ones", "random")
 
 def matrices(distribution: str, b: int, m: int, seed: int) -> Matrix:
     """Draw b matrices, m×m, in float32: the same numbers for every precision that computes with them."""
-    return DISTRIBUTIONS[distribution](np.random.default_rng([seed, m]), b, m).astype(np.float32)
+    x = np.abs(DISTRIBUTIONS[distribution](np.random.default_rng([seed, m]), b, m))
+    # A symmetric matrix with positive entries has a positive, simple dominant eigenvalue, which power iteration finds
+    # in a few steps.
+    return (x + np.swapaxes(x, -1, -2)).astype(np.float32)
 
 
 def cotangent(kind: str, shape: tuple[int, ...], seed: int) -> Matrix:
@@ -117,6 +113,7 @@ def cotangent(kind: str, shape: tuple[int, ...], seed: int) -> Matrix:
 
 # --- n of m eigenvectors, by the names of the tutorial ------------------------------------------------------------
 
+ITERATIONS = ("PI", "SI")  # the first for a single eigenvector only
 STEPS = 100  # of an iteration, as in the tutorial; ddnref's own passes stop when they have converged
 GIB = 2**30
 MEMORY = 2 * GIB  # a pass that is expected to take more is skipped
@@ -169,10 +166,8 @@ def full_name(backward: str, n: int) -> str:
 
 def names(n: int) -> list[str]:
     """List all passes whose cost is measured, forward passes first."""
-    iterations = ["PI", "SI"] if n == 1 else ["SI"]
-    unroll = [f"{name}-Unroll" for name in iterations]
-    backward = [full_name(name, n) for name in BACKWARD]
-    return ["AT forward", *(f"{name} forward" for name in iterations), "AT", *unroll, *backward]
+    forward, unroll = ([f"{name}{end}" for name in ITERATIONS[n > 1 :]] for end in (" forward", "-Unroll"))
+    return ["AT forward", *forward, "AT", *unroll, *(full_name(name, n) for name in BACKWARD)]
 
 
 def expected_bytes(name: str, size: Size) -> float:
@@ -188,12 +183,10 @@ def numpy_passes(size: Size) -> dict[str, Call]:
     x = matrices("gaussian", b, m, seed=0)
     w, v = forward("eigh", x, n)
     v_bar = cotangent("random", v.shape, seed=0).astype(x.dtype)
-    calls: dict[str, Call] = {}
-    for name in ("PI", "SI") if n == 1 else ("SI",):
+    calls: dict[str, Call] = {full_name(short, n): partial(run, v_bar, x, w, v) for short, run in BACKWARD.items()}
+    for name in ITERATIONS[n > 1 :]:
         calls[f"{name} forward"] = partial(forward, name, x, n)
         calls[f"{name}-Unroll"] = partial(unrolled, name, v_bar, x, w, v)
-    for short, run in BACKWARD.items():
-        calls[full_name(short, n)] = partial(run, v_bar, x, w, v)
     return {name: call for name, call in calls.items() if expected_bytes(name, size) <= MEMORY}
 
 
@@ -201,8 +194,7 @@ def torch_passes(size: Size) -> dict[str, Call]:
     """Return PyTorch's ``eigh`` and its autograd, called AT in the tutorial."""
     b, m, n = size
     v_bar = cotangent("random", (b, m, n), seed=0).astype(np.float32)
-    forward, backward = _torch(matrices("gaussian", b, m, seed=0), v_bar)
-    return {"AT forward": forward, "AT": backward}
+    return _torch("AT", matrices("gaussian", b, m, seed=0), v_bar)
 
 
 PASSES = {"NumPy": f"{__name__}:numpy_passes", "PyTorch": f"{__name__}:torch_passes"}

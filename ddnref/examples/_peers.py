@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import platform
+import runpy
 from collections.abc import Callable
+from datetime import date
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +18,7 @@ from numpy.typing import NDArray
 from ddnref._core.arrays import Array
 
 MODULES = {"PyTorch": "torch", "JAX": "jax"}
+RECORD = Path(__file__).with_name("recorded.json")
 
 
 def installed(module: str) -> bool:
@@ -57,3 +63,33 @@ def _jax(loss: Callable[..., Array], x: NDArray[Any], constants: tuple[NDArray[A
     held = tuple(map(jax.numpy.asarray, constants))
     gradient = jax.jit(jax.grad(lambda matrix: loss(*jax.numpy.linalg.eigh(matrix), *held)))
     return np.asarray(gradient(jax.numpy.asarray(x)))
+
+
+def recorded(name: str, seed: int) -> tuple[str, dict[str, tuple[NDArray[Any], NDArray[Any]]]] | None:
+    """Return a label and, by dtype, the worst error and the number of NaN at each gap, as `record` wrote them.
+
+    ``None`` for another seed than that of the record, because its matrices are others.
+    """
+    kept = json.loads(RECORD.read_text(encoding="utf-8"))
+    found, release = kept[name], ".".join(kept[name]["version"].split(".")[:2])
+    said = f"{name} {release}, recorded {kept['date']}"
+    # A worst error is NaN, null in the file, where no error is finite.
+    figures = {d: (np.asarray(found["worst"][d], dtype=float), np.asarray(nan)) for d, nan in found["nan"].items()}
+    return (said, figures) if seed == kept["seed"] else None
+
+
+def record() -> None:
+    """Record the errors of both frameworks at repeated eigenvalues, for machines where they are not installed.
+
+    Renew the record by ``python -c "from ddnref.examples._peers import record; record()"``.
+    """
+    if None in versions().values():
+        raise RuntimeError(f"Not all that is to be recorded is installed: {versions()}.")
+    story = runpy.run_module("ddnref.examples.plot_repeated_eigenvalues")
+    made: dict[str, Any] = {"date": str(date.today()), "device": f"CPU, {platform.machine()}", "seed": 0}
+    made |= {"Python": platform.python_version(), "NumPy": np.__version__}
+    for name, number in versions().items():
+        worst = {d: [float(e) if np.isfinite(e) else None for e in of[name]] for d, of in story["worst"].items()}
+        nans = {d: of[name].tolist() for d, of in story["nans"].items()}
+        made[name] = {"version": number, "worst": worst, "nan": nans}
+    RECORD.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -13,32 +14,6 @@ from ddnref.verify._backends import Backend
 
 Cell: TypeAlias = str | int | float
 T = TypeVar("T")
-
-BLUE, ORANGE, GREEN, GREY = "#0067a5", "#c4501b", "#2b8a57", "#6b6b6b"
-LOOK: Any = {  # of every figure, in the gallery and in the report
-    "font.size": 11,
-    "axes.titlesize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.7,
-    "lines.linewidth": 2.0,
-    "legend.frameon": False,
-    "figure.dpi": 110,
-    "figure.facecolor": "white",
-}
-
-
-class Settings:
-    """The choices of whoever runs a story; the gallery uses these defaults."""
-
-    def __init__(self) -> None:
-        self.full: bool = False
-        """Whether to take the time for every size and seed."""
-        self.seed: int = 0
-        self.backend: Backend = Backend("numpy", np.__version__, np.asarray, np.asarray)
-        """The array library: ``settings.backend.convert(array)`` and ``.to_numpy(array)``."""
 
 
 class Table(NamedTuple):
@@ -76,12 +51,20 @@ class Check(NamedTuple):
     error: float
     limit: float
 
+    def __str__(self) -> str:
+        error, limit = f"{self.error:.1e}" if self.error else "0", f"{self.limit:.0e}" if self.limit else "0"
+        return f"{self.label}: {error}, at most {limit}"
+
 
 class CheckError(Exception):
     """A story measured an error above its limit."""
 
 
-settings = Settings()
+settings = SimpleNamespace(  # the choices of whoever runs a story; the gallery uses these defaults
+    full=False,  # whether to take the time for every size and seed
+    seed=0,
+    backend=Backend("numpy", np.__version__, np.asarray, np.asarray),  # to convert arrays, and back by ``to_numpy``
+)
 _recorder: Any = None  # the runner: ``add(result)`` keeps a result, ``track(items, label)`` shows progress
 
 
@@ -119,13 +102,14 @@ def table(name: str, caption: str, columns: Sequence[str], rows: Sequence[Sequen
         print("  ".join([f"{first.strip():<{widths[0]}}", *others]).rstrip())
 
 
-def picture(
-    name: str, figure: Any, caption: str, alt: str, columns: Sequence[str] = (), rows: Sequence[Sequence[Cell]] = ()
-) -> None:
+def picture(name: str, figure: Any, caption: str, alt: str, columns: Sequence[str] = (), rows: Any = ()) -> None:
     """Keep a finished figure; the report writes ``<story>-<name>.png`` and its numbers to a CSV file.
 
     Outside the report pyplot shows the figure. Captions are written as the narrative. Call this after the last change.
+    A dictionary of matrices becomes their rows, each after the name of its matrix and its number.
     """
+    if isinstance(rows, dict):
+        rows = [(key, i, *row) for key, matrix in rows.items() for i, row in enumerate(matrix)]
     if _recorder is not None:
         _recorder.add(Picture(name, figure, caption, alt, columns, rows))
 
@@ -140,17 +124,21 @@ def headline(label: str, *values: str) -> None:
 
 def check(label: str, error: float, limit: float) -> None:
     """State an error and raise `CheckError` unless it is at most `limit`; NaN is above every limit."""
+    said = Check(label, float(error), limit)
     if _recorder is not None:
-        _recorder.add(Check(label, float(error), limit))
+        _recorder.add(said)
     else:
-        print(f"{label}: {error:.1e}, at most {limit:.0e}")
+        print(said)
     if not error <= limit:
         raise CheckError(f"{label}: {error:.1e} is more than {limit:.0e}.")
 
 
+def compare(label: str, found: Any, expected: Any, limit: float) -> None:
+    """`check` the distance between two arrays, divided by the norm of the expected one."""
+    check(label, float(np.linalg.norm(found - expected) / np.linalg.norm(expected)), limit)
+
+
 def track(items: Iterable[T], label: str) -> Iterable[T]:
     """Iterate over `items`; the report shows the progress."""
-    if _recorder is None:
-        return items
-    tracked: Iterable[T] = _recorder.track(items, label)
+    tracked: Iterable[T] = items if _recorder is None else _recorder.track(items, label)
     return tracked

@@ -13,15 +13,13 @@ are learned here from one photograph whose sharp version is at hand, by followin
 error through the solver. `ddnref.linear_solve_vjp` solves one more system of the same kind and stores no iterate.
 """
 
-import importlib.util
-
 import array_api_compat
 import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.datasets import load_sample_image
 
 import ddnref
-from ddnref.examples import BLUE, GREY, ORANGE, check, headline, picture, settings, table, track
+from ddnref.examples import BLUE, GREY, ORANGE, _peers, check, compare, headline, image, picture, settings, table, track
 from ddnref.operators import add, adjoint, convolution, difference, normal, scaled
 
 convert, to_numpy = settings.backend.convert, settings.backend.to_numpy
@@ -89,16 +87,12 @@ def loss_and_gradient(theta, log_rho, sharp, blurred, rtol, x0=None, y0=None):
 round_blur = np.exp(-(i[:, None] ** 2 + i**2) / 8)
 start = convert((round_blur / round_blur.sum()).ravel()), convert(np.asarray(np.log(3e-3)))
 _, bars, _, _ = loss_and_gradient(*start, *flower, rtol=1e-12)
-direction = xp.concat([bars[0], xp.reshape(bars[1], (1,))])
-
-
-def loss_of_all(q):
-    return loss_and_gradient(q[:-1], xp.reshape(q[-1:], ()), *flower, rtol=1e-12)[0]
-
-
-everything = xp.concat([start[0], xp.reshape(start[1], (1,))])
-slope = float(ddnref.testing.numerical_jvp(loss_of_all, everything, direction, step=2e-5))
-error = abs(slope / float(xp.sum(direction**2)) - 1)
+everything, direction = (xp.concat([a, xp.reshape(b, (1,))]) for a, b in (start, bars))
+slope = ddnref.testing.numerical_jvp(
+    lambda q: loss_and_gradient(q[:-1], xp.reshape(q[-1:], ()), *flower, rtol=1e-12)[0],
+    everything, direction, step=2e-5,
+)  # fmt: skip
+error = abs(float(slope) / float(xp.sum(direction**2)) - 1)
 check("gradient of kernel and weight: error against finite differences", error, 1e-7)
 headline("Gradient through the linear solver: error", f"ddnref {error:.0e}")
 
@@ -140,12 +134,10 @@ first, learned = (to_numpy(ddnref.nodes.project_simplex(p[0])).reshape(SIZE, SIZ
 kernels = {"at the start": first, "learned": learned, "the camera's": shake}
 fig, axes = plt.subplots(1, 3, figsize=(8, 2.8), layout="constrained")
 for ax, (title, kernel) in zip(axes, kernels.items(), strict=True):
-    ax.imshow(kernel, cmap="gray_r", vmin=0, vmax=max(map(np.max, kernels.values())))
-    ax.set(title=title, xticks=[], yticks=[])
+    image(ax, kernel, title, cmap="gray_r", vmax=max(map(np.max, kernels.values())))
 picture("kernels", fig, "The blur: where the light of one point went.",
         "Three kernels: at the start, learned, and the camera's",
-        ["kernel", "row", *(f"column {j}" for j in range(SIZE))],
-        [(title, j, *row) for title, kernel in kernels.items() for j, row in enumerate(kernel)])  # fmt: skip
+        ["kernel", "row", *(f"column {j}" for j in range(SIZE))], kernels)  # fmt: skip
 rows = [
     ("unknowns of each system", SIDE**2),
     ("iterations forward and backward, first step", f"{forward[0]:.0f} and {backward[0]:.0f}"),
@@ -164,19 +156,17 @@ fig, axes = plt.subplots(2, 4, figsize=(8, 4.5), layout="constrained")
 for line, (label, (sharp, blurred)) in zip(axes, {"learned from": flower, "held out": temple}.items(), strict=True):
     before, after = (restore(*p, blurred, rtol=RTOL)[0] for p in (start, params))
     images = {"as taken": blurred, "restored, before": before, "restored, learned": after, "sharp": sharp}
-    for ax, (title, image) in zip(line, images.items(), strict=True):
-        ax.imshow(to_numpy(image), cmap="gray", vmin=0, vmax=1)
-        ax.set(xticks=[], yticks=[])
+    for ax, (title, pixels) in zip(line, images.items(), strict=True):
         if title != "sharp":
-            rows.append((label, title, -10 * np.log10(float(xp.mean((image - sharp) ** 2)))))
+            rows.append((label, title, -10 * np.log10(float(xp.mean((pixels - sharp) ** 2)))))
             title = f"{title}\n{rows[-1][2]:.1f} dB"
-        ax.set_title(title, fontsize=9)
+        image(ax, to_numpy(pixels), title)
     line[0].set_ylabel(label)
 picture("photographs", fig,
         "The photograph from which kernel and weight were learned, and another one, taken with the same shake.",
         "Two photographs, blurred, restored and sharp", ["photograph", "image", "decibels"], rows)  # fmt: skip
 plt.show()
-headline("Held-out photograph, as taken and restored", f"{rows[3][2]:.1f} dB", f"{rows[5][2]:.1f} dB")
+headline("Signal to noise of a held-out photograph", f"{rows[3][2]:.1f} dB as taken", f"{rows[5][2]:.1f} dB restored")
 
 # %%
 # In PyTorch
@@ -184,7 +174,7 @@ headline("Held-out photograph, as taken and restored", f"{rows[3][2]:.1f} dB", f
 # There ``linear_solve`` becomes one operation of the graph, and ``backward()`` calls the same VJP. Operators take
 # tensors as they are; their parameters are in the open, so that PyTorch sees them. The gradient is that from above.
 
-if importlib.util.find_spec("torch"):
+if _peers.installed("torch"):
     import torch
 
     from ddnref.interop.torch import differentiable
@@ -195,11 +185,9 @@ if importlib.util.find_spec("torch"):
     sharp, blurred = (torch.tensor(to_numpy(image)) for image in flower)
 
     blur = convolution(project(theta).reshape(SIZE, SIZE), sharp.shape)
-    system = add(normal(blur), scaled(normal(difference((SIDE, SIDE))), log_rho.exp()), positive_definite=True)
+    system = add(normal(blur), scaled(smoothness, log_rho.exp()), positive_definite=True)
     x, _ = solve(system, adjoint(blur)(blurred))
     torch.mean((x - sharp) ** 2).backward()
 
-    by_hand = to_numpy(direction)
     by_torch = np.concat([theta.grad.numpy(), [log_rho.grad]])
-    away = np.linalg.norm(by_torch - by_hand) / np.linalg.norm(by_hand)
-    check("gradient in PyTorch: difference from the three VJPs", away, 1e-7)
+    compare("gradient in PyTorch: difference from the three VJPs", by_torch, to_numpy(direction), 1e-7)

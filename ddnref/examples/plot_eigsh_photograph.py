@@ -22,7 +22,7 @@ import numpy as np
 from sklearn.datasets import load_sample_image
 
 import ddnref
-from ddnref.examples import check
+from ddnref.examples import check, compare, image
 
 photograph = load_sample_image("flower.jpg")[40:400:8, 60:600:8].mean(axis=-1) / 255
 shape = photograph.shape
@@ -44,13 +44,10 @@ def laplacian_vjp(params, y_bar, u):  # linear in the weights: they do not enter
     return tuple(np.sum(np.diff(y_bar, axis=axis) * np.diff(u, axis=axis), axis=lead) for axis in (-2, -1))
 
 
-def weights(image):
-    return tuple(np.exp(-((np.diff(image, axis=axis) / 0.1) ** 2)) + 0.01 for axis in (0, 1))
-
-
+weights = tuple(np.exp(-((np.diff(photograph, axis=axis) / 0.1) ** 2)) + 0.01 for axis in (0, 1))
 operator = ddnref.operators.LinearOperator(
-    weights(photograph), laplacian, laplacian, laplacian_vjp, shape, shape, self_adjoint=True
-)
+    weights, laplacian, laplacian, laplacian_vjp, shape, shape, self_adjoint=True
+)  # fmt: skip
 (w, v), info = ddnref.eigsh(operator, 5, which="SA", basis=64)
 print(f"{operator.size} unknowns, {info.n_products} products, residual {info.residual_norm.max():.0e} of the norm of L")
 
@@ -58,14 +55,9 @@ print(f"{operator.size} unknowns, {info.n_products} products, residual {info.res
 # Smallest first: the constant vector with eigenvalue 0, then the borders.
 
 figure, axes = plt.subplots(1, 5, figsize=(11, 2.2), layout="constrained")
-axes[0].imshow(photograph, cmap="gray")
-axes[0].set_title("photograph", fontsize=9)
-for ax, i in zip(axes[1:], range(1, 5), strict=True):
-    limit = np.abs(v[..., i]).max()
-    ax.imshow(v[..., i], cmap="RdBu", vmin=-limit, vmax=limit)
-    ax.set_title(f"λ = {w[i]:.1e}", fontsize=9)
-for ax in axes:
-    ax.axis("off")
+image(axes[0], photograph, "photograph")
+for i in range(1, 5):
+    image(axes[i], v[..., i], f"λ = {w[i]:.1e}", signed=True)
 
 # %%
 # Which edges hold the regions together?
@@ -78,8 +70,7 @@ for ax in axes:
 w_bar = np.zeros(5)
 w_bar[1] = 1.0
 (down_bar, right_bar), _ = ddnref.eigsh_vjp(w_bar, None, w, v, operator, which="SA")
-by_hand = np.diff(v[..., 1], axis=0) ** 2
-check("λ₂: gradient against the formula", np.linalg.norm(down_bar - by_hand) / np.linalg.norm(by_hand), 1e-10)
+compare("λ₂: gradient against the formula", down_bar, np.diff(v[..., 1], axis=0) ** 2, 1e-10)
 
 target = np.random.default_rng(0).standard_normal((2, *shape))
 
@@ -103,8 +94,5 @@ check("eigenvector: gradient against a finite difference", abs(difference / anal
 
 figure, axes = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
 for ax, bar, title in zip(axes, (down_bar, gradient[0]), ("∂λ₂/∂w", "∂loss/∂w, loss of the eigenvector"), strict=True):
-    limit = np.quantile(np.abs(bar), 0.99)
-    picture = ax.imshow(bar, cmap="RdBu", vmin=-limit, vmax=limit)
-    figure.colorbar(picture, ax=ax, shrink=0.8)
-    ax.set_title(title, fontsize=9)
-    ax.axis("off")
+    shown = image(ax, bar, title, signed=True, vmax=np.quantile(np.abs(bar), 0.99))
+    figure.colorbar(shown, ax=ax, shrink=0.8)

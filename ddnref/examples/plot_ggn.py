@@ -13,7 +13,6 @@ second learns to read digits, and its curvature shows how the spectrum changes, 
 samples agree about the slopes, and what a Newton step costs.
 """
 
-import math
 import time
 
 import matplotlib.pyplot as plt
@@ -36,13 +35,11 @@ array, host, compiled = settings.backend.convert, settings.backend.to_numpy, set
 
 rng = np.random.default_rng(settings.seed)
 x, t = array(rng.random((4, 7))), array(rng.random((4, 3)))
-small = ddnref.networks.Chain.mlp(
-    7, 5, 3, 3, activation="relu", loss="mse", gain=math.sqrt(2), seed=settings.seed, like=x
-)  # fmt: skip
+small = ddnref.networks.Chain.mlp(7, 5, 3, 3, activation="relu", loss="mse", gain=2**0.5, seed=settings.seed, like=x)
 gram = host(compiled(lambda x, t: ddnref.curvature.ggn_eigvalsh(small, x, t, throw=False))(x, t))
 dense = np.linalg.eigvalsh(host(compiled(lambda x, t: network_ggn(small, x, t))(x, t)))[::-1]
-print("Gram, 12×12: ", " ".join(f"{w:8.1e}" for w in gram))
-print("dense, 88×88:", " ".join(f"{w:8.1e}" for w in dense[:12]), "...")
+print("Gram, 12×12: ", " ".join(f"{w:.2g}" for w in gram))
+print("dense, 88×88:", " ".join(f"{w:.2g}" for w in dense[:12]), "...")
 spectrum_error = np.max(np.abs(gram - dense[:12])) / dense[0]
 check("eigenvalues against the dense matrix", spectrum_error, 1e-13)
 
@@ -107,8 +104,7 @@ picture("spectrum", fig,
     "Eigenvalues over the steps of training, and all of them at three steps",
     ("step", "number", "eigenvalue"),
     [(step, i + 1, float(w)) for step, row in zip(LOOKS, values, strict=True) for i, w in enumerate(row)])  # fmt: skip
-gaps = values[:, 8] / values[:, 9]
-print("ninth / tenth eigenvalue, step by step:", ", ".join(f"{gap:.1f}" for gap in gaps))
+print("ninth / tenth eigenvalue, step by step:", ", ".join(f"{row[8] / row[9]:.1f}" for row in values))
 
 # %%
 # Are they right?
@@ -117,10 +113,7 @@ print("ninth / tenth eigenvalue, step by step:", ", ".join(f"{gap:.1f}" for gap 
 # the slopes of the loss along them with finite differences.
 
 w, e = ddnref.curvature.ggn_eigh(ggns[LATE], k=LEADING, method="full")
-derivatives = {
-    step: ddnref.curvature.ggn_directional_derivatives(ggn, k=N, method="full") for step, ggn in ggns.items()
-}
-
+derivatives = {s: ddnref.curvature.ggn_directional_derivatives(g, k=N, method="full") for s, g in ggns.items()}
 chain = chains[LATE]
 e_flat, w = host(flat(e, LEADING)), host(w)
 product = host(flat(chain.ggnvp(x[:N, ...], t[:N], e), LEADING))
@@ -301,5 +294,3 @@ if _peers.installed("torch"):
     rows = torch.cat([j.reshape(12, -1) for j in jacobian.values()], dim=1)
     dense = torch.linalg.eigvalsh(2 / 12 * rows.T @ rows).flip(0)
     check("eigenvalues against PyTorch's Jacobian", float(torch.max(torch.abs(w - dense[:3])) / dense[0]), 1e-13)
-else:
-    print("PyTorch is not installed.")

@@ -87,7 +87,6 @@ for ax, (k, counts) in zip(axes[:, 0], spectra.items(), strict=True):
     ax.bar(bins, counts, width=0.9, color=[ORANGE] * n + [GREY] * (len(counts) - 2 * n) + [BLUE] * n)
     ax.set(yscale="log", ylim=(0.5, 5 * total), title=f"after {k} steps, loss {losses[k]:.3f}", ylabel="eigenvalues")
     ax.grid(visible=False, axis="x")
-    ax.set_axisbelow(True)
     for i, count in enumerate(counts):
         ax.text(i, max(count, 0.5), f"{count}", ha="center", va="bottom", fontsize=9)
 ax.tick_params(axis="x", labelrotation=30)
@@ -120,13 +119,13 @@ check("eigenvalues in another bin than the dense matrix puts them, after trainin
 negative = {k: sum(counts[:n]) for k, counts in spectra.items()}
 for k, count in negative.items():
     print(f"after {k} steps: {count} eigenvalues below {-SIZES[0]:g}, {uncertain[k]} too close to an edge to tell")
-headline(f"Eigenvalues of the Hessian below {-SIZES[0]:g}, while learning", f"{negative[0]} to {negative[last]}")
+headline(f"Hessian eigenvalues below {-SIZES[0]:g}, before and after learning", f"{negative[0]} to {negative[last]}")
 
 # %%
 # Time against depth and width
 # ----------------------------
-# Factor, solve once and refine, from the weights on: one sample, weights of gain 1, damping 1e-3, width 16. Beside it
-# the construction in ``ddnref.reference.tall_skinny_solve``, which factors blocks with a row for every weight of a
+# How long does it take to factor, solve once and refine? One sample, weights of gain 1, damping 1e-3, width 16. Beside
+# it the construction in ``ddnref.reference.tall_skinny_solve``, which factors blocks with a row for every weight of a
 # layer, and the dense matrix. The best of three; slopes are fitted to the logarithms of the points drawn. Then against
 # the width, at 20 layers (5 for the dense matrix). The textbook's blocks have more than :math:`a^2` rows, so that its
 # exponent tends to six; ours to three, which these widths are far from: it is Python that takes the time at small
@@ -198,7 +197,6 @@ if TIMED:
         "Time of three ways to solve against depth and width, on logarithmic axes",
         ("method", "layers", "width", "seconds"),
         rows)  # fmt: skip
-    plt.show()
 else:
     print(f"Times are not measured with {backend.name}.")
 

@@ -14,7 +14,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 import ddnref
-from ddnref.examples import BLUE, GREEN, GREY, ORANGE, _measure, check, headline, picture, settings, table, track
+from ddnref.examples import BLUE, GREEN, GREY, ORANGE, _measure, check, headline, image, picture, settings, table, track
 from ddnref.examples._passes import COTANGENTS, DISTRIBUTIONS, GIB, MEMORY, PASSES, expected_bytes, names
 from ddnref.examples._peers import versions
 from ddnref.examples._precision import BATCH, DTYPES, SMALL, Key, precision
@@ -51,10 +51,7 @@ for row, steps in zip(axes, STEPS, strict=True):
     residual = ddnref.eigen_residual(covariance, w, v) / w
     shown += [(steps, k + 1, float(residual[k]), *map(float, v[:, k])) for k in range(N)]
     for k, ax in enumerate(row):
-        size = np.abs(v[:, k]).max()
-        ax.imshow(v[:, k].reshape(8, 8), cmap="RdBu_r", vmin=-size, vmax=size)
-        ax.set_title(f"{residual[k]:.0e}", fontsize="small")
-        ax.set(xticks=[], yticks=[])
+        image(ax, v[:, k], f"{residual[k]:.0e}", signed=True)
     row[0].set_ylabel(f"{steps} step{'s' * (steps > 1)}")
 picture("eigen-digits", fig,
     "Four eigen-digits as the iteration finds them.",
@@ -66,8 +63,8 @@ picture("eigen-digits", fig,
 # Three gradients of one loss
 # ---------------------------
 # The loss is the part of one image :math:`a` that the four vectors leave outside,
-# :math:`L = \tfrac12 \lVert a - V V^T a \rVert^2`, plus a little of each vector by itself, so that it is not a
-# function of their span alone. There are two questions to ask of an unconverged iterate :math:`(w, V)`:
+# :math:`L = \frac{1}{2} \lVert a - V V^T a \rVert^2`, plus a little of each vector by itself, so that it is not
+# a function of their span alone. There are two questions to ask of an unconverged iterate :math:`(w, V)`:
 #
 # - How far is the gradient from that of the eigenvectors, :math:`\bar X^*`, by the closed form of `ddnref.eigh_vjp`?
 # - How far is it from that of the iterate itself, by finite differences through all the steps?
@@ -210,15 +207,14 @@ table(
     f"{SEEDS} seeds, random cotangents, eigenpairs from PI), time in ms and peak memory in MiB.",
     ("pass", *DTYPES, *UNITS),
     rows,
-    ".2g",
+    ".3g",
 )
 for name in ("PI-Unroll", "PI-DDN-E, pinv", "PI-IFT-E", "fixed_point", "bordered"):
     for dtype in DTYPES:
         error = found.median(key._replace(dtype=dtype, quantity=name))
         check(f"gradient by {name}, {dtype}", error, 200 * float(np.finfo(dtype).eps))
 bordered, ddn = (found.median(key._replace(quantity=name)) for name in ("bordered", "PI-DDN-E"))
-values = f"ddnref bordered {bordered:.0e}", f"tutorial's DDN-E, solve {ddn:.1g}"
-headline(f"Gradient error of an eigenvector, float32, m = {SMALL}", *values)
+headline("Gradient of an eigenvector: error", f"ddnref bordered {bordered:.0e}", f"tutorial's DDN-E, solve {ddn:.1g}")
 
 # %%
 # By size:

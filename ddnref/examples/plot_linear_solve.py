@@ -7,15 +7,14 @@ computes both by the inverse, by a solve, by differentiating through a solver, a
 needs products with K only. All agree to rounding.
 """
 
-import importlib.util
-
 import matplotlib.pyplot as plt
 import numpy as np
 
 import ddnref
-from ddnref.examples import BLUE, ORANGE, check
+from ddnref.examples import BLUE, ORANGE, _peers, compare
 from ddnref.reference import cg_unrolled, cg_unrolled_vjp
 
+LIMIT = 1e-12  # of the relative error
 rng = np.random.default_rng(0)
 theta, x_true = rng.standard_normal((5, 5)), rng.standard_normal(5)
 K = 2 * theta
@@ -25,11 +24,6 @@ operator = ddnref.operators.scaled(ddnref.operators.dense(theta), 2.0)  # x ↦ 
 x, info = ddnref.linear_solve(operator, b, rtol=1e-13)
 x_bar = np.full(5, 1 / 5)  # the loss is the mean of x
 print(f"{info.n_iter} iterations, relative residual {info.residual_norm:.0e}")
-
-
-def compare(label, gradient, exact):
-    check(label, np.max(np.abs(gradient - exact)) / np.max(np.abs(exact)), 1e-12)
-
 
 # %%
 # The gradient of b
@@ -44,8 +38,8 @@ def compare(label, gradient, exact):
 
 by_inverse = np.linalg.inv(K).T @ x_bar
 ((theta_bar,), b_bar), info = ddnref.linear_solve_vjp(x_bar, x, operator, rtol=1e-13)
-compare("b: solve with the transpose", np.linalg.solve(K.T, x_bar), by_inverse)
-compare("b: linear_solve_vjp", b_bar, by_inverse)
+compare("b: solve with the transpose", np.linalg.solve(K.T, x_bar), by_inverse, LIMIT)
+compare("b: linear_solve_vjp", b_bar, by_inverse, LIMIT)
 
 # %%
 # The gradient of the parameters
@@ -54,15 +48,12 @@ compare("b: linear_solve_vjp", b_bar, by_inverse)
 #
 # .. math:: \frac{\partial x}{\partial \theta_{jk}} = -K^{-1} \frac{\partial K}{\partial \theta_{jk}} x.
 #
-# The explicit Jacobian has three axes. Here it is laid out as (entry of x; row, column of :math:`\theta`), the layout
-# of ``torch.autograd.functional.jacobian``; the right-hand sides are 25 vectors, of which each has one entry.
+# The explicit Jacobian has three axes, (entry of x; row, column of :math:`\theta`), as that of
+# ``torch.autograd.functional.jacobian``; the right-hand sides are 25 vectors, of which each has one entry.
 
-dK_x = np.zeros((5, 5, 5))  # (entry of K x; row, column of θ)
-for j in range(5):
-    dK_x[j, j, :] = 2 * x  # row j of K x depends on row j of θ only
-
-jacobian = np.linalg.solve(K, -dK_x.reshape(5, 25)).reshape(5, 5, 5)
-compare("Jacobian: inverse", -np.tensordot(np.linalg.inv(K), dK_x, axes=1), jacobian)
+dK_x = np.kron(np.eye(5), 2 * x)  # (entry of K x; entry of θ): row j of K x depends on row j of θ only
+jacobian = np.linalg.solve(K, -dK_x).reshape(5, 5, 5)
+compare("Jacobian: inverse", -(np.linalg.inv(K) @ dK_x).reshape(5, 5, 5), jacobian, LIMIT)
 
 # %%
 # A loss needs the sum over the entries of x, weighted with :math:`\bar x`. Doing that sum first leaves one vector to
@@ -74,8 +65,8 @@ compare("Jacobian: inverse", -np.tensordot(np.linalg.inv(K), dK_x, axes=1), jaco
 # product with the operator and its derivative is all that is ever evaluated.
 
 by_jacobian = np.tensordot(x_bar, jacobian, axes=1)
-compare("θ: −2 b̄ xᵀ", -2 * np.outer(b_bar, x), by_jacobian)
-compare("θ: linear_solve_vjp", theta_bar, by_jacobian)
+compare("θ: −2 b̄ xᵀ", -2 * np.outer(b_bar, x), by_jacobian, LIMIT)
+compare("θ: linear_solve_vjp", theta_bar, by_jacobian, LIMIT)
 
 # %%
 # Forward mode
@@ -84,21 +75,21 @@ compare("θ: linear_solve_vjp", theta_bar, by_jacobian)
 
 direction = rng.standard_normal((5, 5))
 x_dot, _ = ddnref.linear_solve_jvp((direction,), None, x, operator, rtol=1e-13)
-compare("ẋ: linear_solve_jvp", x_dot, np.tensordot(jacobian, direction, axes=2))
+compare("ẋ: linear_solve_jvp", x_dot, np.tensordot(jacobian, direction, axes=2), LIMIT)
 
 # %%
 # Autograd through a direct solver, for comparison
 # ------------------------------------------------
 
-if importlib.util.find_spec("torch"):
+if _peers.installed("torch"):
     import torch
 
     theta_t, b_t = torch.tensor(theta, requires_grad=True), torch.tensor(b, requires_grad=True)
     torch.linalg.solve(2 * theta_t, b_t).mean().backward()
-    compare("b: PyTorch", b_bar, b_t.grad.numpy())
-    compare("θ: PyTorch", theta_bar, theta_t.grad.numpy())
+    compare("b: PyTorch", b_bar, b_t.grad.numpy(), LIMIT)
+    compare("θ: PyTorch", theta_bar, theta_t.grad.numpy(), LIMIT)
     by_torch = torch.autograd.functional.jacobian(lambda t: torch.linalg.solve(2 * t, torch.tensor(b)), theta_t)
-    compare("Jacobian: PyTorch", jacobian, by_torch.numpy())
+    compare("Jacobian: PyTorch", jacobian, by_torch.numpy(), LIMIT)
 
 # %%
 # Why not through the iterations
@@ -116,17 +107,15 @@ b, x_bar = rng.standard_normal((2, *shape))
 
 x, _ = ddnref.linear_solve(system, b, rtol=1e-13)
 ((exact,), _), _ = ddnref.linear_solve_vjp(x_bar, x, system, rtol=1e-13)
-
-
 steps, unrolled, implicit = [], [], []
 for rtol in 10.0 ** -np.arange(1, 13):
     x, info = ddnref.linear_solve(system, b, rtol=rtol)
     ((k_bar,), _), _ = ddnref.linear_solve_vjp(x_bar, x, system, rtol=rtol)
     _, saved = cg_unrolled(system, b, int(info.n_iter))
-    steps.append(int(info.n_iter))
     by_iterates = cg_unrolled_vjp(x_bar, b, saved, system)[0][0]
-    implicit.append(np.linalg.norm(k_bar - exact) / np.linalg.norm(exact))
-    unrolled.append(np.linalg.norm(by_iterates - exact) / np.linalg.norm(exact))
+    steps.append(int(info.n_iter))
+    for errors, found in ((implicit, k_bar), (unrolled, by_iterates)):
+        errors.append(np.linalg.norm(found - exact) / np.linalg.norm(exact))
 
 fig, ax = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
 ax.semilogy(steps, unrolled, "o-", color=ORANGE, label="through the stored iterates")

@@ -12,19 +12,17 @@ import time
 
 import matplotlib.pyplot as plt
 import numpy as np
+from scipy.optimize import brentq
 from sklearn.datasets import load_digits
 
 import ddnref
-from ddnref.examples import BLUE, GREEN, GREY, ORANGE, check
+from ddnref.examples import BLUE, GREEN, GREY, ORANGE, compare
 from ddnref.reference import network_hessian
+from ddnref.reference.ggn import flat
 
 images, labels = load_digits(return_X_y=True)
 x, t = images[:10] / 16, np.eye(10)[labels[:10]]  # one of each digit; the squared error of ten outputs
 x = x - x.mean(axis=0)
-
-
-def flat(u):
-    return np.concatenate([a.ravel() for a in u])
 
 
 def dot(u, v):
@@ -87,7 +85,7 @@ def saddle_free(chain, x, t, epsilon, cut):
 
 # %%
 # Against the dense matrix, where there can be one: eight layers of width 6, six samples, the pixels reduced to their
-# six principal components.
+# six principal components. SciPy too finds the root of the secular equation above all poles.
 
 _, _, axes = np.linalg.svd(x, full_matrices=False)
 z = x[:6] @ axes[:6].T
@@ -96,17 +94,13 @@ H, g = network_hessian(small, z, t[:6]), flat(small.gradient(z, t[:6]))
 w, V = np.linalg.eigh(H)
 print(f"{len(w)} parameters, {np.sum(w < -1e-9)} negative eigenvalues, the lowest {w[0]:.4f}")
 
-
-def compare(label, step, expected):
-    check(label, np.linalg.norm(flat(step) - expected) / np.linalg.norm(expected), 1e-9)
-
-
-damped = ddnref.curvature.hessian_factor(small, z, t[:6], damping=0.5)
-compare("damped Newton", damped.solve(small.gradient(z, t[:6]))[0], V @ (V.T @ g / (w + 0.5)))
+step, _ = ddnref.curvature.hessian_factor(small, z, t[:6], damping=0.5).solve(small.gradient(z, t[:6]))
+compare("damped Newton", flat(step), V @ (V.T @ g / (w + 0.5)), 1e-9)
+root = brentq(lambda epsilon: np.linalg.norm(V.T @ g / (w + epsilon)) - 0.5, -w[0] + 1e-6, 1e3, xtol=1e-14)
 step, epsilon = trust_region(small, z, t[:6], r=0.5, epsilon=0.01)
-compare(f"trust region, ε = {epsilon:.6f} > {-w[0]:.6f}", step, V @ (V.T @ g / (w + epsilon)))
+compare(f"trust region, ε = {epsilon:.6f} > {-w[0]:.6f}", flat(step), V @ (V.T @ g / (w + root)), 1e-9)
 step, turned = saddle_free(small, z, t[:6], 0.5, 1e-3)
-compare(f"saddle-free, {turned} turned", step, V @ (V.T @ g / (np.where(w < -1e-3, -w, w) + 0.5)))
+compare(f"saddle-free, {turned} turned", flat(step), V @ (V.T @ g / (np.where(w < -1e-3, -w, w) + 0.5)), 1e-9)
 
 # %%
 # Training 50 layers
@@ -188,7 +182,6 @@ def draw(courses, colours):
 
 
 draw(courses, (GREY, ORANGE, GREEN, BLUE))
-plt.show()
 
 # %%
 # By steps, Gauss–Newton is far ahead. By time it is not: a step costs what ten of Adam's do, the two run side by

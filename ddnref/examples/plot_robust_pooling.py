@@ -12,7 +12,7 @@ import numpy as np
 from sklearn.datasets import load_sample_image
 
 import ddnref
-from ddnref.examples import BLUE, GREEN, GREY, ORANGE, check
+from ddnref.examples import BLUE, GREEN, GREY, ORANGE, check, image
 
 KINDS = ("quadratic", "pseudo-huber", "huber", "welsch", "truncated")
 LOOKS = dict(zip(KINDS, (GREY, BLUE, GREEN, ORANGE, "#7a4ba0"), strict=True))
@@ -63,13 +63,11 @@ pooled = {kind: ddnref.nodes.robust_pool(patches(damaged), kind=kind, alpha=0.2)
 
 images = {"damaged": trimmed, "mean": pooled["quadratic"], "Welsch": pooled["welsch"]}
 fig, axes = plt.subplots(1, 3, figsize=(9, 2.4), layout="constrained")
-for ax, (title, image) in zip(axes, images.items(), strict=True):
-    ax.imshow(image, cmap="gray", vmin=0, vmax=1)
-    ax.set_title(title)
-    ax.set_axis_off()
+for ax, (title, pixels) in zip(axes, images.items(), strict=True):
+    image(ax, pixels, title)
 plt.show()
-for kind, image in pooled.items():
-    print(f"{kind}: root mean square error {np.sqrt(np.mean((image - target) ** 2)):.3f}")
+for kind, pixels in pooled.items():
+    print(f"{kind}: root mean square error {np.sqrt(np.mean((pixels - target) ** 2)):.3f}")
 
 # %%
 # The gradient, checked

@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from sklearn.datasets import load_digits
 
 import ddnref
-from ddnref.examples import BLUE, ORANGE, autograd_gradients, check, headline, picture, settings, table, track
+from ddnref.examples import BLUE, ORANGE, autograd_gradients, check, headline, image, picture, settings, table, track
 
 array, host = settings.backend.convert, settings.backend.to_numpy
 
@@ -56,16 +56,13 @@ def outline(ax, left=0, top=0, colour="black"):
 pixels = tuple(f"pixel {i},{j}" for i in range(8) for j in range(8))
 shown = [TRAIN + int(np.argmax(labels[TRAIN:] == digit)) for digit in range(10)]
 fig, ax = plt.subplots(figsize=(7, 1.6), layout="constrained")
-ax.imshow(mosaic(np.stack([clean[shown], damaged[shown]])), cmap="gray_r", vmin=0, vmax=1)
+image(ax, mosaic(np.stack([clean[shown], damaged[shown]])), cmap="gray_r")
 for digit in range(10):
     outline(ax, 9 * digit, 9, ORANGE)
-ax.set_axis_off()
 picture("digits", fig,
     "One held-out digit of each kind, and the same with the bad spot.",
     "Ten handwritten digits, clean and with noise in a block of nine pixels",
-    ("images", "digit", *pixels),
-    [(name, d, *map(float, row)) for name, rows in (("clean", clean), ("damaged", damaged))
-     for d, row in enumerate(rows[shown])])  # fmt: skip
+    ("images", "digit", *pixels), {"clean": clean[shown], "damaged": damaged[shown]})  # fmt: skip
 
 # %%
 # The loss and its gradient
@@ -197,7 +194,7 @@ for name, x_bar in {"ddnref": ours, **others}.items():
     error, nan[name] = "not installed", "not installed"
     if x_bar is not None:
         keep = np.isfinite(x_bar).all(axis=(-2, -1))
-        nan[name] = f"NaN for {np.sum(~keep)} of 10"
+        nan[name] = f"{np.sum(~keep)} of 10"
         error = float(np.linalg.norm(x_bar[keep] - ours[keep]) / np.linalg.norm(ours[keep])) if keep.any() else np.nan
     rows.append((f"{name}, of the matrices", of_matrices.error if name == "ddnref" else error, nan[name]))
 repeated = int(np.sum(np.diff(spectra, axis=1) <= 16 * np.finfo(float).eps * spectra[:, -1:]))
@@ -208,8 +205,9 @@ table(
     ("gradient", "error", "NaN"),
     rows,
 )
-headline("Error of the gradient that learning used", f"{of_weights.error:.0e}")
-headline("The same gradient by autograd eigh, ten digits", *(f"{name} {nan[name]}" for name in others))
+headline("Learning through eigenvectors: error of the gradient", f"ddnref {of_weights.error:.0e}")
+said = [f"{name} {nan[name] if x_bar is None else f'NaN for {nan[name]}'}" for name, x_bar in others.items()]
+headline("Learning through eigenvectors: autograd, ten matrices", *said)
 
 # %%
 # Learning
@@ -276,10 +274,8 @@ table(
 
 weights = host(state[0])
 fig, ax = plt.subplots(figsize=(4.4, 3.4), layout="constrained")
-size = np.abs(np.log2(weights)).max()
-shown = ax.imshow(np.log2(weights).reshape(8, 8), cmap="RdBu", vmin=-size, vmax=size)
+shown = image(ax, np.log2(weights), signed=True, cmap="RdBu")
 outline(ax)
-ax.set_axis_off()
 fig.colorbar(shown, ax=ax, label="weight of the pixel, as a power of two")
 picture("weights", fig,
     "The learned weight of every pixel.",
@@ -296,16 +292,15 @@ parts = {}
 for when, found in (("before", first[1]), ("after", state)):
     v = np.moveaxis(host(found[2])[..., :SHOWN], -1, 0)  # (SHOWN, 10, 64)
     # Choose signs such that the strongest entry is positive.
-    parts[when] = v * np.sign(np.take_along_axis(v, np.abs(v).argmax(axis=-1)[..., None], axis=-1))
+    v = v * np.sign(np.take_along_axis(v, np.abs(v).argmax(axis=-1)[..., None], axis=-1))
+    parts |= {f"{when} {i + 1}": vectors for i, vectors in enumerate(v)}
 fig, ax = plt.subplots(figsize=(7, 4.4), layout="constrained")
-ax.imshow(mosaic(np.concatenate(list(parts.values()))), cmap="RdBu_r", vmin=-0.5, vmax=0.5)
+ax.imshow(mosaic(np.stack(list(parts.values()))), cmap="RdBu_r", vmin=-0.5, vmax=0.5)
 ax.set_xticks(9 * np.arange(10) + 3.5, map(str, range(10)))
-ax.set_yticks(9 * np.arange(2 * SHOWN) + 3.5, [f"{when} {i + 1}" for when in parts for i in range(SHOWN)])
+ax.set_yticks(9 * np.arange(2 * SHOWN) + 3.5, parts)
 ax.grid(visible=False)
 picture("eigen-digits", fig,
     f"The first {SHOWN} of {COMPONENTS} eigenvectors of every digit, before and after learning.",
     "Eigenvectors of the digit classes as images, before and after learning",
-    ("when", "eigenvector", "digit", *pixels),
-    [(when, i + 1, d, *map(float, row)) for when, v in parts.items()
-     for i, vectors in enumerate(v) for d, row in enumerate(vectors)])  # fmt: skip
+    ("eigenvector", "digit", *pixels), parts)  # fmt: skip
 plt.show()

@@ -12,7 +12,7 @@ import numpy as np
 from sklearn.datasets import load_digits, load_sample_image
 
 import ddnref
-from ddnref.examples import BLUE, GREY, ORANGE, autograd_gradients, check, headline, picture, settings, table
+from ddnref.examples import BLUE, GREY, ORANGE, autograd_gradients, check, headline, image, picture, settings, table
 
 convert, to_numpy = settings.backend.convert, settings.backend.to_numpy
 rng = np.random.default_rng(settings.seed)
@@ -39,17 +39,15 @@ after = whitening @ covariance @ whitening
 fig, axes = plt.subplots(1, 2, figsize=(7, 3.6), layout="constrained")
 for ax, matrix, title in zip(axes, (covariance, after), ("before", "after whitening"), strict=True):
     size = np.abs(matrix).max()
-    shown = ax.imshow(matrix, cmap="RdBu_r", vmin=-size, vmax=size)
-    ax.set_title(title)
-    ax.set_axis_off()
+    shown = image(ax, matrix, title, signed=True)
     fig.colorbar(shown, ax=ax, orientation="horizontal", shrink=0.9, ticks=[-size, 0, size], format="%.2g")
 
 pixels = [f"pixel {i},{j}" for i in range(8) for j in range(8)]
-rows = [(when, i, *row) for when, c in (("before", covariance), ("after", after)) for i, row in enumerate(c)]
 picture("covariance", fig,
         "Covariance of the 64 pixels. Red pairs are dark together; in blue pairs one is dark where the other is light. "
         "After whitening only the diagonal is left: all pixels vary equally, and independently of each other.",
-        "Covariance matrix of the pixels before and after whitening", ["when", "pixel", *pixels], rows)  # fmt: skip
+        "Covariance matrix of the pixels before and after whitening", ["when", "pixel", *pixels],
+        {"before": covariance, "after": after})  # fmt: skip
 
 # %%
 # What could be guessed from the neighbours is gone; edges and unusual strokes remain.
@@ -61,13 +59,11 @@ white = (before - mean) @ whitening
 size = np.quantile(np.abs(white), 0.99)
 fig, axes = plt.subplots(2, 10, figsize=(9, 2.1), layout="constrained")
 for column in range(10):
-    axes[0, column].imshow(before[column].reshape(8, 8), cmap="gray_r", vmin=0, vmax=1)
-    axes[1, column].imshow(white[column].reshape(8, 8), cmap="gray_r", vmin=-size, vmax=size)
-for ax in axes.flat:
-    ax.set_axis_off()
-rows = [(when, i, *row) for when, c in (("before", before), ("after", white)) for i, row in enumerate(c)]
+    image(axes[0, column], before[column], cmap="gray_r")
+    image(axes[1, column], white[column], cmap="gray_r", vmin=-size, vmax=size)
 picture("digits", fig, "Digits that were not used for the covariance, above as they are, below whitened.",
-        "Ten digits before and after whitening", ["when", "digit", *pixels], rows)  # fmt: skip
+        "Ten digits before and after whitening", ["when", "digit", *pixels],
+        {"before": before, "after": white})  # fmt: skip
 
 # %%
 # The gradient through whitening
@@ -84,12 +80,7 @@ checked = ddnref.testing.check_vjp(ddnref.invsqrtm_fwd, ddnref.invsqrtm_vjp, con
 y_bar = rng.standard_normal(covariance.shape)
 y_bar = (y_bar + y_bar.T) / 2
 x_bar = to_numpy(ddnref.invsqrtm_vjp(convert(y_bar), y, *saved))
-
-
-def loss(w, v, y_bar):
-    """Return that loss, written for autograd."""
-    return (y_bar * ((v / w[..., None, :] ** 0.5) @ v.mT)).sum()
-
+others = autograd_gradients(lambda w, v, c: (c * ((v / w[..., None, :] ** 0.5) @ v.mT)).sum(), covariance, y_bar)
 
 variances = np.linalg.eigvalsh(covariance)
 distance = np.max(np.abs(after - np.eye(64)))
@@ -99,10 +90,10 @@ rows = [
     ("gradient, ddnref: error against finite differences", checked.error),
 ]
 said = [f"ddnref {checked.error:.0e}"]
-for name, other in autograd_gradients(loss, covariance, y_bar).items():
+for name, other in others.items():
     difference = "not installed" if other is None else np.linalg.norm(other - x_bar) / np.linalg.norm(x_bar)
     rows.append((f"gradient, {name} eigh: relative difference from ddnref", difference))
-    said.append(f"{name} {difference}" if other is None else f"{name} {difference:.0e}")
+    said.append(f"{name} {difference}" if other is None else f"{name} {difference:.1g}")
 table("numbers", "Whitening in numbers.", ("", "value"), rows)
 headline("Gradient through whitening: error", *said)
 check("covariance after whitening: distance from the identity", distance, 1e-10)
@@ -121,16 +112,10 @@ windows = np.lib.stride_tricks.sliding_window_view(photograph - photograph.mean(
 filtered = np.einsum("ijkl,kl->ij", windows, kernel, optimize=True)
 
 fig, axes = plt.subplots(1, 3, figsize=(9, 2.7), layout="constrained", width_ratios=[1.5, 1, 1.5])
-axes[0].imshow(photograph, cmap="gray")
-axes[0].set_title("photograph")
-size = np.abs(kernel).max()
-axes[1].imshow(kernel, cmap="RdBu_r", vmin=-size, vmax=size)
-axes[1].set_title("centre row of $C^{-1/2}$")
 limit = np.quantile(np.abs(filtered), 0.99)
-axes[2].imshow(filtered, cmap="gray", vmin=-limit, vmax=limit)
-axes[2].set_title("whitened")
-for ax in axes:
-    ax.set_axis_off()
+image(axes[0], photograph, "photograph")
+image(axes[1], kernel, "centre row of $C^{-1/2}$", signed=True)
+image(axes[2], filtered, "whitened", vmin=-limit, vmax=limit)
 picture("photograph", fig, "A photograph whitened by one filter.", "A photograph, the filter, and what it leaves")
 
 # %%
@@ -155,14 +140,10 @@ members = np.linalg.slogdet(classes)[1]
 distances = np.linalg.norm(logarithms[:, None] - logarithms, axis=(-2, -1))
 
 fig, axes = plt.subplots(2, 2, figsize=(8, 7), layout="constrained")
-size = np.abs(means["arithmetic"]).max()
-for ax, (name, c) in zip(axes[0], means.items(), strict=True):
-    ax.imshow(c, cmap="RdBu_r", vmin=-size, vmax=size)
-    ax.set_title(f"{name} mean")
-    ax.set_axis_off()
+for ax, (name, c), colour in zip(axes[0], means.items(), (ORANGE, BLUE), strict=True):
+    image(ax, c, f"{name} mean", signed=True, vmax=np.abs(means["arithmetic"]).max())
+    axes[1, 0].axhline(volume[name], color=colour, label=f"{name} mean")
 axes[1, 0].plot(range(10), members, "o", color=GREY, label="each digit")
-axes[1, 0].axhline(volume["arithmetic"], color=ORANGE, label="arithmetic mean")
-axes[1, 0].axhline(volume["log-Euclidean"], color=BLUE, label="log-Euclidean mean")
 axes[1, 0].set(xlabel="digit", title="log-determinant", ylim=(members.min() - 5, volume["arithmetic"] + 28))
 axes[1, 0].legend(fontsize=9, loc="upper center")
 shown = axes[1, 1].imshow(np.where(np.eye(10, dtype=bool), np.nan, distances), cmap="viridis")
@@ -187,11 +168,7 @@ plt.show()
 
 chart_bar = ddnref.expm_vjp(np.eye(64), log_mean, *exp_saved)
 classes_bar = ddnref.logm_vjp(np.tile(chart_bar / 10, (10, 1, 1)), logarithms, *log_saved)
-
-
-def total_variance(c):
-    return np.trace(ddnref.expm(ddnref.logm(c).mean(axis=0)))
-
-
-slope = ddnref.testing.numerical_jvp(total_variance, classes, classes_bar, gap=1e-3)
+slope = ddnref.testing.numerical_jvp(
+    lambda c: np.trace(ddnref.expm(ddnref.logm(c).mean(axis=0))), classes, classes_bar, gap=1e-3
+)  # fmt: skip
 check("gradient of the mean: error against finite differences", abs(slope / np.sum(classes_bar**2) - 1), 1e-7)

@@ -23,7 +23,7 @@ from ddnref.verify._backends import Backend
 T = TypeVar("T")
 
 STORIES = ["subspaces", "whitening", "repeated_eigenvalues", "ladder"]
-STORIES += ["iteration_digits", "deblurring", "ggn", "hessian"]
+STORIES += ["rubber", "iteration_digits", "deblurring", "ggn", "hessian"]
 """The chapters of the report, in order: names of scripts in ``ddnref/examples``."""
 
 
@@ -71,6 +71,7 @@ def build(backend: Backend, out: Path, seed: int, *, full: bool = False) -> tupl
             stories.append(story)
             write_parts(story, out)
 
+    # The page comes last, because its head shows the results of all stories.
     path = out / "index.html"
     path.write_text(page(stories, _facts(backend, seed, full)), encoding="utf-8")
     headlines = [headline for story in stories for headline in story.headlines]

@@ -14,7 +14,8 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 
 import ddnref.examples
-from ddnref.examples._show import LOOK, Check, CheckError, Headline, Picture, Table, recording
+from ddnref.examples._look import LOOK
+from ddnref.examples._show import Check, CheckError, Headline, Picture, Table, recording
 from ddnref.verify._backends import Backend
 
 FOLDER = Path(ddnref.examples.__file__).parent
@@ -29,9 +30,10 @@ class Narrative(NamedTuple):
 
 
 class Code(NamedTuple):
-    """A block of code, as the script has it."""
+    """A block of code, as the script has it, and the numbers of its first and last line."""
 
     source: str
+    lines: tuple[int, int] = (0, 0)
 
 
 class Printed(NamedTuple):
@@ -55,21 +57,14 @@ class Told(NamedTuple):
     namespace: dict[str, Any]
 
 
-class Block(NamedTuple):
-    """A part of a script: text, or code with the numbers of its first and last line."""
-
-    text: str
-    lines: tuple[int, int] | None
-
-
-def split(source: str) -> tuple[str, list[Block]]:
+def split(source: str) -> tuple[str, list[Narrative | Code]]:
     """Split a script in sphinx-gallery's format into its title and its blocks of text and code."""
     tree = ast.parse(source)
     docstring = ast.get_docstring(tree)
     if docstring is None:
         raise ValueError("The script has no docstring, which is the first text of its page.")
     title, _, rest = docstring.partition("\n")
-    blocks = [Block(rest.partition("\n")[2].strip(), None)]
+    blocks: list[Narrative | Code] = [Narrative(rest.partition("\n")[2].strip())]
     lines = source.splitlines()
     i = tree.body[0].end_lineno or 0  # the first line after the docstring, counted from 0
     while i < len(lines):
@@ -79,10 +74,10 @@ def split(source: str) -> tuple[str, list[Block]]:
         while i < len(lines) and (lines[i].startswith("#") if is_text else not lines[i].startswith("# %%")):
             i += 1
         if is_text:
-            blocks.append(Block("\n".join(re.sub("^# ?", "", line) for line in lines[begin + 1 : i]), None))
+            blocks.append(Narrative("\n".join(re.sub("^# ?", "", line) for line in lines[begin + 1 : i])))
         elif any(line.strip() for line in lines[begin:i]):
             shown = [line for line in lines[begin:i] if not line.startswith("# sphinx_gallery_")]
-            blocks.append(Block("\n".join(shown).strip("\n"), (begin + 1, i)))
+            blocks.append(Code("\n".join(shown).strip("\n"), (begin + 1, i)))
     return title, blocks
 
 
@@ -138,13 +133,11 @@ def run(
         contextlib.redirect_stdout(recorder.stdout),
     ):
         for block in blocks:
-            if block.lines is None:
-                recorder.add(Narrative(block.text))
+            recorder.add(block)
+            if isinstance(block, Narrative):
                 continue
-            recorder.add(Code(block.text))
             # Statements keep their line numbers, so that a traceback points into the script.
-            first, last = block.lines
-            body = [node for node in tree.body if first <= node.lineno <= last]
+            body = [node for node in tree.body if block.lines[0] <= node.lineno <= block.lines[1]]
             try:
                 exec(compile(ast.Module(body, []), str(path), "exec"), namespace)
             except CheckError as error:
