@@ -187,6 +187,14 @@ def sinkhorn_rows(sizes: Sizes) -> Iterator[Row]:
         ratio = interleaved(vjp, forward)
         figure = f"sinkhorn_vjp / sinkhorn, n = {size.m}, eps 0.05, marginal error 1e-9"
         yield at_most(figure, ratio.median, size.bar, written(ratio), MARGIN)
+        for eps, newton, bar in ((0.05, False, 1.5), (0.05, True, 3.0), (0.01, False, 1.0), (0.01, True, 1.3)):
+            ratio = nodes.against_textbook("plain", newton, eps, size.m)
+            how = "with" if newton else "without"
+            figure = f"sinkhorn {how} Newton steps / the textbook's plain loop, n = {size.m}, eps {eps}"
+            yield at_most(figure, ratio.median, bar, written(ratio), MARGIN)
+        ratio = nodes.against_textbook("in_logarithms", True, 0.05, size.m)
+        figure = f"sinkhorn with Newton steps / the textbook's loop in logarithms, n = {size.m}, eps 0.05"
+        yield at_most(figure, ratio.median, 0.25, written(ratio), MARGIN)
 
 
 def eigsh_rows(sizes: Sizes) -> Iterator[Row]:

@@ -3,8 +3,8 @@
     python asv_benches/gate.py            # compare with gate.json, exit 1 where a figure got worse
     python asv_benches/gate.py --write    # record the present figures, after looking at why they changed
 
-Work is counted, not timed: every matrix product that NumPy computes inside a VJP, in products of m×m matrices. So an
-unchanged commit always passes and one extra product always fails, on any machine, however busy.
+Work is counted, not timed: every matrix product that NumPy computes inside a derivative, in products of m×m matrices.
+So an unchanged commit always passes and one extra product always fails, on any machine, however busy.
 """
 
 from __future__ import annotations
@@ -49,24 +49,27 @@ class Counted(np.ndarray):
         return result.view(Counted) if isinstance(result, np.ndarray) and result.ndim else result
 
 
-def products(name: str) -> float:
-    """Matrix products in the VJP of a rule, NumPy form, in units of m³ multiplications."""
+def products(name: str, mode: str = "vjp") -> float:
+    """Matrix products in the VJP or the JVP of a rule, NumPy form, in units of m³ multiplications."""
     rule = _rules.RULES[name]
     sample = _rules.TRIALS[rule.name].sample(np.asarray, np.random.default_rng(0), (), M, False)
-    forward, vjp = _rule.options_of(rule, sample.options)
+    forward, options = _rule.options_of(rule, sample.options)
     outputs, saved = rule.forward(*sample.inputs, **forward)
     outputs = _rule.as_tuple(outputs)
-    bars = sample.loss[1](*outputs) if sample.loss else outputs
-    arrays = [np.ascontiguousarray(a).view(Counted) for a in (*bars, *outputs, *saved)]
+    moved = sample.inputs
+    if mode == "vjp":
+        moved = sample.loss[1](*outputs) if sample.loss else outputs
+    arrays = [np.ascontiguousarray(a).view(Counted) for a in (*moved, *outputs, *saved)]
     Counted.multiplications = 0
-    rule.vjp(*arrays, **vjp)
+    getattr(rule, mode)(*arrays, **options)
     return Counted.multiplications / M**3
 
 
 def figures() -> dict[str, tuple[str, Callable[[], float]]]:
     """Each figure by name: its kind, which sets the factor, and how to measure it."""
     measured: dict[str, tuple[str, Callable[[], float]]] = {
-        f"{name}_vjp: products": ("products", partial(products, name))
+        f"{name}_{mode}: products": ("products", partial(products, name, mode))
+        for mode in ("vjp", "jvp")
         for name, rule in _rules.RULES.items()
         if _rules.TRIALS[rule.name].products
     }

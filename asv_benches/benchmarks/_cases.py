@@ -13,7 +13,7 @@ from typing import Any
 import ddnref
 from ddnref import reference
 
-from . import _ggn_cases
+from . import _ggn_cases, _polar_cases
 from ._common import Call, load, load_jax, problem
 
 
@@ -106,4 +106,7 @@ GGN: dict[str, Callable[..., Call]] = {
     "vivit": _ggn_cases.vivit,
     "curvlinops": _ggn_cases.curvlinops,
 }
-CASES: dict[str, Callable[..., Call]] = {"ours": ours, "products": products, "rung": rung, **PEERS, **GGN}
+POLAR: dict[str, Callable[..., Call]] = {
+    name: getattr(_polar_cases, name) for name in ("polar_both", "polar_torch", "lstsq_both", "lstsq_torch")
+}
+CASES: dict[str, Callable[..., Call]] = {"ours": ours, "products": products, "rung": rung, **PEERS, **GGN, **POLAR}

@@ -71,6 +71,39 @@ def scipy_forward(spectrum: str, m: int) -> Call:
     return partial(eigsh, dense(spectrum, m).x, K, which="LA", tol=1e-12)
 
 
+@lru_cache(maxsize=2)
+def tall(spectrum: str, shape: tuple[int, int]) -> np.ndarray:
+    """A Gaussian matrix, or one with singular values ``"1/i"``."""
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal(shape)
+    if spectrum == "gaussian":
+        return a
+    return (np.linalg.qr(a)[0] / np.arange(1, shape[1] + 1)) @ np.linalg.qr(rng.standard_normal((shape[1],) * 2))[0]
+
+
+def triples(spectrum: str, shape: tuple[int, int]) -> Call:
+    return partial(ddnref.svds, tall(spectrum, shape), K)
+
+
+def triples_and_gradient(spectrum: str, shape: tuple[int, int]) -> Call:
+    """Forward and backward of a loss of the approximation of rank K."""
+    a, c = tall(spectrum, shape), np.random.default_rng(1).standard_normal(shape)
+
+    def call() -> Any:
+        ((u, s, vh), saved), _ = ddnref.svds_fwd(a, K)
+        left, right = c @ vh.T, u.T @ c
+        return ddnref.svds_vjp(left * s, np.diagonal(u.T @ left), s[:, None] * right, u, s, vh, *saved, a)[0]
+
+    return call
+
+
+def scipy_triples(spectrum: str, shape: tuple[int, int]) -> Call:
+    """ARPACK on the Gram matrix, to the same tolerance."""
+    from scipy.sparse.linalg import svds
+
+    return partial(svds, tall(spectrum, shape), K, tol=1e-12)
+
+
 def gradient_error(spectrum: str, m: int) -> float:
     """Error of the gradient of a gauge-independent loss, relative to the closed form."""
     p = dense(spectrum, m)

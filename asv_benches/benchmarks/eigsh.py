@@ -45,6 +45,38 @@ class EigshRatio:
         return interleaved(cases.forward(*self.size), cases.scipy_forward(*self.size)).median
 
 
+class Svds:
+    """Time of the 4 largest singular triples of a tall matrix, alone and with their gradient."""
+
+    params = (("gaussian", "1/i"), ((1500, 800),))
+    param_names = ("spectrum", "shape")
+
+    def setup(self, spectrum: str, shape: tuple[int, int]) -> None:
+        pin_threads()
+        self.forward, self.both = cases.triples(spectrum, shape), cases.triples_and_gradient(spectrum, shape)
+
+    def time_forward(self, *_: object) -> None:
+        self.forward()
+
+    def time_forward_and_vjp(self, *_: object) -> None:
+        self.both()
+
+
+class SvdsRatio:
+    """Time of the 4 largest singular triples over that of SciPy's."""
+
+    params = (("gaussian", "1/i"), ((1500, 800),))
+    param_names = ("spectrum", "shape")
+    unit = "ratio"
+
+    def setup(self, spectrum: str, shape: tuple[int, int]) -> None:
+        pin_threads()
+        self.calls = cases.triples(spectrum, shape), cases.scipy_triples(spectrum, shape)
+
+    def track_forward_over_scipy(self, *_: object) -> float:
+        return interleaved(*self.calls).median
+
+
 class EigshErrors:
     """Relative error of the gradient against the closed form."""
 

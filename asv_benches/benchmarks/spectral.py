@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+import ddnref
 from ddnref._rules import binding as _rule
 from ddnref._rules import table as _rules
 
@@ -117,3 +118,23 @@ class SpectralFloat32:
 
     def track_float32(self, function: str) -> float:
         return accuracy.single_precision_error(function)
+
+
+class SingularValues:
+    """Time of the singular values of a tall matrix, of their gradient, and of what goes through the Gram matrix."""
+
+    params = (("float64", "float32"),)
+    param_names = ("dtype",)
+
+    def setup(self, dtype: str) -> None:
+        self.v = np.random.default_rng(0).standard_normal((2000, 150)).astype(dtype)
+        self.s, self.saved = ddnref.svdvals_fwd(self.v)
+
+    def time_forward(self, *_: object) -> None:
+        ddnref.svdvals_fwd(self.v)
+
+    def time_vjp(self, *_: object) -> None:
+        ddnref.svdvals_vjp(self.s, self.s, *self.saved)
+
+    def time_through_gram(self, *_: object) -> None:
+        ddnref.curvature.gram_eigvalsh_fwd(self.v)
