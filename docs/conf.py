@@ -23,7 +23,7 @@ sys.path.insert(0, str(HERE))
 from sphinxcontrib.katex import katex_version
 
 import ddnref
-from ddnref.examples._show import LOOK
+from ddnref.examples._look import LOOK
 
 project = "ddnref"
 author = "the ddnref authors"
@@ -60,6 +60,8 @@ autosummary_imported_members = False
 autodoc_typehints = "none"
 FRAMEWORKS = ("torch", "jax", "autograd", "tensorflow", "dask")
 autodoc_mock_imports = [name for name in FRAMEWORKS if importlib.util.find_spec(name) is None]
+if "jax" in autodoc_mock_imports:
+    autodoc_mock_imports.append("ddnref.interop._jax_linear")  # it registers a primitive, which no mock takes
 numpydoc_show_class_members = False
 numpydoc_validation_checks: set[str] = set()
 
