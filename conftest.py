@@ -17,13 +17,13 @@ import pytest  # noqa: E402
 
 # Modules that import a framework have doctests only where it is installed.
 NEEDED_BY = {
-    "torch": ["interop/torch.py", "interop/_torch_vmap.py", "interop/_torch_foreign_kernels.py", "_kernels/torch.py"],
-    "jax": ["interop/jax.py", "_kernels/jax.py"],
+    "torch": ["interop/torch.py", "interop/_torch_*.py", "_kernels/torch.py"],
+    "jax": ["interop/jax.py", "interop/_jax_*.py", "_kernels/jax.py"],
     "autograd": ["interop/autograd.py"],
     "tensorflow": ["interop/tensorflow.py"],
     "dask": ["interop/dask.py", "interop/_dask_signatures.py"],
 }
-collect_ignore = [
+collect_ignore_glob = [
     f"ddnref/{path}" for name, paths in NEEDED_BY.items() if importlib.util.find_spec(name) is None for path in paths
 ]
 

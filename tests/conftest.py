@@ -5,8 +5,10 @@ The fixture `xp` runs a test on each library, `second` on a device or mode that 
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +33,8 @@ TRACED = [
     r"ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",  # behind any break of a graph
 ]
 """Warnings of PyTorch's own tracer about code that it traces correctly."""
+
+gc.set_threshold(50_000, 20, 50)  # a collection looks at everything that the frameworks have imported
 
 settings.register_profile("ddnref", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("ddnref")
@@ -101,6 +105,26 @@ class Summary:
             terminalreporter.write_line(f'slow tests left out: {self.left_out} (all tests: python -m pytest -m "")')
 
 
+class CompiledByJax:
+    """Lets JAX forget what it compiled before the process has as many mappings of memory as Linux allows.
+
+    Each compiled function takes about five of the 65,530. Beyond them JAX crashes.
+    """
+
+    most, every = 25_000, 20  # mappings; tests between two looks at them
+
+    def __init__(self, maps: Path = Path("/proc/self/maps")) -> None:
+        self.maps, self.tests = maps, 0
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_teardown(self) -> None:
+        self.tests += 1
+        if self.tests % self.every or "jax" not in sys.modules or not self.maps.exists():
+            return
+        if self.maps.read_bytes().count(b"\n") > self.most:
+            sys.modules["jax"].clear_caches()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Let workers take neighbouring tests, which share fixtures and what JAX compiled, and steal when they are done."""
@@ -111,6 +135,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Summary())
+    config.pluginmanager.register(CompiledByJax())
     if (path := config.getoption("--matrix-out")) and not hasattr(config, "workerinput"):
         config.pluginmanager.register(MatrixWriter(path))
 
@@ -120,6 +145,14 @@ def torch(request: pytest.FixtureRequest) -> Any:
     """PyTorch."""
     need(request.config, "torch")
     return importlib.import_module("torch")
+
+
+@pytest.fixture
+def jax(request: pytest.FixtureRequest) -> Any:
+    """JAX, in double precision."""
+    need(request.config, "jax")
+    backend("jax")
+    return importlib.import_module("jax")
 
 
 @pytest.fixture
@@ -193,7 +226,7 @@ class Backend:
                 return getattr(type(result), "_make", tuple)(map(back, result))
             return self.numpy(result)
 
-        return lambda *arrays: back(compiled(*map(self.asarray, arrays)))
+        return lambda *arrays: back(compiled(*(a if a is None else self.asarray(a) for a in arrays)))
 
 
 @lru_cache(maxsize=256)
@@ -236,6 +269,7 @@ def backend(name: str, device: Any = None) -> Backend:
 
         jax.config.update("jax_enable_x64", True)
         jax.config.update("jax_disable_most_optimizations", True)  # most of the time is compilation
+        jax.config.update("jax_traceback_in_locations_limit", 0)
         return Backend(name, namespace, jit=jax_jit, while_loop=jax.lax.while_loop)
     return Backend(name, namespace, device)
 

@@ -399,7 +399,8 @@ def install():
     _module("cupy.cuda.cusolver", **{f"{kind}getrs": _getrs(dtype) for kind, dtype in kinds.items()})
     linalg = _module("cupy.linalg", **_public(np.linalg))
     vars(linalg).update(
-        eigh=_items(lambda a: tuple(np.linalg.eigh(a)), 2), eigvalsh=_items(lambda a: (np.linalg.eigvalsh(a),), 1),
+        eigh=_items(lambda a: tuple(np.linalg.eigh(a)), 2), cholesky=_items(lambda a: (np.linalg.cholesky(a),), 1),
+        eigvalsh=_items(lambda a: (np.linalg.eigvalsh(a),), 1),
         solve=wrapped(solve), pinv=lambda a, rcond: ndarray(np.linalg.pinv(a.on_host, rcond)),  # of finfo's type
     )  # fmt: skip
     _module("cupy.linalg._decomposition", _lu_factor=_lu_factor)

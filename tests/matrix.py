@@ -17,11 +17,12 @@ HOLDS = "✓"
 
 LIBRARIES = {"numpy": "NumPy", "array-api-strict": "array-api-strict", "torch": "PyTorch", "jax": "JAX"}
 PAIR = "Plain arrays, no bridge"
+FORWARD_AND_SECOND = ("jvp", "jacfwd", "linearize", "hessian", "reverse over reverse")
 BRIDGES = {
-    "PyTorch": ("first order", "batched", "second order", "vmap", "jacrev", "compile"),
-    "JAX": ("first order", "batched", "second order", "vmap", "jacrev", "jit"),
-    "HIPS autograd": ("first order", "batched", "second order"),
-    "TensorFlow": ("batched", "graph"),
+    "PyTorch": ("first order", "batched", "vmap", "jacrev", "compile", *FORWARD_AND_SECOND),
+    "JAX": ("first order", "batched", "vmap", "jacrev", "jit", *FORWARD_AND_SECOND),
+    "HIPS autograd": ("first order", "batched", "make_jvp", "second order"),
+    "TensorFlow": ("batched", "graph", "forward mode"),
 }
 SECTIONS: dict[str, tuple[str, ...]] = {
     PAIR: tuple(f"{name}{kind}" for name in LIBRARIES.values() for kind in ("", ", batched")),

@@ -22,6 +22,22 @@ def symmetric(rng: np.random.Generator, m: int, batch: tuple[int, ...] = (), is_
     return (z + adjoint(z)) / 2
 
 
+def with_singular(
+    rng: np.random.Generator,
+    m: int,
+    sigma: Any,
+    batch: tuple[int, ...] = (),
+    is_complex: bool = False,
+    n: int | None = None,
+) -> Any:
+    """An m×n matrix with these singular values, up to the rounding of its entries; by default as many columns."""
+    sigma = np.asarray(sigma)
+    left, right = (
+        rotation(rng, side, batch, is_complex)[..., : len(sigma)] for side in (m, len(sigma) if n is None else n)
+    )
+    return (left * sigma) @ adjoint(right)
+
+
 def with_spectrum(q: Any, w: Any) -> Any:
     x = (q * np.asarray(w)[..., None, :]) @ adjoint(q)
     return (x + adjoint(x)) / 2

@@ -506,6 +506,32 @@ def test_static_errors(rng):
     assert "18" in repr(factor) or "44" in repr(factor)
 
 
+def test_targets_fit_the_dtype_of_the_weights(rng):
+    """Not that of the double precision copies, with which the outputs are computed."""
+    layer = networks.Dense(rng.standard_normal((2, 3)).astype(np.float32), activation="tanh")
+    chain, x = networks.Chain([layer], "mse"), rng.standard_normal((4, 3)).astype(np.float32)
+    ddnref.curvature.hessian_factor(chain, x, np.ones((4, 2), dtype=np.float32), damping=0.1)
+    with pytest.raises(TypeError, match="t has dtype float64, expected float32"):
+        ddnref.curvature.hessian_factor(chain, x, np.ones((4, 2)), damping=0.1)
+    with pytest.raises(TypeError, match="x has dtype float64"):
+        ddnref.curvature.hessian_factor(chain, x.astype(np.float64), np.ones((4, 2), dtype=np.float32), damping=0.1)
+
+
+def test_a_factor_takes_one_pass_forward(rng):
+    """The targets are validated, and the loss is expanded, from the same activations."""
+    calls = []
+
+    def jet(z, order):
+        calls.append(order)
+        return np.tanh(z), 1 - np.tanh(z) ** 2, -2 * np.tanh(z) * (1 - np.tanh(z) ** 2)
+
+    tanh = networks.Activation(*(lambda z, i=i: jet(z, 2)[i] for i in range(3)), jet)
+    layers = [networks.Dense(rng.standard_normal((3, 3)), activation=tanh) for _ in range(4)]
+    chain = networks.Chain([*layers[:2], networks.Residual(layers[2:])], "cross_entropy")
+    ddnref.curvature.hessian_factor(chain, rng.standard_normal((2, 3)), np.asarray([0, 2]), damping=0.1)
+    assert calls == [2, 2, 2, 2]
+
+
 @pytest.mark.framework("torch")
 def test_gradients_to_weights_and_data_are_refused_by_name(rng):
     """They would take third derivatives: only the right-hand side and the damping have cotangents."""

@@ -73,8 +73,17 @@ def test_what_is_not_trusted_is_counted_another_way(rng, monkeypatch):
     assert "qr" in paths[2:]
 
 
+@pytest.fixture(params=["read off", "iterated"])
+def way(request, monkeypatch):
+    """Both ways to the eigenvalues of a network: from its whole spectrum, and as if it were too large for that."""
+    if request.param == "iterated":
+        monkeypatch.setattr(_spectrum, "WHOLE", 0)
+        monkeypatch.setattr(_spectrum, "ALWAYS", 0)
+    return request.param
+
+
 @pytest.mark.parametrize("which", ["LA", "SA", "LM"])
-def test_extreme_eigenvalues(which, rng):
+def test_extreme_eigenvalues(which, way, rng):
     chain, x, t = network(rng, 8, 5, 2, bias=True)
     w_all = np.linalg.eigvalsh(dense(chain, x, t))
     order = {"LA": np.argsort(-w_all), "SA": np.argsort(w_all), "LM": np.argsort(-np.abs(w_all))}[which]
@@ -82,6 +91,8 @@ def test_extreme_eigenvalues(which, rng):
     np.testing.assert_allclose(w, w_all[order][:4], atol=1e-11 * np.max(np.abs(w_all)))
     check_vectors(chain, x, t, w, v)
     assert info.converged
+    assert not info.cut
+    assert info.zeros == (np.sum(np.abs(w_all) <= 1e-13 * np.max(np.abs(w_all))) if way == "read off" else None)
 
 
 def check_vectors(chain, x, t, w, v):
@@ -91,7 +102,7 @@ def check_vectors(chain, x, t, w, v):
     np.testing.assert_allclose(products, w[:, None] * rows, atol=1e-8 * np.max(np.abs(products)))
 
 
-def test_nearest(rng):
+def test_nearest(way, rng):
     chain, x, t = network(rng, 8, 5, 2)
     w_all = np.linalg.eigvalsh(dense(chain, x, t))
     sigma = 0.03
@@ -101,11 +112,17 @@ def test_nearest(rng):
     check_vectors(chain, x, t, w, v)
 
 
-def test_nearest_to_zero(rng):
-    """A sigma of zero is refused by name if zero is an eigenvalue, and is otherwise a number like any other."""
+def test_nearest_to_zero(way, rng):
+    """Zero eigenvalues are found; beyond the size for that a sigma of zero is refused by name if zero is one."""
     chain, x, t = network(rng, 3, 4, 1)
-    with pytest.raises(ddnref.SingularError, match=r"^sigma is zero and the Hessian is singular.*Pass a sigma"):
-        curvature.hessian_eigvals(chain, x, t, 2, sigma=0)
+    if way == "read off":
+        (w, v), info = curvature.hessian_eigvals(chain, x, t, 2, sigma=0)
+        assert np.all(np.abs(w) <= 1e-15)
+        assert info.cut
+        np.testing.assert_allclose(flatten(v) @ flatten(v).T, np.eye(2), atol=1e-14)
+        assert np.max(np.abs(flatten(chain.hvp(x, t, v)))) <= 1e-15
+    else:
+        refused(chain, x, t)
     x, t = rng.standard_normal((20, 4)), rng.standard_normal((20, 2))
     chain = networks.Chain([networks.Dense(rng.standard_normal((2, 4)) / 2, activation="tanh")], "mse")
     w_all = np.linalg.eigvalsh(dense(chain, x, t))
@@ -115,7 +132,89 @@ def test_nearest_to_zero(rng):
     np.testing.assert_allclose(w, nearest, atol=1e-11)
 
 
-def test_interval(rng, monkeypatch):
+def refused(chain, x, t):
+    with pytest.raises(ddnref.SingularError, match=r"^sigma is zero and the Hessian is singular.*Pass a sigma"):
+        curvature.hessian_eigvals(chain, x, t, 2, sigma=0)
+
+
+def resnet(rng, n_layers=4, a=5, n=2, **options):
+    return network(rng, n_layers, a, n, residual=True, bias=True, **options)
+
+
+@pytest.mark.parametrize("curved", ["hessian", "ggn"])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_the_whole_spectrum(curved, dtype, rng):
+    """Every eigenvalue, whatever coincides, in the order asked for; with k any number of them."""
+    for build in (resnet, lambda rng, **o: network(rng, 3, 6, 1, **o), lambda rng, **o: network(rng, 2, 4, 30, **o)):
+        chain, x, t = build(rng, asarray=lambda z: z if z.dtype.kind == "i" else z.astype(dtype))
+        exact = networks.Chain([_in_double(layer) for layer in chain.layers], "cross_entropy")
+        h = dense(exact, x.astype(float), t, "hvp" if curved == "hessian" else "ggnvp")
+        w_all = np.linalg.eigvalsh(h)
+        size = np.max(np.abs(w_all))
+        (w, v), info = curvature.hessian_eigvals(chain, x, t, curvature=curved)
+        assert w.shape == w_all.shape
+        np.testing.assert_allclose(w, w_all[::-1], atol=1e-13 * size)
+        assert info.zeros == np.sum(np.abs(w_all) <= 1e-13 * size)
+        assert not info.cut
+        assert np.all(info.residual_norm <= 1e-13)
+        rows = flatten(v).astype(float)
+        np.testing.assert_allclose(rows @ rows.T, np.eye(len(w)), atol=30 * np.finfo(dtype).eps)
+        assert np.all(w >= 0) or curved == "hessian"
+        (w_s, none), _ = curvature.hessian_eigvals(chain, x, t, which="SA", curvature=curved, vectors=False)
+        np.testing.assert_allclose(w_s, w_all, atol=1e-13 * size)
+        assert none is None
+        for k in (1, len(w) // 3, len(w) // 2, len(w) - 1):
+            (w_k, v_k), info = curvature.hessian_eigvals(chain, x, t, k, which="LM", curvature=curved)
+            magnitudes = np.sort(np.abs(w_all))[::-1]
+            np.testing.assert_allclose(np.abs(w_k), magnitudes[:k], atol=1e-13 * size)
+            assert info.cut == (magnitudes[k - 1] - magnitudes[k] <= 1e-14 * size)
+            assert flatten(v_k).shape == (k, len(w))
+
+
+def _in_double(layer):
+    if isinstance(layer, networks.Residual):
+        return networks.Residual([_in_double(inner) for inner in layer.layers])
+    return layer.with_params(tuple(p.astype(float) for p in layer.params))
+
+
+def test_a_cut_cluster_is_flagged_and_not_raised(way, rng):
+    """REPORTS 20: eigenvalues alone were asked for, and each k inside the zero eigenvalues raised `GaugeError`."""
+    chain, x, t = network(rng, 4, 5, 2, bias=True)
+    w_all = np.linalg.eigvalsh(dense(chain, x, t))[::-1]
+    size = np.max(np.abs(w_all))
+    (zero,) = np.nonzero(np.abs(w_all) <= 1e-13 * size)
+    assert len(zero) > 20
+    for k in (zero[0], zero[0] + 1, zero[3], zero[-1], zero[-1] + 1):
+        (w, v), info = curvature.hessian_eigvals(chain, x, t, int(k))
+        np.testing.assert_allclose(w, w_all[:k], atol=1e-11 * size)
+        assert info.cut == (zero[0] < k <= zero[-1])
+        check_vectors(chain, x, t, w, v)
+
+
+def test_an_interval_may_hold_a_multiple_eigenvalue(rng, monkeypatch):
+    chain, x, t = network(rng, 4, 5, 2, bias=True)
+    w_all = np.linalg.eigvalsh(dense(chain, x, t))
+    edges = (-0.01 * w_all[-1], 0.4 * w_all[-1])
+    expected = w_all[(w_all > edges[0]) & (w_all < edges[1])]
+    for always in (512, 0):  # read off at once, or because the slices fail
+        monkeypatch.setattr(_spectrum, "ALWAYS", always)
+        (w, v), _ = curvature.hessian_eigvals(chain, x, t, interval=edges)
+        np.testing.assert_allclose(w, expected, atol=1e-11 * w_all[-1])
+        check_vectors(chain, x, t, w, v)
+
+
+def test_what_is_too_large_for_the_whole_spectrum_says_so(rng, monkeypatch):
+    chain, x, t = network(rng, 4, 5, 2)
+    monkeypatch.setattr(_spectrum, "VECTORS", 10)
+    with pytest.raises(ValueError, match="vectors=False"):
+        curvature.hessian_eigvals(chain, x, t)
+    curvature.hessian_eigvals(chain, x, t, vectors=False)
+    monkeypatch.setattr(_spectrum, "WHOLE", 20)
+    with pytest.raises(ValueError, match=r"does not fit into 20 dimensions. Pass k="):
+        curvature.hessian_eigvals(chain, x, t, vectors=False)
+
+
+def test_interval(way, rng, monkeypatch):
     """All eigenvalues between two numbers, in slices."""
     chain, x, t = network(rng, 8, 5, 2, bias=True)
     w_all = np.linalg.eigvalsh(dense(chain, x, t))
@@ -129,11 +228,13 @@ def test_interval(rng, monkeypatch):
         if len(w):
             check_vectors(chain, x, t, w, v)
         assert info.uncertain == (0, 0)
+        assert (info.paths == ("whole",) * 2) == (way == "read off")
     assert len(list(each_layer(chain))) == 8
 
 
-def test_interval_far_above_the_estimated_norm(rng):
+def test_interval_far_above_the_estimated_norm(rng, monkeypatch):
     """One eigenvalue of 8 (or -8) beyond two hundred near 2, which products with a few vectors hardly see."""
+    monkeypatch.setattr(_spectrum, "ALWAYS", 0)
     a, scale = 200, np.linspace(0.9, 1.1, 200)
     scale[0] = 2.0
     q = [np.linalg.qr(rng.standard_normal((a, a)))[0] for _ in range(2)]
@@ -171,7 +272,6 @@ def test_static_errors(rng):
             ValueError,
             "curvature is 'x'",
         ),
-        (lambda: curvature.hessian_eigvals(chain, x, t), ValueError, "either k or interval"),
         (
             lambda: curvature.hessian_eigvals(chain, x, t, 2, interval=(0.1, 1)),
             ValueError,

@@ -12,7 +12,7 @@ from ddnref._rules.contract import Rule
 from ddnref._rules.table import RULES, TRIALS
 
 from ._stored import to_torch
-from ._targets import Problem, Target, positional
+from ._targets import PHASES, Problem, Target, positional
 
 KINDS = ("twice", "as it is, item by item", "strides, order, alignment, read-only", "stride 0", "items reordered")
 """Others warn by contract, or are PyTorch's to refuse."""
@@ -71,6 +71,7 @@ def _target(name: str, rule: Rule, call: Any) -> Target:
         make,
         positional(rule.forward),
         kinds=KINDS,
+        phases=(0,) if 0 in PHASES.get(rule.name, ()) else (),  # of the outputs only the first is compared
         loose=100.0,
     )
 

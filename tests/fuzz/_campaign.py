@@ -51,7 +51,7 @@ def run_case(seed: int, number: int, targets: Sequence[Target]) -> Case:
     site = _site.Site(rng, target, problem, cores(target), batch)
     kind, hostile, outcome, finding = "", None, "", ""
     while hostile is None:
-        kind = site.choice(target.kinds or _mutations.MUTATIONS)
+        kind = site.choice(target.kinds or _mutations.GENERAL)
         hostile = _mutations.MUTATIONS[kind](site)
     try:
         outcome = _oracle.EXPECTATIONS[hostile.expect](site, hostile).name

@@ -12,7 +12,7 @@ import ddnref
 from ddnref import krylov, operators
 
 from ._drivers import definite, normal, target
-from ._targets import Target, _solve, random_like
+from ._targets import Target, _solve, off, random_like, sym
 
 # --- eigenpairs -------------------------------------------------------------------------------------------------
 
@@ -31,11 +31,34 @@ def _gauge(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
     return random_like(rng, w), random_like(rng, v), w, v
 
 
+def _split(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
+    w, v = np.linalg.eigh(definite(rng, batch, m, is_complex))
+    w[..., : m // 2] = w[..., :1]  # equal ones
+    return normal(rng, (*batch, m, m), is_complex), w, v
+
+
+def _first_order(arrays: Any, outputs: Any, **options: Any) -> float:
+    """The eigenvalues of the direction inside each cluster, where the drawn ones are at most one."""
+    x_dot, w, v = arrays
+    inside = np.sum(w == w[0])
+    s = np.conj(v.T) @ sym(x_dot) @ v
+    wanted = np.concatenate([np.linalg.eigvalsh(s[:inside, :inside]), np.real(np.diagonal(s))[inside:]])
+    return off(outputs[0] - wanted, np.max(np.abs(x_dot)) * np.max(np.abs(v), initial=0.0) ** 2)
+
+
 def eigen_targets() -> list[Target]:
     return [
         target(ddnref.eigen_residual, _pairs, "x w v", powers={"v": (1,)}),
         target(ddnref.fixed_point_residual, _pairs, "x w v", powers={"x": (0,), "w": (0,)}),
         target(ddnref.gauge_residual, _gauge, "w_bar v_bar w v", optional=("w_bar", "v_bar")),
+        target(
+            ddnref.cluster_derivatives,
+            _split,
+            "x_dot w v",
+            check=_first_order,
+            powers={"x_dot": (1,)},
+            is_complex=True,
+        ),
         target(
             ddnref.align_signs,
             lambda rng, batch, m, c: (normal(rng, (*batch, m, 3)), normal(rng, (*batch, m))),
@@ -80,23 +103,7 @@ def krylov_targets() -> list[Target]:
 
     solvers = (krylov.cg, krylov.minres, krylov.bicgstab, krylov.gmres, krylov.lsmr)
 
-    def moved(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
-        a, b = _system(rng, batch, m, is_complex)
-        x = np.linalg.solve(a, b[..., None])[..., 0]
-        return random_like(rng, a), random_like(rng, b), x, a, b
-
-    return [
-        *map(of, solvers),
-        target(
-            ddnref.linear_solve_jvp,
-            moved,
-            "params_dot b_dot x operator b",
-            bars=2,
-            aliases=PARAMS,
-            loose=10.0,
-            is_complex=True,
-        ),
-    ]
+    return [*map(of, solvers)]
 
 
 # --- operators --------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ddnref.verify._hard import HARD
+
 from ._options import keyword, option, throw
 from ._site import Hostile, Site
 from ._stored import (
@@ -25,6 +27,7 @@ from ._values import (
     batches,
     derivative,
     empty,
+    hard,
     items,
     linear,
     not_finite,
@@ -63,5 +66,8 @@ MUTATIONS: dict[str, Callable[[Site], Hostile | None]] = {
     "option out of range or of wrong type": option,
     "unknown keyword": keyword,
     "throw=False": throw,
+    **dict.fromkeys(HARD, hard),
 }
 """Kinds of the table in the documentation, in its order."""
+GENERAL = tuple(kind for kind in MUTATIONS if kind not in HARD)
+"""The kinds that are tried on any target."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import array_api_compat
+import numpy as np
 
 from ddnref import curvature, networks
 
@@ -83,6 +84,16 @@ def network_targets() -> list[Target]:
         layers = [networks.Frozen(networks.Dense(w, b, "gelu")), networks.Dense(v)]
         return networks.Chain(layers, "mse").gradient(x, t, throw=throw)
 
+    def weighted(w: Any, b: Any, v: Any, c: Any, x: Any, t: Any, throw: bool = True) -> Any:
+        loss = networks.cross_entropy(weight=c, label_smoothing=0.1)
+        return networks.Chain([networks.Dense(w, b, "tanh"), networks.Dense(v)], loss).loss_and_gradient(
+            x, t, throw=throw
+        )
+
+    def classes(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
+        *weights, x, t = _network(rng, batch, m, is_complex)
+        return *weights, rng.uniform(0.5, 2.0, 2), x, np.abs(t)
+
     def product(name: str) -> Any:
         def call(w: Any, b: Any, v: Any, x: Any, t: Any, throw: bool = True) -> Any:
             c = chain(w, b, v)
@@ -117,6 +128,7 @@ def network_targets() -> list[Target]:
         of("Conv2d", convolved, _images, "weight bias x t"),
         of("Flatten", convolved, _images, "weight bias x t"),
         *(of(name, residual, square, theirs=("t",)) for name in ("Residual", "Activation", "Loss")),
+        of("cross_entropy", weighted, classes, "weight bias weight weight_ x t", optional=("bias", "weight_")),
         of("Frozen", frozen, aliases={"weight": ("constants", "params"), "bias": ("constants", "params")}),
         of(
             "Layer",
@@ -138,7 +150,7 @@ def _free_of_sign(result: Any) -> Any:
 
 def rows(x: Any, part: slice) -> Any:
     """Some samples; what has none is handed on as it is."""
-    if not hasattr(x, "ndim") or isinstance(x, type) or x.ndim == 0 or "sparse" in str(getattr(x, "layout", "")):
+    if not hasattr(x, "dtype") or isinstance(x, type) or x.ndim == 0 or "sparse" in str(getattr(x, "layout", "")):
         return x
     return x[part, ...]
 

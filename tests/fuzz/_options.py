@@ -45,7 +45,8 @@ KINDS: dict[str, str] = {
     **dict.fromkeys(("maxiter", "n_iter", "basis"), "count"),
     **dict.fromkeys(("k", "n", "restart"), "k"),
     **dict.fromkeys(
-        ("which", "method", "align", "kind", "solver", "curvature", "sign", "boundary", "reduction"), "name"
+        ("which", "method", "align", "kind", "solver", "curvature", "sign", "boundary", "reduction", "on_failure"),
+        "name",
     ),
     **dict.fromkeys(("radius", "total", "alpha", "eps"), "positive"),
     **dict.fromkeys(("v0", "x0", "y0", "reference"), "array"),

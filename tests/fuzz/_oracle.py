@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ddnref import DdnrefError
+from ddnref import DdnrefError, SingularError
 from ddnref._rules.binding import options_of, plain_forward
 from ddnref._rules.table import TRIALS
-from ddnref.testing import check_vjp
+from ddnref.testing import check_jvp, check_vjp
 
 from ._judge import (
     TINY,
@@ -31,7 +31,7 @@ from ._judge import (
     valid,
 )
 from ._site import Hostile, Site
-from ._targets import Target
+from ._targets import Target, accepted
 
 # --- expectations -----------------------------------------------------------------------------------------------
 
@@ -302,7 +302,10 @@ def scaled(site: Site, hostile: Hostile) -> Outcome:
                     raise Finding(f"a wrong number: result {i} is {x.ravel()[:3]}, expected {wanted.ravel()[:3]}")
                 continue
             why = difference(
-                site.target._replace(phases=(0,) if i in site.target.phases else ()),
+                site.target._replace(
+                    phases=(0,) if i in site.target.phases else (),
+                    phases_of_rows=(0,) if i in site.target.phases_of_rows else (),
+                ),
                 [x],
                 [wanted],
                 10 * tolerance(site),
@@ -375,7 +378,7 @@ def twice(site: Site, hostile: Hostile) -> Outcome:
 
 
 def linear(site: Site, hostile: Hostile) -> Outcome:
-    """Expect linearity in the cotangents; the second ones are different random multiples of the first."""
+    """Expect linearity in the directions; the second ones are different random multiples of the first."""
     k, arrays = site.target.bars, site.problem.arrays
     factors = site.rng.uniform(-2.0, 2.0, k)
     second = tuple(f * a for f, a in zip(factors, arrays[:k], strict=True))
@@ -392,11 +395,11 @@ def derivative(site: Site, hostile: Hostile) -> Outcome:
     rule = site.target.rule
     trial = TRIALS[rule.name]
     sample = trial.sample(np.asarray, site.rng, site.batch, int(site.rng.integers(1, 8)), False)
-    forward, vjp = options_of(rule, sample.options)
-    vjp_call = partial(site.target.call, **vjp)
-    report = check_vjp(
+    forward, options = options_of(rule, sample.options)
+    bound = partial(site.target.call, **(accepted(rule.jvp, options) if site.target.pushes else options))
+    report = (check_jvp if site.target.pushes else check_vjp)(
         partial(plain_forward(rule), **forward),
-        (lambda *a: vjp_call(*a)[0]) if rule.vjp_info else vjp_call,
+        (lambda *a: bound(*a)[0]) if rule.vjp_info else bound,
         *sample.inputs, saves=True, needs=rule.needs, loss=sample.loss, gap=sample.gap,
         tangent=trial.tangent, symmetrises=trial.symmetrises, directions=2,
     )  # fmt: skip
@@ -405,10 +408,27 @@ def derivative(site: Site, hostile: Hostile) -> Outcome:
     return Outcome()
 
 
+def judged(site: Site, hostile: Hostile) -> Outcome:
+    """A hard problem: as accurate as its judge demands, or refused where it is singular."""
+    problem = hostile.more
+    outcome = call(site.target, hostile.arrays, hostile.options)
+    if problem.is_singular and outcome.error is None:
+        raise Finding("accepted a singular matrix")
+    if outcome.error is not None:
+        if not (problem.is_singular and isinstance(outcome.error, SingularError)):
+            raise Finding(f"a valid call was refused: {str(outcome.error)[:300]}")
+        return outcome
+    with np.errstate(all="ignore"):
+        error, tolerance = problem.judge(tuple(leaves(outcome.result)))
+    if not error <= tolerance:
+        raise Finding(f"a wrong number: off by {error:.1e} (allowed {tolerance:.0e})")
+    return outcome
+
+
 EXPECTATIONS: dict[str, Callable[[Site, Hostile], Outcome]] = {
     f.__name__: f
     for f in (
         same, same_thrown, refused, same_or_refused, single, none, items, no_items, nothing, others, others_or_right,
-        scaled, scaled_single, permuted, twice, linear, derivative,
+        scaled, scaled_single, permuted, twice, linear, derivative, judged,
     )
 }  # fmt: skip

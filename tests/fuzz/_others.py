@@ -28,15 +28,18 @@ VALUES = (
     "EigshInfo",
     "EigshVjpInfo",
     "EigvalCountInfo",
+    "HessianEigvalsInfo",
     "HessianSolveInfo",
     "Inertia",
     "IterationInfo",
     "LeastSquaresInfo",
+    "NodeInfo",
     "OperatorCheck",
     "OperatorReport",
     "Progress",
     "RobustPoolInfo",
     "SinkhornInfo",
+    "SinkhornVjpInfo",
     "SolveInfo",
 )
 """Public names that compute nothing: errors, what functions return, and a module."""
@@ -96,10 +99,10 @@ def testing_targets() -> list[Target]:
     def jvp(x: Any, x_dot: Any, **options: Any) -> Any:
         return testing.numerical_jvp(sine, x, x_dot, **options)
 
-    def check(f: Callable[..., Any]) -> Any:
+    def check(f: Callable[..., Any], *functions: Callable[..., Any]) -> Any:
         def call(x: Any, **options: Any) -> Any:
             try:
-                return f(sine, cosine, x, needs=(0,), **options).passed
+                return f(sine, *functions, x, needs=(0,), **options).passed
             except AssertionError:
                 return False
 
@@ -114,6 +117,21 @@ def testing_targets() -> list[Target]:
         "seed": "seed",
     }
     several = {name: kinds[name] for name in ("step", "gap", "rtol", "tangent", "seed")}
+
+    def checker(f: Callable[..., Any], like: Callable[..., Any], count: int, options: dict[str, str]) -> Target:
+        # The derivative of a sine is its own transpose, so one function serves both modes.
+        return target(
+            f,
+            lambda rng, batch, m, c: (normal(rng, (m,)),),
+            "inputs",
+            check(f, *[cosine] * count),
+            like=like,
+            items=False,
+            options=options,
+            double=True,
+        )
+
+    without_step = {name: kinds[name] for name in ("rtol", "tangent", "seed")}
     return [
         target(
             testing.numerical_jvp,
@@ -125,25 +143,12 @@ def testing_targets() -> list[Target]:
             double=True,
             loose=1e5,
         ),
-        target(
-            testing.check_vjp,
-            lambda rng, batch, m, c: (normal(rng, (m,)),),
-            "inputs",
-            check(testing.check_vjp),
-            items=False,
-            options=several,
-            double=True,
-        ),
-        target(
-            testing.assert_vjp,
-            lambda rng, batch, m, c: (normal(rng, (m,)),),
-            "inputs",
-            check(testing.assert_vjp),
-            like=testing.check_vjp,
-            items=False,
-            options=several,
-            double=True,
-        ),
+        checker(testing.check_vjp, testing.check_vjp, 1, several),
+        checker(testing.assert_vjp, testing.check_vjp, 1, several),
+        checker(testing.check_jvp, testing.check_jvp, 1, several),
+        checker(testing.assert_jvp, testing.check_jvp, 1, several),
+        checker(testing.check_transpose, testing.check_transpose, 2, without_step),
+        checker(testing.assert_transpose, testing.check_transpose, 2, without_step),
     ]
 
 

@@ -12,15 +12,18 @@ import numpy as np
 
 from ddnref._rules.table import RULES
 
-from ._targets import Target, forward_target, vjp_target
+from ._hard import hard_target
+from ._old_faults import OLD, old_rule
+from ._targets import Target, forward_target, jvp_target, vjp_target
 
 Change = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def _planted(name: str, change: Change) -> Target:
     """A copy of the target of that name with a defect in it."""
-    rule = RULES[name.removesuffix("_vjp")]
-    target = vjp_target(rule) if name.endswith("_vjp") else forward_target(rule)
+    operation, _, kind = name.rpartition("_")
+    makers = {"vjp": vjp_target, "jvp": jvp_target}
+    target = makers[kind](RULES[operation]) if kind in makers else forward_target(RULES[name])
     return target._replace(call=wraps(target.call)(change(target.call)))
 
 
@@ -153,6 +156,13 @@ PLANTED: dict[str, tuple[str, Change, str]] = {
     "wrong derivative": (
         "sqrtm_vjp", _after(lambda y: y * (1 + 1e-6) if isinstance(y, np.ndarray) else y), "a wrong derivative",
     ),
+    "wrong sign of a tangent": (
+        "project_ball_jvp", _after(lambda y: -y if isinstance(y, np.ndarray) else y), "a wrong derivative",
+    ),
+    "a tangent that is not linear": (
+        "logm_jvp", _after(lambda y: y * abs(y) if isinstance(y, np.ndarray) else y), "of a sum of cotangents",
+    ),
+    **{name: (f"{kind}: {rule}", lambda f: f, says) for name, (kind, rule, _, says) in OLD.items()},
     "crash of the interpreter": ("qr", _crash, "the interpreter ended"),
     "hang": ("qr", _hang, "the interpreter ended"),
 }  # fmt: skip
@@ -161,5 +171,7 @@ PLANTED: dict[str, tuple[str, Change, str]] = {
 
 def planted(name: str) -> Target:
     """The copy with that defect."""
+    if name in OLD:
+        return hard_target(OLD[name][0], old_rule(name))
     function, change, _ = PLANTED[name]
     return _planted(function, change)

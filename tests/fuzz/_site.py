@@ -9,6 +9,9 @@ import numpy as np
 
 from ._targets import Problem, Target
 
+NUMBERS = ("c", "damping", "eps")
+"""Arguments that may be an array, one number for all items, or a Python number."""
+
 
 class Hostile(NamedTuple):
     """A mutated call and what it must lead to."""

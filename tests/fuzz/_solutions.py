@@ -11,7 +11,7 @@ import numpy as np
 from ddnref import implicit
 
 from ._drivers import definite, normal, target
-from ._targets import Target
+from ._targets import Target, random_like
 
 # --- solutions of problems --------------------------------------------------------------------------------------
 
@@ -50,6 +50,11 @@ def _total(y: Any) -> Any:
     return array_api_compat.array_namespace(y).sum(y, axis=-1, keepdims=True)
 
 
+def _without(stated: dict[str, Any]) -> dict[str, Any]:
+    """The functions that a JVP shares with a VJP: all but the one that is transposed."""
+    return {name: f for name, f in stated.items() if not name.endswith("_vjp")}
+
+
 ROOT: dict[str, Any] = {
     "residual": lambda y, a, b: _dot(a, y) - b,
     "jacobian": lambda y, a, b: a,
@@ -67,11 +72,15 @@ CONSTRAINED: dict[str, Any] = {
     "constraint_jacobian": lambda y, x, t: _ones_row(y),
     "residual_vjp": lambda w, eta, y, nu, x, t: (-w, -eta),
 }
+ROOT_JVP = {**_without(ROOT), "residual_jvp": lambda a_dot, b_dot, y, a, b: _dot(a_dot, y) - b_dot}
+MINIMUM_JVP = {**_without(MINIMUM), "gradient_jvp": ROOT_JVP["residual_jvp"]}
+CONSTRAINED_JVP = {**_without(CONSTRAINED), "residual_jvp": lambda x_dot, t_dot, y, nu, x, t: (-x_dot, -t_dot)}
 LINEAR: dict[str, Any] = {
     "gradient": lambda y, x: y - x,
     "hessian": lambda y, x: implicit.Diagonal(1 + 0 * y),
     "gradient_vjp": lambda w, y, x: -w,
 }
+LINEAR_JVP = {**_without(LINEAR), "gradient_jvp": lambda x_dot, y, x: -x_dot}
 
 
 def implicit_targets() -> list[Target]:
@@ -89,6 +98,20 @@ def implicit_targets() -> list[Target]:
             name=name or function.__name__,
             **{**fields, **more},
         )
+
+    def pushed(function: Any, build: Any, names: str, stated: dict[str, Any]) -> Target:
+        """A JVP at the point of a VJP: a tangent for each input in place of the cotangent."""
+        inputs = [name for name in names.split() if name not in ("y", "nu")]
+        dots = ["x_dot" if name == "inputs" else f"{name}_dot" for name in inputs]
+
+        def make(rng: Any, *where: Any) -> tuple[Any, ...]:
+            _, *arrays = build(rng, *where)
+            return *(random_like(rng, x) for x in arrays[-len(inputs) :]), *arrays
+
+        # No cotangent has the shape of y, so the first thing that does not fit may be what a function returned.
+        aliases = {"inputs": ("x",), "y": tuple(stated)}
+        more: dict[str, Any] = {"bars": len(dots), "optional": ("nu",), "aliases": aliases}
+        return of(function, make, " ".join([*dots, names]), stated, **more)
 
     def structured(name: str, of_matrix: Callable[[Any], Any]) -> Target:
         """A root whose Jacobian has a structure, of a diagonal matrix."""
@@ -116,6 +139,11 @@ def implicit_targets() -> list[Target]:
             optional=("nu",),
         ),
         of(implicit.lineq_argmin_vjp, _equations, "y_bar y nu a b inputs", LINEAR, optional=("nu",)),
+        pushed(implicit.root_jvp, _root, "y inputs inputs", ROOT_JVP),
+        pushed(implicit.argmin_jvp, _root, "y inputs inputs", MINIMUM_JVP),
+        pushed(implicit.eq_argmin_jvp, _constrained, "y nu inputs inputs", CONSTRAINED_JVP),
+        pushed(implicit.ineq_argmin_jvp, _constrained, "y nu inputs inputs", {**CONSTRAINED_JVP, "equalities": 1}),
+        pushed(implicit.lineq_argmin_jvp, _equations, "y nu a b inputs", LINEAR_JVP),
         structured("Diagonal", implicit.Diagonal),
         structured("BlockDiagonal", lambda d: implicit.BlockDiagonal(d[..., :, None, None])),
         structured("DiagonalPlusLowRank", lambda d: implicit.DiagonalPlusLowRank(d, 0 * d[..., None])),

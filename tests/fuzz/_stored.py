@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ._site import Hostile, Site
+from ._site import NUMBERS, Hostile, Site
 
 # --- the same numbers, stored in another way --------------------------------------------------------------------
 
@@ -136,7 +136,7 @@ DTYPES: dict[str, Callable[[Any], Any]] = {
 def dtype(site: Site) -> Hostile | None:
     """Integers, booleans, half and extended precision, objects, strings, dates, records."""
     how, i = site.choice(DTYPES), site.pick()
-    if i is None:
+    if i is None or (how == "bool" and site.target.name == "mask"):  # which takes flags
         return None
     if site.rng.integers(4) == 0:
         names = tuple(m for n in site.target.names for m in (n, *site.target.aliases.get(n, ())))
@@ -201,6 +201,8 @@ def container(site: Site) -> Hostile | None:
     how = site.choice(CONTAINERS)
     i = site.pick(lambda a: a.size > 0 and (how != "Python number" or a.ndim > 0), floating=False)
     if i is None or (how == "NumPy number" and site.problem.arrays[i].ndim == 0):
+        return None
+    if how == "Python number" and site.target.names[i] in NUMBERS:
         return None
     expect = "same_or_refused" if how in ("tuple", "NumPy number") else "refused"
     names = {"names": ()} if how == "NumPy number" else {}  # an array of the wrong shape

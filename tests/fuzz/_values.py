@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ._site import Hostile, Site
+from ._site import NUMBERS, Hostile, Site
 
 # --- shapes -----------------------------------------------------------------------------------------------------
 
@@ -23,14 +23,14 @@ SHAPES: dict[str, Callable[[Any], Any]] = {
     "fewer rows": lambda a: a[..., 1:, :].copy() if a.ndim > 1 else a[None],
     "transposed": lambda a: np.swapaxes(a, -1, -2).copy() if a.ndim > 1 else a[:, None] if a.ndim else a[None],
     "no entries": lambda a: np.zeros(0, dtype=a.dtype),
-    "reshaped": lambda a: a.reshape((-1, *a.shape[2:])).copy() if a.ndim > 1 else a[None, None],
+    "reshaped": lambda a: a.reshape((a.shape[0] * a.shape[1], *a.shape[2:])).copy() if a.ndim > 1 else a[None, None],
 }
 
 
 def shape(site: Site) -> Hostile | None:
     """The shape of one array: refused, or right for what it then means."""
     how, i = site.choice(SHAPES), site.pick(floating=False)
-    if i is None:
+    if i is None or (how in ("0-d", "an axis less") and site.target.names[i] in NUMBERS):
         return None
     value = SHAPES[how](site.problem.arrays[i])
     return site.replaced(i, value, f"{how}, {value.shape}", "items", names=())
@@ -126,7 +126,7 @@ def scale_single(site: Site) -> Hostile | None:
 
 
 def scale_bars(site: Site) -> Hostile | None:
-    """All cotangents times a power of two: the VJP is linear."""
+    """All cotangents, or all tangents, times a power of two: a derivative is linear."""
     if not site.target.bars:
         return None
     p, k = site.choice(POWERS_OF_TWO), site.target.bars
@@ -164,14 +164,22 @@ def again(site: Site) -> Hostile | None:
 
 
 def linear(site: Site) -> Hostile | None:
-    """The VJP of a combination of cotangents is that of theirs."""
+    """The derivative of a combination of cotangents or tangents is that of theirs."""
     if not site.target.bars:
         return None
     return Hostile(site.problem.arrays, site.problem.options, "two cotangents", "linear")
 
 
+def hard(site: Site) -> Hostile | None:
+    """Nothing changed: a hard problem, of which the answer is known."""
+    problem = site.problem.options.get("problem")
+    if problem is None:
+        return None
+    return Hostile(site.problem.arrays, site.problem.options, problem.what, "judged", more=problem)
+
+
 def derivative(site: Site) -> Hostile | None:
-    """The VJP against finite differences, at a random problem of any size."""
+    """The VJP or JVP against finite differences, at a random problem of any size."""
     if site.target.rule is None or not site.target.bars:
         return None
     return Hostile(site.problem.arrays, site.problem.options, "finite differences", "derivative")

@@ -1,4 +1,4 @@
-"""Gradients through solutions: the general nodes against finite differences, closed forms and wrong rules."""
+"""Derivatives of solutions: the general nodes against finite differences, closed forms, each other and wrong rules."""
 
 from functools import partial
 
@@ -6,11 +6,13 @@ import array_api_compat
 import numpy as np
 import pytest
 from problems import relative, symmetric
+from singular_problems import SQUARE_REGULAR, SQUARE_SINGULAR, stack
 
 import ddnref
 from conftest import backend
 from ddnref import ConvergenceError, OptimalityError, SingularError, implicit
-from ddnref.testing import assert_vjp, check_vjp
+from ddnref._kernels import singularity
+from ddnref.testing import assert_vjp, check_vjp, numerical_jvp
 
 N = 5
 
@@ -39,7 +41,29 @@ def newton(step, y, count=20):
     return y
 
 
-class Root:
+class Problem:
+    """Its node in both modes, and the gradients or the tangent alone."""
+
+    @classmethod
+    def vjp(cls, *arrays, **options):
+        return cls.node(*arrays, **options)[0]
+
+    @classmethod
+    def jvp(cls, *arrays, **options):
+        return cls.moving(*arrays, **options)[0]
+
+    @classmethod
+    def moving(cls, *arrays, **options):
+        """The forward mode of the node, for the multipliers that are an option of the node."""
+        if "nu" in options or cls.has_multipliers:
+            k = (len(arrays) - 1) // 2
+            arrays = (*arrays[: k + 1], options.pop("nu", None), *arrays[k + 1 :])
+        return cls.forward_mode(*arrays, **{**cls.stated_for_jvp(), **options})
+
+    has_multipliers = True
+
+
+class Root(Problem):
     """``M y + 0.3 tanh(y) = x``, M not symmetric; inputs (M, x)."""
 
     @staticmethod
@@ -60,7 +84,7 @@ class Root:
         return newton(lambda y: -dot(np.linalg.inv(cls.jacobian(y, m, x)), cls.residual(y, m, x)), 0 * x)
 
     @classmethod
-    def vjp(cls, y_bar, y, m, x, **options):
+    def node(cls, y_bar, y, m, x, **options):
         stated = {
             "residual": cls.residual,
             "jacobian": cls.jacobian,
@@ -68,8 +92,15 @@ class Root:
         }
         return implicit.root_vjp(y_bar, y, m, x, **{**stated, **options})
 
+    forward_mode, has_multipliers = staticmethod(implicit.root_jvp), False
 
-class Argmin:
+    @classmethod
+    def stated_for_jvp(cls):
+        tangent = lambda m_dot, x_dot, y, m, x: dot(m_dot, y) - x_dot
+        return {"residual": cls.residual, "jacobian": cls.jacobian, "residual_jvp": tangent}
+
+
+class Argmin(Problem):
     """``½ yᵀ S y + ¼ Σ y⁴ − xᵀy``; inputs (S, x), S taken as it is."""
 
     @staticmethod
@@ -90,7 +121,7 @@ class Argmin:
         return newton(lambda y: -dot(np.linalg.inv(cls.hessian(y, s, x)), cls.gradient(y, s, x)), 0 * x)
 
     @classmethod
-    def vjp(cls, y_bar, y, s, x, **options):
+    def node(cls, y_bar, y, s, x, **options):
         stated = {
             "gradient": cls.gradient,
             "hessian": cls.hessian,
@@ -98,8 +129,15 @@ class Argmin:
         }
         return implicit.argmin_vjp(y_bar, y, s, x, **{**stated, **options})
 
+    forward_mode, has_multipliers = staticmethod(implicit.argmin_jvp), False
 
-class Equality:
+    @classmethod
+    def stated_for_jvp(cls):
+        tangent = lambda s_dot, x_dot, y, s, x: (dot(s_dot, y) + dot(transpose(s_dot), y)) / 2 - x_dot
+        return {"gradient": cls.gradient, "hessian": cls.hessian, "gradient_jvp": tangent}
+
+
+class Equality(Problem):
     """``½ ‖y − x‖² + ¼ Σ y⁴`` subject to ``yᵀ D y = t`` and ``cᵀ y = 0.1``; inputs (x, t, c)."""
 
     d = np.linspace(1.0, 2.0, N)
@@ -168,13 +206,26 @@ class Equality:
         return y
 
     @classmethod
-    def vjp(cls, y_bar, y, x, t, c, nu=None, **options):
+    def node(cls, y_bar, y, x, t, c, nu=None, **options):
         names = ("gradient", "hessian", "constraint", "constraint_jacobian", "residual_vjp")
         stated = {name: getattr(cls, name) for name in names}
         return implicit.eq_argmin_vjp(y_bar, y, nu, x, t, c, **{**stated, **options})
 
+    forward_mode = staticmethod(implicit.eq_argmin_jvp)
 
-class Linear:
+    @staticmethod
+    def residual_jvp(x_dot, t_dot, c_dot, y, nu, x, t, c):
+        xp = array_api_compat.array_namespace(y)
+        h_dot = xp.concat([-t_dot, xp.sum(c_dot * y, axis=-1, keepdims=True)], axis=-1)
+        return -x_dot - nu[..., 1:] * c_dot, h_dot
+
+    @classmethod
+    def stated_for_jvp(cls):
+        names = ("gradient", "hessian", "constraint", "constraint_jacobian", "residual_jvp")
+        return {name: getattr(cls, name) for name in names}
+
+
+class Linear(Problem):
     """``¼ Σ y⁴ + ½ ‖y − x‖²`` subject to ``A y = b``; inputs (A, b, x)."""
 
     @staticmethod
@@ -193,7 +244,7 @@ class Linear:
         return y
 
     @staticmethod
-    def vjp(y_bar, y, a, b, x, nu=None, **options):
+    def node(y_bar, y, a, b, x, nu=None, **options):
         stated = {
             "gradient": lambda y, x: y - x + y**3,
             "hessian": lambda y, x: implicit.Diagonal(1 + 3 * y * y),
@@ -201,8 +252,18 @@ class Linear:
         }
         return implicit.lineq_argmin_vjp(y_bar, y, nu, a, b, x, **{**stated, **options})
 
+    forward_mode = staticmethod(implicit.lineq_argmin_jvp)
 
-class Inequality:
+    @staticmethod
+    def stated_for_jvp():
+        return {
+            "gradient": lambda y, x: y - x + y**3,
+            "hessian": lambda y, x: implicit.Diagonal(1 + 3 * y * y),
+            "gradient_jvp": lambda x_dot, y, x: -x_dot,
+        }
+
+
+class Inequality(Problem):
     """``½ (y − x)ᵀ S (y − x)`` subject to ``Σ y = t`` and ``y ≥ 0``; inputs (x, t); S fixed."""
 
     s = np.eye(N) + 0.3 * np.ones((N, N)) + np.diag(np.linspace(0.0, 1.0, N))
@@ -246,7 +307,7 @@ class Inequality:
         return np.stack([cls.one(*rows) for rows in flat]).reshape(x.shape)
 
     @classmethod
-    def vjp(cls, y_bar, y, x, t, nu=None, **options):
+    def node(cls, y_bar, y, x, t, nu=None, **options):
         stated = {
             "gradient": lambda y, x, t: dot(cls.metric(y), y - x),
             "hessian": lambda y, nu, x, t: cls.metric(y) + 0 * y[..., None],
@@ -256,6 +317,24 @@ class Inequality:
             "equalities": 1,
         }
         return implicit.ineq_argmin_vjp(y_bar, y, nu, x, t, **{**stated, **options})
+
+    forward_mode = staticmethod(implicit.ineq_argmin_jvp)
+
+    @classmethod
+    def residual_jvp(cls, x_dot, t_dot, y, nu, x, t):
+        xp = array_api_compat.array_namespace(y)
+        return -dot(cls.metric(y), x_dot), xp.concat([-t_dot, xp.zeros_like(y)], axis=-1)
+
+    @classmethod
+    def stated_for_jvp(cls):
+        return {
+            "gradient": lambda y, x, t: dot(cls.metric(y), y - x),
+            "hessian": lambda y, nu, x, t: cls.metric(y) + 0 * y[..., None],
+            "constraint": cls.constraint,
+            "constraint_jacobian": cls.constraint_jacobian,
+            "residual_jvp": cls.residual_jvp,
+            "equalities": 1,
+        }
 
 
 PROBLEMS = [Root, Argmin, Equality, Linear, Inequality]
@@ -312,19 +391,20 @@ def test_float32_stays_float32(problem, xp, rng):
 
 
 @problems
-def test_a_point_that_is_no_solution_is_refused_and_harms_no_other(problem, xp, rng):
+def test_a_point_far_from_a_solution_is_refused_and_harms_no_other(problem, xp, rng):
     inputs = problem.inputs(rng, (2, 3))
     y = problem.solve(*inputs)
     y_bar = rng.standard_normal(y.shape)
     others = np.asarray([[True, False, True], [True, True, True]])
     good = problem.vjp(y_bar, y, *inputs)
-    for bad, error in ((y[0, 1] + 1e-3 * rng.standard_normal(N), OptimalityError), (np.full(N, np.nan), Exception)):
+    traced = xp.jit(partial(problem.vjp, throw=False))
+    for bad, error in ((y[0, 1] + 0.3 * rng.standard_normal(N), OptimalityError), (np.full(N, np.nan), Exception)):
         wrong = y.copy()
         wrong[0, 1] = bad
         arrays = [xp.asarray(a) for a in (y_bar, wrong, *inputs)]
         with pytest.raises(error, match="throw=False"):
             problem.vjp(*arrays)
-        for g, got in zip(good, xp.jit(partial(problem.vjp, throw=False))(*arrays), strict=True):
+        for g, got in zip(good, traced(*arrays), strict=True):
             got = xp.numpy(got)
             assert np.all(np.isnan(got[0, 1]))
             np.testing.assert_allclose(got[others], g[others], rtol=1e-10, atol=1e-12)
@@ -336,13 +416,11 @@ def test_rtol_and_atol_say_what_a_solution_is(problem, rng):
     y = problem.solve(*inputs)
     near = y * (1 + 1e-4 * np.cos(np.arange(N)))
     y_bar = rng.standard_normal(N)
-    with pytest.raises(OptimalityError):
-        problem.vjp(y_bar, near, *inputs)
-    problem.vjp(y_bar, near, *inputs, rtol=1e-2)
-    with pytest.raises(OptimalityError):
-        problem.vjp(y_bar, near, *inputs, rtol=1e-9)
-    if problem in (Root, Argmin):
-        problem.vjp(y_bar, near, *inputs, atol=1e-2)
+    problem.vjp(y_bar, near, *inputs)
+    for tight in ({"rtol": 1e-6}, {"rtol": 0.0}):
+        with pytest.raises(OptimalityError):
+            problem.vjp(y_bar, near, *inputs, **tight)
+    problem.vjp(y_bar, near, *inputs, rtol=0.0, atol=1e-2)
 
 
 @problems
@@ -370,6 +448,307 @@ def test_the_bordered_formula_cannot_be_varied(change, rng):
     assert not check_vjp(Equality.solve, wrong, *Equality.inputs(rng), needs=range(3), gap=0.1).passed
 
 
+# --- the forward mode ---------------------------------------------------------------------------------------------
+
+
+def random_tangents(rng, inputs):
+    return [rng.standard_normal(a.shape) for a in inputs]
+
+
+def pairing(a, b):
+    return sum(np.sum(x * y) for x, y in zip(a, b, strict=True))
+
+
+def transpose_error(y_bar, y_dot, bars, dots):
+    return abs(np.sum(y_bar * y_dot) - pairing(bars, dots)) / (np.linalg.norm(y_bar) * np.linalg.norm(y_dot))
+
+
+@problems
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_jvp_is_the_derivative_and_the_transpose_of_the_vjp(problem, batch, rng):
+    """Along all inputs together, and along each alone with ``None`` for the others."""
+    inputs = problem.inputs(rng, batch)
+    y, dots = problem.solve(*inputs), random_tangents(rng, inputs)
+    y_bar = rng.standard_normal(y.shape)
+    bars = problem.vjp(y_bar, y, *inputs)
+    for given in [dots] + [[d if i == j else None for j, d in enumerate(dots)] for i in range(len(dots))]:
+        moved = [np.zeros_like(a) if d is None else d for a, d in zip(inputs, given, strict=True)]
+        y_dot, info = problem.moving(*given, y, *inputs)
+        assert y_dot.shape == y.shape
+        assert np.all(info.converged)
+        assert np.all(info.error <= 1e-11)
+        assert transpose_error(y_bar, y_dot, bars, moved) <= 1e-12
+        along = lambda t, moved=moved: problem.solve(*(a + t[0] * d for a, d in zip(inputs, moved, strict=True)))
+        assert relative(y_dot, numerical_jvp(along, np.zeros(1), np.ones(1), step=1e-4)) <= 1e-9
+
+
+@problems
+def test_jvp_on_every_library_traced_and_not(problem, xp, rng):
+    inputs = problem.inputs(rng, (2, 3))
+    y, dots = problem.solve(*inputs), random_tangents(rng, inputs)
+    expected, report = problem.moving(*dots, y, *inputs)
+    arrays = [xp.asarray(a) for a in (*dots, y, *inputs)]
+    for moving in (problem.moving, xp.jit(partial(problem.moving, throw=False))):
+        got, info = moving(*arrays)
+        assert relative(xp.numpy(got), expected) <= 1e-12
+        assert np.array_equal(xp.numpy(info.converged), report.converged)
+        np.testing.assert_allclose(xp.numpy(info.rcond), report.rcond, rtol=1e-6)
+
+
+@problems
+def test_structure_of_the_jvp(problem, rng):
+    inputs = problem.inputs(rng, (4,))
+    y, dots = problem.solve(*inputs), random_tangents(rng, inputs)
+    y_dot = problem.jvp(*dots, y, *inputs)
+    assert np.all(problem.jvp(*(0 * d for d in dots), y, *inputs) == 0)
+    assert relative(problem.jvp(*(2.5 * d for d in dots), y, *inputs), 2.5 * y_dot) <= 1e-13
+    alone = [problem.jvp(*(d[i] for d in dots), y[i], *(a[i] for a in inputs)) for i in range(4)]
+    assert relative(np.stack(alone), y_dot) <= 1e-13
+
+
+@problems
+def test_jvp_in_float32_stays_float32(problem, xp, rng):
+    inputs = problem.inputs(rng, (2,))
+    y, dots = problem.solve(*inputs), random_tangents(rng, inputs)
+    arrays = [xp.asarray(a.astype(np.float32)) for a in (*dots, y, *inputs)]
+    got = xp.numpy(xp.jit(partial(problem.jvp, atol=1e-6, throw=xp.name != "jax"))(*arrays))
+    assert got.dtype == np.float32
+    assert relative(got, problem.jvp(*dots, y, *inputs)) <= 1e-4
+
+
+@problems
+def test_tangents_at_a_point_far_from_a_solution_are_refused(problem, xp, rng):
+    inputs = problem.inputs(rng, (2, 3))
+    y, dots = problem.solve(*inputs), random_tangents(rng, inputs)
+    good = problem.jvp(*dots, y, *inputs)
+    others = np.asarray([[True, False, True], [True, True, True]])
+    for bad, error in ((y[0, 1] + 0.3 * rng.standard_normal(N), OptimalityError), (np.full(N, np.nan), Exception)):
+        wrong = y.copy()
+        wrong[0, 1] = bad
+        arrays = [xp.asarray(a) for a in (*dots, wrong, *inputs)]
+        with pytest.raises(error, match=f"{problem.forward_mode.__name__}.*throw=False"):
+            problem.jvp(*arrays)
+        got, info = problem.moving(*arrays, throw=False)
+        got = xp.numpy(got)
+        assert np.all(np.isnan(got[0, 1]))
+        np.testing.assert_allclose(got[others], good[others], rtol=1e-10, atol=1e-12)
+        assert np.array_equal(xp.numpy(info.converged), others)
+        assert np.all(np.isinf(xp.numpy(info.error)) == ~others)
+
+
+@problems
+def test_rtol_and_atol_of_the_jvp(problem, rng):
+    inputs = problem.inputs(rng)
+    y, dots = problem.solve(*inputs), random_tangents(rng, inputs)
+    near = y * (1 + 1e-4 * np.cos(np.arange(N)))
+    y_dot, info = problem.moving(*dots, near, *inputs)
+    error = relative(y_dot, problem.jvp(*dots, y, *inputs))
+    assert error <= 1e-5
+    assert error / 2 <= info.error <= 3 * error + 1e-14
+    for tight in ({"rtol": 1e-6}, {"rtol": 0.0}):
+        with pytest.raises(OptimalityError):
+            problem.jvp(*dots, near, *inputs, **tight)
+    problem.jvp(*dots, near, *inputs, rtol=0.0, atol=1e-2)
+
+
+@pytest.mark.parametrize("change", ["plus h", "no h", "plus nu", "no nu", "plus f"])
+def test_the_bordered_formula_of_the_jvp_cannot_be_varied(change, rng):
+    changes = {
+        "plus h": lambda f, h, c: (f, -h),
+        "no h": lambda f, h, c: (f, 0 * h),
+        "plus nu": lambda f, h, c: (f + 2 * c, h),
+        "no nu": lambda f, h, c: (f + c, h),
+        "plus f": lambda f, h, c: (-f, h),
+    }
+
+    def wrong(x_dot, t_dot, c_dot, y, nu, x, t, c):
+        f, h = Equality.residual_jvp(x_dot, t_dot, c_dot, y, nu, x, t, c)
+        return changes[change](f, h, nu[..., 1:] * c_dot)
+
+    inputs = Equality.inputs(rng)
+    y, dots = Equality.solve(*inputs), random_tangents(rng, inputs)
+    y_bar = rng.standard_normal(N)
+    bars = Equality.vjp(y_bar, y, *inputs)
+    assert transpose_error(y_bar, Equality.jvp(*dots, y, *inputs, residual_jvp=wrong), bars, dots) > 1e-6
+
+
+def test_jvp_with_every_structure_and_without_symmetry(xp, rng):
+    """The solve is that of the matrix itself, where the gradient takes the transpose."""
+    d, u, v = rng.uniform(1, 2, (2, 6)), rng.standard_normal((2, 6, 2)), 0.1 * rng.standard_normal((2, 6, 2))
+    blocks = rng.standard_normal((2, 3, 2, 2)) + 3 * np.eye(2)
+    whole = np.zeros((2, 6, 6))
+    for i in range(3):
+        whole[:, 2 * i : 2 * i + 2, 2 * i : 2 * i + 2] = blocks[:, i]
+    b = rng.standard_normal((2, 6))
+    for h, matrix in (
+        (implicit.Diagonal(xp.asarray(d)), diagonal_matrix(d)),
+        (implicit.BlockDiagonal(xp.asarray(blocks)), whole),
+        (implicit.DiagonalPlusLowRank(*map(xp.asarray, (d, u, v))), diagonal_matrix(d) + u @ transpose(v)),
+        (xp.asarray(whole), whole),
+    ):
+        y_dot, _ = implicit.root_jvp(
+            xp.asarray(b), xp.asarray(0 * b), xp.asarray(0 * b), residual=lambda y, x: y - x,
+            jacobian=lambda y, x, h=h: h, residual_jvp=lambda x_dot, y, x: -x_dot,
+        )  # fmt: skip
+        assert relative(xp.numpy(y_dot), np.linalg.solve(matrix, b[..., None])[..., 0]) <= 1e-13
+    inputs = Equality.inputs(rng, (3,))
+    y, dots = Equality.solve(*inputs), random_tangents(rng, inputs)
+    expected = Equality.jvp(*dots, y, *inputs)
+    for structure in (Equality.diagonal, Equality.products):
+        got = Equality.jvp(*(xp.asarray(a) for a in (*dots, y, *inputs)), hessian=structure)
+        assert relative(xp.numpy(got), expected) <= 1e-11
+
+
+def test_products_of_the_jvp_have_their_options(rng):
+    s, x = Argmin.inputs(rng)
+    y, dots = Argmin.solve(s, x), random_tangents(rng, (s, x))
+    products = lambda **options: {
+        "hessian": lambda *a: implicit.Products(lambda v: Argmin.hessian(y, s, x) @ v, **options)
+    }
+    exact = Argmin.jvp(*dots, y, s, x)
+    assert relative(Argmin.jvp(*dots, y, s, x, **products()), exact) <= 1e-12
+    with pytest.raises(ConvergenceError, match="argmin_jvp reached their limit"):
+        Argmin.jvp(*dots, y, s, x, **products(maxiter=2))
+    assert np.all(np.isnan(Argmin.jvp(*dots, y, s, x, **products(maxiter=2), throw=False)))
+    assert 1e-9 < relative(Argmin.jvp(*dots, y, s, x, **products(rtol=1e-2)), exact) < 0.1
+
+
+def test_multipliers_given_to_the_jvp(rng):
+    inputs = Equality.inputs(rng)
+    y, dots = Equality.solve(*inputs), random_tangents(rng, inputs)
+    nu, expected = Equality.multipliers(y, *inputs), Equality.jvp(*dots, y, *inputs)
+    assert relative(Equality.jvp(*dots, y, *inputs, nu=nu), expected) <= 1e-10
+    assert relative(Equality.jvp(*dots, y, *inputs, nu=1.001 * nu), expected) <= 1e-8
+    with pytest.raises(OptimalityError, match="does not help"):
+        Equality.jvp(*dots, y, *inputs, nu=30 * nu)
+
+
+HALF_SPACES = {
+    "gradient": lambda y, x: y - x,
+    "hessian": lambda y, nu, x: np.eye(2),
+    "constraint": lambda y, x: -y,
+    "constraint_jacobian": lambda y, x: -np.eye(2),
+    "residual_jvp": lambda x_dot, y, nu, x: (-x_dot, 0 * y),
+}
+
+
+def test_tangent_at_a_touched_constraint():
+    """It counts as inactive, and the error says that the tangent is one of two."""
+    y_dot, info = implicit.ineq_argmin_jvp(np.ones(2), np.asarray([0, 2.0]), None, np.asarray([0, 2.0]), **HALF_SPACES)
+    assert np.array_equal(y_dot, np.ones(2))
+    assert info.error == 1
+
+
+def test_constraints_that_are_not_active_may_move(xp):
+    """Bounds b of ``y ≥ b``: only the one that holds y moves it."""
+    x, b = (xp.asarray(np.asarray(z)) for z in ([-1.0, 2.0], [0.0, 0.5]))
+    y, b_dot, eye = (xp.asarray(np.asarray(z)) for z in ([0.0, 2.0], [3.0, 7.0], np.eye(2)))
+    y_dot, _ = implicit.ineq_argmin_jvp(
+        None, b_dot, y, None, x, b, gradient=lambda y, x, b: y - x, hessian=lambda y, nu, x, b: eye,
+        constraint=lambda y, x, b: b - y, constraint_jacobian=lambda y, x, b: -eye,
+        residual_jvp=lambda x_dot, b_dot, y, nu, x, b: (-x_dot, b_dot),
+    )  # fmt: skip
+    np.testing.assert_allclose(xp.numpy(y_dot), [3.0, 0.0], atol=1e-15)
+
+
+def test_a_tangent_of_zero_is_no_failure(rng):
+    """At a vertex nothing moves, however the objective does."""
+    s = rng.standard_normal((2, 2))
+    s = s @ s.T + np.eye(2)
+    stated = HALF_SPACES | {
+        "gradient": lambda y, x: s @ (y - x),
+        "hessian": lambda y, nu, x: s,
+        "residual_jvp": lambda x_dot, y, nu, x: (-s @ x_dot, 0 * y),
+    }
+    y_dot, info = implicit.ineq_argmin_jvp(
+        rng.standard_normal(2), np.zeros(2), None, np.linalg.solve(s, [-1, -2]), **stated
+    )
+    assert np.max(abs(y_dot)) <= 1e-15
+    assert info.converged
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_direction_that_moves_repeated_constraints_apart_is_reported(dtype, xp, rng):
+    """``y ≥ b_1`` and ``y ≥ b_2`` with equal bounds, in other units: together they move y, apart it has no tangent."""
+    units = np.asarray([[1.0, 1.0], [1.0, 1e3], [3.0, 0.2]], dtype)
+
+    def moving(b_dot, **options):
+        b, y = xp.asarray(np.ones((3, 2), dtype)), xp.asarray(np.ones((3, 1), dtype))
+        c, x = xp.asarray(-units), xp.asarray(np.zeros((3, 1), dtype))
+        return implicit.ineq_argmin_jvp(
+            None, xp.asarray(b_dot.astype(dtype)), y, None, x, b, gradient=lambda y, x, b: y - x,
+            hessian=lambda y, nu, x, b: xp.asarray(np.ones((3, 1, 1), dtype)),
+            constraint=lambda y, x, b: c * (y - b), constraint_jacobian=lambda y, x, b: c[..., None],
+            residual_jvp=lambda x_dot, b_dot, y, nu, x, b: (-x_dot, -c * b_dot), **options,
+        )  # fmt: skip
+
+    together = np.asarray([[1.0, 1.0], [-2.0, -2.0], [0.5, 0.5]])
+    y_dot, _ = moving(together)
+    np.testing.assert_allclose(xp.numpy(y_dot), together[:, :1], rtol=1e3 * np.finfo(dtype).eps)
+    for apart in (1.0, -1e-2):
+        direction = together.copy()
+        direction[1, 1] += apart
+        with pytest.raises(SingularError, match=r"moves constraints apart.*\(item 1 of 3\)"):
+            moving(direction)
+        y_dot, info = moving(direction, throw=False)
+        assert np.array_equal(np.isnan(xp.numpy(y_dot)[:, 0]), [False, True, False])
+        assert np.array_equal(xp.numpy(info.converged), [True, False, True])
+
+
+@problems
+def test_jvp_reads_nothing_on_the_host(problem, host_reads, rng):
+    strict = backend("array-api-strict")
+    inputs = problem.inputs(rng, (2,))
+    arrays = [strict.asarray(a) for a in (*inputs, problem.solve(*inputs), *inputs)]
+    host_reads.clear()
+    problem.jvp(*arrays, throw=False)
+    assert [r for r in host_reads if r not in ("__array__", "__buffer__")] == []
+
+
+@problems
+@pytest.mark.parametrize("batch", [(0,), (2, 0)])
+def test_tangents_of_empty_batches(problem, batch, rng, xp):
+    inputs = [xp.asarray(np.zeros((*batch, *a.shape))) for a in problem.inputs(rng)]
+    y_dot = problem.jvp(*inputs, xp.asarray(np.zeros((*batch, N))), *inputs)
+    assert tuple(y_dot.shape) == (*batch, N)
+
+
+@problems
+def test_bad_tangents(problem, rng):
+    inputs = problem.inputs(rng)
+    y, none = problem.solve(*inputs), [None] * len(inputs)
+    with pytest.raises(TypeError, match="are all None: there is no direction"):
+        problem.jvp(*none, y, *inputs)
+    with pytest.raises(TypeError, match="y is None"):
+        problem.jvp(*inputs, None, *inputs)
+    with pytest.raises(TypeError, match="is None: an array must be given"):
+        problem.jvp(*inputs, y, *inputs[:-1], None)
+    with pytest.raises(TypeError, match="one tangent for each input"):
+        problem.forward_mode(*inputs, y, *[None] * problem.has_multipliers, *inputs[1:], **problem.stated_for_jvp())
+    for i, a in enumerate(inputs):
+        for wrong, error, says in (
+            (a.astype(np.float32), TypeError, r"_dot.*float32"),
+            (a[..., :-1], ValueError, r"_dot.*has shape"),
+            (a.tolist(), TypeError, r"_dot.*list"),
+        ):
+            with pytest.raises(error, match=says):
+                problem.jvp(*none[:i], wrong, *none[i + 1 :], y, *inputs)
+    name = next(name for name in problem.stated_for_jvp() if name.endswith("_jvp"))
+    with pytest.raises(TypeError, match=f"{name} is 3, expected a function"):
+        problem.jvp(*inputs, y, *inputs, **{name: 3})
+    with pytest.raises((TypeError, ValueError), match=r"residual_jvp must return|the result of .*_jvp has shape"):
+        problem.jvp(*inputs, y, *inputs, **{name: lambda *a: np.ones(4)})
+
+
+def test_what_the_jvp_of_linear_constraints_needs(rng):
+    a, b, x = Linear.inputs(rng)
+    y = Linear.solve(a, b, x)
+    with pytest.raises(TypeError, match="gradient_jvp must be given"):
+        Linear.jvp(a, b, x, y, a, b, x, gradient_jvp=None)
+    with pytest.raises(TypeError, match=r"a_dot, b_dot, \*x_dots, y, nu, a, b, \*inputs"):
+        implicit.lineq_argmin_jvp(a, y, None, a, gradient=lambda y: y, hessian=lambda y: np.eye(N))
+
+
 # --- structured Hessians ------------------------------------------------------------------------------------------
 
 
@@ -390,13 +769,15 @@ def test_every_structure_is_the_dense_matrix(xp, rng):
     ]
     b = rng.standard_normal((2, 6, 3))
     for h, matrix in pairs:
-        assert relative(xp.numpy(h.solve(xp.asarray(b))), np.linalg.solve(matrix, b)) <= 1e-13
-        back = xp.numpy(h.transpose().solve(xp.asarray(b)))
-        assert relative(back, np.linalg.solve(transpose(matrix), b)) <= 1e-13
-        size, exact = xp.numpy(h.row_size()), np.sum(np.abs(matrix), axis=-1)
+        inverse = h.inverse()
+        assert relative(xp.numpy(inverse.solve(xp.asarray(b))), np.linalg.solve(matrix, b)) <= 1e-13
+        for back in (inverse.solve_transposed, h.transpose().inverse().solve):
+            assert relative(xp.numpy(back(xp.asarray(b))), np.linalg.solve(transpose(matrix), b)) <= 1e-13
+        assert relative(xp.numpy(h.times(xp.asarray(b))), matrix @ b) <= 1e-14
+        size, exact = xp.numpy(h.size_times(xp.asarray(b))), np.abs(matrix) @ np.abs(b)
         assert np.all(size >= exact * (1 - 1e-14))
         assert np.all(size <= 20 * exact)
-        gradient = implicit.root_vjp(
+        gradient, _ = implicit.root_vjp(
             xp.asarray(b[..., 0]), xp.asarray(0 * b[..., 0]),
             residual=lambda y: y, jacobian=lambda y, h=h: h, residual_vjp=lambda w, y: w,
         )  # fmt: skip
@@ -425,9 +806,11 @@ def test_products_need_curvature_only_in_the_tangent(rng):
         "constraint_jacobian": lambda y, x: np.asarray([[1.0, 0.0, 0.0]]),
         "residual_vjp": lambda w, eta, y, nu, x: np.concat([-eta, w[1:]]),
     }
-    dense = implicit.eq_argmin_vjp(y_bar, y, None, x, hessian=lambda y, nu, x: h, **stated)
+    dense, _ = implicit.eq_argmin_vjp(y_bar, y, None, x, hessian=lambda y, nu, x: h, **stated)
     products = implicit.Products(lambda v: h @ v)
-    assert relative(implicit.eq_argmin_vjp(y_bar, y, None, x, hessian=lambda *a: products, **stated), dense) <= 1e-13
+    got, info = implicit.eq_argmin_vjp(y_bar, y, None, x, hessian=lambda *a: products, **stated)
+    assert relative(got, dense) <= 1e-13
+    assert info.error <= 1e-13
 
 
 def test_options_of_products(rng):
@@ -490,7 +873,8 @@ def test_eigenvectors_as_a_node_with_a_singular_hessian(xp, rng):
         "constraint_jacobian": lambda y, x: 2 * y[..., None, :],
         "residual_vjp": lambda w, eta, y, nu, x: -outer(w, y),
     }
-    got = xp.numpy(implicit.eq_argmin_vjp(xp.asarray(y_bar), xp.asarray(y), None, xp.asarray(x), **stated))
+    got, _ = implicit.eq_argmin_vjp(xp.asarray(y_bar), xp.asarray(y), None, xp.asarray(x), **stated)
+    got = xp.numpy(got)
     expected = ddnref.eigh_vjp(None, y_bar[..., None], w, v, index=[5])
     assert relative((got + transpose(got)) / 2, expected) <= 1e-12
 
@@ -501,8 +885,10 @@ def test_multipliers_given_are_used_and_checked(rng):
     nu = Equality.multipliers(y, *inputs)
     for got, e in zip(Equality.vjp(y_bar, y, *inputs, nu=nu), Equality.vjp(y_bar, y, *inputs), strict=True):
         assert relative(got, e) <= 1e-10
-    with pytest.raises(OptimalityError, match="multiplier is wrong"):
-        Equality.vjp(y_bar, y, *inputs, nu=1.001 * nu)
+    for got, e in zip(Equality.vjp(y_bar, y, *inputs, nu=1.001 * nu), Equality.vjp(y_bar, y, *inputs), strict=True):
+        assert relative(got, e) <= 1e-8  # corrected
+    with pytest.raises(OptimalityError, match="does not help"):
+        Equality.vjp(y_bar, y, *inputs, nu=30 * nu)
 
 
 def test_activity_follows_the_multiplier_on_both_sides_of_a_change(rng):
@@ -527,7 +913,7 @@ def test_activity_follows_the_multiplier_on_both_sides_of_a_change(rng):
 @pytest.mark.parametrize("noise", [1e-17, -1e-17, 1e-12, -1e-12])
 def test_rounding_at_a_touched_constraint_is_no_error(noise):
     """The gradient of f is rounding itself there, and its sign means nothing: one of both sides comes back."""
-    bars = implicit.ineq_argmin_vjp(
+    bars, _ = implicit.ineq_argmin_vjp(
         np.ones(2), np.asarray([0.0, 2.0]), None, np.asarray([noise, 2.0]),
         gradient=lambda y, x: y - x, hessian=lambda y, nu, x: np.eye(2), constraint=lambda y, x: -y,
         constraint_jacobian=lambda y, x: -np.eye(2), residual_vjp=lambda w, eta, y, nu, x: -w,
@@ -537,12 +923,13 @@ def test_rounding_at_a_touched_constraint_is_no_error(noise):
 
 
 def test_a_touched_constraint_counts_as_inactive():
-    bars = implicit.ineq_argmin_vjp(
+    bars, info = implicit.ineq_argmin_vjp(
         np.ones(2), np.asarray([0.0, 2.0]), None, np.asarray([0.0, 2.0]),
         gradient=lambda y, x: y - x, hessian=lambda y, nu, x: np.eye(2), constraint=lambda y, x: -y,
         constraint_jacobian=lambda y, x: -np.eye(2), residual_vjp=lambda w, eta, y, nu, x: -w,
     )  # fmt: skip
     assert np.array_equal(bars, np.ones(2))
+    assert info.error == 1  # the gradient of the other side is as right
 
 
 def test_a_multiplier_of_the_wrong_sign_and_a_violated_constraint_are_refused():
@@ -577,6 +964,47 @@ def test_singular_systems_are_reported(xp, rng):
     nearly = (q * np.asarray([1, 1, 1, 1, 0.0])) @ q.T  # singular up to rounding only: no pivot is exactly zero
     with pytest.raises(SingularError, match="singular to working precision"):
         Argmin.vjp(xp.asarray(np.ones(N)), xp.asarray(np.ones(N)), xp.asarray(nearly), xp.asarray(np.ones(N)), **flat)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_hessians_are_judged_whatever_the_units(dtype, xp, rng):
+    """Singular but for rounding: always refused. Regular, in any units: never."""
+
+    @xp.jit  # JAX compiles once for each shape, and not each of the hundred operations
+    def vjp(one, h):
+        stated = {"gradient": lambda y: 0 * y, "hessian": lambda y: h, "gradient_vjp": lambda w, y: w}
+        return implicit.argmin_vjp(one, one, **stated, throw=False)[0]
+
+    for kinds, expected in ((SQUARE_SINGULAR, True), (SQUARE_REGULAR, False)):
+        for name, kind in kinds.items():
+            h = xp.asarray(stack(kind, rng, dtype, 50, xp.name))
+            one = xp.asarray(np.ones(h.shape[:-1], dtype))
+            assert np.all(np.any(np.isnan(xp.numpy(vjp(one, h))), axis=-1) == expected), name
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_structured_hessians_are_judged_whatever_the_units(dtype, xp, rng):
+    n, eps = 6, np.finfo(dtype).eps
+    unit = 10.0 ** rng.uniform(-6, 6, n)
+    d, u = rng.uniform(1, 2, n), rng.standard_normal((n, 2))
+    null = np.where(np.arange(n) == 2, 0.0, 1.0)
+    x = rng.standard_normal(n)
+    x = x / np.linalg.norm(x)  # I − x xᵀ is singular
+    blocks = rng.standard_normal((3, 2, 2)) + 3 * np.eye(2)
+    dependent = blocks.copy()
+    dependent[1] = [[1, 3], [0.1, 0.3]]
+    forms = [
+        (implicit.Diagonal, (unit**3,), False),
+        (implicit.Diagonal, (unit * null,), True),
+        (implicit.BlockDiagonal, (blocks * np.asarray([1e-12, 1, 1e12])[:, None, None],), False),
+        (implicit.BlockDiagonal, (dependent,), True),
+        (implicit.DiagonalPlusLowRank, (d * unit**2, u * unit[:, None]), False),
+        (implicit.DiagonalPlusLowRank, (unit * unit, -(x * unit)[:, None], (x * unit)[:, None]), True),
+        (implicit.DiagonalPlusLowRank, (d * null, 1e-3 * eps * u), True),
+    ]
+    for form, arrays, expected in forms:
+        h = form(*(xp.asarray(z.astype(dtype)) for z in arrays))
+        assert bool(singularity.is_singular(h.inverse().rcond)) == expected, form
 
 
 # --- static facts -------------------------------------------------------------------------------------------------

@@ -22,6 +22,9 @@ MODULES = (
     "bridges",
     "eigh",
     "eigsh",
+    "generalized",
+    "factorisations",
+    "forward",
     "ggn",
     "hessian",
     "iteration",
@@ -32,8 +35,10 @@ MODULES = (
     "networks",
     "nodes",
     "operators",
+    "polar",
     "scale_out",
     "startup",
+    "svd",
 )
 PREFIXES = ("time_", "peakmem_", "track_")
 
@@ -96,6 +101,7 @@ def run(cls: type, method: str, parameters: tuple[Any, ...]) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # BackPACK's, below vivit
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # PyTorch's own forward mode
 @pytest.mark.parametrize(("cls", "method"), methods())
 def test_benchmark_runs(
     cls: type, method: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -106,7 +112,16 @@ def test_benchmark_runs(
     torch_only = {benchmarks["eigh"].EighTorchApart, benchmarks["iteration"].IterationForward}
     if cls in torch_only | {networks.NetworksOverTorch, networks.NetworksErrors} or "torch" in parameters:
         need(request.config, "torch")
-    if cls in (benchmarks["krylov"].CgRatioJax, benchmarks["linear"].BlurJax):
+    if cls in (benchmarks["polar"].PolarOverTorch, benchmarks["polar"].LstsqOverTorch):
+        need(request.config, "torch")
+    if cls in (benchmarks["svd"].SvdBridge, benchmarks["svd"].SvdTop4):
+        need(request.config, "torch")
+    if cls is benchmarks["forward"].JvpPeers:
+        need(request.config, parameters[0])
+    if cls is benchmarks["factorisations"].CholeskyTorch:
+        need(request.config, "torch")
+    of_jax = benchmarks["krylov"].CgRatioJax, benchmarks["linear"].BlurJax, benchmarks["factorisations"].TridiagonalJax
+    if cls in of_jax:
         need(request.config, "jax")
     if cls.__module__ == "benchmarks.scale_out":
         need(request.config, "dask")

@@ -74,6 +74,7 @@ def test_code(page):
     run(page, "")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # PyTorch's own forward mode
 @pytest.mark.parametrize(
     ("page", "framework"),
     [
@@ -83,6 +84,7 @@ def test_code(page):
         for page in pages_with(framework)
     ],
 )
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # in torch.func.jvp itself
 def test_framework_code(page, framework):
     run(page, framework)
 
@@ -100,8 +102,8 @@ def test_no_code_is_forgotten():
     assert {page.stem for page in pages_with("autograd")} == {"frameworks"}
     assert {page.stem for page in pages_with("tensorflow")} == {"frameworks"}
     assert {page.stem for page in pages_with("dask")} == {"scale-out"}
-    assert {page.stem for page in pages_with("torch")} == {"frameworks", "migration", "networks"}
-    assert {page.stem for page in pages_with("jax")} == {"frameworks", "migration"}
+    assert {page.stem for page in pages_with("torch")} == {"forward-mode", "frameworks", "migration", "networks"}
+    assert {page.stem for page in pages_with("jax")} == {"forward-mode", "frameworks", "migration"}
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         found = blocks(text)

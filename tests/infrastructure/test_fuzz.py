@@ -71,7 +71,7 @@ def test_a_planted_defect_is_found(name):
     for number in range(400):
         case = _campaign.run_case(SEED, number, (_planted.planted(name),))
         if says in case.finding:
-            assert _campaign.run_case(SEED, number, sound).finding == "", "the rule itself has it too"
+            assert not sound or _campaign.run_case(SEED, number, sound).finding == "", "the rule itself has it too"
             return
     pytest.fail(f"{name} was not found")
 
@@ -172,7 +172,7 @@ def test_products_of_cotangents_whose_squares_leave_the_range(power):
         "jacobian": lambda y, b: implicit.Products(lambda v: d * v),
         "residual_vjp": lambda w, y, b: -w,
     }
-    b_bar = implicit.root_vjp(np.ldexp(np.ones(3), power), y, d * y, **stated)
+    b_bar, _ = implicit.root_vjp(np.ldexp(np.ones(3), power), y, d * y, **stated)
     np.testing.assert_allclose(np.ldexp(b_bar, -power), 1 / d, rtol=1e-13)
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[2]
-WRITTEN_BY_TESTS = {"docs/matrix.md", "docs/fuzz.md"}
+WRITTEN_BY_TESTS = {"docs/matrix.md", "docs/fuzz.md", "docs/estimates.md"}
 HERE = "tests/infrastructure/test_language.py"
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from smooth import bridged, total
 
-from conftest import TRACED, backend
+from conftest import TRACED
 from ddnref._rules.table import RULES, TRIALS
 from ddnref.testing import numerical_jvp
 
@@ -44,11 +44,11 @@ def test_torch_first_and_second_order(name, is_complex, torch, in_torch, rng, ce
         cell("PyTorch", column, name)
     if not RULES[name].opaque:
         assert torch.autograd.gradgradcheck(op, x)
-        cell("PyTorch", "second order", name)
+        cell("PyTorch", "reverse over reverse", name)
         return
     with pytest.raises(NotImplementedError, match="second derivative through") as refusal:
         torch.autograd.gradgradcheck(op, x)
-    cell("PyTorch", "second order", name, f"`NotImplementedError`: {refusal.value}")
+    cell("PyTorch", "reverse over reverse", name, f"`NotImplementedError`: {refusal.value}")
 
 
 @pytest.mark.framework("torch")
@@ -65,6 +65,34 @@ def test_torch_functorch(name, torch, in_torch, rng, cell):
         hessian = torch.func.jacrev(torch.func.jacrev(loss))(x[0])
         torch.testing.assert_close(hessian, torch.autograd.functional.hessian(loss, x[0]))
     cell("PyTorch", "jacrev", name)
+
+
+@pytest.mark.framework("torch")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning", "ignore:Attempted to insert a get_attr Node")
+@names
+def test_torch_forward_mode(name, torch, in_torch, rng, cell):
+    op, x, x_dot = in_torch(name), *torch.tensor(random(rng, False, 2, 3, 3))
+    rows = torch.func.jacrev(op)(x)
+    moved = tuple(torch.tensordot(row, x_dot, 2) for row in rows)
+    torch.testing.assert_close(torch.func.jvp(op, (x,), (x_dot,))[1], moved)
+    cell("PyTorch", "jvp", name)
+    torch.testing.assert_close(torch.func.jacfwd(op)(x), rows)
+    cell("PyTorch", "jacfwd", name)
+    if name in CLOSED:
+        torch.testing.assert_close(torch.func.linearize(op, x)[1](x_dot), moved)
+        cell("PyTorch", "linearize", name)
+    else:
+        with pytest.raises(NotImplementedError, match=f"linearize records {name} as a graph"):
+            torch.func.linearize(op, x)
+        cell("PyTorch", "linearize", name, "`NotImplementedError`: the graph that it records cannot hold an iteration.")
+    loss = lambda x: total(op(x))
+    if RULES[name].opaque:
+        with pytest.raises(NotImplementedError, match="second derivative through") as refusal:
+            torch.func.hessian(loss)(x)
+        cell("PyTorch", "hessian", name, f"`NotImplementedError`: {refusal.value}")
+        return
+    torch.testing.assert_close(torch.func.hessian(loss)(x), torch.autograd.functional.hessian(loss, x))
+    cell("PyTorch", "hessian", name)
 
 
 @pytest.mark.framework("torch")
@@ -90,14 +118,6 @@ def test_torch_compile(name, torch, in_torch, rng, cell):
 
 
 # --- JAX --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def jax():
-    backend("jax")
-    import jax
-
-    return jax
 
 
 @pytest.fixture
@@ -127,11 +147,11 @@ def test_jax_to_second_order_under_jit(name, is_complex, jax, in_jax, rng, cell)
     cell("JAX", "batched", name)
     cell("JAX", "jit", name)
     if not RULES[name].opaque:
-        cell("JAX", "second order", name)
+        cell("JAX", "reverse over reverse", name)
         return
     hessian = jax.jit(jax.jacrev(jax.grad(lambda x: op(x)[1].sum())))(x[0].real)
     assert np.all(np.isnan(hessian))
-    cell("JAX", "second order", name, f"NaN: {RULES[name].refusal}")
+    cell("JAX", "reverse over reverse", name, f"NaN: {RULES[name].refusal}")
 
 
 @pytest.mark.framework("jax")
@@ -150,6 +170,43 @@ def test_jax_vmap_and_jacrev(name, jax, in_jax, rng, cell):
     chained = sum(jax.numpy.tensordot(jax.numpy.cos(y), row, y.ndim) for y, row in zip(op(x[0]), rows, strict=True))
     np.testing.assert_allclose(chained, each[0], atol=1e-12)
     cell("JAX", "jacrev", name)
+
+
+@pytest.mark.framework("jax")
+@pytest.mark.filterwarnings("ignore:A (gradient|tangent) is NaN")
+@names
+def test_jax_forward_mode(name, jax, in_jax, rng, cell):
+    """Against finite differences of the operation and of the gradient; one compilation for all that is tested."""
+    op, x, x_dot = in_jax(name), *jax.numpy.asarray(random(rng, False, 2, 3, 3))
+    loss = lambda x: total(op(x))
+
+    @jax.jit
+    def differentiated(x, x_dot):
+        return (
+            jax.jvp(op, (x,), (x_dot,))[1],
+            tuple(jax.numpy.tensordot(row, x_dot, 2) for row in jax.jacfwd(op)(x)),
+            jax.linearize(op, x)[1](x_dot),
+            jax.numpy.tensordot(jax.hessian(loss)(x), x_dot, 2),
+        )
+
+    @jax.jit
+    def plain(x):
+        return op(x), jax.grad(loss)(x)
+
+    *tangents, gradient_dot = differentiated(x, x_dot)
+    parts = lambda x: np.concatenate([np.ravel(part) for part in jax.tree.leaves(plain(x))])
+    f_dot = numerical_jvp(parts, np.asarray(x), np.asarray(x_dot))
+    count = f_dot.size - x.size
+    for column, found in zip(("jvp", "jacfwd", "linearize"), tangents, strict=True):
+        found = np.concatenate([np.ravel(part) for part in found])
+        np.testing.assert_allclose(found, f_dot[:count], rtol=0, atol=1e-7 * np.max(np.abs(f_dot)))
+        cell("JAX", column, name)
+    if RULES[name].opaque:
+        assert np.all(np.isnan(gradient_dot))
+        cell("JAX", "hessian", name, f"NaN: {RULES[name].refusal}")
+        return
+    np.testing.assert_allclose(np.ravel(gradient_dot), f_dot[count:], rtol=0, atol=1e-7 * np.max(np.abs(f_dot)))
+    cell("JAX", "hessian", name)
 
 
 # --- HIPS autograd ----------------------------------------------------------------------------------------------
@@ -177,6 +234,8 @@ def test_autograd(name, is_complex, rng, monkeypatch, cell):
         f_dot = numerical_jvp(lambda x: np.asarray(loss(x)), x, x_dot)
         assert abs(f_dot - np.sum(np.real(np.conj(x_bar) * x_dot))) <= 1e-7 * np.linalg.norm(x_bar)
         cell("HIPS autograd", column, name)
+        assert abs(f_dot - autograd.make_jvp(loss)(x)(x_dot)[1]) <= 1e-7 * np.linalg.norm(x_bar)
+    cell("HIPS autograd", "make_jvp", name)
     with pytest.raises(NotImplementedError, match="gives first derivatives only") as refusal:
         autograd.grad(lambda x: np_.sum(np_.real(autograd.grad(loss)(x)) ** 2))(x)
     cell("HIPS autograd", "second order", name, f"`NotImplementedError`: {refusal.value}")
@@ -186,7 +245,9 @@ def test_autograd(name, is_complex, rng, monkeypatch, cell):
 
 
 @pytest.fixture
-def outcomes():
+def outcomes(request):
+    if request.config.getoption("--matrix-out") is not None:
+        pytest.skip("the file is about to be written")  # columns may have changed
     return matrix.parse(matrix.FILE.read_text(encoding="utf-8"))
 
 
@@ -223,8 +284,12 @@ def test_refused_are_only_those_that_say_why(outcomes):
             refused[found.section, found.column].add(found.operation)
             assert len(outcome) > 20, found
     assert refused == {
-        ("PyTorch", "second order"): {"eigsh"},
         ("PyTorch", "compile"): set(ITERATIVE),
-        ("JAX", "second order"): {"eigsh"},
+        ("PyTorch", "linearize"): set(ITERATIVE),
         ("HIPS autograd", "second order"): set(RULES),
+        **{
+            (framework, column): {"eigsh_generalized"}
+            for framework in ("PyTorch", "JAX")
+            for column in ("hessian", "reverse over reverse")
+        },
     }

@@ -11,7 +11,7 @@ from smooth import SMOOTH, bridged, cube, total
 import ddnref
 from conftest import TRACED
 from ddnref._rules.binding import options_of, plain_forward
-from ddnref._rules.table import RULES
+from ddnref._rules.table import RULES, TRIALS
 
 pytestmark = pytest.mark.framework("torch")
 
@@ -80,12 +80,37 @@ def test_repeated_eigenvalues_are_exact_where_torch_is_not(torch, differentiable
 
 
 def test_second_order_raises_where_anything_was_masked(torch, differentiable):
-    for name in ("eigh", "expm"):
+    for name, values in (("eigh", "eigenvalues"), ("svdvals", "or zero singular values")):
         x = torch.eye(3, dtype=torch.float64, requires_grad=True)
         out = SMOOTH[name].outputs(differentiable(PUBLIC[name])(x))[0]
         (grad,) = torch.autograd.grad((out**2).sum(), x, create_graph=True)
-        with pytest.raises(ddnref.GaugeError, match="second derivative through repeated eigenvalues"):
+        with pytest.raises(ddnref.GaugeError, match=f"second derivative through repeated {values}"):
             grad.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["eigh", "eigh_topk", "gram_eigh"])
+def test_second_order_where_rounding_is_left_out(name, torch, differentiable):
+    """Couplings of close eigenvalues that are zero at a diagonal matrix have a derivative, which must not be lost."""
+    op = differentiable(PUBLIC[name], **({} if name == "eigh" else {"k": 4}))
+    x = torch.diag(torch.tensor([-1.0, 0.5, 0.51, 2.0, 0.52, 3.0], dtype=torch.float64) + 2)
+
+    def loss(eigh):
+        def value(x):
+            x = x if name == "gram_eigh" else (x + x.mT) / 2
+            v = eigh(x)[1]
+            v = v if v.shape[1] == 4 else v.flip(-1)[:, :4]
+            a, b, c = v[:, 1], v[:, 2], v[:, 3]
+            # A function of squares: it does not depend on signs.
+            return (a[3] * a[1]) ** 2 + 3 * (b[2] * b[4]) ** 2 + (a[4] * c[4]) * (a[1] * c[1]) + (v[:, 0] ** 4).sum()
+
+        return value
+
+    def plain(x):
+        return torch.linalg.eigh(x @ x.mT if name == "gram_eigh" else x)
+
+    ours, theirs = (torch.autograd.functional.hessian(loss(f), x) for f in (op, plain))
+    assert theirs.abs().max() > 10
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-7)
 
 
 @pytest.mark.filterwarnings("ignore:A gradient is NaN")
@@ -207,9 +232,21 @@ def test_recording_torchs_own_derivative_is_refused(name, torch):
     options, _ = options_of(RULES[name], given)
     options.pop("throw", None)
     x = inputs(torch.ones(3, 3, requires_grad=True), torch.diag(torch.arange(1.0, 4)))
-    with pytest.raises(TypeError, match=rf"given to {'eigh' if name == 'eigh_topk' else name} requires grad.*"
+    with pytest.raises(TypeError, match=rf"given to {name} requires grad.*"
                                         r"interop\.torch\.differentiable"):  # fmt: skip
         PUBLIC[name](*x, **options)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_argument_that_would_be_recorded_is_refused(name, torch):
+    """One that PyTorch records beside others that it does not leads to its derivative as well."""
+    sample = TRIALS[name].sample(np.asarray, np.random.default_rng(0), (), 4, False)
+    options, _ = options_of(RULES[name], sample.options)
+    arrays = [torch.asarray(a) for a in sample.inputs]
+    for i, array in enumerate(arrays):
+        given = [*arrays[:i], array.clone().requires_grad_(), *arrays[i + 1 :]]
+        with pytest.raises(TypeError, match=rf"given to {name} requires grad"):
+            PUBLIC[name](*given, **options)
 
 
 def test_only_cotangents_that_exist_are_used(torch, differentiable, monkeypatch):
@@ -218,6 +255,108 @@ def test_only_cotangents_that_exist_are_used(torch, differentiable, monkeypatch)
     w, _ = differentiable(ddnref.eigh)(x)
     w.sum().backward()  # v_bar is None: no NaN at the triple eigenvalue, no gauge
     torch.testing.assert_close(x.grad, torch.eye(3, dtype=torch.float64))
+
+
+MANY_INPUTS = ["solve", "linear_solve", "least_squares_on_sphere", "weighted_least_squares", "sinkhorn"]
+
+
+@pytest.mark.parametrize("name", [*MANY_INPUTS, "invsqrtm", "power_iteration"])
+def test_nested_vmap(name, torch, differentiable, rng):
+    """One input has another batch axis than the others, values and gradients: it is the loop over both axes."""
+    sample = TRIALS[name].sample(np.asarray, rng, (3,), 4, False)
+    op, outputs = differentiable(PUBLIC[name], **sample.options), SMOOTH[name].outputs
+    inputs = tuple(map(torch.asarray, sample.inputs))
+    count, func = len(inputs), torch.func
+
+    def derivatives(*x):
+        return func.grad_and_value(lambda *x: total(outputs(op(*x))), tuple(range(count)))(*x)
+
+    for i in range(count):
+        twice = torch.stack([inputs[i], inputs[i].roll(1, 0)], 1)  # another item's, so that it stays feasible
+        x = (*inputs[:i], twice, *inputs[i + 1 :])
+        both = func.vmap(func.vmap(derivatives, tuple(0 if j == i else None for j in range(count))))(*x)
+        for item in range(3):
+            for k in range(2):
+                alone = derivatives(*(a[item, k] if j == i else a[item] for j, a in enumerate(x)))
+                found = [a[item, k] for a in (*both[0], both[1])]
+                torch.testing.assert_close(found, [*alone[0], alone[1]], rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["solve", "least_squares_on_sphere"])
+def test_nested_vmap_of_second_derivatives(name, torch, differentiable, rng):
+    sample = TRIALS[name].sample(np.asarray, rng, (2,), 3, False)
+    op, func = differentiable(PUBLIC[name]), torch.func
+    a, b = map(torch.asarray, sample.inputs)
+    b = torch.stack([b, 2 * b, 3 * b], 1)
+
+    def second(a, b):
+        return func.jacrev(func.grad(lambda a, b: (op(a, b) ** 3).sum()), (0, 1))(a, b)
+
+    both = func.vmap(func.vmap(second, (None, 0)))(a, b)
+    for i, j in np.ndindex(2, 3):
+        for found, expected in zip(both, second(a[i], b[i, j]), strict=True):
+            torch.testing.assert_close(found[i, j], expected, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_the_solve_of_transforms_has_the_derivative_of_pytorchs(dtype, adjoint, torch):
+    """PyTorch's derivatives to the factors and the right-hand side are right where no axis broadcasts."""
+    from ddnref._kernels.torch import _Solve
+
+    torch.manual_seed(0)
+    lu, pivots = torch.linalg.lu_factor(torch.randn(2, 4, 4, dtype=getattr(torch, dtype)))
+    x = lu.requires_grad_(), torch.randn(2, 4, 3, dtype=lu.dtype, requires_grad=True)
+    y = _Solve.apply(x[0], pivots, x[1], adjoint)
+    theirs = torch.linalg.lu_solve(x[0], pivots, x[1], adjoint=adjoint)
+    torch.testing.assert_close(y, theirs)
+    bar = torch.randn_like(y)
+    torch.testing.assert_close(torch.autograd.grad(y, x, bar), torch.autograd.grad(theirs, x, bar))
+
+
+@pytest.mark.filterwarnings(*TRACED)
+@pytest.mark.parametrize("transform", ["grad", "vmap of grad", "jacrev"])
+def test_a_compiler_does_not_drop_the_derivative(transform, torch, differentiable, rng):
+    """The derivative of ``torch.linalg.eigh`` would be 18 % wrong at a triple eigenvalue, without a warning."""
+    torch._dynamo.reset()
+    func, eigh = torch.func, differentiable(ddnref.eigh)
+    q, c = rotation(rng, 6), torch.asarray(symmetric(rng, 6))
+    expected = torch.asarray(projector_gradient(q, TRIPLE, INSIDE, c.numpy()))
+
+    def loss(x):
+        v = eigh(x)[1][..., 1:4]
+        return (c * (v @ v.mT)).sum()
+
+    transformed = {"grad": func.grad(loss), "vmap of grad": func.vmap(func.grad(loss)), "jacrev": func.jacrev(loss)}
+    x = torch.asarray(with_spectrum(q, TRIPLE))
+    x, expected = (x[None], expected[None]) if transform == "vmap of grad" else (x, expected)
+    found = torch.compile(transformed[transform], backend="aot_eager")(x)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+    torch._dynamo.reset()  # or what was compiled is used again
+    with pytest.raises(Exception, match="would drop the derivative of eigh"):
+        torch.compile(transformed[transform], fullgraph=True, backend="aot_eager")(x)
+
+
+@pytest.mark.filterwarnings(*TRACED)
+def test_recording_is_refused_at_every_level(torch):
+    """Transforms and compilers hide from a tensor that an outer ``grad`` records what is done with it."""
+    torch._dynamo.reset()
+    func, x = torch.func, torch.eye(3).expand(2, 3, 3)
+
+    def plain(x):
+        return ddnref.sqrtm(x, throw=False).sum()
+
+    def over_vmap(x):
+        return func.grad(lambda x: func.vmap(plain)(x).sum())(x)
+
+    for f in (func.vmap(func.grad(plain)), over_vmap):
+        for run in (f, torch.compile(f, backend="aot_eager")):
+            with pytest.raises(TypeError, match="given to sqrtm requires grad"):
+                run(x)
+    # Where nothing differentiates, a plain function is compiled as before.
+    torch._dynamo.reset()
+    compiled = torch.compile(func.vmap(func.vmap(lambda x: plain(x))), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x[None]), torch.full((1, 2), 3.0))
 
 
 def test_static_errors(differentiable):

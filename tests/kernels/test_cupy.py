@@ -192,7 +192,8 @@ def test_closed_forms_read_nothing_on_the_host(name, xp, rng):
     reads = list(getattr(cupy, "EMULATED", []))
     assert set(reads) <= ({"__bool__"} if rule.info is not None else set())
     kept = (*outputs, *saved, *(inputs[i] for i in rule.needs))
-    bars = sample.loss[1](*map(xp.numpy, outputs)) if sample.loss else tuple(map(xp.numpy, outputs))
+    bars = sample.loss[1] if sample.loss else lambda *y: tuple(map(np.cos, y))  # y itself has no gradient on a sphere
+    bars = bars(*map(xp.numpy, outputs))
     bars = tuple(xp.asarray(np.asarray(bar)) for bar in (bars if isinstance(bars, tuple) else (bars,)))
     getattr(cupy, "EMULATED", []).clear()
     gradients = plain_vjp(rule)(*bars, *kept, **vjp)

@@ -36,6 +36,7 @@ ELSEWHERE = (
     "ddnref.reference",
     "ddnref.verify",
     "ddnref._kernels.torch",
+    "ddnref._kernels.jax",
 )  # each of these runs on one library only
 NAMES = sorted(p.name for p in pkgutil.walk_packages(ddnref.__path__, "ddnref.") if not p.name.startswith(ELSEWHERE))
 MODULES = [module for name in NAMES if hasattr(module := importlib.import_module(name), "array_api_compat")]

@@ -55,3 +55,20 @@ def test_host_reads(host_reads, rng):
 def test_another_device(second, rng):
     a, b = (second.asarray(z) for z in system(rng))
     assert _linalg.solve(a, b).device == b.device
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3), (2, 3, 5), (3, 3)])
+def test_svd(shape, xp, rng):
+    a = rng.standard_normal(shape) + 1j * rng.standard_normal(shape)
+    u, s, v_h = map(xp.numpy, xp.jit(_linalg.svd)(xp.asarray(a)))
+    assert (u.shape[-1], v_h.shape[-2]) == (min(shape[-2:]),) * 2
+    np.testing.assert_allclose((u * s[..., None, :]) @ v_h, a, atol=1e-13)
+    assert np.all(np.diff(s) <= 0)
+
+
+def test_svd_of_a_bad_item_is_nan(xp, rng):
+    a = rng.standard_normal((2, 5, 3))
+    a[0, 1, 1] = np.nan
+    for array, alone in zip(_linalg.svd(xp.asarray(a)), _linalg.svd(xp.asarray(a[1])), strict=True):
+        assert np.all(np.isnan(xp.numpy(array)[0]))
+        np.testing.assert_allclose(xp.numpy(array)[1], xp.numpy(alone), atol=1e-14)

@@ -36,7 +36,7 @@ CALLS = {
     "eigsh": lambda: ddnref.eigsh(MATRICES[0], 2, method="iterative")[0],
     "cg": lambda: krylov.cg(SYSTEM, B)[0],
     "gmres": lambda: krylov.gmres(MATRICES[0] + 20 * np.eye(32), B)[0],
-    "sinkhorn": lambda: nodes.sinkhorn(COST, P, Q, eps=0.1)[0],
+    "sinkhorn": lambda: nodes.sinkhorn(COST, P, Q, 0.1)[0],
     "curvature": curvature,
 }
 

@@ -4,9 +4,19 @@ import numpy as np
 import pytest
 import scipy.linalg
 from problems import adjoint, relative
+from singular_problems import SQUARE_REGULAR, SQUARE_SINGULAR, TALL_REGULAR, stack
 
 from conftest import Backend, backend
-from ddnref._kernels.lu import lu_factor, lu_factor_vjp, lu_solve, solve_triangular, unpack
+from ddnref._kernels import singularity
+from ddnref._kernels.lu import (
+    lu_factor,
+    lu_factor_vjp,
+    lu_solve,
+    rcond,
+    rcond_of_triangle,
+    solve_triangular,
+    unpack,
+)
 
 NUMPY = Backend("numpy", np)
 
@@ -77,12 +87,67 @@ def test_singular_items_are_found_and_leave_the_others_alone(n, xp, rng):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_singular_but_for_rounding_is_always_found(dtype, xp, rng):
+    for name, kind in SQUARE_SINGULAR.items():
+        a = stack(kind, rng, dtype, 100, xp.name)
+        assert np.all(xp.numpy(lu_factor(xp.asarray(a))[2])), name
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_ill_conditioned_is_not_singular(dtype, xp, rng):
-    """Condition 1e4 / 1e12: what rounding leaves of the digits is the caller's to judge."""
-    kappa = 1e4 if dtype == np.float32 else 1e12
-    q, u = (np.linalg.qr(rng.standard_normal((20, 20)))[0] for _ in range(2))
-    a = np.stack([(q * np.geomspace(1, 1 / kappa, 20)) @ u, scipy.linalg.hilbert(20) + np.eye(20)]).astype(dtype)
-    assert not np.any(xp.numpy(lu_factor(xp.asarray(a))[2]))
+    """Condition 1e5 / 1e13, and any units: what rounding leaves of the digits is the caller's to judge."""
+    for name, kind in SQUARE_REGULAR.items():
+        a = stack(kind, rng, dtype, 40, xp.name)
+        assert not np.any(xp.numpy(lu_factor(xp.asarray(a))[2])), name
+
+
+@pytest.mark.parametrize("is_complex", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rows_in_units_do_not_spoil_the_solution(dtype, is_complex, xp, rng):
+    """Without scaling, the first pivot below is 1 in a row of 1e20, and the first unknown comes out as 0."""
+    known = np.asarray([[[1, 1e20], [1, 1]], [[1, 1], [1e20, 1]]], dtype)
+    a = random(rng, (20, 2, 2), is_complex, dtype) * 10.0 ** rng.uniform(-15, 15, (20, 2, 1)).astype(dtype)
+    regular = np.abs(np.linalg.det(a / np.max(np.abs(a), axis=-1, keepdims=True))) > 0.1
+    a = np.concatenate([known.astype(a.dtype), a[regular]])
+    double = a.astype(np.result_type(a, np.float64))
+    right = np.sum(double, axis=-1)[..., None]
+    lu, pivots, _ = lu_factor(xp.asarray(a))
+    x = xp.numpy(lu_solve(lu, pivots, xp.asarray(right.astype(a.dtype))))
+    assert np.max(np.abs(x - 1)) <= 100 * np.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_reciprocal_condition_numbers(dtype, xp, rng):
+    """Never below the right value, and above it by a small factor only."""
+
+    def exact(m):
+        s = np.linalg.svd(m.astype(np.float64), compute_uv=False)
+        return s[..., -1] / s[..., 0]
+
+    for kind in (SQUARE_REGULAR["one small"], SQUARE_REGULAR["random"], SQUARE_REGULAR["rows and columns in units"]):
+        a = stack(kind, rng, dtype, 5, xp.name)
+        lu, pivots, _ = lu_factor(a)
+        found = xp.numpy(rcond(*(xp.asarray(np.ascontiguousarray(z)) for z in (a, lu, pivots))))
+        size = abs(a)
+        d_r, d_c = singularity.scales(lambda x, t, s=size: ((s.mT if t else s) @ x[..., None])[..., 0], a[..., 0])
+        ratio = found / exact(d_r[..., :, None].astype(np.float64) * a * d_c[..., None, :])
+        assert np.all((ratio > 0.9) & (ratio < 6))
+    for kind in (TALL_REGULAR["one small"], TALL_REGULAR["random"], TALL_REGULAR["columns in units"]):
+        r = np.linalg.qr(stack(kind, rng, dtype, 5, xp.name))[1]
+        found = xp.numpy(rcond_of_triangle(xp.asarray(r)))
+        ratio = found / exact(r / np.linalg.norm(r.astype(np.float64), axis=-2, keepdims=True))
+        assert np.all((ratio > 0.9) & (ratio < 6))
+
+
+def test_singular_items_are_named():
+    flags = np.zeros((3, 4), dtype=bool)
+    flags[1, 2] = True
+    name = lambda flags: singularity.named("The matrix", "matrices", flags, lambda i: np.asarray(1e-17))
+    assert name(flags) == (
+        "1 of 12 matrices are singular to working precision (item (1, 2); rcond 1.0e-17 is not above 16 eps)"
+    )
+    assert "7 of 7 matrices are singular to working precision (items 0, 1, 2, 3, 4, …;" in name(np.ones(7, dtype=bool))
+    assert name(np.asarray(True)).startswith("The matrix is singular to working precision (rcond 1.0e-17")
 
 
 def test_a_nan_right_hand_side_or_a_zero_one(xp, rng):
@@ -141,3 +206,18 @@ def test_reads_nothing_on_the_host(host_reads, rng):
 def test_numbers_whose_squares_leave_the_range_are_judged_alike(scale, xp, rng):
     a = scale * np.stack([rng.standard_normal((5, 5)), np.ones((5, 5)), np.diag([1.0, 2, 3, 4, 1e-9])])
     assert xp.numpy(lu_factor(xp.asarray(a))[2]).tolist() == [False, True, False]
+
+
+@pytest.mark.framework("torch")
+def test_a_single_axis_of_pytorch_has_any_stride(torch, rng):
+    """PyTorch's own solve takes the stride of the last batch axis, and solved with the factors of another item."""
+    a = torch.asarray(rng.standard_normal((3, 4, 4)) + 4 * np.eye(4))
+    b = torch.asarray(rng.standard_normal((3, 4, 2)))
+    lu, pivots, _ = lu_factor(a)
+    alone = torch.stack([torch.linalg.solve(m, y) for m, y in zip(a, b, strict=True)])
+    found = lu_solve(lu[:, None], pivots[:, None], b[:, None])[:, 0]
+    torch.testing.assert_close(found, alone)
+    # The axis that `jacrev` maps has length one behind the axis of the outer vmap.
+    gradient = torch.func.jacrev(lambda m, y: (lu_solve(*lu_factor(m)[:2], y) ** 2).sum(), 1)
+    each = torch.stack([gradient(m, y) for m, y in zip(a, b, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(gradient)(a, b), each)

@@ -44,6 +44,24 @@ def test_eigh_vjp(shape, is_complex, repeated, rng):
         assert np.array_equal(x_bar, np.conj(x_bar.mT))
 
 
+@pytest.mark.parametrize("shape", [(3, 7), (2, 2, 40), (3, 128), (256,), (300,)])
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_rounding_is_left_out_by_every_kernel(shape, dtype, size, rng):
+    """Items with close eigenvalues beside items without, cotangents whose squares leave the range of float32."""
+    *batch, m = shape
+    spectrum = np.broadcast_to(np.linspace(-1, 1, m), shape).copy()
+    spectrum[..., 2 : m // 2] = spectrum[..., 2:3] + np.arange(m // 2 - 2) * 1e-4 / m
+    if batch:
+        spectrum[-1] = np.linspace(-1, 1, m)
+    is_complex = dtype == "complex128"
+    w, v = ddnref.eigh(with_spectrum(rotation(rng, m, tuple(batch), is_complex), spectrum).astype(dtype))
+    c = symmetric(rng, m, tuple(batch), is_complex)
+    v_bar = (size * np.where(np.arange(m) < m // 2, c @ v, 0)).astype(dtype)
+    bound = 100 * np.finfo(dtype).eps * m**0.5
+    assert relative(ddnref.eigh_vjp(None, v_bar, w, v) / size, twin(None, v_bar, w, v) / size) <= bound
+
+
 @pytest.mark.parametrize("m", [6, 300])
 @pytest.mark.parametrize("is_complex", [False, True])
 def test_gauge_is_seen_by_every_kernel(m, is_complex, rng):
@@ -200,3 +218,54 @@ def test_no_array_waits_for_the_garbage_collector(name, rng):
         tracemalloc.stop()
         gc.enable()
     assert kept < 300 * 8, "an array with a number for each item is still there"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+@pytest.mark.parametrize("name", ["eigh", "svd"])
+def test_single_precision_is_computed_in_single_precision(name, dtype, monkeypatch, rng):
+    """The driver takes half of the time of ``numpy.linalg``, which would convert; its errors are a few eps."""
+    x = symmetric(rng, 40, (3,), dtype == "complex64").astype(dtype)
+    taken, driver = [], _numpy._driver
+
+    def noted(name):
+        taken.append(name)
+        return driver(name)
+
+    monkeypatch.setattr(_numpy, "_driver", noted)
+    factors = {"eigh": ddnref.eigh, "svd": ddnref.svd}[name](x)
+    assert taken
+    assert set(taken) <= {"eigh_lo", "svd_s"}
+    u, s, v_h = factors if name == "svd" else (factors[1], factors[0], np.conj(factors[1].mT))
+    assert (u.dtype, s.dtype, v_h.dtype) == (dtype, "float32", dtype)
+    size = 16 * np.finfo(np.float32).eps
+    assert relative((u * s[..., None, :]) @ v_h, x) <= size
+    assert relative(np.conj(u.mT) @ u, np.broadcast_to(np.eye(40), x.shape)) <= size
+
+
+def test_blas_gets_its_threads_back(monkeypatch, rng):
+    """Several batches at once hold BLAS to one thread, and the last one lets it go."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    monkeypatch.setattr(_numpy, "threads", lambda: 2)
+    hold = _numpy._one_blas_thread(os.getpid())
+    numbers = lambda: [get() for get, _ in hold.libraries]
+    seen, decompose, before = [], _numpy._decompose_part, numbers()
+    assert before
+
+    def noted(*args):
+        seen.extend(numbers())
+        decompose(*args)
+
+    monkeypatch.setattr(_numpy, "_decompose_part", noted)
+    x = symmetric(rng, 32, (300,))
+    hold._set((2,) * len(before))
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            alone = ddnref.eigh(x)
+            for w, v in pool.map(lambda _: ddnref.eigh(x), range(16)):
+                assert np.array_equal(w, alone[0])
+                assert np.array_equal(v, alone[1])
+        assert numbers() == [2] * len(before)
+    finally:
+        hold._set(tuple(before))
+    assert set(seen) == {1}

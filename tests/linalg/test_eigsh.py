@@ -9,13 +9,21 @@ from problems import adjoint, projector_gradient, relative, rotation, symmetric,
 import ddnref
 from conftest import backend
 from ddnref import ConvergenceError, GaugeError, operators
+from ddnref._core.loops import LoopOptions
 from ddnref._kernels.dense import hermitian_part
 from ddnref._kernels.vectors import norm, normalised
 from ddnref._rules.samples import eigen_loss, random_spectrum
 from ddnref.linalg import _lanczos
+from ddnref.linalg._complement import (
+    Method,
+    complement_solve,
+    complement_solve_jvp,
+    complement_solve_vjp,
+    in_complement,
+)
 from ddnref.operators import LinearOperator
 from ddnref.operators._blocks import inner, self_adjoint, without
-from ddnref.testing import assert_vjp
+from ddnref.testing import assert_vjp, numerical_jvp
 
 ITERATIVE = {"method": "iterative"}
 BASIS = {"method": "iterative", "basis": 16}
@@ -93,6 +101,21 @@ def test_pairs_and_gradient_of_a_batch(which, method, xp, rng):
             assert relative(x_bar, gradient) <= 1e-10
             assert np.array_equal(x_bar, adjoint(x_bar))
             assert np.all(xp.numpy(info.converged))
+
+
+@pytest.mark.parametrize(("dtype", "gap"), [("float64", 1e-10), ("complex128", 1e-5), ("float32", 1e-4)])
+def test_a_projector_inside_of_the_k_is_exact_at_small_gaps(dtype, gap, xp, rng):
+    """Three close pairs of five: what their cotangents have in each other is rounding, and not divided by the gap."""
+    m, is_complex = 20, dtype.startswith("complex")
+    spectrum = np.concatenate([np.linspace(0.0, 0.3, m - 5), 0.6 + gap * np.asarray([0.0, 1.0, 2.5]), [0.9, 1.0]])
+    q, c = rotation(rng, m, (), is_complex), symmetric(rng, m, (), is_complex).astype(dtype)
+    x = with_spectrum(q, spectrum).astype(dtype)
+    ((w, v), saved), _ = forward(xp, xp.asarray(x), 5, method="full")
+    inside = np.asarray([False, False, True, True, True])
+    v_bar = np.where(inside, 2 * c @ xp.numpy(v), 0).astype(dtype)
+    x_bar, _ = reverse(xp, None, xp.asarray(v_bar), w, v, *saved, xp.asarray(x))
+    expected = projector_gradient(q, spectrum, np.abs(spectrum - 0.6) < 0.1, c)
+    assert relative(xp.numpy(x_bar), expected) <= 60 * np.finfo(dtype).eps * m**0.5
 
 
 @pytest.mark.parametrize("solver", ["cg", "direct"])
@@ -212,7 +235,7 @@ def test_repeats_at_the_other_end(which, rng):
 def test_without_the_check_repeats_are_missed(rng, monkeypatch):
     """The control: a search that stops when k pairs have converged takes 1.5 for the third."""
 
-    def decided(plan, state, kept, following, theta, residual):
+    def decided(a, plan, state, kept, following, theta, residual):
         wanted = np.max(residual[..., : plan.k], axis=-1) <= plan.rtol * state.scale
         return state._replace(y=np.concatenate([kept, following], axis=-2), done=wanted)
 
@@ -285,8 +308,8 @@ def missed_when_unlucky(rng, monkeypatch, part, which, is_complex):
     q = rotation(rng, m, (60,), is_complex)
     cluster = q[..., : k + 1].swapaxes(-1, -2)
 
-    def fresh(checks, kept):
-        z = fresh_by_chance(checks, kept)
+    def fresh(a, checks, kept):
+        z = fresh_by_chance(a, checks, kept)
         inside = inner(z, cluster) @ cluster
         size = norm(inside)
         unlucky = z - inside + normalised(inside, size) * part / m**0.5
@@ -682,3 +705,278 @@ def test_identity_and_a_low_rank(rng):
     a = np.eye(300) + a @ a.T / 300
     (w, _), _ = ddnref.eigsh(a, 2, method="iterative")
     np.testing.assert_allclose(w, np.linalg.eigvalsh(a)[:-3:-1], rtol=1e-13)
+
+
+# --- forward mode -----------------------------------------------------------------------------------------------------
+
+
+def tangents(xp, *arrays, **options):
+    """`eigsh_jvp` with ``throw=False``, as NumPy arrays; on JAX compiled."""
+    (w_dot, v_dot), info = compiled(xp, ddnref.eigsh_jvp, **options)(*arrays)
+    return xp.numpy(w_dot), xp.numpy(v_dot), info
+
+
+def expected_jvp(x, x_dot, w, v, which):
+    """`eigh_jvp` of the same pairs, found in the whole spectrum, with the phases of v."""
+    w_all, v_all = np.linalg.eigh(hermitian_part(x))
+    w_dot, v_dot = ddnref.eigh_jvp(x_dot, w_all, v_all, gauge_rtol=np.inf)
+    order = np.argsort(INSIDE[which](w_all), axis=-1)[..., : w.shape[-1]]
+    place = np.broadcast_to(order[..., None, :], v.shape)
+    phase = np.sum(np.conj(np.take_along_axis(v_all, place, -1)) * v, axis=-2, keepdims=True)
+    return np.take_along_axis(w_dot, order, -1), np.take_along_axis(v_dot, place, -1) * phase
+
+
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+@pytest.mark.parametrize("method", ["iterative", "full"])
+def test_tangents_of_a_batch(which, method, xp, rng):
+    """Check them against the whole spectrum, and as the adjoint of the VJP; the solves leave 1e-10 of each."""
+    x, x_dot = spread(rng, 40, (2,), which == "SA"), rng.standard_normal((2, 40, 40)) + 0j
+    x_dot = x_dot if which == "SA" else x_dot.real.copy()
+    ((w, v), saved), _ = forward(xp, xp.asarray(x), 3, which=which, method=method, basis=16)
+    w_np, v_np = xp.numpy(w), xp.numpy(v)
+    expected = expected_jvp(x, x_dot, w_np, v_np, which)
+    w_bar, v_bar = bars(rng, w_np, v_np)
+    x_bar, _ = reverse(
+        xp, xp.asarray(w_bar), xp.asarray(v_bar), w, v, *saved, xp.asarray(x), which=which, solver="direct"
+    )
+    for rest, solver in (((), "direct"), (saved, "cg"), (saved, "direct")):
+        arrays = (xp.asarray(x_dot), w, v, *rest, xp.asarray(x))
+        w_dot, v_dot, info = tangents(xp, *arrays, which=which, solver=solver)
+        assert np.all(xp.numpy(info.converged))
+        assert relative(w_dot, expected[0]) <= 1e-12
+        assert relative(v_dot, expected[1]) <= 1e-9
+        left = np.vdot(w_bar, w_dot) + np.vdot(v_bar, v_dot).real
+        bound = np.hypot(*map(np.linalg.norm, (w_bar, v_bar))) * np.hypot(*map(np.linalg.norm, (w_dot, v_dot)))
+        assert abs(left - np.vdot(xp.numpy(x_bar), x_dot).real) <= (1e-12 if solver == "direct" else 1e-10) * bound
+        if xp.name == "jax":
+            break  # a compilation each
+
+
+def test_tangents_against_differences(rng):
+    """Differentiate the eigenvalues and the projectors of the single vectors, which have no sign."""
+    x, x_dot = spread(rng, 12), rng.standard_normal((12, 12))
+
+    def outputs(x):
+        (w, v), _ = ddnref.eigsh(x, 3, method="full")
+        return w, v[:, None, :] * v[None, :, :]
+
+    (w, v), _ = ddnref.eigsh(x, 3, method="full")
+    (w_dot, v_dot), _ = ddnref.eigsh_jvp(x_dot, w, v, x)
+    w_expected, p_expected = numerical_jvp(outputs, x, x_dot, gap=0.05)
+    half = v_dot[:, None, :] * v[None, :, :]
+    assert relative(w_dot, w_expected) <= 1e-9
+    assert relative(half + half.swapaxes(0, 1), p_expected) <= 1e-9
+
+
+def scaled_and_shifted(x, scale, d):
+    """``c X + diag(d)`` with the parameters c and d, on vectors shaped (2, n), and its forward mode."""
+    m = d.shape[-1]
+
+    def flat(y):
+        return y.reshape(*y.shape[:-2], m)
+
+    def apply(params, y):
+        return (params[0] * (flat(y) @ x.T) + params[1] * flat(y)).reshape(y.shape)
+
+    def params_vjp(params, y_bar, y):
+        y_bar, y = (flat(u).reshape(-1, m) for u in (y_bar, y))
+        return np.sum(y_bar * (y @ x.T)), np.sum(y_bar * y, axis=0)
+
+    return LinearOperator(
+        (scale, d), apply, apply, params_vjp, (2, m // 2), (2, m // 2), self_adjoint=True,
+        params_jvp=lambda params, params_dot, y: apply(params_dot, y),
+    )  # fmt: skip
+
+
+def test_tangents_of_an_operator(rng):
+    """Check the tangents of parameters, one of which may rest, against those of the matrix."""
+    x, d = spread(rng, 30), 0.01 * rng.standard_normal(30)
+    a = scaled_and_shifted(x, np.asarray(1.3), d)
+    ((w, v), saved), _ = ddnref.eigsh_fwd(a, 3)
+    c_dot, d_dot = np.asarray(0.7), rng.standard_normal(30)
+    for dots in ((c_dot, d_dot), (c_dot, None), (None, d_dot)):
+        x_dot = (0 if dots[0] is None else dots[0]) * x + (0 if dots[1] is None else np.diag(dots[1]))
+        expected = expected_jvp(1.3 * x + np.diag(d), x_dot, w, v.reshape(30, 3), "LA")
+        (w_dot, v_dot), info = ddnref.eigsh_jvp(dots, w, v, *saved, a)
+        assert np.all(info.converged)
+        assert v_dot.shape == v.shape
+        assert relative(w_dot, expected[0]) <= 1e-12
+        assert relative(v_dot.reshape(30, 3), expected[1]) <= 1e-9
+    w_bar, v_bar = bars(rng, w, v.reshape(30, 3))
+    (c_bar, d_bar), _ = ddnref.eigsh_vjp(w_bar, v_bar.reshape(v.shape), w, v, *saved, a)
+    (w_dot, v_dot), _ = ddnref.eigsh_jvp((c_dot, d_dot), w, v, *saved, a)
+    left = np.vdot(w_bar, w_dot) + np.vdot(v_bar, v_dot)
+    bound = np.hypot(*map(np.linalg.norm, (w_bar, v_bar))) * np.hypot(*map(np.linalg.norm, (w_dot, v_dot)))
+    assert abs(left - c_bar * c_dot - d_bar @ d_dot) <= 1e-10 * bound  # the tolerance of the solves
+    with pytest.raises(TypeError, match="entries of x_dot are all None: there is no direction"):
+        ddnref.eigsh_jvp((None, None), w, v, a)
+    with pytest.raises(ValueError, match="x_dot has 1 entries, expected 2"):
+        ddnref.eigsh_jvp((c_dot,), w, v, a)
+    with pytest.raises(TypeError, match="no params_jvp, which computes"):
+        ddnref.eigsh_jvp((c_dot, d_dot), w, v, a._replace(params_jvp=None))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gap"), [("float64", 0.0), ("float64", 1e-10), ("complex128", 1e-5), ("float32", 1e-4)]
+)
+def test_tangents_of_a_projector_inside_of_the_k(dtype, gap, xp, rng):
+    m, is_complex = 20, dtype.startswith("complex")
+    spectrum = np.concatenate([np.linspace(0.0, 0.3, m - 5), 0.6 + gap * np.asarray([0.0, 1.0, 2.5]), [0.9, 1.0]])
+    q, x_dot = rotation(rng, m, (), is_complex), symmetric(rng, m, (), is_complex)
+    inside = np.abs(spectrum - 0.6) < 0.1
+    x_dot = x_dot - q @ np.where(inside[:, None] & inside, adjoint(q) @ x_dot @ q, 0) @ adjoint(q)
+    x = with_spectrum(q, spectrum).astype(dtype)
+    ((w, v), saved), _ = forward(xp, xp.asarray(x), 5, method="full")
+    w_dot, v_dot, _ = tangents(xp, xp.asarray(x_dot.astype(dtype)), w, v, *saved, xp.asarray(x))
+    half = v_dot[:, 2:] @ adjoint(xp.numpy(v)[:, 2:])
+    bound = 60 * np.finfo(dtype).eps * m**0.5
+    assert relative(half + adjoint(half), projector_gradient(q, spectrum, inside, x_dot)) <= bound
+    np.testing.assert_allclose(np.sum(w_dot[2:]), 0, atol=bound)
+
+
+def test_directions_that_eigsh_refuses(xp, rng):
+    spectra = np.stack([np.asarray([0.0, 1.0, 2.0, 3.0, 3.0, 4.0]), np.arange(6.0)])
+    q = rotation(rng, 6, (2,))
+    x = with_spectrum(q, spectra)
+    ((w, v), saved), _ = forward(xp, xp.asarray(x), 3, method="full")
+    x_dot = symmetric(rng, 6, (2,))
+    message = r"splits equal eigenvalues \(item 0 of 2\), those at 3, by"
+    for rest in ((), saved):
+        with pytest.raises(GaugeError, match=message):
+            ddnref.eigsh_jvp(xp.asarray(x_dot), w, v, *rest, xp.asarray(x))
+        w_dot, v_dot, _ = tangents(xp, xp.asarray(x_dot), w, v, *rest, xp.asarray(x))
+        for dot in (w_dot, v_dot):
+            assert np.all(np.isnan(dot[0]))
+            assert np.all(np.isfinite(dot[1]))
+        accepted, *_ = tangents(xp, xp.asarray(x_dot), w, v, *rest, xp.asarray(x), gauge_rtol=np.inf)
+        np.testing.assert_allclose(
+            np.sum(accepted[0, 1:]), np.trace(q[0, :, 3:5].T @ x_dot[0] @ q[0, :, 3:5]), rtol=1e-12
+        )
+    # Along X² they stay equal.
+    w_dot, _, _ = tangents(xp, xp.asarray(x @ x), w, v, *saved, xp.asarray(x))
+    np.testing.assert_allclose(w_dot, xp.numpy(w) ** 2, rtol=1e-12)
+    # The second one cuts the pair, whose two parts the direction couples.
+    ((w, v), saved), _ = forward(xp, xp.asarray(x), 2, method="full")
+    x_dot = x_dot + xp.numpy(v)[..., 1:] @ adjoint(xp.numpy(saved[1])[..., :1])
+    for rest in ((), saved):
+        with pytest.raises(GaugeError, match=r"cuts a cluster of equal ones \(item 0 of 2\), of which the next"):
+            ddnref.eigsh_jvp(xp.asarray(x_dot), w, v, *rest, xp.asarray(x))
+        w_dot, v_dot, info = tangents(xp, xp.asarray(x_dot), w, v, *rest, xp.asarray(x))
+        assert list(xp.numpy(info.cut)) == [True, False]
+        assert np.all(np.isnan(v_dot[0]))
+        assert np.all(np.isfinite(v_dot[1]))
+    # A direction of the part that is left out moves the largest of the cluster, and nothing of it is seen.
+    other = xp.numpy(saved[1])[..., :1]
+    _, _, info = tangents(xp, xp.asarray(other @ adjoint(other)), w, v, *saved, xp.asarray(x))
+    assert list(xp.numpy(info.cut)) == [True, False]
+
+
+def test_scales_of_tangents(rng):
+    """The squares of a direction may leave the range of exponents."""
+    x, x_dot = spread(rng, 20), symmetric(rng, 20)
+    (w, v), _ = ddnref.eigsh(x, 3)
+    expected, _ = ddnref.eigsh_jvp(x_dot, w, v, x)
+    for power in (-600, 600):
+        got, _ = ddnref.eigsh_jvp(np.ldexp(x_dot, power), w, v, x)
+        for a, b in zip(got, expected, strict=True):
+            assert np.array_equal(a, np.ldexp(b, power))
+
+
+def test_failures_and_bad_input_of_the_jvp(host_reads, rng):
+    x, x_dot = spread(rng, 40), symmetric(rng, 40)
+    (w, v), saved = ddnref.eigsh_fwd(x, 2)[0]
+    with pytest.raises(ConvergenceError, match="eigsh_jvp did not converge"):
+        ddnref.eigsh_jvp(x_dot, w, v, x, solver="cg", maxiter=1)
+    options = {"solver": "cg", "maxiter": 1, "throw": False}
+    (w_dot, v_dot), info = ddnref.eigsh_jvp(x_dot, w, v, x, **options)
+    assert not info.converged
+    assert np.all(np.isnan(w_dot))
+    assert np.all(np.isnan(v_dot))
+    (w_dot, v_dot), info = ddnref.eigsh_jvp(x_dot, w, v, x, on_failure="iterate", **options)
+    assert np.all(np.isfinite(v_dot))
+    with pytest.raises(ConvergenceError, match="not the extremal eigenpairs"):
+        ddnref.eigsh_jvp(x_dot, w + 0.1, v, x)
+    with pytest.raises(TypeError, match="x_dot is None: there is no direction"):
+        ddnref.eigsh_jvp(None, w, v, x)
+    with pytest.raises(TypeError, match="x_dot has dtype float32, expected float64"):
+        ddnref.eigsh_jvp(x_dot.astype("float32"), w, v, x)
+    with pytest.raises(ValueError, match=r"x_dot has shape \(3, 3\), expected \(40, 40\)"):
+        ddnref.eigsh_jvp(np.eye(3), w, v, x)
+    with pytest.raises(TypeError, match="after w, v come x, or w_rest, v_rest, x"):
+        ddnref.eigsh_jvp(x_dot, w, v, saved[0], x)
+    strict = backend("array-api-strict")
+    arrays = [strict.asarray(a) for a in (x_dot, w, v, *saved, x)]
+    host_reads.clear()
+    ddnref.eigsh_jvp(*arrays, throw=False, solver="direct")
+    assert host_reads == []
+    ddnref.eigsh_jvp(*arrays, solver="direct")
+    assert host_reads == ["__bool__"]
+
+
+# --- the systems that the derivatives solve, and their derivatives ------------------------------------------------
+
+
+def system(rng, is_complex, rest, batch=(2,)):
+    """A matrix, a right-hand side and their directions, and the arguments of `complement_solve` at each time."""
+    x = spread(rng, 9, batch, is_complex)
+    random = lambda *shape: (
+        rng.standard_normal((*batch, *shape)) + (1j * rng.standard_normal(shape) if is_complex else 0)
+    )
+    b, b_dot, x_dot = random(9, 3), random(9, 3), hermitian_part(random(9, 9))
+
+    def arguments(t):
+        (w, v), (w_rest, v_rest) = ddnref.eigsh_fwd(x + t * x_dot, 3, method="full")[0]
+        v = v * (np.abs(v[..., :1, :]) / v[..., :1, :])  # one phase, and sign, at all times
+        right = b + t * b_dot
+        right = right - v @ (adjoint(v) @ right)
+        return right, w, v, np.abs(w).max(-1), w_rest[..., :rest], v_rest[..., :rest], x + t * x_dot
+
+    return arguments, x_dot
+
+
+@pytest.mark.parametrize("is_complex", [False, True])
+@pytest.mark.parametrize(("rest", "solver"), [(6, "cg"), (2, "cg"), (0, "cg"), (0, "direct")])
+def test_tangents_of_the_systems_against_differences(rest, solver, is_complex, rng):
+    method = Method("LA", solver, 1e-14, LoopOptions(1e-14, 1000))
+    arguments, x_dot = system(rng, is_complex, rest)
+    step = 5e-5
+
+    def along(f):
+        one, two = (f(n * step) - f(-n * step) for n in (1, 2))
+        return (8 * one - two) / (12 * step)
+
+    dots = [along(lambda t, i=i: arguments(t)[i]) for i in range(3)]
+    u = complement_solve(*arguments(0), method=method)[0]
+    u_dot, info = complement_solve_jvp(*dots, None, None, None, x_dot, u, *arguments(0)[1:], method=method)
+    assert np.all(info.converged)
+    assert relative(u_dot, along(lambda t: complement_solve(*arguments(t), method=method)[0])) <= 1e-9
+
+
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_systems_have_a_vjp_that_is_the_adjoint_of_their_jvp(is_complex, xp, rng):
+    method = Method("LA", "direct", 1e-14, LoopOptions(1e-14, 1000))
+    arguments, x_dot = system(rng, is_complex, 2)
+    given = [xp.asarray(np.ascontiguousarray(x)) for x in arguments(0)]
+    dots = [rng.standard_normal(x.shape).astype(x.dtype) for x in arguments(0)[:3]]
+    u = complement_solve(*given, method=method)[0]
+    u_bar = rng.standard_normal(u.shape).astype(dots[0].dtype)
+    u_dot, _ = complement_solve_jvp(
+        *map(xp.asarray, dots), None, None, None, xp.asarray(x_dot), u, *given[1:], method=method
+    )
+    bars, _ = complement_solve_vjp(xp.asarray(u_bar), u, *given[1:], method=method)
+    assert bars[3:6] == (None, None, None)
+    left = np.vdot(u_bar, xp.numpy(u_dot)).real
+    right = sum(
+        np.vdot(xp.numpy(bars[i]), dot).real for i, dot in ((0, dots[0]), (1, dots[1]), (2, dots[2]), (6, x_dot))
+    )
+    assert abs(left - right) <= 1e-12 * np.linalg.norm(u_bar) * np.linalg.norm(xp.numpy(u_dot))
+
+
+@pytest.mark.framework("torch")
+def test_right_hand_sides_that_are_rounding_keep_their_derivative(torch):
+    v = torch.eye(4, dtype=torch.float64)[:2]
+    b = (v * 2.0 + 1e-18).requires_grad_()
+    part = in_complement(b, v)
+    assert torch.all(part == 0)
+    part.sum().backward()
+    assert b.grad.tolist() == [[0.0, 0.0, 1.0, 1.0]] * 2

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from network_problems import block_arrays, block_chain, dense, flat, random_chain, richardson, targets
 
-from ddnref import networks
+from ddnref import curvature, networks
 from ddnref.networks._activations import ACTIVATIONS
 from ddnref.networks._losses import LOSSES
 from ddnref.reference import network_ggn, network_hessian, network_jacobian
@@ -90,6 +90,74 @@ def test_every_library_agrees(xp, rng):
     for a, b in zip(everything(chain, x, t, v), theirs, strict=True):
         assert a.shape == b.shape
         assert np.max(np.abs(xp.numpy(b) - a)) <= 1e-13 * max(1, np.max(np.abs(a)))
+
+
+def smoothed(y, t, weight, smoothing, ignored):
+    """PyTorch's documented formula, sample by sample, and what the mean divides by."""
+    total = count = 0.0
+    for y_n, t_n in zip(y, t, strict=True):
+        if t_n != ignored:
+            log_p = y_n - y_n.max() - np.log(np.sum(np.exp(y_n - y_n.max())))
+            total -= (1 - smoothing) * weight[t_n] * log_p[t_n] + smoothing * np.mean(weight * log_p)
+            count += weight[t_n]
+    return total, count
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_weights_smoothing_and_ignored_samples_in_every_library(reduction, xp, rng):
+    weight, t = np.asarray([0.5, 3.0, 1.0]), np.asarray([0, 2, -1, 1, 1, -1])
+    x, arrays = rng.standard_normal((6, 4)), [rng.standard_normal((5, 4)), rng.standard_normal((3, 5))]
+
+    def chain(arrays, weight):
+        loss = networks.cross_entropy(weight=weight, label_smoothing=0.25, ignore_index=-1)
+        return networks.Chain.from_arrays(arrays, loss=loss, reduction=reduction)
+
+    def everything(arrays, weight, x, t, throw=False):
+        c = chain(arrays, weight)
+        results = c.gradient, c.per_sample_gradients
+        products = c.hvp, c.ggnvp
+        return [c.loss(x, t, throw=throw), *(a for f in results for a in f(x, t, throw=throw)),
+                *(a for f in products for a in f(x, t, c.params, throw=throw))]  # fmt: skip
+
+    ours = everything(arrays, weight, x, t, throw=True)
+    total, count = smoothed(chain(arrays, weight).output(x), t, weight, 0.25, -1)
+    assert abs(ours[0] - total / (count if reduction == "mean" else 1)) <= 1e-14
+    theirs = xp.jit(everything)([xp.asarray(a) for a in arrays], *map(xp.asarray, (weight, x, t)))
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.max(np.abs(xp.numpy(b) - a)) <= 1e-14 * max(1, np.max(np.abs(a)))
+    # A target out of range is NaN, and the other samples are not affected.
+    bad = np.where(np.arange(6) == 3, 7, t)
+    each = chain([xp.asarray(a) for a in arrays], xp.asarray(weight)).per_sample_gradients(
+        xp.asarray(x), xp.asarray(bad), throw=False
+    )
+    right = chain(arrays, weight).per_sample_gradients(x, t)
+    for a, b in zip(each, right, strict=True):
+        found = xp.numpy(a)
+        assert np.all(np.isnan(found[3]))
+        assert np.max(np.abs(np.delete(found - b, 3, axis=0))) <= 1e-14
+
+
+def test_what_losses_with_options_refuse(rng):
+    chain = lambda **options: networks.Chain.mlp(4, 5, 3, 2, loss=networks.cross_entropy(**options))
+    x, t = rng.standard_normal((2, 4)), np.asarray([0, 2])
+    with pytest.raises(ValueError, match=r"label_smoothing is 1\.5"):
+        networks.cross_entropy(label_smoothing=1.5)
+    with pytest.raises(TypeError, match=r"ignore_index is 1\.5"):
+        networks.cross_entropy(ignore_index=1.5)
+    with pytest.raises(ValueError, match=r"weight has shape \(2,\), expected \(3,\)"):
+        chain(weight=np.ones(2)).loss(x, t)
+    with pytest.raises(TypeError, match="weight has dtype float64, expected float32"):
+        networks.Chain.mlp(
+            4, 5, 3, 2, loss=networks.cross_entropy(weight=np.ones(3)), like=np.zeros((), np.float32)
+        ).loss(x.astype(np.float32), t)
+    with pytest.raises(TypeError, match="weight is a"):
+        chain(weight=[1.0, 1.0, 1.0]).loss(x, t)
+    with pytest.raises(ValueError, match="weights of classes are not negative"):
+        chain(weight=np.asarray([1.0, -1.0, 1.0])).loss(x, t)
+    with pytest.raises(ValueError, match="out of range"):
+        chain(ignore_index=-100).loss(x, np.asarray([0, -1]))
+    with pytest.raises(ValueError, match="ignore_index is 1, but t holds weights"):
+        chain(ignore_index=1).loss(x, np.ones((2, 3)))
 
 
 @pytest.mark.parametrize("blocks", [False, True])
@@ -430,3 +498,19 @@ def test_static_facts_of_chains(rng):
 def test_the_oracles_refuse_other_layers(rng):
     with pytest.raises(TypeError, match="Conv2d"):
         network_jacobian(block_chain(block_arrays(rng)), rng.standard_normal((3, 4)))
+
+
+@pytest.mark.parametrize("layer", ["dense", "residual"])
+def test_the_hessian_in_double_precision_takes_class_weights_of_the_network(layer, rng):
+    """It is expanded in float64 for dense layers, and formed by products for others."""
+    w, v, x, t = rng.standard_normal((3, 3)), rng.standard_normal((3, 3)), rng.standard_normal((5, 3)), [0, 1, 2, 2, 1]
+
+    def chain(dtype):
+        inner = networks.Dense(w.astype(dtype), activation="tanh")
+        layers = [networks.Residual([inner]) if layer == "residual" else inner, networks.Dense(v.astype(dtype))]
+        return networks.Chain(layers, networks.cross_entropy(weight=np.asarray([1.0, 3.0, 0.5], dtype)))
+
+    single, double = chain(np.float32), chain(np.float64)
+    solved, _ = curvature.hessian_solve(single, x.astype(np.float32), np.asarray(t), single.params, damping=5.0)
+    h = dense(double.hvp, double, x, np.asarray(t)) + 5.0 * np.eye(18)
+    assert np.max(np.abs(flat(solved) - np.linalg.solve(h, flat(double.params)))) <= 1e-6

@@ -1,10 +1,13 @@
 """Chains from PyTorch: its own derivatives as the oracle, its weights shared, what is not supported refused by name."""
 
+import copy
+
 import numpy as np
 import pytest
 from network_problems import targets, unit_vectors
 
-from ddnref import networks
+from ddnref import curvature, networks
+from ddnref.reference import network_ggn
 
 pytestmark = pytest.mark.framework("torch")
 torch = pytest.importorskip("torch")
@@ -170,12 +173,8 @@ def test_what_else_is_refused():
         networks.Chain.from_torch(module, loss=nn.L1Loss())
     with pytest.raises(ValueError, match="reduction is 'sum', but"):
         networks.Chain.from_torch(module, loss=nn.MSELoss(), reduction="sum")
-    with pytest.raises(ValueError, match="label_smoothing"):
-        networks.Chain.from_torch(module, loss=nn.CrossEntropyLoss(label_smoothing=0.1))
-    with pytest.raises(ValueError, match="ignore_index set"):
-        networks.Chain.from_torch(module, loss=nn.CrossEntropyLoss(ignore_index=1))
-    with pytest.raises(ValueError, match="weight set"):
-        networks.Chain.from_torch(module, loss=nn.CrossEntropyLoss(torch.ones(3)))
+    with pytest.raises(ValueError, match=r"weight of shape \(5, 3\).*divides by their number"):
+        networks.Chain.from_torch(module, loss=nn.BCEWithLogitsLoss(torch.ones(5, 3)))
     with pytest.raises(ValueError, match="reduction is 'none'"):
         networks.Chain.from_torch(module, loss=nn.MSELoss(reduction="none"))
     assert networks.Chain.from_torch(module, loss="mse", reduction="sum").scale(5) == 1
@@ -191,3 +190,224 @@ def test_activations_go_where_they_belong():
     expected[-1].load_state_dict({"weight": chain.params[2], "bias": chain.params[3]})
     assert torch.max(torch.abs(chain.output(x) - expected(x))) <= 1e-6
     assert np.all([p.dtype == torch.float32 for p in chain.params])
+
+
+# --- the chain follows its module ---------------------------------------------------------------------------------
+
+
+def double(*sizes):
+    return nn.Sequential(nn.Linear(*sizes[:2]), nn.LeakyReLU(0.1), nn.Linear(*sizes[1:])).double()
+
+
+def replaced_parameter(module, loss):
+    module[-1].weight = nn.Parameter(torch.randn_like(module[-1].weight))
+
+
+def replaced_memory(module, loss):
+    module[0].weight.data = torch.randn(5, 4, dtype=torch.float64)
+
+
+def transposed_memory(module, loss):
+    square = torch.randn(5, 5, dtype=torch.float64)
+    module.insert(2, nn.Linear(5, 5).double())
+    module[2].weight.data = square
+    module[2].weight.data = square.T
+
+
+def there_and_back(module, loss):
+    module.float().double()
+
+
+CHANGES = {
+    "load_state_dict(assign=True)": lambda m, loss: m.load_state_dict(
+        {name: torch.randn_like(p) for name, p in m.state_dict().items()}, assign=True
+    ),
+    "a new parameter": replaced_parameter,
+    "other memory": replaced_memory,
+    "other strides": transposed_memory,
+    "float and back": there_and_back,
+    "a new layer": lambda m, loss: m.__setitem__(0, nn.Linear(4, 5, bias=False).double()),
+    "one layer more": lambda m, loss: m.append(nn.Tanh()),
+    "a nested layer": lambda m, loss: m.__setitem__(1, nn.Sequential(nn.Linear(5, 5).double(), nn.Tanh())),
+    "one layer less": lambda m, loss: m.__delitem__(1),
+    "another activation": lambda m, loss: m.__setitem__(1, nn.Tanh()),
+    "an option": lambda m, loss: setattr(m[1], "negative_slope", 0.7),
+    "no bias": lambda m, loss: setattr(m[0], "bias", None),
+    "frozen": lambda m, loss: m[0].requires_grad_(False),
+    "class weights": lambda m, loss: setattr(loss, "weight", torch.rand(3, dtype=torch.float64)),
+    "class weights in place": lambda m, loss: loss.weight.mul_(torch.tensor([1.0, 2.0, 3.0])),
+    "an option of the loss": lambda m, loss: setattr(loss, "label_smoothing", 0.4),
+    "the reduction": lambda m, loss: setattr(loss, "reduction", "sum"),
+}
+REFUSED = {
+    "a hook": (lambda m: m[0].register_forward_hook(lambda *given: None), "_forward_hooks"),
+    "training": (lambda m: m[1].train(), "module.eval"),
+    "a parametrisation": (lambda m: nn.utils.parametrizations.weight_norm(m[0]), "'0', ParametrizedLinear"),
+    "half precision": (lambda m: m.half(), "float16"),
+    "two precisions": (lambda m: m[0].float(), "params"),
+    "an unknown layer": (lambda m: m.append(nn.LayerNorm(3).double()), "LayerNorm"),
+    "a shared weight": (lambda m: m.append(m[2]), "shares a weight"),
+    "layers that do not fit": (lambda m: m.__setitem__(2, nn.Linear(7, 3).double()), r"layers\[1\]"),
+}
+
+
+def agree(chain, module, criterion, x, t):
+    loss = criterion(module(x), t)
+    wanted = torch.autograd.grad(loss, list(trained(module).values()))
+    assert abs(chain.loss(x, t) - loss.detach()) <= 1e-14 * abs(loss.detach())
+    found = chain.gradient(x, t)
+    assert all(torch.max(torch.abs(a - b)) <= 1e-14 for a, b in zip(found, wanted, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(chain.params, trained(module).values(), strict=True))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_chain_follows(change):
+    torch.manual_seed(0)
+    module, x, t = double(4, 5, 3), torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 2, 1, 0])
+    criterion = nn.CrossEntropyLoss(torch.ones(3, dtype=torch.float64))
+    chain = networks.Chain.from_torch(module, loss=criterion)
+    agree(chain, module, criterion, x, t)
+    CHANGES[change](module, criterion)
+    agree(chain, module, criterion, x, t)
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_what_the_chain_cannot_follow_raises_each_time(change):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, 3)).double().eval()
+    x, t = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 2, 1, 0])
+    chain = networks.Chain.from_torch(module)
+    other = chain.with_params(chain.params)
+    do, says = REFUSED[change]
+    do(module)
+    uses = (
+        lambda: chain.loss(x, t),
+        lambda: chain.hvp(x, t, other.params),
+        lambda: chain.params,
+        lambda: chain.scale(6),
+        lambda: curvature.ggn_eigvalsh(chain, x, t),
+        lambda: curvature.hessian_factor(chain, x, t, damping=1.0),
+    )
+    for use in uses:
+        with pytest.raises((TypeError, ValueError), match=says):
+            use()
+    assert torch.isfinite(other.loss(x, t))  # which follows nothing
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_chain_follows_any_order_of_changes(seed):
+    """Functions of curvature as well, which read the chain's layers, loss and reduction by themselves."""
+    torch.manual_seed(seed)
+    order = np.random.default_rng(seed).permutation(list(CHANGES)[:5] + list(CHANGES)[9:])
+    module, x, t = double(4, 5, 3), torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, -100, 1, 0])
+    criterion = nn.CrossEntropyLoss(torch.ones(3, dtype=torch.float64))
+    chain = networks.Chain.from_torch(module, loss=criterion)
+    for change in order:
+        CHANGES[change](module, criterion)
+        fresh = networks.Chain.from_torch(module, loss=criterion)
+        for call in (
+            curvature.ggn_eigvalsh,
+            lambda c, *data: curvature.hessian_factor(c, *data, damping=3.0).slogdet(),
+        ):
+            for a, b in zip(call(chain, x, t), call(fresh, x, t), strict=True):
+                assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+        agree(chain, module, criterion, x, t)
+
+
+def test_writing_in_place_reads_nothing_again():
+    module, x = network("relu")
+    chain = networks.Chain.from_torch(module)
+    before = chain.layers
+    module.load_state_dict(network("relu")[0].state_dict())
+    optimiser = torch.optim.Adam(module.parameters())
+    module(x).sum().backward()
+    optimiser.step()
+    assert chain.layers is before
+    assert torch.equal(chain.output(x), module(x).detach())
+
+
+def test_a_copy_of_a_chain_follows_its_own_copy_of_the_module():
+    torch.manual_seed(0)
+    module, x = double(4, 5, 3), torch.randn(6, 4, dtype=torch.float64)
+    chain = networks.Chain.from_torch(module, loss=nn.CrossEntropyLoss())
+    before, other = chain.output(x), copy.deepcopy(chain)
+    replaced_parameter(module, None)
+    assert torch.equal(other.output(x), before)
+    assert torch.equal(chain.output(x), module(x).detach())
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+def test_a_compiled_chain_follows():
+    torch.manual_seed(0)
+    module, x, t = double(4, 5, 3), torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 2, 1, 0])
+    chain = networks.Chain.from_torch(module)
+    compiled = torch.compile(lambda x, t: chain.gradient(x, t, throw=False), fullgraph=True, backend="eager")
+    for _ in range(2):
+        wanted = torch.autograd.grad(nn.CrossEntropyLoss()(module(x), t), list(module.parameters()))
+        assert all(torch.max(torch.abs(a - b)) <= 1e-14 for a, b in zip(compiled(x, t), wanted, strict=True))
+        replaced_memory(module, None)
+
+
+# --- losses with options ------------------------------------------------------------------------------------------
+
+WEIGHT = torch.tensor([0.5, 2.0, 0.0], dtype=torch.float64)
+INDEX = torch.tensor([0, 1, 2, -100, 1])
+CLASSES = INDEX.clamp(min=0)
+SPREAD = torch.tensor([[0.2, 0.3, 0.5], [1.0, 0.0, 0.0], [0.0, 2.0, 0.1], [0.0, 0.0, 0.0], [0.1, 0.1, 0.1]]).double()
+BINARY = SPREAD.clamp(max=1.0)
+OPTIONS = {
+    "weights": (lambda **o: nn.CrossEntropyLoss(WEIGHT, **o), CLASSES),
+    "smooth": (lambda **o: nn.CrossEntropyLoss(label_smoothing=0.3, **o), CLASSES),
+    "ignored": (lambda **o: nn.CrossEntropyLoss(**o), INDEX),
+    "ignored class": (lambda **o: nn.CrossEntropyLoss(ignore_index=1, **o), CLASSES),
+    "all": (lambda **o: nn.CrossEntropyLoss(WEIGHT, label_smoothing=0.3, **o), INDEX),
+    "all, a class": (lambda **o: nn.CrossEntropyLoss(WEIGHT, ignore_index=1, label_smoothing=1.0, **o), CLASSES),
+    "all, bytes": (lambda **o: nn.CrossEntropyLoss(WEIGHT, label_smoothing=0.3, **o), CLASSES.to(torch.uint8)),
+    "probabilities": (lambda **o: nn.CrossEntropyLoss(WEIGHT, label_smoothing=0.3, **o), SPREAD),
+    "binary": (lambda **o: nn.BCEWithLogitsLoss(WEIGHT, pos_weight=WEIGHT.flip(0), **o), BINARY),
+    "binary, one": (lambda **o: nn.BCEWithLogitsLoss(pos_weight=torch.tensor(3.0).double(), **o), BINARY),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_losses_with_options_against_autograd(options, reduction):
+    torch.manual_seed(1)
+    make, t = OPTIONS[options]
+    module, criterion, x = double(4, 5, 3), make(reduction=reduction), torch.randn(5, 4, dtype=torch.float64)
+    chain = networks.Chain.from_torch(module, loss=criterion)
+    theirs = t.to(torch.int64) if t.dtype == torch.uint8 else t  # PyTorch's second derivatives take no bytes
+    g, h, ggn = autograd(module, criterion, x, theirs)
+    size = torch.max(torch.abs(h))
+    assert abs(chain.loss(x, t) - criterion(module(x), theirs).detach()) <= 1e-14
+    assert torch.max(torch.abs(torch.cat([a.ravel() for a in chain.gradient(x, t)]) - g)) <= 1e-14
+    assert torch.max(torch.abs(matrix(chain.hvp, chain, x, t) - h)) <= 1e-14 * size
+    assert torch.max(torch.abs(matrix(chain.ggnvp, chain, x, t) - ggn)) <= 1e-14 * size
+    # The Gram matrix and the factored Hessian take other ways; batches are weighted together, not one by one.
+    w = torch.linalg.eigvalsh(network_ggn(chain, x, t)).flip(0)
+    for data in ({"x": x, "t": t}, {"batches": [(x[:2], t[:2]), (x[2:], t[2:])]}):
+        found = curvature.ggn_eigvalsh(chain, **data)
+        assert torch.max(torch.abs(found - w[: len(found)])) <= 1e-14 * size
+    solved, _ = curvature.hessian_solve(chain, x, t, chain.params, damping=3.0)
+    vector = torch.cat([a.ravel() for a in chain.params])
+    wanted = torch.linalg.solve(h + 3.0 * torch.eye(len(h), dtype=h.dtype), vector)
+    assert torch.max(torch.abs(torch.cat([a.ravel() for a in solved]) - wanted)) <= 1e-13
+    # Newton's step of the GGN, and gradients of single samples.
+    step = curvature.ggn_damped_newton(chain, x, t, k=1, damping=3.0)
+    e = torch.linalg.eigh(ggn)[1][:, -1]
+    assert torch.max(torch.abs(torch.cat([a.ravel() for a in step]) + (e @ g) / (w[0] + 3.0) * e)) <= 1e-13
+    weights = (
+        t.new_ones(5).double() if chain.criterion.sample_weight is None else chain.criterion.sample_weight(x[:, :3], t)
+    )
+    total = weights.sum() if reduction == "mean" else 1.0
+    each = chain.per_sample_gradients(x, t)
+    assert all(torch.allclose(a.sum(0) / total, b, 0, 1e-14) for a, b in zip(each, chain.gradient(x, t), strict=True))
+
+
+def test_the_mean_over_ignored_samples_alone_is_not_defined():
+    module, x = network("relu")
+    t = torch.full((len(x),), -100)
+    assert torch.isnan(networks.Chain.from_torch(module, loss=nn.CrossEntropyLoss()).loss(x, t))
+    chain = networks.Chain.from_torch(module, loss=nn.CrossEntropyLoss(reduction="sum"))
+    assert chain.loss(x, t) == 0
+    assert all(torch.all(a == 0) for a in chain.gradient(x, t))

@@ -14,12 +14,13 @@ from problems import adjoint, relative
 from public_names import PUBLIC
 
 from conftest import Backend
-from ddnref._rules.binding import as_tuple, options_of, plain_forward, plain_vjp
+from ddnref._rules.binding import as_tuple, jvp_options_of, options_of, plain_forward, plain_jvp, plain_vjp
 from ddnref._rules.contract import Rule
 from ddnref._rules.samples import random_spectrum
 from ddnref._rules.samples.eigen import square, twice
 from ddnref._rules.table import RULES, TRIALS
-from ddnref.testing import assert_vjp, check_vjp
+from ddnref.testing import assert_jvp, assert_transpose, assert_vjp, check_jvp, check_transpose, check_vjp
+from ddnref.testing._differences import random_like, tangent_spaces
 
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 domains = pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_float32_agrees_with_float64_on_identical_inputs(rule, is_complex, xp, r
     # outputs and cotangents rounded to float32 leave a phase, or miss the solution, by 1e-7: judge it as float32
     for name in {"gauge_rtol", "check_rtol"} & set(inspect.signature(rule.vjp).parameters):
         vjp = partial(vjp, **{name: float(np.finfo(np.float32).eps) ** 0.5})
-    if rule.vjp_info:
+    if rule.vjp_info and not rule.direct:
         vjp = partial(vjp, rtol=16 * float(np.finfo(np.float32).eps))
     arrays = [as_precision(a, np.float32) for a in (*bars, *kept)]
     single = xp.lift(vjp)(*arrays)
@@ -217,6 +218,11 @@ def test_functions_of_a_matrix_at_any_spectrum(spectrum, batch, seed):
         assert_vjp(rule.forward, rule.vjp, x, saves=True, tangent="symmetric", symmetrises=True, gap=0.25, directions=2)
 
 
+def moving(rule: Rule, inputs: tuple) -> range:
+    """Outputs that have a derivative: the sign of a real determinant has none."""
+    return range(1 if rule.name == "slogdet" and not np.iscomplexobj(inputs[0]) else 0, rule.outputs)
+
+
 def mutants(rule: Rule, inputs: tuple):
     """Wrong VJPs as people write them, from MATH: each must be rejected."""
     vjp = plain_vjp(rule)
@@ -234,8 +240,8 @@ def mutants(rule: Rule, inputs: tuple):
     if TRIALS[rule.name].symmetrises:
         yield "one triangle (no symmetrisation)", wrap(one_triangle)
     elif inputs[0].ndim > 1 and inputs[0].shape[-1] == inputs[0].shape[-2] > 1:
-        yield "transposed", wrap(lambda g: np.swapaxes(g, -1, -2) if g.ndim > 1 else g)
-    for i in range(rule.outputs):
+        yield "transposed", wrap(lambda g: np.swapaxes(g, -1, -2) if g.ndim > 1 and g.shape[-1] == g.shape[-2] else g)
+    for i in moving(rule, inputs):
         yield f"no cotangent {i}", lambda *a, i=i, **k: vjp(*a[:i], 0 * a[i], *a[i + 1 :], **k)
         yield f"sign of cotangent {i}", lambda *a, i=i, **k: vjp(*a[:i], -a[i], *a[i + 1 :], **k)
     for i in range(len(inputs) if len(inputs) > 1 else 0):
@@ -259,6 +265,132 @@ def test_every_mutant_is_rejected(rule, is_complex, m, rng):
     assert survivors == []
 
 
+# --- the forward derivative -----------------------------------------------------------------------------------------
+
+
+def lifted_jvp(rule: Rule, sample, backend: Backend, jvp=None) -> Callable:
+    """The JVP with the options of a sample, as the library compiles it."""
+    options = jvp_options_of(rule, sample.options, backend.while_loop)
+    return backend.lift(partial(jvp or plain_jvp(rule), **options))
+
+
+def tangents(rule: Rule, sample, rng) -> tuple:
+    """Random tangents in the set where the inputs may move; any matrix, where the rule symmetrises."""
+    trial = TRIALS[rule.name]
+    drawn = [random_like(rng, x) for x in sample.inputs]
+    spaces = tangent_spaces("dense" if trial.symmetrises else trial.tangent, len(drawn))
+    return tuple(space.project(x, d) for space, x, d in zip(spaces, sample.inputs, drawn, strict=True))
+
+
+def checked_forward(rule: Rule, sample, check, *functions, **options):
+    trial = TRIALS[rule.name]
+    settings = {"loss": sample.loss, "tangent": trial.tangent, "symmetrises": trial.symmetrises}
+    forward, _ = lifted(rule, sample, NUMPY)
+    return check(forward, *functions, *sample.inputs, saves=True, needs=rule.needs, **settings, **options)
+
+
+@domains
+@pytest.mark.parametrize(("batch", "m"), [((), 1), ((), 5), ((3,), 5), ((2, 2), 3)])
+def test_jvp_agrees_with_finite_differences_and_with_the_vjp(rule, is_complex, batch, m, rng):
+    sample = TRIALS[rule.name].sample(np.asarray, rng, batch, m, is_complex)
+    jvp, (_, vjp) = lifted_jvp(rule, sample, NUMPY), lifted(rule, sample, NUMPY)
+    checked_forward(rule, sample, assert_jvp, jvp, gap=sample.gap, directions=4, rtol=1e-9)
+    # Systems that are solved by iteration are solved to a residual that their condition number amplifies.
+    amplification = sample.condition if rule.vjp_info and not rule.direct else 1.0
+    checked_forward(rule, sample, assert_transpose, jvp, vjp, rtol=1e-12 * amplification)
+
+
+@domains
+def test_structure_of_the_jvp(rule, is_complex, xp, rng):
+    """It agrees with NumPy, and is linear, zero at zero, and that of each item of a batch."""
+    sample = TRIALS[rule.name].sample(np.asarray, rng, (3,), 5, is_complex)
+    _, kept, _, _ = solve(rule, sample, NUMPY)
+    jvp, dots, tolerance = lifted_jvp(rule, sample, xp), tangents(rule, sample, rng), rounding(rule, sample)
+    moved = jvp(*dots, *kept)
+    assert [dot.dtype for dot in moved] == [y.dtype for y in kept[: rule.outputs]]
+    assert relative(flat(moved), flat(lifted_jvp(rule, sample, NUMPY)(*dots, *kept))) <= tolerance
+    assert relative(flat(jvp(*(2.5 * d for d in dots), *kept)), 2.5 * flat(moved)) <= tolerance
+    assert np.all(flat(jvp(*(0 * d for d in dots), *kept)) == 0)
+    one = jvp(*(a[1, ...] for a in (*dots, *kept)))
+    assert relative(flat(one), flat(tuple(dot[1, ...] for dot in moved))) <= tolerance
+
+
+@rules
+def test_none_is_a_tangent_of_zeros(rule, rng):
+    sample = TRIALS[rule.name].sample(np.asarray, rng, (2,), 5, False)
+    _, kept, _, _ = solve(rule, sample, NUMPY)
+    jvp, dots = partial(plain_jvp(rule), **jvp_options_of(rule, sample.options)), tangents(rule, sample, rng)
+    for i in range(len(dots) if len(dots) > 1 else 0):
+        alone = jvp(*(d if j == i else None for j, d in enumerate(dots)), *kept)
+        zeros = jvp(*(d if j == i else 0 * d for j, d in enumerate(dots)), *kept)
+        assert relative(flat(alone), flat(zeros)) <= rounding(rule, sample)
+    with pytest.raises(TypeError, match=r"None"):
+        jvp(*(None for _ in dots), *kept)
+
+
+@domains
+def test_float32_jvp_agrees_with_float64_on_identical_inputs(rule, is_complex, xp, rng):
+    sample = TRIALS[rule.name].sample(np.asarray, rng, (4,), 8, is_complex)
+    _, kept, _, _ = solve(rule, sample, NUMPY)
+    jvp = partial(plain_jvp(rule), **jvp_options_of(rule, sample.options))
+    # Outputs that were rounded to float32 miss the solution by 1e-7, so judge them as float32.
+    for name in {"gauge_rtol", "check_rtol"} & set(inspect.signature(rule.jvp).parameters):
+        jvp = partial(jvp, **{name: float(np.finfo(np.float32).eps) ** 0.5})
+    if rule.vjp_info and not rule.direct:
+        jvp = partial(jvp, rtol=16 * float(np.finfo(np.float32).eps))
+    arrays = [as_precision(a, np.float32) for a in (*tangents(rule, sample, rng), *kept)]
+    single, double = xp.lift(jvp)(*arrays), jvp(*(as_precision(a, np.float64) for a in arrays))
+    assert [dot.dtype for dot in single] == [as_precision(y, np.float32).dtype for y in kept[: rule.outputs]]
+    assert relative(flat(single), flat(double)) <= 20 * np.finfo(np.float32).eps * sample.condition
+
+
+def forward_mutants(rule: Rule, inputs: tuple):
+    """Wrong JVPs, each of which must be rejected."""
+    jvp, n = plain_jvp(rule), len(inputs)
+
+    def wrap(change):
+        return lambda *arrays, **options: tuple(change(t) for t in jvp(*arrays, **options))
+
+    yield "sign", wrap(lambda t: -t)
+    yield "zero", wrap(lambda t: 0 * t)
+    yield "one part in a million", wrap(lambda t: t * (1 + 1e-6))
+    if np.iscomplexobj(inputs[0]) and rule.name not in (
+        "gram_eigvalsh",
+        "svdvals",
+        "logdet",
+    ):  # their tangents are real
+        yield "conjugate", wrap(np.conj)
+    if TRIALS[rule.name].symmetrises:
+        upper = lambda d: None if d is None else np.triu(d) + adjoint(np.triu(d, 1))
+        yield "one triangle (no symmetrisation)", lambda d, *a, **k: jvp(upper(d), *a, **k)
+    for i in range(n if n > 1 else 0):
+        yield (
+            f"no tangent of input {i}",
+            lambda *a, i=i, **k: jvp(*a[:i], None if a[i] is None else 0 * a[i], *a[i + 1 :], **k),
+        )
+    for i in moving(rule, inputs) if rule.outputs > 1 else ():
+        yield (
+            f"sign of output {i}",
+            lambda *a, i=i, **k: tuple(-t if j == i else t for j, t in enumerate(jvp(*a, **k))),
+        )
+
+
+@domains
+@pytest.mark.parametrize("m", [3, 16])
+def test_every_mutant_of_the_jvp_is_rejected(rule, is_complex, m, rng):
+    """Finite differences reject it, and so does the transpose identity."""
+    sample = TRIALS[rule.name].sample(np.asarray, rng, (), m, is_complex)
+    _, vjp = lifted(rule, sample, NUMPY)
+    survivors = []
+    for name, mutant in forward_mutants(rule, sample.inputs):
+        jvp = lifted_jvp(rule, sample, NUMPY, mutant)
+        if checked_forward(rule, sample, check_jvp, jvp, gap=sample.gap, directions=2).passed:
+            survivors.append(f"{name}, by differences")
+        if checked_forward(rule, sample, check_transpose, jvp, vjp, directions=2, rtol=1e-9).passed:
+            survivors.append(f"{name}, by the transpose")
+    assert survivors == []
+
+
 def test_the_table_is_the_public_api():
     pairs = {name.removesuffix("_vjp") for name in PUBLIC if name.endswith("_vjp")}
     # these take functions, or a network of which no gradient is given: nothing to bridge
@@ -267,6 +399,7 @@ def test_the_table_is_the_public_api():
     for name, rule in RULES.items():
         assert rule.function is PUBLIC[name]
         assert rule.vjp is PUBLIC[f"{name}_vjp"]
+        assert rule.jvp is PUBLIC[f"{name}_jvp"]
 
 
 def test_what_is_saved_carries_second_derivatives_or_they_are_refused(rng):

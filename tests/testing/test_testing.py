@@ -136,3 +136,74 @@ def test_report_reads_as_a_table():
     text = str(check_vjp(np.exp, lambda y_bar, y: y_bar * y, np.ones(2)))
     assert text.splitlines()[0].split() == ["direction", "numerical", "analytic", "error", "order"]
     assert text.splitlines()[-1].startswith("passed: worst relative error")
+
+
+# --- second derivatives -----------------------------------------------------------------------------------------------
+
+
+def cube_second(x_dot, y_bar, y, x, factor=6.0):
+    return factor * x * x_dot * y_bar
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4)])
+def test_a_right_second_derivative_passes(shape, xp, rng):
+    x = xp.asarray(rng.standard_normal(shape))
+    report = assert_vjp(lambda x: x**3, cube_vjp, x, needs=(0,), second=cube_second)
+    assert report.error < 1e-8
+    assert sum(d.name.startswith("second, random") for d in report.directions) == 8
+
+
+@pytest.mark.parametrize("factor", [-6.0, 0.0, 6.0 * (1 + 1e-6), math.nan])
+def test_a_wrong_second_derivative_fails(factor, rng):
+    x = rng.standard_normal(4)
+    report = check_vjp(lambda x: x**3, cube_vjp, x, needs=(0,), second=partial(cube_second, factor=factor))
+    assert not report.passed
+    assert {d.name.startswith("second") for d in report.directions if not d.error <= 1e-7} == {True}
+
+
+def product_vjp(y_bar, y, a, b):
+    return y_bar @ b.T, a.T @ y_bar
+
+
+def product_second(a_dot, b_dot, y_bar, y, a, b, drops=None):
+    a_dot, b_dot = (0 * x if d is None or drops == i else d for i, (d, x) in enumerate(((a_dot, a), (b_dot, b))))
+    return y_bar @ b_dot.T, a_dot.T @ y_bar
+
+
+def test_mixed_second_derivatives_of_several_inputs(rng):
+    a, b = rng.standard_normal((2, 3)), rng.standard_normal((3, 2))
+    f = lambda a, b: a @ b
+    assert check_vjp(f, product_vjp, a, b, needs=(0, 1), second=product_second).passed
+    for drops, found in ((0, "input 0"), (1, "input 1")):
+        report = check_vjp(f, product_vjp, a, b, needs=(0, 1), second=partial(product_second, drops=drops))
+        wrong = {d.name.partition(" of ")[2] for d in report.directions if d.error > 1e-7}
+        assert wrong == {found, "all inputs"}
+
+
+def test_with_a_loss_the_second_derivative_is_that_of_the_whole(rng):
+    """``Σ (x³)²`` has the second derivative ``30 x⁴``; at a constant cotangent ``2 x³`` only ``12 x⁴`` of it."""
+    x, loss = rng.standard_normal(4), (lambda y: np.sum(y * y), lambda y: 2 * y)
+    check = partial(check_vjp, lambda x: x**3, cube_vjp, x, needs=(0,), loss=loss)
+    assert check(second=lambda x_dot, y_bar, y, x: 30 * x**4 * x_dot).passed
+    assert not check(second=cube_second).passed
+
+
+def test_second_derivatives_of_a_matrix_function(rng):
+    """``X² `` at a constant cotangent: symmetric directions, and one that is not."""
+    x = symmetric(rng, 4)
+    half = lambda x: (x + x.T) / 2
+    f, vjp = lambda x: half(x) @ half(x), lambda b, y, x: half(half(x) @ half(b) + half(b) @ half(x))
+    second = lambda d, b, y, x: half(half(d) @ half(b) + half(b) @ half(d))
+    check = partial(check_vjp, f, vjp, x, needs=(0,), tangent="symmetric", symmetrises=True)
+    assert check(second=second).passed
+    assert not check(second=lambda d, b, y, x: d @ half(b) + half(b) @ d).passed
+
+
+def test_what_is_wrong_with_a_second_derivative_is_said():
+    x, vjp = np.ones(3), lambda y_bar, y: y_bar * y
+    with pytest.raises(TypeError, match=r"second does not take 3 arguments.*1 tangent\(s\), 1 cotangent\(s\)"):
+        check_vjp(np.exp, vjp, x, second=lambda x_dot, y_bar: y_bar)
+    with pytest.raises(TypeError, match=r"second returned None for inputs\[0\].*Return zeros"):
+        check_vjp(np.exp, vjp, x, second=lambda *arrays: None)
+    with pytest.raises(ValueError, match=r"second returned shapes \[\(2,\)\] for inputs"):
+        check_vjp(np.exp, vjp, x, second=lambda *arrays: arrays[0][:2])

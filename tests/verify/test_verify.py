@@ -14,12 +14,17 @@ import types
 import array_api_strict
 import numpy as np
 import pytest
+from fuzz._old_faults import OLD, old_rule
 
+import ddnref
 from ddnref._rules import table as _rules
+from ddnref._rules.binding import inputs_of
 from ddnref.verify import _checks as checks
 from ddnref.verify import _run
 from ddnref.verify._backends import backend
 from ddnref.verify._cli import main
+from ddnref.verify._hard import HARD, OF_TORCH, Hard
+from ddnref.verify._hard import measure as measure_hard
 from ddnref.verify._run import measure, worst
 
 
@@ -42,11 +47,17 @@ def test_numpy_passes_in_full_and_sums_up(capsys):
     lines = out.splitlines()
     for rule in _rules.RULES:
         assert rule in out
-    for check in set(checks.CHECKS) - {"compiled (jit)"}:
-        symmetric = sum(_rules.TRIALS[rule.name].tangent == "symmetric" for rule in _rules.RULES.values())
-        expected = symmetric if check == "exactly Hermitian" else len(_rules.RULES)
-        assert sum(check in line for line in lines) == expected
+    rules = _rules.RULES.values()
+    symmetric = [rule for rule in rules if _rules.TRIALS[rule.name].tangent == "symmetric"]
+    forward = [rule for rule in rules if rule.jvp is not None]
+    several = [rule for rule in forward if len(inputs_of(rule)) > 1]
+    for check in set(checks.CHECKS) - {"compiled (jit)", "jvp: compiled (jit)", *OF_TORCH}:
+        expected = len(forward) if check.startswith("jvp: ") else len(rules)
+        expected = {"exactly Hermitian": len(symmetric), "jvp: None and zeros": len(several)}.get(check, expected)
+        expected = len(HARD[check][1]) if check in HARD else expected
+        assert sum(line.startswith(f"  {check} ") for line in lines) == expected
     assert "1.0e-07" in out
+    assert "1.0e-09" in out
     assert "exact" in out
     assert "FAIL" not in out
     assert max(map(len, lines)) <= 80
@@ -69,7 +80,7 @@ def test_jax_runs_compiled_and_not(small, monkeypatch):
     with backend("jax") as library:
         outcomes = measure(library, ("float32",), 0)
         assert library.bind(lambda x, *, k: x * k, k=2)(np.ones(2)).sum() == 4
-    assert "compiled (jit)" in {outcome.check for outcome in outcomes}
+    assert {"compiled (jit)", "jvp: compiled (jit)"} <= {outcome.check for outcome in outcomes}
     assert all(outcome.passed for outcome in outcomes)
 
 
@@ -124,7 +135,92 @@ def test_wrong_rule_fails(small, monkeypatch, capsys, name, mutant):
     assert max(map(len, out.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("part", ["forward", "vjp"])
+FORWARD_MUTANTS = {
+    "sign": ("transpose of vjp", "float64", lambda t, a: -t),
+    "1e-6 relative": ("transpose of vjp", "float64", lambda t, a: (1 + 1e-6) * t),
+    "1e-8 relative": ("finite differences", "float64", lambda t, a: (1 + 1e-8) * t),
+    "zero": ("finite differences", "float64", lambda t, a: 0 * t),
+    "not a number": ("finite differences", "float64", lambda t, a: t * math.nan),
+    "conjugate": ("finite differences", "complex128", lambda t, a: np.conj(t)),
+    "not zero at zero": ("zero tangent", "float64", lambda t, a: t + 1e-300),
+    "mixes the batch": ("batch and loop", "float64", lambda t, a: t + 1e-10 * np.sum(t, axis=0)),
+    "half precision": ("single and double", "float32", lambda t, a: t * np.float32(1 + 1e-3)
+                       if t.dtype == np.float32 else t),
+    "double from single": ("single and double", "float32", lambda t, a: t.astype(np.float64)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", FORWARD_MUTANTS)
+@pytest.mark.parametrize("name", ["eigh", "expm", "solve"])
+def test_wrong_jvp_fails(small, monkeypatch, capsys, name, mutant):
+    check, dtype, change = FORWARD_MUTANTS[mutant]
+    failed = failed_checks_of_jvp(monkeypatch, capsys, name, dtype, lambda jvp, arrays: change_all(change, jvp, arrays))
+    assert check in failed
+
+
+def test_a_missing_symmetrisation_of_the_tangent_is_found(small, monkeypatch, capsys):
+    """Through the upper triangle alone, or through one that is not averaged, eigenvalues move along other paths."""
+
+    def one_triangle(jvp, arrays):
+        upper = np.triu(arrays[0])
+        return jvp(upper + np.conj(np.swapaxes(np.triu(arrays[0], 1), -1, -2)), *arrays[1:])
+
+    for name in ("eigh", "expm"):
+        failed = failed_checks_of_jvp(monkeypatch, capsys, name, "float64", one_triangle)
+        assert {"transpose of vjp", "finite differences"} <= failed
+
+
+@pytest.mark.parametrize("dropped", [0, 1])
+def test_a_dropped_tangent_is_found(small, monkeypatch, capsys, dropped):
+    def drops(jvp, arrays):
+        dots = [0 * a if i == dropped and a is not None else a for i, a in enumerate(arrays[:2])]
+        return jvp(*dots, *arrays[2:])
+
+    failed = failed_checks_of_jvp(monkeypatch, capsys, "solve", "float64", drops)
+    assert {"transpose of vjp", "finite differences"} <= failed
+
+
+def test_none_that_is_not_zeros_is_found(small, monkeypatch, capsys):
+    """Half of the tangent is lost where the other input does not move."""
+
+    def half(jvp, arrays):
+        return jvp(*arrays) * (0.5 if arrays[1] is None else 1.0)
+
+    failed = failed_checks_of_jvp(monkeypatch, capsys, "solve", "float32", half)
+    assert failed == {"None and zeros"}
+
+
+def test_a_rule_without_a_jvp_has_no_checks_of_one(small, monkeypatch, capsys):
+    only(monkeypatch, _rules.RULES["qr"]._replace(jvp=None))
+    assert main(["verify", "--dtype", "float64"]) == 0
+    assert "jvp" not in capsys.readouterr().out
+
+
+def change_all(change, jvp, arrays):
+    """Change one array or each of several."""
+    result = jvp(*arrays)
+    return tuple(change(t, arrays) for t in result) if isinstance(result, tuple) else change(result, arrays)
+
+
+def failed_checks_of_jvp(monkeypatch, capsys, name, dtype, wrong):
+    """The names of the checks that find a JVP wrong which is ``wrong(jvp, arrays)``."""
+    rule = _rules.RULES[name]
+
+    @functools.wraps(rule.jvp)
+    def changed(*arrays, **options):
+        return wrong(functools.partial(rule.jvp, **options), arrays)
+
+    with monkeypatch.context() as patch:
+        only(patch, rule._replace(jvp=changed))
+        assert main(["verify", "--dtype", dtype]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    found = {line.partition(": jvp: ")[2] for line in lines if line.startswith(f"FAIL {name}: ")}
+    assert "" not in found  # only checks of the JVP fail
+    return found
+
+
+@pytest.mark.parametrize("part", ["forward", "vjp", "jvp"])
 def test_rule_that_crashes_fails_with_its_message(small, monkeypatch, capsys, part):
     rule = _rules.RULES["sqrtm"]
 
@@ -135,6 +231,49 @@ def test_rule_that_crashes_fails_with_its_message(small, monkeypatch, capsys, pa
     only(monkeypatch, rule._replace(**{part: crash}))
     assert main(["verify", "--dtype", "float64"]) == 1
     assert "ValueError: no such [thing]" in capsys.readouterr().out
+
+
+@pytest.mark.framework("torch")
+@pytest.mark.parametrize("name", OLD)
+def test_hard_problems_find_the_fault_that_they_are_there_for(name):
+    kind, _, _, _ = OLD[name]
+    case = checks.Case(old_rule(name), "float32" if kind in OF_TORCH else "float64", checks.HARD_SIZE, ())
+    with backend("torch" if kind in OF_TORCH else "numpy") as library:
+        (outcome,) = (found for found in checks.run_case(library, case, 0) if found.check == kind)
+    assert not outcome.passed
+    assert "Error" not in outcome.note  # a check that crashes finds nothing
+
+
+@pytest.mark.parametrize("name", ["array-api-strict", *(
+    pytest.param(name, marks=pytest.mark.framework(name)) for name in ("torch", "jax"))])  # fmt: skip
+def test_hard_problems_take_every_library(name):
+    """The calls run on it, and a judge can read the results."""
+    few = {kind: rules for kind, (_, rules) in HARD.items() if name == "torch" or kind not in OF_TORCH}
+    if name == "jax":  # compiles for seconds each
+        few = {kind: few[kind] for kind in ("units of columns",) if kind in few}
+    with backend(name) as library:
+        for kind, rules in few.items():
+            problem = HARD[kind][0](_rules.RULES[rules[0]], np.random.default_rng(3), np.float64)
+            for convert, to_numpy in ((np.asarray, np.asarray), (library.convert, library.to_numpy)):
+                error, _ = measure_hard(problem, convert, to_numpy)
+                assert math.isinf(error) or error >= 0
+
+
+def test_a_hard_problem_is_judged():
+    one = Hard("", (np.ones(2),), lambda x: (2 * x,), lambda results: (float(abs(results[0][0] - 2)), 1e-3))
+    assert measure_hard(one) == (0.0, 1e-3)
+    assert measure_hard(one._replace(is_singular=True))[0] == math.inf
+    assert math.isinf(measure_hard(one._replace(judge=lambda results: (math.nan, 1.0)))[0])
+
+    def refuse(x):
+        raise ddnref.SingularError
+
+    def fail(x):
+        raise ddnref.ConvergenceError
+
+    assert math.isinf(measure_hard(one._replace(call=refuse))[0])
+    assert measure_hard(one._replace(call=refuse, is_singular=True)) == (0.0, 0.0)
+    assert math.isinf(measure_hard(one._replace(call=fail, is_singular=True))[0])
 
 
 def test_nan_is_worst_and_fails():
@@ -280,6 +419,6 @@ def test_the_table_fits_80_columns_and_says_where(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     for check in checks.CHECKS:
-        (row,) = (line for line in lines if check in line and "FAIL " + case.rule.name not in line)
+        (row,) = (line for line in lines if line.startswith(f"  {check} "))
         assert "complex128, 16, (2, 2)" in row
         assert " FAIL " in row
