@@ -146,7 +146,10 @@ def exact(x, w_bar, h_bar):
 @pytest.mark.parametrize("scale", [1.0, 1e-8, 1e100])
 @pytest.mark.parametrize(("m", "small"), [(4, (1e-8,)), (4, (3e-8, 1e-8)), (7, (1e-8,)), (4, (1e-4,)), (7, (1e-11,))])
 def test_ill_conditioned(m, small, scale, xp, rng):
-    """Sums of singular values and reciprocals lose what the smallest ones have lost, and no more."""
+    """Sums of singular values and reciprocals lose what the smallest ones have lost, and no more.
+
+    The decomposition and the products round by some 12 eps at any condition.
+    """
     u, v = factors(rng, m, 4)
     s = np.concatenate([np.linspace(1.0, 0.5, 4 - len(small)), small])
     x = scale * matrix(u, s, v)
@@ -156,14 +159,15 @@ def test_ill_conditioned(m, small, scale, xp, rng):
     vjp = xp.lift(partial(ddnref.polar_vjp, throw=False))
     # A tall matrix has reciprocals of single values; a square one has sums of two.
     condition = 1 / s[-1] if m > 4 else 1 / (s[-1] + s[-2])
-    assert relative(vjp(w_bar, None, w, h, *saved), of_w) <= 8 * EPS * condition
-    assert relative(vjp(None, h_bar, w, h, *saved), of_h) <= 8 * EPS * condition
+    bound = EPS * (8 * condition + 16)
+    assert relative(vjp(w_bar, None, w, h, *saved), of_w) <= bound
+    assert relative(vjp(None, h_bar, w, h, *saved), of_h) <= bound
     # A direction, and so the tangents.
     x_dot = normal(rng, m, 4)
     w_dot, h_dot = xp.lift(partial(ddnref.polar_jvp, throw=False))(x_dot, w, h, *saved)
     size = np.linalg.norm(x_dot)
-    assert abs(np.vdot(w_bar, w_dot) - np.vdot(of_w, x_dot)) <= 8 * EPS * condition * np.linalg.norm(of_w) * size
-    assert abs(np.vdot(h_bar, h_dot) - np.vdot(of_h, x_dot)) <= 8 * EPS * condition * np.linalg.norm(of_h) * size
+    assert abs(np.vdot(w_bar, w_dot) - np.vdot(of_w, x_dot)) <= bound * np.linalg.norm(of_w) * size
+    assert abs(np.vdot(h_bar, h_dot) - np.vdot(of_h, x_dot)) <= bound * np.linalg.norm(of_h) * size
     assert np.array_equal(h_dot, h_dot.T)
 
 
