@@ -45,7 +45,7 @@ from ddnref.linalg._pinv import (
     rank_preserving_jvp,
     rank_preserving_vjp,
 )
-from ddnref.linalg._solve import _columns, _nan_with, _vectors, check_source, joint_axes, summed_to
+from ddnref.linalg._solve import _columns, _nan_with, _vectors, check_is_whole, check_source, joint_axes, summed_to
 
 
 @public
@@ -333,6 +333,7 @@ def _check_solution(
     if x.ndim < 1 or x.shape[-1] != n:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., {n}): the solution for a.")
     lead = joint_axes("x", tuple(x.shape[:-1]), tuple(batch))
+    check_is_whole(x, 1, lead, "a")
     check_source("b", b, tuple(x.shape[:-1]), (m,))
     return tuple(batch), lead
 

@@ -292,6 +292,7 @@ def _check_solution(xp: Namespace, x: Array, lu: Array, pivots: Array, b: Array 
     check_factors(lu, pivots, "solve_fwd")
     check_precision(xp, lu=lu, x=x, **({} if b is None else {"b": b}))
     lead = _leading_axes("x", lu, x)
+    check_is_whole(x, 1, lead, "this matrix")
     if b is not None:
         check_source("b", b, tuple(x.shape[:-1]), tuple(x.shape[-1:]))
     return lead
@@ -337,6 +338,13 @@ def joint_axes(name: str, lead: tuple[int, ...], batch: tuple[int, ...], of: str
     if any(p != q and 1 not in (p, q) for p, q in pairs):
         raise ValueError(f"the leading axes {lead} of {name} do not broadcast against the batch axes {batch} of {of}.")
     return tuple(q if p == 1 else p for p, q in pairs)
+
+
+def check_is_whole(x: Array, axes: int, lead: tuple[int, ...], of: str) -> None:
+    """Raise unless a solution, whose vectors have so many axes, has all the leading axes that solving gave it."""
+    own = tuple(x.shape[: x.ndim - axes])
+    if own != lead:
+        raise ValueError(f"x has leading axes {own}, expected {lead}: the solution for {of}.")
 
 
 def _columns(v: Array, batch: tuple[int, ...], lead: tuple[int, ...]) -> Array:

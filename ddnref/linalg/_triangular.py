@@ -34,6 +34,7 @@ from ddnref.linalg._solve import (
     _leading_axes,
     _minus_outer,
     _nan_with,
+    check_is_whole,
     check_source,
     solved_columns,
     summed_to,
@@ -260,8 +261,7 @@ def _check_solution(a: Array, x: Array, b: Array | None) -> tuple[int, ...]:
     check_square("a", a)
     check_precision(namespace_of(a), a=a, x=x, **({} if b is None else {"b": b}))
     lead = _leading_axes("x", a, x)
-    if lead != tuple(x.shape[:-1]):
-        raise ValueError(f"x has leading axes {tuple(x.shape[:-1])}, expected {lead}: the solution for this matrix.")
+    check_is_whole(x, 1, lead, "this matrix")
     if b is not None:
         check_source("b", b, tuple(x.shape[:-1]), tuple(x.shape[-1:]))
     return lead

@@ -35,6 +35,7 @@ from ddnref.linalg._solve import (
     _check_direction,
     _columns,
     _nan_with,
+    check_is_whole,
     check_source,
     joint_axes,
     solved_columns,
@@ -508,8 +509,8 @@ def _system(
         batch = joint_axes(band, _lead(band, array, (tail[0] - 1, *tail[1:]), "diagonal", shape), batch, "diagonal")
     item = tail[:2] if blocks else tail
     lead = joint_axes(name, _lead(name, vectors, item, "diagonal", shape), batch, "the bands")
-    if name == "x" and lead != tuple(x_lead := vectors.shape[: vectors.ndim - len(item)]):
-        raise ValueError(f"x has leading axes {tuple(x_lead)}, expected {lead}: the solution for these bands.")
+    if name == "x":
+        check_is_whole(vectors, len(item), lead, "these bands")
     if b is not None:
         check_source("b", b, lead, item)
     size = item[0] * item[1] if blocks else item[0]

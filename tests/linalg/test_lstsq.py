@@ -223,6 +223,9 @@ def test_bad_input(xp, host_reads, rng):
         ddnref.lstsq_vjp(b, b, *saved, a, b)
     with pytest.raises(ValueError, match=r"b has shape \(4, 5\), but the solution belongs to"):
         ddnref.lstsq_vjp(x, x, *saved, a, np.ones((4, 5)))
+    several = np.stack([a] * 4)
+    with pytest.raises(ValueError, match=r"x has leading axes \(\), expected \(4,\): the solution for a"):
+        ddnref.lstsq_vjp(x, x, *ddnref.lstsq_fwd(several, b)[1], several, b)
     with pytest.raises(TypeError, match="a_dot and b_dot are both None"):
         ddnref.lstsq_jvp(None, None, x, *saved, a, b)
     with pytest.raises(ValueError, match=r"a_dot has shape \(5,\), expected \(5, 3\)"):

@@ -1,5 +1,7 @@
 """Dense systems: right-hand sides that broadcast, one factorisation for both ways, singular matrices."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -145,6 +147,10 @@ def test_static_errors(rng):
         ddnref.solve_vjp(x[:2], x, *saved)
     with pytest.raises(TypeError, match="x_bar has dtype float32"):
         ddnref.solve_vjp(x.astype(np.float32), x, *saved)
+    _, saved = ddnref.solve_fwd(np.stack([a, a]), b)
+    for derivative in (partial(ddnref.solve_vjp, x), partial(ddnref.solve_jvp, None, b)):
+        with pytest.raises(ValueError, match=r"x has leading axes \(\), expected \(2,\): the solution for this matrix"):
+            derivative(x, *saved)
 
 
 def test_libraries_do_not_mix(rng):
