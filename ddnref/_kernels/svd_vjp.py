@@ -23,6 +23,7 @@ from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
+from array_api_compat import is_numpy_array
 
 from ddnref._core.arrays import Array, adjoint, as_dtype, eps, full, is_complex, namespace_of, nan_where
 from ddnref._core.selection import Columns, take
@@ -75,8 +76,12 @@ def triples_vjp(
     ``None`` instead of flags says that there is nothing to depend on.
     """
     xp, columns, everything = namespace_of(u), range(k), k == s.shape[-1]
-    if everything and u_bar is not None and v_bar is not None and none_flagged(near) and none_flagged(zero):
-        return _in_place(u_bar, s_bar, v_bar, u, s, v, gauge_rtol)
+    if is_numpy_array(u) and everything and u_bar is not None and v_bar is not None:
+        flagged = np.any(near, axis=-1) | np.any(zero, axis=-1)
+        if not flagged.any():
+            return _in_place(u_bar, s_bar, v_bar, u, s, v, gauge_rtol)
+        if not flagged.all():
+            return _apart(flagged, u_bar, s_bar, v_bar, u, s, v, near, zero, gauge_rtol)
     u_k, s_k, v_k, zero_k = (take(a, columns, -1) for a in (u, s, v, zero))
     if u_bar is None and v_bar is None:
         found = _of_values(s_bar, near, zero, columns, gauge_rtol)
@@ -233,6 +238,40 @@ def _in_place(
     bad = np.asarray(exceeds(inside, whole, gauge_rtol))
     x_bar[bad] = np.nan
     return x_bar, Undetermined(bad, bad & False, ((inside, whole),))
+
+
+def _apart(
+    flagged: Array,
+    u_bar: Array,
+    s_bar: Array | None,
+    v_bar: Array,
+    u: Array,
+    s: Array,
+    v: Array,
+    near: Array,
+    zero: Array,
+    gauge_rtol: float,
+) -> tuple[Array, Undetermined]:
+    """Compute items without equal or zero values in place, and the flagged ones in the standard form.
+
+    Of 1000 random 32×32 matrices in float32, one is often enough to be flagged; together they would take 4.5 times as
+    long.
+    """
+    x_bar = np.empty((*u.shape[:-1], v.shape[-2]), u.dtype)
+    gauge, singular = np.zeros(flagged.shape, dtype=bool), np.zeros(flagged.shape, dtype=bool)
+    measured: list[tuple[Array, Array]] = []
+    for items in (flagged, ~flagged):
+        bars = u_bar[items], None if s_bar is None else s_bar[items], v_bar[items]
+        triples = u[items], s[items], v[items], s.shape[-1]
+        x_bar[items], found = triples_vjp(*bars, *triples, near[items], zero[items], gauge_rtol)
+        if found is None:
+            continue
+        gauge[items], singular[items] = found.gauge, found.singular
+        for pair in found.measured:
+            part, whole = np.zeros(flagged.shape, s.dtype), np.zeros(flagged.shape, s.dtype)
+            part[items], whole[items] = pair
+            measured.append((part, whole))
+    return x_bar, Undetermined(gauge, singular, tuple(measured))
 
 
 def _whole(

@@ -301,13 +301,39 @@ def test_the_form_for_numpy_is_the_standard_one(shape, dtype, monkeypatch, rng):
                 options = {"throw": False, "gauge_rtol": float("inf")}
                 fast = ddnref.svd_vjp(u_bar, s_bar, vh_bar, u, s, vh, **options)
                 with monkeypatch.context() as patch:
-                    patch.setattr(ddnref._kernels.svd_vjp, "none_flagged", lambda flags: False)
+                    patch.setattr(ddnref._kernels.svd_vjp, "is_numpy_array", lambda array: False)
                     standard = ddnref.svd_vjp(u_bar, s_bar, vh_bar, u, s, vh, **options)
                 assert fast.dtype == dtype
                 for i in range(4):
                     assert (
                         relative(fast[i].astype(left.dtype), standard[i].astype(left.dtype)) <= 64 * np.finfo(dtype).eps
                     )
+
+
+@both_kinds
+@pytest.mark.parametrize("with_s", [True, False])
+def test_items_with_equal_or_zero_values_beside_others(with_s, is_complex, rng):
+    """NumPy computes them apart; each item comes out as on its own, and the refused ones are named."""
+    left, right = bases(rng, (6, 6), (2, 2), is_complex)
+    x = with_values(left, right, np.asarray([[TRIPLE, np.arange(6.0, 0, -1)], [ZEROS, np.linspace(3, 1, 6)]]))
+    u, s, vh = ddnref.svd(x)
+    bars = (
+        draw(rng, u.shape, is_complex),
+        rng.standard_normal(s.shape) if with_s else None,
+        draw(rng, vh.shape, is_complex),
+    )
+    if is_complex:  # no loss depends on the phase
+        inner = np.sum(u.conj() * bars[0], -2) + np.sum(vh * bars[2].conj(), -1)
+        bars = bars[0] - 1j * u * inner.imag[..., None, :], *bars[1:]
+    found = ddnref.svd_vjp(*bars, u, s, vh, throw=False)
+    for i in np.ndindex(2, 2):
+        alone = ddnref.svd_vjp(*(None if b is None else b[i] for b in bars), u[i], s[i], vh[i], throw=False)
+        np.testing.assert_allclose(found[i], alone, rtol=1e-11, atol=1e-11)
+    assert np.isnan(found[:, 0]).all()
+    assert np.isfinite(found[:, 1]).all()
+    error, named = (SingularError, r"\(item \(1, 0\)") if with_s else (GaugeError, r"\(items \(0, 0\), \(1, 0\)")
+    with pytest.raises(error, match=named + " of 2 x 2"):
+        ddnref.svd_vjp(*bars, u, s, vh)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
