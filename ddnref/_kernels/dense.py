@@ -10,6 +10,7 @@ from functools import reduce
 from operator import add
 
 import array_api_compat
+import numpy as np
 from numpy.linalg import LinAlgError
 
 from ddnref._core.arrays import Array, adjoint, double, full, is_true, nan_where
@@ -77,10 +78,10 @@ def hermitian_sum(b: Array, v: Array) -> Array:
 
 def eigh(s: Array) -> tuple[Array, Array]:
     """Return eigenvalues (ascending) and eigenvectors of exactly Hermitian `s`; items that are not finite give NaN."""
+    if array_api_compat.is_numpy_array(s) and np.isfinite(s).all():
+        return _numpy.eigh(s)  # without a further pass over memory
     xp = array_api_compat.array_namespace(s)
     finite = xp.all(xp.isfinite(s), axis=(-2, -1), keepdims=True)
-    if array_api_compat.is_numpy_array(s) and finite.all():
-        return _numpy.eigh(s)  # without a further pass over memory
     # Zeros replace items that are not finite, so that the others come out right.
     s, bad = xp.where(finite, s, xp.zeros_like(s)), xp.logical_not(finite)
     if array_api_compat.is_numpy_array(s):
@@ -125,12 +126,12 @@ def eigh_largest(s: Array, k: int) -> tuple[Array, Array]:
 
 def svd(a: Array) -> tuple[Array, Array, Array]:
     """Return ``U``, ``s`` (descending) and ``Vᴴ`` of the thin decomposition; items that are not finite give NaN."""
-    xp = array_api_compat.array_namespace(a)
     if 0 in a.shape:
         return _svd_of_nothing(a)
-    finite = xp.all(xp.isfinite(a), axis=(-2, -1), keepdims=True)
-    if array_api_compat.is_numpy_array(a) and finite.all():
+    if array_api_compat.is_numpy_array(a) and np.isfinite(a).all():
         return _numpy.svd(a)  # without a further pass over memory
+    xp = array_api_compat.array_namespace(a)
+    finite = xp.all(xp.isfinite(a), axis=(-2, -1), keepdims=True)
     # Zeros replace items that are not finite, so that the others come out right.
     a, bad = xp.where(finite, a, xp.zeros_like(a)), ~finite
     u, s, v_h = _numpy.svd(a) if array_api_compat.is_numpy_array(a) else xp.linalg.svd(a, full_matrices=False)

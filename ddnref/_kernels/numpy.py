@@ -29,6 +29,7 @@ NARROW = 128  # up to this width OpenBLAS takes twice as long for A Bᵀ as for 
 CHUNK = 2**18  # numbers in a chunk of a batch, 256 matrices of 32×32: smaller ones wait for the interpreter's lock
 BLAS_THREADS = 2**18  # multiplications from which OpenBLAS splits one product over threads
 WORTH_THREADS = 2**16  # numbers in a batch from which a second thread pays for waking it
+WORTH_IN_LAPACK = 2**14  # the same for decompositions, which take 50 times as long per number
 
 
 def adjoint(x: Array) -> Array:
@@ -61,13 +62,15 @@ def _pool(process: int, size: int) -> Any:  # noqa: ARG001
     return ThreadPoolExecutor(size, thread_name_prefix="ddnref")
 
 
-def for_parts(run: Callable[[slice], None], count: int, m: int) -> None:
+def for_parts(run: Callable[[slice], None], count: int, m: int, worth: int = WORTH_THREADS) -> None:
     """Call `run` on slices of a batch of `count` m×m matrices: chunks that stay in cache, on several threads.
+
+    Threads share the batch from `worth` numbers.
 
     At (1000, 32) in float32, chunks on two threads take 0.5 of the time of the whole batch in one call. Wide matrices
     run as one part, because BLAS uses the threads itself there.
     """
-    if count * m * m < WORTH_THREADS:
+    if count * m * m < worth:
         run(slice(0, count))
         return
     workers = threads() if m < WHOLE else 1
@@ -153,7 +156,7 @@ def eigh(s: Array) -> tuple[Array, Array]:
     w, v_t = np.empty(flat.shape[:-1], dtype=flat.real.dtype), np.empty_like(flat)
 
     run = partial(_decompose_part, "eigh_lo", np.linalg.eigh, flat, (w, v_t.mT))
-    for_parts(run, flat.shape[0], m)
+    for_parts(run, flat.shape[0], m, WORTH_IN_LAPACK)
     return w.reshape(s.shape[:-1]), v_t.reshape(s.shape).mT
 
 
@@ -166,7 +169,8 @@ def svd(a: Array) -> tuple[Array, Array, Array]:
     s = np.empty((count, k), a.real.dtype)
 
     public = partial(np.linalg.svd, full_matrices=False)
-    for_parts(partial(_decompose_part, "svd_s", public, flat, (u, s, v_h)), count, math.isqrt(m * n))
+    run = partial(_decompose_part, "svd_s", public, flat, (u, s, v_h))
+    for_parts(run, count, math.isqrt(m * n), WORTH_IN_LAPACK)
     return u.reshape(*batch, m, k), s.reshape(*batch, k), v_h.reshape(*batch, k, n)
 
 
