@@ -57,12 +57,12 @@ def on_numpy(rule: Rule, bound: Bound, layout: Layout) -> OnNumpy:
 
     def reverse(bars: tuple[Array, ...], arrays: tuple[Array, ...]) -> tuple[Array | None, ...]:
         gradients = flat.reverse(tuple(map(_none_for_zeros, bars)), arrays)
-        _warn_of_nan(NAN, rule.name, gradients, inputs)
+        warn_of_nan(NAN, rule.name, gradients, inputs)
         return gradients
 
     def push(dots: tuple[Array | None, ...], arrays: tuple[Array, ...]) -> tuple[Array, ...]:
         tangents: tuple[Array, ...] = flat.push(tuple(map(_none_for_zeros, dots)), arrays)  # type: ignore[misc]
-        _warn_of_nan(NAN_TANGENT, rule.name, tangents, outputs)
+        warn_of_nan(NAN_TANGENT, rule.name, tangents, outputs)
         return tangents
 
     return OnNumpy(forward, reverse, push)
@@ -73,9 +73,9 @@ def _none_for_zeros(x: Array | None) -> Array | None:
     return x if np.any(x) else None
 
 
-def _warn_of_nan(message: str, name: str, found: tuple[Array | None, ...], axes: tuple[int | None, ...]) -> None:
+def warn_of_nan(message: str, name: str, found: tuple[Array | None, ...], axes: tuple[int | None, ...]) -> None:
     """Warn where a derivative is NaN because it does not exist."""
-    if any(x is not None and np.any(failed(x)) for x in found):
+    if any(x is not None and failed(x).any() for x in found):
         i = widest(found, axes)
         warn(message, name, None if found[i] is None else failed_items(failed(found[i]), axes[i]))
 

@@ -17,6 +17,7 @@ import torch
 from ddnref._rules.binding import Bound, flatten, leaves
 from ddnref._rules.contract import Rule
 from ddnref.interop import _torch_vmap
+from ddnref.interop._torch_on_numpy import writable
 
 Tensor: TypeAlias = Any
 
@@ -107,10 +108,8 @@ def _computing(
 def _tensor(array: Any) -> Tensor:
     """A library's array as a tensor that PyTorch may write to; a copy where it is read-only or has negative strides."""
     if isinstance(array, (np.ndarray, np.generic)):
-        array = np.asarray(array)
-        if not array.flags.writeable:
-            array = array.copy()
-    if any(stride < 0 for stride in array.strides):  # PyTorch has no such strides
+        array = writable(array)
+    elif any(stride < 0 for stride in array.strides):  # PyTorch has no such strides
         array = array.copy()
     if array.dtype == bool:  # not every version of every library exports these
         return torch.from_dlpack(array.view(np.uint8)).view(torch.bool)

@@ -1,6 +1,6 @@
 """PyTorch: ``differentiable(op)`` makes an operation record our VJP instead of PyTorch's own derivative.
 
-Everything runs on the tensors themselves, on their device, without a copy. It works with ``backward``, every
+Everything runs on the memory of the tensors, on their device, without a copy. It works with ``backward``, every
 transform of ``torch.func`` in every nesting, ``torch.autograd.forward_ad``, and ``torch.compile(fullgraph=True)`` of
 reverse mode. For second derivatives PyTorch differentiates our VJP or JVP. Those of functions of a matrix are explicit,
 and exact at repeated eigenvalues; those of eigenvectors would be wrong there, so they raise.
@@ -38,6 +38,7 @@ from ddnref.interop._bridge_cache import cached_by_options
 from ddnref.interop._held_options import FUNCTIONS, held_by, holding
 from ddnref.interop._torch_foreign_kernels import computed_by
 from ddnref.interop._torch_forward import in_forward_mode, pushing, refuse_graph
+from ddnref.interop._torch_on_numpy import bound_on_numpy, on_numpy
 from ddnref.interop._torch_opaque import opaque
 from ddnref.interop._torch_second import first_order, linear_map, moves_saved
 from ddnref.interop._torch_vmap import align_batch, align_held, mapped_axis_first
@@ -59,16 +60,18 @@ def differentiable(operation: Callable[..., Any], *, compute: str | None = None,
 
     Parameters
     ----------
-    compute : {None, "cupy", "numpy"}
-        The library that computes: PyTorch by default, CuPy for CUDA tensors (on PyTorch's current stream) or NumPy
-        for CPU tensors. The other libraries get the tensors through DLPack, without a copy. They break the graph of
+    compute : {None, "torch", "cupy", "numpy"}
+        The library that computes, on the memory of the tensors, without a copy. By default NumPy for CPU tensors
+        outside of transforms, compilers and second derivatives, because its functions start five times as fast, and
+        PyTorch for all others; ``"torch"`` is PyTorch always. ``"cupy"`` is CuPy for CUDA tensors (on PyTorch's
+        current stream) and ``"numpy"`` is NumPy for CPU tensors, through DLPack; these break the graph of
         ``torch.compile``, and they have no second derivatives.
 
     Raises
     ------
     NotImplementedError
-        When a tangent or a second derivative is taken with ``compute=``; for a third derivative of a function of a
-        matrix; by ``torch.func.linearize`` of an operation that iterates.
+        When a tangent or a second derivative is taken with ``compute="cupy"`` or ``"numpy"``; for a third derivative
+        of a function of a matrix; by ``torch.func.linearize`` of an operation that iterates.
 
     Notes
     -----
@@ -91,12 +94,26 @@ def differentiable(operation: Callable[..., Any], *, compute: str | None = None,
     rule = rule_of(operation)
     if compute is None:
         return _bridge(rule, options)
+    if compute == "torch":
+        return _bridge_on_tensors(rule, options)
     function = _function(*computed_by(compute, rule, bind(rule, options, notify=partial(notify, rule.name))))
     return function if rule.info is not None else torch.compiler.disable(function)  # no graph can hold its kernels
 
 
 @cached_by_options
 def _bridge(rule: Rule, options: dict[str, Any]) -> Callable[..., Any]:
+    return _bridged(rule, options, _bridge, bound_on_numpy(rule, options))
+
+
+@cached_by_options
+def _bridge_on_tensors(rule: Rule, options: dict[str, Any]) -> Callable[..., Any]:
+    return _bridged(rule, options, _bridge_on_tensors, None)
+
+
+def _bridged(
+    rule: Rule, options: dict[str, Any], bridge: Callable[..., Any], plain: Bound | None
+) -> Callable[..., Any]:
+    """The function of a rule, whose inner solves take the same `bridge`; `plain` is the operation on NumPy arrays."""
     plain_solve = None if rule.solves_by is None else rule.solves_by.function
 
     def solve(*inputs: Any, **others: Any) -> Any:
@@ -105,7 +122,7 @@ def _bridge(rule: Rule, options: dict[str, Any]) -> Callable[..., Any]:
         if plain_solve is not None and (unrecorded or torch.compiler.is_compiling()):
             others.pop("on_failure", None)  # the derivative that called this judges what has not converged
             return plain_solve(*inputs, **others)
-        return _bridge(rule.inner, others)(*inputs)  # type: ignore[arg-type]
+        return bridge(rule.inner, others)(*inputs)
 
     # A VJP that solves its own systems solves them with this bridge, and so it can be differentiated again.
     warned = partial(notify, rule.name)
@@ -113,7 +130,7 @@ def _bridge(rule: Rule, options: dict[str, Any]) -> Callable[..., Any]:
     def rebind(changed: dict[str, Any]) -> Bound:
         return bind(rule, {**options, **changed}, solve=solve if rule.recursive else None, notify=warned)
 
-    return _function(rule, rebind({}), options, rebind)
+    return _function(rule, rebind({}), options, rebind, plain)
 
 
 def _function(
@@ -121,15 +138,20 @@ def _function(
     bound: Bound,
     options: dict[str, Any] | None = None,
     rebind: Callable[[dict[str, Any]], Bound] | None = None,
+    plain: Bound | None = None,
 ) -> Callable[..., Any]:
     """The function that the user calls: it takes operators apart and puts the results together.
 
-    `rebind` binds other values of those options that hold tensors, which transforms must see.
+    `rebind` binds other values of those options that hold tensors, which transforms must see. `plain` is the operation
+    on NumPy arrays, for plain tensors.
     """
     names, held, extra = held_by(options or {})
     functions = [(name, f) for name in FUNCTIONS if callable(f := (options or {}).get(name)) and name not in names]
     # Where all inputs are arrays, their number says which operation it is. Operators get one for each structure.
-    operations = {count: _operation(rule, bound, Layout((None,) * count, (1,) * count)) for count in input_counts(rule)}
+    operations = {}
+    for count in input_counts(rule):
+        layout = Layout((None,) * count, (1,) * count)
+        operations[count] = _operation(rule, bound, layout, plain=plain)
     with_operators = lru_cache(maxsize=16)(partial(_operation, rule, bound))
     n, fields = rule.outputs, rule.info_fields
 
@@ -152,10 +174,10 @@ def _function(
         if is_forward():
             if rule.info is not None:
                 refuse_graph(rule.name)
-            operation = operation.forms["nested" if moves_saved(tuple(arrays)) else "forward"]
-        elif eager:
-            operation = operation.forms["eager"]
-        flat = call(operation.apply, tuple(arrays), {})
+            apply = operation.forms["nested" if moves_saved(tuple(arrays)) else "forward"].apply
+        else:
+            apply = operation.eager if eager else operation.apply
+        flat = call(apply, tuple(arrays), {})
         return bound.result(flat[:n], flat[len(flat) - fields :])
 
     if rule.info is not None:  # it iterates
@@ -226,11 +248,13 @@ def _operation(
     layout: Layout,
     held: int = 0,
     mapped: Callable[[tuple[Tensor, ...], str], tuple[Tensor, ...]] | None = None,
+    plain: Bound | None = None,
 ) -> Any:
     """An operation as ``autograd.Function`` of the arrays of a layout, and of `held` arrays that options hold.
 
-    Its ``forms`` are this class, a cheaper one outside ``torch.func``, and those for forward mode. ``mapped(arrays,
-    form)`` runs a form on arrays whose first axis is mapped by ``vmap``.
+    Its ``forms`` are this class and those for forward mode. ``eager(*arrays)`` is cheaper outside of ``torch.func``,
+    and computes with `plain` where it can. ``mapped(arrays, form)`` runs a form on arrays whose first axis is mapped by
+    ``vmap``.
     """
     flat = bound if held else on_arrays(bound, rule, layout)
     reverse = opaque(rule, bound, layout, "reverse") if rule.opaque else flat.reverse
@@ -298,14 +322,19 @@ def _operation(
             return operation.forms[form].apply(*arrays)  # type: ignore[no-any-return]
 
     push = pushing(rule, bound, layout, flat, refused, linear)
-    forms = {"plain": Operation, "eager": _eager(Operation)}
+    forms = {"plain": Operation}
     for form in ("forward", "nested"):
         forms[form] = in_forward_mode(
             Operation, push, needs, fields, flat.push_saved if form == "nested" and linear is None else None
         )
-    for form, operation in forms.items():
-        if mapped is not None and form != "eager":
+    if mapped is not None:
+        for form, operation in forms.items():
             operation.vmap = staticmethod(_vmap(mapped, form))
+    eager = _eager(Operation).apply
+    if plain is not None:
+        unused = 0 if linear is None else 1  # the matrix that only the second derivative needs
+        eager = on_numpy(Operation, rule, plain, layout, unused, otherwise=eager)
+    Operation.eager = staticmethod(eager)
     Operation.forms = forms
     return Operation
 

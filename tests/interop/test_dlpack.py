@@ -1,4 +1,4 @@
-"""Other libraries' kernels under PyTorch: the same gradients, no copies, no memory shared behind PyTorch's back."""
+"""Other libraries that compute for PyTorch: the same gradients, no copies, no memory shared behind PyTorch's back."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -15,6 +15,7 @@ from ddnref._rules.binding import Bound
 from ddnref._rules.table import RULES, TRIALS
 
 pytestmark = pytest.mark.framework("torch")
+numpy_computes = pytest.mark.parametrize("compute", ["numpy", None])
 
 
 @pytest.fixture
@@ -71,10 +72,12 @@ def test_gradients_are_those_of_the_bridge_that_stays_in_torch(name, torch, diff
     torch.manual_seed(0)
     for dtype in (torch.float64, torch.complex128)[: 1 + TRIALS[name].is_complex]:
         x = torch.randn(3, 4, 4, dtype=dtype, requires_grad=True)
-        expected, loss = (loss_of(torch, differentiable, name, compute) for compute in (None, "numpy"))
+        expected, loss = (loss_of(torch, differentiable, name, compute) for compute in ("torch", "numpy"))
         (theirs,) = torch.autograd.grad(expected(x), x)
         (ours,) = torch.autograd.grad(loss(x), x, create_graph=True)
-        torch.testing.assert_close(ours.detach(), theirs, rtol=1e-7, atol=1e-7)
+        (default,) = torch.autograd.grad(loss_of(torch, differentiable, name, None)(x), x)
+        for found in (ours.detach(), default):
+            torch.testing.assert_close(found, theirs, rtol=1e-7, atol=1e-7)
         with pytest.raises(NotImplementedError, match="compute="):
             ours.abs().sum().backward()
         each = torch.func.vmap(torch.func.grad(loss))(x.detach()) if dtype == torch.float64 else None
@@ -94,8 +97,9 @@ def test_nothing_is_copied(torch, differentiable, spy):
     assert address(spy.returned[-1]) == x_bar.data_ptr()
 
 
+@numpy_computes
 @pytest.mark.parametrize("change", ["conjugated", "negated", "transposed", "every second", "expanded", "reversed"])
-def test_lazy_bits_and_strides(change, torch, differentiable):
+def test_lazy_bits_and_strides(change, compute, torch, differentiable):
     z = torch.randn(2, 8, 8, dtype=torch.complex128)
     x = {
         "conjugated": z.conj(),
@@ -106,7 +110,7 @@ def test_lazy_bits_and_strides(change, torch, differentiable):
         "reversed": z.flip(0),
     }[change].requires_grad_()
     copied = x.detach().clone().resolve_conj().resolve_neg().contiguous().requires_grad_()
-    whiten, plain = (differentiable(ddnref.expm, compute=compute) for compute in ("numpy", None))
+    whiten, plain = (differentiable(ddnref.expm, compute=c) for c in (compute, "torch"))
     bar = torch.randn(*x.shape, dtype=x.dtype).conj()
     (ours,) = torch.autograd.grad(whiten(x), x, bar)
     (theirs,) = torch.autograd.grad(plain(copied), copied, bar.resolve_conj())
@@ -130,10 +134,11 @@ def test_a_result_in_the_memory_of_an_input_or_another_result_is_copied(torch, b
     assert x[0] == 0
 
 
-def test_changes_in_place_are_noticed(torch, differentiable):
+@numpy_computes
+def test_changes_in_place_are_noticed(compute, torch, differentiable):
     x = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
-    y = differentiable(ddnref.expm, compute="numpy")(x)
-    w, _ = differentiable(ddnref.eigh, compute="numpy")(x)
+    y = differentiable(ddnref.expm, compute=compute)(x)
+    w, _ = differentiable(ddnref.eigh, compute=compute)(x)
     w.detach().zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         w.sum().backward()
@@ -152,18 +157,20 @@ def test_results_that_must_not_be_written_to_are_copied(torch, bridge):
         assert np.array_equal(array, expected) or array.flags.writeable
 
 
-def test_bool_and_integers_of_info(torch, differentiable):
+@numpy_computes
+def test_bool_and_integers_of_info(compute, torch, differentiable):
     p = torch.full((4,), 0.25, dtype=torch.float64).expand(2, 4)
-    _, info = differentiable(nodes.sinkhorn, compute="numpy")(torch.rand(2, 4, 4, dtype=torch.float64), p, p, 0.5)
+    _, info = differentiable(nodes.sinkhorn, compute=compute)(torch.rand(2, 4, 4, dtype=torch.float64), p, p, 0.5)
     assert info.converged.dtype == torch.bool
     assert info.converged.tolist() == [True, True]
     assert info.n_iter.dtype == torch.int32
 
 
+@numpy_computes
 @pytest.mark.parametrize("shape", [(0, 3, 3), (2, 0, 3, 3), (1, 1)])
-def test_empty_and_single(shape, torch, differentiable):
+def test_empty_and_single(shape, compute, torch, differentiable):
     x = torch.ones(*shape, dtype=torch.float32, requires_grad=True)
-    w, v = differentiable(ddnref.eigh, compute="numpy")(x)
+    w, v = differentiable(ddnref.eigh, compute=compute)(x)
     (w.sum() + v.square().sum()).backward()
     assert x.grad.shape == shape
     assert x.grad.dtype == torch.float32
@@ -178,15 +185,16 @@ def test_operators(torch, differentiable):
 
     d = (torch.rand(5, dtype=torch.float64) + 1).requires_grad_()
     b = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
-    ours, theirs = (torch.autograd.grad(solved(c, d, b).square().sum(), (d, b)) for c in ("numpy", None))
+    ours, theirs = (torch.autograd.grad(solved(c, d, b).square().sum(), (d, b)) for c in ("numpy", "torch"))
     torch.testing.assert_close(ours, theirs)
     with pytest.raises(NotImplementedError, match="leave out compute="):
         torch.func.vmap(lambda d, b: solved("numpy", d, b))(d.detach().expand(2, 5), b.detach())
 
 
-def test_a_failed_item_is_nan_with_a_warning(torch, differentiable):
+@numpy_computes
+def test_a_failed_item_is_nan_with_a_warning(compute, torch, differentiable):
     x = torch.stack([torch.diag(torch.tensor([1.0, 2.0, 3.0])), torch.eye(3)]).double().requires_grad_()
-    _, v = differentiable(ddnref.eigh, compute="numpy")(x)
+    _, v = differentiable(ddnref.eigh, compute=compute)(x)
     with pytest.warns(RuntimeWarning, match="gradient is NaN"):
         v[..., 0, 1].sum().backward()
     assert torch.isfinite(x.grad[0]).all()

@@ -80,13 +80,14 @@ def autocast(torch):
 
 
 @pytest.mark.framework("torch")
+@pytest.mark.parametrize("compute", [None, "torch"])
 @rules
-def test_autocast_changes_nothing(name, torch, autocast, rng):
+def test_autocast_changes_nothing(name, compute, torch, autocast, rng):
     """The bridge, its backward pass inside and outside, and the plain functions; half precision is converted."""
     from ddnref.interop.torch import differentiable
 
     inputs, options, bars = single_precision(name, rng)
-    op, rule = differentiable(PUBLIC[name], **options), RULES[name]
+    op, rule = differentiable(PUBLIC[name], compute=compute, **options), RULES[name]
     bars = tuple(map(torch.asarray, bars))
 
     def outputs_of(*x):
@@ -157,7 +158,7 @@ def test_autocast_around_compiled_functions(torch, autocast):
     from ddnref.interop.torch import differentiable
 
     torch._dynamo.reset()
-    op, x = differentiable(ddnref.sqrtm), torch.eye(6) + 0.1
+    op, x = differentiable(ddnref.sqrtm, compute="torch"), torch.eye(6) + 0.1
 
     def gradient(function):
         y = x.clone().requires_grad_()

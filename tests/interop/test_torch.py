@@ -1,6 +1,7 @@
 """The PyTorch bridge, where test_matrix.py does not go: repeated eigenvalues, warnings, refusals, options."""
 
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -158,7 +159,7 @@ def test_the_warning_passes_vmap(torch, differentiable):
 def test_values_are_read_once_a_backward_pass(name, torch, differentiable, monkeypatch):
     """However many inputs there are: on a GPU each read would wait for it."""
     x = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
-    loss = total(bridged(torch, differentiable, name)(x))
+    loss = total(bridged(torch, partial(differentiable, compute="torch"), name)(x))
     reads = []
     read = torch.Tensor.__bool__
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda flag: reads.append(flag) or read(flag))
