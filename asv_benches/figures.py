@@ -25,6 +25,7 @@ from benchmarks import THREADS  # isort: skip - pins the threads before NumPy
 
 import _figures
 import _figures_bridges
+import _figures_decompositions
 import _figures_forward
 import _figures_ggn
 import _figures_hessian
@@ -32,7 +33,15 @@ import _figures_scale
 from _figures import Row, Sizes
 from benchmarks._common import pin_threads
 
-GROUPS = (_figures, _figures_forward, _figures_ggn, _figures_hessian, _figures_bridges, _figures_scale)
+GROUPS = (
+    _figures,
+    _figures_forward,
+    _figures_decompositions,
+    _figures_ggn,
+    _figures_hessian,
+    _figures_bridges,
+    _figures_scale,
+)
 FIGURES = {name: figure for group in GROUPS for name, figure in group.FIGURES.items()}
 BUSY = 0.1  # of one core, in other processes, above which a timing is not judged
 DISTURBED = "machine busy"

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import ddnref
 from ddnref._rules.binding import as_tuple, options_of
 from ddnref._rules.contract import Rule
 from ddnref._rules.table import RULES, TRIALS
 
 from ._common import Call, burst, load, load_jax, seconds
+from ._common import problem as eigenpairs
 
 M = 8
 OPERATIONS = ("eigh", "eigh_topk", "spectral_function", "solve", "sinkhorn")
@@ -103,17 +105,26 @@ def _torch(name: str) -> Calls:
     operation = differentiable(rule.function, **p.options)
     inputs = tuple(x.clone().requires_grad_() for x in p.inputs)
     n = len(p.bars)
+    # NumPy computes, as in the bridge, unless an option is a function of tensors.
+    by_numpy = not any(map(callable, p.options.values()))
+    pair = problem(name, np.asarray) if by_numpy else p
+
+    def given(tensors: Any) -> Any:
+        return [x.detach().numpy() for x in tensors] if by_numpy else tensors
+
+    def back(arrays: Any) -> Any:
+        return tuple(map(torch.from_numpy, arrays)) if by_numpy else tuple(arrays)
 
     class Bare(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
-            outputs, saved = p.forward(*inputs)
+            outputs, saved = map(back, pair.forward(*given(inputs)))
             ctx.save_for_backward(*outputs, *saved, *(inputs[i] for i in rule.needs))
-            return outputs
+            return outputs  # type: ignore[no-any-return]
 
         @staticmethod
         def backward(ctx: Any, *bars: Any) -> tuple[Any, ...]:
-            return p.vjp(*bars, *ctx.saved_tensors)
+            return back(pair.vjp(*given(bars), *given(ctx.saved_tensors)))  # type: ignore[no-any-return]
 
     outputs, cotangents = p.forward(*p.inputs)[0], p.by_hand(rule)
 
@@ -133,7 +144,7 @@ def _torch(name: str) -> Calls:
     def through(function: Any) -> Call:
         return lambda: torch.autograd.grad(function.apply(*inputs)[:n], inputs, p.bars)
 
-    return Calls(bridge, lambda: p.by_hand(rule), through(Bare), through(Nothing))
+    return Calls(bridge, lambda: pair.by_hand(rule), through(Bare), through(Nothing))
 
 
 def _jax(name: str) -> Calls:
@@ -169,3 +180,23 @@ def _jax(name: str) -> Calls:
         return lambda: jax.block_until_ready(jax.vjp(function, *p.inputs)[1](p.bars))
 
     return Calls(through(outputs), lambda: jax.block_until_ready(p.by_hand(rule)), through(wrapped), through(nothing))
+
+
+def eigh_pair(batch: int, m: int, dtype: str) -> Call:
+    """Eigenpairs and the gradient through the bridge to PyTorch."""
+    load("torch")
+    from ddnref.interop.torch import differentiable
+
+    return _eigh_pair(differentiable(ddnref.eigh), batch, m, dtype)
+
+
+def torch_eigh_pair(batch: int, m: int, dtype: str) -> Call:
+    """``torch.linalg.eigh`` and its backward."""
+    return _eigh_pair(load("torch").linalg.eigh, batch, m, dtype)
+
+
+def _eigh_pair(eigh: Callable[..., Any], batch: int, m: int, dtype: str) -> Call:
+    torch, p = load("torch"), eigenpairs(batch, m, dtype)
+    x = torch.from_numpy(p.x.copy()).requires_grad_()
+    bars = tuple(torch.from_numpy(bar.copy()) for bar in (p.w_bar, p.v_bar))
+    return lambda: torch.autograd.grad(tuple(eigh(x)), x, bars)

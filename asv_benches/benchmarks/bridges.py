@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import _bridges as bridges
+from ._common import interleaved
 
 
 class Bridges:
@@ -21,3 +22,17 @@ class Bridges:
     def track_bare_wrapper_over_the_pair(self, *_: object) -> float:
         """The framework's own part."""
         return bridges.overhead(self.calls.bare, self.calls.by_hand).median
+
+
+class EighEndToEnd:
+    """Time of `eigh`, forward and backward, through the bridge to PyTorch over that of ``torch.linalg.eigh``."""
+
+    params = (((5, 8), (5, 32), (100, 16), (5, 128), (1, 512)), ("float32", "float64"))
+    param_names = ("size", "dtype")
+    unit = "ratio"
+
+    def setup(self, size: tuple[int, int], dtype: str) -> None:
+        self.calls = bridges.eigh_pair(*size, dtype), bridges.torch_eigh_pair(*size, dtype)
+
+    def track_pair_over_torch(self, *_: object) -> float:
+        return interleaved(*self.calls).median
