@@ -11,7 +11,7 @@ flag that the shape rules out.
 """
 
 from ddnref.operators._check import OperatorCheck, OperatorReport, check_operator
-from ddnref.operators._combine import add, adjoint, compose, normal, scaled, stack
+from ddnref.operators._combine import add, adjoint, compose, normal, scaled, stack, transpose
 from ddnref.operators._elementary import as_operator, dense, diagonal, mask
 from ddnref.operators._grid import convolution, difference
 from ddnref.operators._operator import LinearOperator
@@ -36,4 +36,5 @@ __all__ = [
     "scaled",
     "stack",
     "to_scipy",
+    "transpose",
 ]

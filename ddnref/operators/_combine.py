@@ -5,6 +5,7 @@ vjp(ȳ, x) is that of A, and vjp_i(ȳ, x) that of A_i:
 
     scaled     B = c A           ⟨ȳ, ċ A x + c Ȧ x⟩              c̄ = Σ ȳ conj(A x),  vjp(conj(c) ȳ, x)
     adjoint    B = Aᴴ            ⟨ȳ, Ȧᴴ x⟩ = conj ⟨x, Ȧ ȳ⟩       vjp(x, ȳ)
+    transpose  B = Aᵀ            ⟨ȳ, Ȧᵀ x⟩ = ⟨conj x, Ȧ conj ȳ⟩  vjp(conj x, conj ȳ)
     normal     B = AᴴA + ρ       ⟨A ȳ, Ȧ x⟩ + conj ⟨A x, Ȧ ȳ⟩    vjp(A ȳ, x) + vjp(A x, ȳ),  ρ̄ = Re Σ ȳ conj(x)
     add        B = Σ A_i         ⟨ȳ, Σ Ȧ_i x⟩                    vjp_i(ȳ, x)
     compose    B = A_1 A_2       ⟨ȳ, Ȧ_1 A_2 x + A_1 Ȧ_2 x⟩      vjp_1(ȳ, A_2 x),  vjp_2(A_1ᴴ ȳ, x)
@@ -26,7 +27,7 @@ from ddnref._core.arrays import Array, conj, is_complex, namespace
 from ddnref._core.checks import check_precision
 from ddnref._kernels.public import public
 from ddnref.operators._elementary import as_operator, coefficient
-from ddnref.operators._operator import LinearOperator, Params, coefficient_bar, is_array, motions_of, times
+from ddnref.operators._operator import ALGEBRA, LinearOperator, Params, coefficient_bar, is_array, motions_of, times
 
 
 @public
@@ -125,6 +126,48 @@ def adjoint(operator: Array | LinearOperator, /) -> LinearOperator:
     return LinearOperator(
         a.params, a.adjoint, a.apply, params_vjp, a.range_shape, a.domain_shape, *flags, prepare=prepare,
         params_jvp=a.adjoint_jvp, adjoint_jvp=a.params_jvp,
+    )  # fmt: skip
+
+
+@public
+def transpose(operator: Array | LinearOperator, /) -> LinearOperator:
+    """The transpose ``Aᵀ`` as an operator: ``Aᵀ x`` is the conjugate of ``Aᴴ`` times that of x.
+
+    Parameters
+    ----------
+    operator : LinearOperator, or array (..., n, m)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> ddnref.operators.transpose(np.asarray([[1.0, 2.0j], [0.0, 1.0]]))(np.asarray([1.0 + 0j, 0.0]))
+    array([1.+0.j, 0.+2.j])
+    """
+    a = as_operator(operator)
+    bare = a._replace(params=())
+
+    def apply(params: Params, x: Array) -> Array:
+        return conj(bare.adjoint(params, conj(x)))
+
+    def adjoint(params: Params, y: Array) -> Array:
+        return conj(bare.apply(params, conj(y)))
+
+    def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
+        return bare.params_vjp(params, conj(x), conj(y_bar))
+
+    def params_jvp(params: Params, params_dot: Params, x: Array) -> Array:
+        return conj(bare.adjoint_jvp(params, params_dot, conj(x)))  # type: ignore[misc]
+
+    def adjoint_jvp(params: Params, params_dot: Params, y: Array) -> Array:
+        return conj(bare.params_jvp(params, params_dot, conj(y)))  # type: ignore[misc]
+
+    def prepare(params: Params) -> LinearOperator:
+        return transpose(bare._replace(params=params).prepared())
+
+    flags = a.self_adjoint, a.positive_definite  # those of the conjugate
+    return LinearOperator(
+        a.params, apply, adjoint, params_vjp, a.range_shape, a.domain_shape, *flags, prepare=prepare,
+        **motions_of((a,), params_jvp, adjoint_jvp),
     )  # fmt: skip
 
 
@@ -470,3 +513,6 @@ def _splitter(c: Any) -> Callable[[Params], tuple[Params, Any]]:
 
 def _conj(c: Array | float | complex) -> Array | float | complex:
     return conj(c) if is_array(c) else c.conjugate()
+
+
+ALGEBRA.update(adjoint=adjoint, transpose=transpose, compose=compose, add=add, scaled=scaled)

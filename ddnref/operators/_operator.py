@@ -23,7 +23,8 @@ class LinearOperator(NamedTuple):
 
     A vector is ``(..., *domain_shape)``, with batch axes in front. All functions are pure and accept any batch axes;
     those of vectors and parameters broadcast against each other, and several right-hand sides are one more leading
-    axis. Real operators take complex vectors too.
+    axis. Real operators take complex vectors too. ``A @ x``, ``A.H``, ``A.T``, ``2 * A``, ``A / 2``, ``A + B``,
+    ``A - B``, ``A @ B`` and ``-A`` mean what they do for matrices; the terms of a sum may be arrays ``(..., n, m)``.
     """
 
     params: Params
@@ -61,6 +62,16 @@ class LinearOperator(NamedTuple):
         """Entries of a vector of the domain."""
         return math.prod(self.domain_shape)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Sizes of the matrix: entries of a vector of the range, and of one of the domain."""
+        return math.prod(self.range_shape), self.size
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the parameters; ``None`` without parameters."""
+        return self.params[0].dtype if self.params else None
+
     @guarded
     def __call__(self, x: Array) -> Array:
         """Validate the shape and the dtype of `x`, and return ``A x``."""
@@ -75,6 +86,70 @@ class LinearOperator(NamedTuple):
                 f"The operator failed for x of shape {tuple(x.shape)} with params of shapes ({shapes}): {error} The "
                 "most likely cause is that the batch axes of x do not broadcast against those of the parameters."
             ) from error
+
+    # --- algebra ----------------------------------------------------------------------------------------------------
+
+    @property
+    def __array_priority__(self) -> float:
+        """NumPy's arrays and numbers leave ``c * A`` and ``M + A`` to the operator."""
+        return 1e3
+
+    @property
+    def H(self) -> LinearOperator:
+        """The adjoint ``Aᴴ``."""
+        return ALGEBRA["adjoint"](self)
+
+    @property
+    def T(self) -> LinearOperator:
+        """The transpose ``Aᵀ``."""
+        return ALGEBRA["transpose"](self)
+
+    def __matmul__(self, other: Any) -> Any:
+        """``A @ x`` for vectors ``(..., *domain_shape)``, and ``A @ B`` for an operator."""
+        return ALGEBRA["compose"](self, other) if isinstance(other, LinearOperator) else self(other)
+
+    def __rmatmul__(self, other: Any) -> NoReturn:
+        raise TypeError(
+            f"x @ A is not defined for an operator A and a {type(other).__qualname__}: write A.T @ x, or A.H @ x with "
+            "the conjugate, for vectors, and ddnref.operators.dense(M) @ A for the product with a matrix."
+        )
+
+    def __add__(self, other: Any) -> Any:
+        return ALGEBRA["add"](self, other)
+
+    def __radd__(self, other: Any) -> LinearOperator:
+        return self if is_number(other) and other == 0 else ALGEBRA["add"](other, self)  # `sum` starts with 0
+
+    def __sub__(self, other: Any) -> LinearOperator:
+        return ALGEBRA["add"](self, -1 * other)
+
+    def __rsub__(self, other: Any) -> LinearOperator:
+        return ALGEBRA["add"](other, -self)
+
+    def __neg__(self) -> LinearOperator:
+        return ALGEBRA["scaled"](self, -1)
+
+    def __mul__(self, other: Any) -> LinearOperator:
+        """``A * c`` for a number, or an array with one for each item of the batch."""
+        if isinstance(other, LinearOperator):
+            raise TypeError("A * B is not defined for operators: write A @ B for their product.")
+        return ALGEBRA["scaled"](self, other)
+
+    def __rmul__(self, other: Any) -> LinearOperator:
+        return self.__mul__(other)
+
+    def __truediv__(self, other: Any) -> LinearOperator:
+        if isinstance(other, LinearOperator):
+            raise TypeError("A / B is not defined for operators: ddnref.linear_solve(A, b) solves A x = b.")
+        return ALGEBRA["scaled"](self, 1 / other)
+
+    def __repr__(self) -> str:
+        kind = "positive definite" if self.positive_definite else "self-adjoint" if self.self_adjoint else ""
+        params = ", ".join(str(tuple(p.shape)) for p in self.params)
+        parts = f"{self.domain_shape} → {self.range_shape}", str(self.dtype or ""), kind, params and f"params {params}"
+        return f"LinearOperator({', '.join(filter(None, parts))})"
+
+    # --- other forms ------------------------------------------------------------------------------------------------
 
     def with_params(self, *params: Array) -> LinearOperator:
         """The same map with other parameters."""
@@ -107,6 +182,9 @@ class LinearOperator(NamedTuple):
         columns = xp.reshape(y, (self.size, *batch, math.prod(self.range_shape)))
         return move_axis(columns, 0, -1)
 
+
+ALGEBRA: dict[str, Callable[..., LinearOperator]] = {}
+"""Functions behind ``A + B`` and the like. The modules above fill it, because they make operators."""
 
 Product = Callable[[Params, Array], Array]
 Motion = Callable[[Params, Params, Array], Array]

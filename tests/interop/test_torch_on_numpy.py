@@ -1,4 +1,4 @@
-"""Which calls on tensors NumPy computes, and which it must leave to PyTorch."""
+"""The bridge to PyTorch lets NumPy compute plain calls, and leaves all others in tensors."""
 
 import itertools
 import warnings
@@ -45,7 +45,7 @@ def kinds(torch, monkeypatch):
 def eigvals(kinds):
     from ddnref.interop.torch import differentiable
 
-    eigh = differentiable(ddnref.eigh, rtol=next(TOLERANCES))  # a bridge of its own, which no cache holds
+    eigh = differentiable(ddnref.eigh, rtol=next(TOLERANCES))  # a bridge that no cache holds
     return lambda x: eigh(x)[0].square().sum()
 
 
