@@ -223,6 +223,12 @@ def operator_targets() -> list[Target]:
             "operator x",
             lambda a, x, **o: everything(operators.adjoint(a, **o), x),
         ),
+        of(
+            operators.transpose,
+            lambda *w: (np.swapaxes(matrix(*w)[0], -1, -2).copy(), matrix(*w)[1]),
+            "operator x",
+            lambda a, x, **o: everything(operators.transpose(a, **o), x),
+        ),
         target(
             operators.LinearOperator,
             lambda rng, batch, m, c: (normal(rng, (4,)), normal(rng, (*batch, 4))),

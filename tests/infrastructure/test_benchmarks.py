@@ -103,6 +103,7 @@ def run(cls: type, method: str, parameters: tuple[Any, ...]) -> Any:
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # BackPACK's, below vivit
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # PyTorch's own forward mode
 @pytest.mark.parametrize(("cls", "method"), methods())
+@pytest.mark.slow
 def test_benchmark_runs(
     cls: type, method: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,6 +344,7 @@ def gate():
     return module
 
 
+@pytest.mark.slow
 def test_the_gate_passes_ten_times_on_an_unchanged_commit(gate, capsys):
     assert [gate.main([]) for _ in range(10)] == [0] * 10
 

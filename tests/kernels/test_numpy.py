@@ -193,6 +193,7 @@ def test_neighbours_of_a_nan_item_bit_for_bit_with_blas_on_one_thread():
     subprocess.run([sys.executable, "-c", code], env=environment, timeout=120, check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_no_array_waits_for_the_garbage_collector(name, rng):
     """A cycle (a closure that calls itself) keeps the arrays of a call, and a loop over blocks runs out of memory."""

@@ -253,8 +253,11 @@ def mutants(rule: Rule, inputs: tuple):
         yield "wrong transpose", lambda *a, **k: vjp(*a[:-1], adjoint(a[-1]), **k)
 
 
+SLOW = tuple(pytest.param(m, marks=pytest.mark.slow) for m in (16, 64))
+
+
 @domains
-@pytest.mark.parametrize("m", [3, 16, 64])
+@pytest.mark.parametrize("m", [3, *SLOW])
 def test_every_mutant_is_rejected(rule, is_complex, m, rng):
     sample = TRIALS[rule.name].sample(np.asarray, rng, (), m, is_complex)
     survivors = [
@@ -376,7 +379,7 @@ def forward_mutants(rule: Rule, inputs: tuple):
 
 
 @domains
-@pytest.mark.parametrize("m", [3, 16])
+@pytest.mark.parametrize("m", [3, *SLOW[:1]])
 def test_every_mutant_of_the_jvp_is_rejected(rule, is_complex, m, rng):
     """Finite differences reject it, and so does the transpose identity."""
     sample = TRIALS[rule.name].sample(np.asarray, rng, (), m, is_complex)

@@ -65,6 +65,7 @@ def test_numpy_passes_in_full_and_sums_up(capsys):
     assert lines[-1].startswith(f"passed: {len(_rules.RULES)} rules, ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["array-api-strict", *(
     pytest.param(name, marks=pytest.mark.framework(name)) for name in ("torch", "jax"))])  # fmt: skip
 def test_other_backends_pass(small, monkeypatch, capsys, name):
