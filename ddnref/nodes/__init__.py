@@ -20,7 +20,8 @@ from ddnref.nodes._projections import (
     project_sphere_vjp,
 )
 from ddnref.nodes._robust_pool import RobustPoolInfo, robust_pool, robust_pool_jvp, robust_pool_vjp
-from ddnref.nodes._sinkhorn import SinkhornInfo, SinkhornVjpInfo, sinkhorn, sinkhorn_jvp, sinkhorn_vjp
+from ddnref.nodes._sinkhorn import SinkhornInfo, sinkhorn, sinkhorn_jvp, sinkhorn_vjp
+from ddnref.nodes._sinkhorn_systems import SinkhornVjpInfo
 
 __all__ = [
     "RobustPoolInfo",
