@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from _figures import BOTH, MARGIN, Row, Size, Sizes, at_most, or_skipped, ratio_row, written
 from benchmarks import _bridges as bridges
@@ -92,21 +93,32 @@ def against_jax(ours: Callable[..., Call], gradient: bool, n: int, dtype: str) -
 
 
 def end_to_end_rows(sizes: Sizes) -> Iterator[Row]:
-    """Eigenpairs in PyTorch, forward and backward: through the bridge over PyTorch's own."""
-    for size in sizes:
-        for dtype in size.dtypes:
-            figure = f"eigh and its gradient, bridge / torch.linalg.eigh, ({size.batch}, {size.m}) {dtype}"
-            calls = bridges.eigh_pair, bridges.torch_eigh_pair
-            yield or_skipped(figure, ratio_row, size.bar, at_most, over, *calls, size.batch, size.m, dtype)
+    """In PyTorch, forward and backward: through the bridge over PyTorch's own; a smoke test takes one size."""
+    for name, bars in BARS.items():
+        for size in sizes if len(sizes) == 1 else (Size(batch, m, BOTH, bar) for batch, m, bar in bars):
+            for dtype in size.dtypes:
+                figure = f"{name} and its gradient, bridge / PyTorch's own, ({size.batch}, {size.m}) {dtype}"
+                problem = name, size.batch, size.m, dtype
+                yield or_skipped(figure, ratio_row, size.bar, at_most, over_torch, *problem)
 
+
+def over_torch(name: str, *problem: Any) -> Ratio:
+    return interleaved(*(bridges.end_to_end(name, ours, *problem) for ours in (True, False)))
+
+
+BARS = {
+    "eigh": ((5, 8, 2.0), (5, 32, 1.4), (100, 16, 1.15), (1000, 32, 1.15), (5, 128, 1.15), (1, 512, 1.05)),
+    "solve": ((1, 8, 2.5), (64, 8, 2.5), (1, 256, 1.2), (16, 128, 1.2)),
+    "invsqrtm": ((8, 8, 1.5), (64, 16, 1.0), (1, 256, 1.0)),
+}
+"""Batch, order and bar of each operation."""
 
 _SIZES = tuple(Size(batch, m, BOTH) for batch, m in ((5, 32), (1000, 16), (5, 128), (1, 512)))
-_BARS = ((5, 8, 2.0), (5, 32, 1.4), (100, 16, 1.15), (1000, 32, 1.15), (5, 128, 1.15), (1, 512, 1.05))
 
 FIGURES: dict[str, tuple[Callable[[Sizes], Iterator[Row]], Sizes]] = {
     "svd": (svd_rows, _SIZES),
     "top4-of-512": (top_rows, (Size(1, 512),)),
     "factors": (factor_rows, _SIZES),
     "sparse-decompositions": (sparse_rows, (Size(1, GRID[0] * GRID[1]),)),
-    "end-to-end": (end_to_end_rows, tuple(Size(batch, m, BOTH, bar) for batch, m, bar in _BARS)),
+    "end-to-end": (end_to_end_rows, tuple(Size(batch, m) for batch, m, _ in BARS["eigh"])),
 }

@@ -18,7 +18,6 @@ from ddnref._rules.contract import Rule
 from ddnref._rules.table import RULES, TRIALS
 
 from ._common import Call, burst, load, load_jax, seconds
-from ._common import problem as eigenpairs
 
 M = 8
 OPERATIONS = ("eigh", "eigh_topk", "spectral_function", "solve", "sinkhorn")
@@ -182,21 +181,36 @@ def _jax(name: str) -> Calls:
     return Calls(through(outputs), lambda: jax.block_until_ready(p.by_hand(rule)), through(wrapped), through(nothing))
 
 
-def eigh_pair(batch: int, m: int, dtype: str) -> Call:
-    """Eigenpairs and the gradient through the bridge to PyTorch."""
-    load("torch")
+# --- forward and backward in PyTorch, ours and its own ----------------------------------------------------------------
+
+
+def end_to_end(name: str, ours: bool, batch: int, m: int, dtype: str) -> Call:
+    """Forward and backward of an operation through the bridge to PyTorch, or as PyTorch's users write it."""
+    torch = load("torch")
     from ddnref.interop.torch import differentiable
 
-    return _eigh_pair(differentiable(ddnref.eigh), batch, m, dtype)
+    operation = differentiable(getattr(ddnref, name)) if ours else getattr(_InTorch(torch), name)
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((batch, m, m)), rng.standard_normal((batch, m))
+    if name != "solve":  # positive definite, and well conditioned
+        a = a @ a.mT / m + np.eye(m)
+    inputs = [torch.from_numpy(x.astype(dtype)).requires_grad_() for x in ((a, b) if name == "solve" else (a,))]
+    outputs = as_tuple(operation(*inputs))
+    bars = [torch.from_numpy(rng.standard_normal(tuple(y.shape)).astype(dtype)) for y in outputs]
+    return lambda: torch.autograd.grad(as_tuple(operation(*inputs)), inputs, bars)
 
 
-def torch_eigh_pair(batch: int, m: int, dtype: str) -> Call:
-    """``torch.linalg.eigh`` and its backward."""
-    return _eigh_pair(load("torch").linalg.eigh, batch, m, dtype)
+class _InTorch(NamedTuple):
+    """The operations of `end_to_end` by PyTorch alone."""
 
+    torch: Any
 
-def _eigh_pair(eigh: Callable[..., Any], batch: int, m: int, dtype: str) -> Call:
-    torch, p = load("torch"), eigenpairs(batch, m, dtype)
-    x = torch.from_numpy(p.x.copy()).requires_grad_()
-    bars = tuple(torch.from_numpy(bar.copy()) for bar in (p.w_bar, p.v_bar))
-    return lambda: torch.autograd.grad(tuple(eigh(x)), x, bars)
+    def eigh(self, x: Any) -> tuple[Any, Any]:
+        return tuple(self.torch.linalg.eigh(x))  # type: ignore[return-value]
+
+    def solve(self, a: Any, b: Any) -> Any:
+        return self.torch.linalg.solve(a, b[..., None])[..., 0]
+
+    def invsqrtm(self, x: Any) -> Any:
+        w, v = self.torch.linalg.eigh(x)
+        return (v / w.sqrt()[..., None, :]) @ v.mT

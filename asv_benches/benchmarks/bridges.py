@@ -24,15 +24,15 @@ class Bridges:
         return bridges.overhead(self.calls.bare, self.calls.by_hand).median
 
 
-class EighEndToEnd:
-    """Time of `eigh`, forward and backward, through the bridge to PyTorch over that of ``torch.linalg.eigh``."""
+class EndToEnd:
+    """Time of an operation, forward and backward, through the bridge to PyTorch over that of PyTorch's own."""
 
-    params = (((5, 8), (5, 32), (100, 16), (5, 128), (1, 512)), ("float32", "float64"))
-    param_names = ("size", "dtype")
+    params = (("eigh", "solve", "invsqrtm"), ((5, 8), (5, 32), (64, 16), (1, 256)), ("float32", "float64"))
+    param_names = ("operation", "size", "dtype")
     unit = "ratio"
 
-    def setup(self, size: tuple[int, int], dtype: str) -> None:
-        self.calls = bridges.eigh_pair(*size, dtype), bridges.torch_eigh_pair(*size, dtype)
+    def setup(self, name: str, size: tuple[int, int], dtype: str) -> None:
+        self.calls = bridges.end_to_end(name, True, *size, dtype), bridges.end_to_end(name, False, *size, dtype)
 
     def track_pair_over_torch(self, *_: object) -> float:
         return interleaved(*self.calls).median
