@@ -66,7 +66,8 @@ def library(**arrays: Array) -> Namespace:
     """
     # Refuse lists, scalars and types, some of which array libraries would take for arrays.
     for name, array in arrays.items():
-        if (hint := HINTS.get(type(array).__module__.partition(".")[0])) is not None:
+        is_tensor = array_api_compat.is_torch_array(array)  # of whose class torch.compile knows no module
+        if not is_tensor and (hint := HINTS.get(type(array).__module__.partition(".")[0])) is not None:
             raise TypeError(f"{name} is a {_kind(array)}: {hint.format(name)}.")
         if isinstance(array, type) or not array_api_compat.is_array_api_obj(array):
             raise TypeError(

@@ -381,11 +381,32 @@ def _among(items: Any) -> str:
     return f", item{'s' if count > 1 else ''} {listed(places)}{more} of {size}"
 
 
-def named(function: Callable[..., Any], rule: Rule) -> Callable[..., Any]:
-    """Give a bridge's function the name and the docstring of the operation."""
-    function.__name__ = function.__qualname__ = rule.name
-    function.__doc__ = rule.function.__doc__
-    return function
+class Bridged:
+    """An operation as a framework's own function, with the name and the docstring of the operation.
+
+    Pickled, it is what it was made of, ``differentiable(operation, **options)``, because closures cannot be pickled.
+    """
+
+    def __init__(
+        self, call: Callable[..., Any], rule: Rule, differentiable: Callable[..., Any], options: dict[str, Any]
+    ) -> None:
+        self.call, self.rule, self.made_by, self.options = call, rule, differentiable, options
+        self.__name__ = self.__qualname__ = rule.name
+        self.__doc__ = rule.function.__doc__
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.call(*inputs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made_again, (self.made_by, self.rule.function, self.options)
+
+    def __repr__(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"{self.made_by.__module__}.differentiable({self.rule.name}{options})"
+
+
+def _made_again(differentiable: Callable[..., Any], operation: Callable[..., Any], options: dict[str, Any]) -> Any:
+    return differentiable(operation, **options)
 
 
 def own_axes(rule: Rule, layout: Layout) -> tuple[int | None, ...]:

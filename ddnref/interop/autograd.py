@@ -19,7 +19,7 @@ with needed_by_bridge("autograd"):
     from autograd.tracer import getval
 
 from ddnref._core.arrays import Array
-from ddnref._rules.binding import Bound, Layout, flatten, named, numbers_as_arrays, refuse_foreign
+from ddnref._rules.binding import Bound, Bridged, Layout, flatten, numbers_as_arrays, refuse_foreign
 from ddnref._rules.contract import Rule
 from ddnref._rules.table import rule_of
 from ddnref.interop._on_numpy import bind_on_numpy, on_numpy, refuse_second_derivative
@@ -66,7 +66,7 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
         info = tuple(_bare(flat[i]) for i in range(len(flat) - fields, len(flat)))
         return bound.result(tuple(flat[i] for i in range(n)), info)
 
-    return named(function, rule)
+    return Bridged(function, rule, differentiable, options)
 
 
 def _operation(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., Any]:

@@ -26,13 +26,13 @@ from ddnref._rules.binding import (
     NAN,
     NAN_TANGENT,
     Bound,
+    Bridged,
     Layout,
     bind,
     failed,
     failed_items,
     flatten,
     keywords,
-    named,
     numbers_as_arrays,
     on_arrays,
     output_axes,
@@ -125,7 +125,7 @@ def _bridge(rule: Rule, options: dict[str, Any]) -> Callable[..., Any]:
             outputs, _, info = _operation(rule, own, None, False, layout, len(more))(*arrays, *more)
         return bound.result(outputs, info)
 
-    return named(function, rule)
+    return Bridged(function, rule, differentiable, options)
 
 
 def _held(

@@ -20,7 +20,7 @@ with needed_by_bridge("tensorflow"):
     import tensorflow as tf
 
 from ddnref._core.arrays import Array
-from ddnref._rules.binding import Bound, Layout, flatten, named, numbers_as_arrays, refuse_foreign
+from ddnref._rules.binding import Bound, Bridged, Layout, flatten, numbers_as_arrays, refuse_foreign
 from ddnref._rules.contract import Rule
 from ddnref._rules.table import rule_of
 from ddnref.interop._on_numpy import bind_on_numpy, on_numpy, refuse_second_derivative
@@ -74,7 +74,7 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
         flat = operate(layout)(*map(tf.convert_to_tensor, arrays))
         return bound.result(flat[:n], tuple(map(tf.stop_gradient, flat[n:])))
 
-    return tf.autograph.experimental.do_not_convert(named(function, rule))  # type: ignore[no-any-return]
+    return Bridged(tf.autograph.experimental.do_not_convert(function), rule, differentiable, options)
 
 
 def _operation(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., tuple[Tensor, ...]]:

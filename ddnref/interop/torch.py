@@ -22,11 +22,11 @@ from ddnref._kernels.torch import call, is_eager, is_forward, is_transformed_in_
 from ddnref._rules.binding import (
     NAN,
     Bound,
+    Bridged,
     Layout,
     bind,
     flatten,
     input_counts,
-    named,
     numbers_as_arrays,
     on_arrays,
     own_axes,
@@ -97,17 +97,21 @@ def differentiable(operation: Callable[..., Any], *, compute: str | None = None,
     if compute == "torch":
         return _bridge_on_tensors(rule, options)
     function = _function(*computed_by(compute, rule, bind(rule, options, notify=partial(notify, rule.name))))
-    return function if rule.info is not None else torch.compiler.disable(function)  # no graph can hold its kernels
+    if rule.info is None:
+        function = torch.compiler.disable(function)  # no graph can hold its kernels
+    return Bridged(function, rule, differentiable, {"compute": compute, **options})
 
 
 @cached_by_options
 def _bridge(rule: Rule, options: dict[str, Any]) -> Callable[..., Any]:
-    return _bridged(rule, options, _bridge, bound_on_numpy(rule, options))
+    function = _bridged(rule, options, _bridge, bound_on_numpy(rule, options))
+    return Bridged(function, rule, differentiable, options)
 
 
 @cached_by_options
 def _bridge_on_tensors(rule: Rule, options: dict[str, Any]) -> Callable[..., Any]:
-    return _bridged(rule, options, _bridge_on_tensors, None)
+    function = _bridged(rule, options, _bridge_on_tensors, None)
+    return Bridged(function, rule, differentiable, {"compute": "torch", **options})
 
 
 def _bridged(
@@ -185,7 +189,7 @@ def _function(
             f"{rule.name} iterates until a flag that it reads on the host is clear, which no graph can hold: leave out "
             f"fullgraph=True, and {rule.name} runs between two compiled parts"
         )
-        return named(torch.compiler.disable(function, reason=reason), rule)
+        return torch.compiler.disable(function, reason=reason)  # type: ignore[no-any-return]
     reason = (
         f"torch.compile would drop the derivative of {rule.name} inside a transform of torch.func that it traces: "
         f"leave out fullgraph=True, or compile the loss and transform the compiled function"
@@ -195,7 +199,7 @@ def _function(
     def guarded(*inputs: Any) -> Any:
         return (uncompiled if is_transformed_in_graph() else function)(*inputs)
 
-    return named(guarded, rule)
+    return guarded
 
 
 def _like(number: float, x: Any) -> Any:

@@ -37,6 +37,22 @@ def test_compiles_where_nothing_requires_grad(name, torch, differentiable):
     torch.testing.assert_close(compiled(x), total(op(x)))
 
 
+@pytest.mark.filterwarnings(*TRACED)
+@pytest.mark.parametrize("name", ["eigh", "svd", "polar", "sqrtm", "cholesky", "logdet", "qr"])
+def test_a_module_parameter_goes_straight_into_compiled_code(name, torch, differentiable):
+    torch._dynamo.reset()
+    op = differentiable(PUBLIC[name])
+    x = torch.nn.Parameter(torch.diag(torch.arange(1.0, 4.0)) + 0.1)
+
+    def loss(x):
+        outputs = op(x)
+        return sum(y.square().sum() for y in (outputs if isinstance(outputs, tuple) else (outputs,)))
+
+    (found,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), x)
+    (expected,) = torch.autograd.grad(loss(x), x)
+    torch.testing.assert_close(found, expected)
+
+
 def test_optional_inputs(torch, differentiable):
     """Without its last input, the ridge, the operation is another one to PyTorch."""
     a, b = torch.randn(6, 2, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
