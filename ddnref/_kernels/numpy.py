@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable
 from contextvars import copy_context
@@ -48,8 +49,14 @@ def _blocks(m: int, width: int) -> list[slice]:
 
 
 def threads() -> int:
-    """Return how many threads a batch may use: the cores of this process, or fewer if OMP_NUM_THREADS says so."""
+    """Return how many threads a batch may use: the cores of this process, or fewer if the user says so.
+
+    The ways to say so are OMP_NUM_THREADS and, where PyTorch is loaded, ``torch.set_num_threads``, which its data
+    loader calls in each of its processes.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if (told := getattr(sys.modules.get("torch"), "get_num_threads", None)) is not None:
+        cores = min(cores, told())
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return min(cores, int(asked)) if asked.isdigit() and int(asked) > 0 else cores
 

@@ -158,6 +158,17 @@ def test_threads_follow_the_environment(monkeypatch):
     assert _numpy.threads() >= 1
 
 
+@pytest.mark.framework("torch")
+def test_threads_follow_pytorch(torch, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert _numpy.threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_forked_child_does_not_wait_for_the_parents_threads(rng):
     """The pool of the parent is dead in a child; a large batch there must still run."""
     code = (
