@@ -1,4 +1,4 @@
-"""Calls on plain CPU tensors: NumPy computes on their memory, because its functions start five times as fast.
+"""Calls on plain CPU tensors: NumPy computes on their memory, because its functions cost less to call.
 
 PyTorch records such a call like any other. What would have to look inside gets tensors as before: second derivatives,
 transforms of ``torch.func``, ``torch.compile``, forward mode, traces, and modes that see every operation.

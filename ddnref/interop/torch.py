@@ -62,7 +62,7 @@ def differentiable(operation: Callable[..., Any], *, compute: str | None = None,
     ----------
     compute : {None, "torch", "cupy", "numpy"}
         The library that computes, on the memory of the tensors, without a copy. By default NumPy for CPU tensors
-        outside of transforms, compilers and second derivatives, because its functions start five times as fast, and
+        outside of transforms, compilers and second derivatives, because its functions cost less to call, and
         PyTorch for all others; ``"torch"`` is PyTorch always. ``"cupy"`` is CuPy for CUDA tensors (on PyTorch's
         current stream) and ``"numpy"`` is NumPy for CPU tensors, through DLPack; these break the graph of
         ``torch.compile``, and they have no second derivatives.
