@@ -729,16 +729,19 @@ def are_unequal(w_bar: Array, same: Array, gauge_rtol: float) -> Array:
 
 def _depends_on_cut(g: _Problem, same: Array, scale: Array, tol: _Tolerances) -> Array:
     """Whether the next eigenvalue belongs to the cluster of the k-th, and a cotangent in it is not zero."""
-    xp = namespace_of(g.w)
     if g.w_rest is None or g.w_rest.shape[-1] == 0:
         return scale < 0
-    inside = same[..., -1, :]  # the cluster of the k-th
-    zero = full((), 0.0, g.w)
-    uses = exceeds(largest(xp.where(inside, g.w_bar, zero)), largest(g.w_bar), tol.gauge)
-    if g.v_bar is not None:
-        size = norm(g.v_bar)
-        uses = uses | exceeds(largest(xp.where(inside, size, zero)), largest(size), tol.gauge)
-    return uses & is_cut(g.w, g.w_rest, scale, g.which, tol.cluster)
+    return uses_last_cluster(g.w_bar, g.v_bar, same, tol.gauge) & is_cut(g.w, g.w_rest, scale, g.which, tol.cluster)
+
+
+def uses_last_cluster(w_bar: Array, v_bar: Array | None, same: Array, gauge_rtol: float) -> Array:
+    """Whether a cotangent of an eigenpair in the cluster of the k-th is more than `gauge_rtol` of the largest."""
+    xp, inside, zero = namespace_of(w_bar), same[..., -1, :], full((), 0.0, w_bar)
+    uses = exceeds(largest(xp.where(inside, w_bar, zero)), largest(w_bar), gauge_rtol)
+    if v_bar is not None:
+        size = norm(v_bar)
+        uses = uses | exceeds(largest(xp.where(inside, size, zero)), largest(size), gauge_rtol)
+    return uses
 
 
 def _solve(g: _Problem, method: Method, scale: Array, solve: Solve | None) -> tuple[Array, EigshVjpInfo]:

@@ -60,6 +60,7 @@ from ddnref.linalg._eigsh import (
     check_pair_shapes,
     is_cut,
     split_among,
+    uses_last_cluster,
 )
 from ddnref.linalg._generalized import _decomposed
 from ddnref.linalg._lanczos import Found, Plan, lanczos, preference
@@ -517,9 +518,8 @@ def eigsh_generalized_vjp(
     same = _same(g.w, tol.cluster * scale)
     bad = are_unequal(w_bar, same, tol.gauge)
     none = xp.zeros_like(w, dtype=xp.int32)
-    info = EigshVjpInfo(
-        eigen, none, xp.zeros_like(w), _depends_on_cut(g, w_bar, v_bar, same, scale, tol.cluster, which)
-    )
+    cut = uses_last_cluster(w_bar, v_bar, same, tol.gauge) & _is_cut(g, scale, tol.cluster, which)
+    info = EigshVjpInfo(eigen, none, xp.zeros_like(w), cut)
     diagonal = w_bar / 2
     left, right = (as_dtype(x, g.v)[..., None] * g.v for x in (diagonal, -g.w * diagonal))
     if v_bar is not None:
@@ -703,17 +703,6 @@ def _is_cut(g: _Problem, scale: Array, cluster_rtol: float, which: str) -> Array
         return scale < 0
     theta, rest = (_forth(x, g.pencil.sigma) for x in (g.w, g.w_rest))
     return is_cut(theta, rest, largest(theta), which, cluster_rtol)
-
-
-def _depends_on_cut(
-    g: _Problem, w_bar: Array, v_bar: Array | None, same: Array, scale: Array, cluster_rtol: float, which: str
-) -> Array:
-    """Whether the next eigenvalue belongs to the cluster of the k-th, and a cotangent in it is not zero."""
-    xp, inside, zero = namespace_of(g.w), same[..., -1, :], full((), 0.0, g.w)
-    uses = largest(xp.where(inside, w_bar, zero)) > 0
-    if v_bar is not None:
-        uses = uses | (largest(xp.where(inside, norm(v_bar), zero)) > 0)
-    return uses & _is_cut(g, scale, cluster_rtol, which)
 
 
 def _solve(
