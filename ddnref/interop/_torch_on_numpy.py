@@ -6,7 +6,7 @@ transforms of ``torch.func``, ``torch.compile``, forward mode, traces, and modes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,6 +16,7 @@ from ddnref._kernels.torch import is_eager, is_forward
 from ddnref._rules.binding import NAN, Bound, Layout, own_axes
 from ddnref._rules.contract import Rule
 from ddnref.interop._on_numpy import bind_on_numpy, warn_of_nan
+from ddnref.interop._torch_batched_grads import are_mapped
 
 Tensor: TypeAlias = Any
 
@@ -36,9 +37,11 @@ def _is_plain_option(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def is_plain(tensors: Iterable[Tensor | None]) -> bool:
+def is_plain(tensors: Sequence[Tensor | None]) -> bool:
     """Return whether NumPy can read these tensors, and PyTorch misses nothing if it does."""
     if _modes_are_active() or torch._C._get_tracing_state() is not None:
+        return False
+    if are_mapped(tensors):
         return False
     for x in tensors:
         if x is not None and not (
@@ -49,12 +52,18 @@ def is_plain(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def on_numpy(
-    operation: Any, rule: Rule, bound: Bound, layout: Layout, unused: int, otherwise: Callable[..., Any]
+    operation: Any,
+    rule: Rule,
+    bound: Bound,
+    layout: Layout,
+    unused: int,
+    otherwise: Callable[..., Any],
+    otherwise_back: Callable[..., Any],
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """A function that computes an operation on plain tensors with NumPy, and calls `otherwise` for others.
+    """A function that computes an operation, an ``autograd.Function``, on plain tensors with NumPy.
 
-    `unused` of the last saved tensors are for second derivatives alone, which `operation`, an ``autograd.Function``,
-    computes.
+    For other tensors it calls `otherwise`, and `otherwise_back` for their backward pass. `unused` of the last saved
+    tensors are for second derivatives alone, which the latter computes.
     """
     setup_context, fields, axes = operation.setup_context, rule.info_fields, own_axes(rule, layout)
 
@@ -72,7 +81,7 @@ def on_numpy(
             saved, own = ctx.saved_tensors, bars[: len(bars) - fields]
             recorded = torch.is_grad_enabled() or is_forward() or not is_eager()
             if recorded or not is_plain((*own, *saved)):
-                return operation.backward(ctx, *bars)
+                return otherwise_back(ctx, *bars)
             given = tuple(map(_array, (*own, *saved[: len(saved) - unused])))
             gradients = bound.reverse(given[: len(own)], given[len(own) :])
             if not gradients:  # no cotangent was given

@@ -1,9 +1,10 @@
 """PyTorch: ``differentiable(op)`` makes an operation record our VJP instead of PyTorch's own derivative.
 
 Everything runs on the memory of the tensors, on their device, without a copy. It works with ``backward``, every
-transform of ``torch.func`` in every nesting, ``torch.autograd.forward_ad``, and ``torch.compile(fullgraph=True)`` of
-reverse mode. For second derivatives PyTorch differentiates our VJP or JVP. Those of functions of a matrix are explicit,
-and exact at repeated eigenvalues; those of eigenvectors would be wrong there, so they raise.
+transform of ``torch.func`` in every nesting, batched gradients, ``torch.autograd.forward_ad``, and
+``torch.compile(fullgraph=True)`` of reverse mode. For second derivatives PyTorch differentiates our VJP or JVP. Those
+of functions of a matrix are explicit, and exact at repeated eigenvalues; those of eigenvectors would be wrong there, so
+they raise.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from ddnref._rules.contract import Rule
 from ddnref._rules.table import rule_of
 from ddnref.interop._bridge_cache import cached_by_options
 from ddnref.interop._held_options import FUNCTIONS, held_by, holding
+from ddnref.interop._torch_batched_grads import are_mapped, map_backward
 from ddnref.interop._torch_foreign_kernels import computed_by
 from ddnref.interop._torch_forward import in_forward_mode, pushing, refuse_graph
 from ddnref.interop._torch_on_numpy import bound_on_numpy, on_numpy
@@ -337,7 +339,7 @@ def _operation(
     eager = _eager(Operation).apply
     if plain is not None:
         unused = 0 if linear is None else 1  # the matrix that only the second derivative needs
-        eager = on_numpy(Operation, rule, plain, layout, unused, otherwise=eager)
+        eager = on_numpy(Operation, rule, plain, layout, unused, eager, _backward_of_many(Operation))
     Operation.eager = staticmethod(eager)
     Operation.forms = forms
     return Operation
@@ -380,5 +382,16 @@ def _eager(operation: Any) -> Any:
             setup_context(ctx, inputs, output)
             return output  # type: ignore[no-any-return]
 
-    Eager.backward = operation.backward
+    Eager.backward = staticmethod(_backward_of_many(operation))
     return Eager
+
+
+def _backward_of_many(operation: Any) -> Callable[..., Any]:
+    """The backward pass of an operation, also for many cotangents at once."""
+
+    def backward(ctx: Any, *bars: Tensor | None) -> Any:
+        if are_mapped(bars):
+            return map_backward(partial(operation.backward, ctx), bars)
+        return operation.backward(ctx, *bars)
+
+    return backward

@@ -277,6 +277,24 @@ def test_only_cotangents_that_exist_are_used(torch, differentiable, monkeypatch)
 MANY_INPUTS = ["solve", "linear_solve", "least_squares_on_sphere", "weighted_least_squares", "sinkhorn"]
 
 
+@pytest.mark.parametrize("compute", [None, "torch"])
+@pytest.mark.parametrize("name", RULES)
+def test_many_cotangents_at_once(name, compute, torch, differentiable, rng):
+    """PyTorch maps them by an older vmap, which has no rules for most functions."""
+    op = bridged(torch, partial(differentiable, compute=compute), name)
+    x = torch.tensor(rng.standard_normal((3, 3)))
+    for create_graph in (False, True):
+        options = {"vectorize": True, "create_graph": create_graph}
+        rows = torch.autograd.functional.jacobian(op, x, **options)
+        for row, expected in zip(rows, torch.autograd.functional.jacobian(op, x), strict=True):
+            torch.testing.assert_close(row.detach(), expected)
+
+
+def test_batched_gradients_pass_gradcheck(torch, differentiable):
+    x = torch.randn(2, 4, 4, dtype=torch.complex128, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: differentiable(ddnref.expm)(x), x, check_batched_grad=True)
+
+
 @pytest.mark.parametrize("name", [*MANY_INPUTS, "invsqrtm", "power_iteration"])
 def test_nested_vmap(name, torch, differentiable, rng):
     """One input has another batch axis than the others, values and gradients: it is the loop over both axes."""

@@ -142,7 +142,7 @@ def test_results_in_the_memory_of_others_are_copied(torch):
             ctx.save_for_backward(*output)
 
     x = torch.arange(3.0, requires_grad=True)
-    apply = on_numpy(Operation, RULES["eigh"], bound, Layout((None,), (1,)), 0, otherwise=None)
+    apply = on_numpy(Operation, RULES["eigh"], bound, Layout((None,), (1,)), 0, None, None)
     results = apply(x)
     (x_bar,) = torch.autograd.grad(results[0].sum(), x)
     tensors = [x.detach(), *(y.detach() for y in results), x_bar]
