@@ -19,9 +19,14 @@ class Bridges:
     def track_over_the_pair(self, *_: object) -> float:
         return bridges.overhead(self.calls.bridge, self.calls.by_hand).median
 
+    # In PyTorch the pair is that on NumPy arrays now, as in the bridge.
+    track_over_the_pair.version = "2"  # type: ignore[attr-defined]
+
     def track_bare_wrapper_over_the_pair(self, *_: object) -> float:
         """The framework's own part."""
         return bridges.overhead(self.calls.bare, self.calls.by_hand).median
+
+    track_bare_wrapper_over_the_pair.version = "2"  # type: ignore[attr-defined]
 
 
 class EndToEnd:
