@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from functools import reduce
 from operator import or_
 from typing import Any, TypeAlias
@@ -12,6 +13,9 @@ import torch
 from ddnref._rules.binding import ITERATE, failed, failed_items, warn, widest
 
 Tensor: TypeAlias = Any
+
+_silent = ContextVar("_silent", default=False)
+"""Whether the operator of PyTorch that warns keeps quiet."""
 
 
 def with_warning(
@@ -31,9 +35,27 @@ def with_warning(
                 i = widest(results, axes)
                 _warn(failed(results[i]), message, name, axes[i])
             return results
-    return tuple(
-        None if x is None else _with_warning_in_graph(x, n, message, name) for x, n in zip(results, axes, strict=True)
-    )
+    # The values at which a graph is recorded need not mean anything: those of ``torch.func.linearize`` are whatever was
+    # in memory. A compiler has none.
+    if torch.compiler.is_compiling():
+        return _with_warnings_in_graph(results, axes, message, name)
+    token = _silent.set(_is_recorded())
+    try:
+        return _with_warnings_in_graph(results, axes, message, name)
+    finally:
+        _silent.reset(token)
+
+
+def _with_warnings_in_graph(
+    results: tuple[Tensor | None, ...], axes: tuple[int | None, ...], message: str, name: str
+) -> tuple[Tensor | None, ...]:
+    pairs = zip(results, axes, strict=True)
+    return tuple(None if x is None else _with_warning_in_graph(x, n, message, name) for x, n in pairs)
+
+
+def _is_recorded() -> bool:
+    """Return whether ``make_fx`` records a graph of what runs."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def any_failed(results: tuple[Tensor | None, ...]) -> bool:
@@ -72,7 +94,7 @@ def _warn(flags: Tensor, message: str, name: str, axes: int | None) -> None:
 )
 def _warn_if(flags: Tensor, message: str, name: str, axes: int | None) -> Tensor:
     """Warn if a flag is set, when it runs, also inside a compiled graph."""
-    if flags.any():
+    if flags.any() and not _silent.get():
         _warn(flags, message, name, axes)
     return flags.clone()
 

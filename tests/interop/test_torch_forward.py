@@ -208,6 +208,23 @@ def test_what_has_no_forward_mode_says_so(torch, differentiable, monkeypatch):
         func.jacfwd(func.jacfwd(lambda x: eigh(x)[0]))(x)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning", "ignore:Attempted to insert a get_attr Node")
+@pytest.mark.parametrize("name", ["eigh", "sqrtm", "solve", "svd", "least_squares_on_sphere"])
+def test_linearize_records_at_tangents_that_mean_nothing(name, torch, differentiable, rng, monkeypatch):
+    """PyTorch leaves them uninitialised; where they are NaN nobody needs to hear of it."""
+    op, x = bridged(torch, differentiable, name), torch.tensor(rng.standard_normal((3, 3)))
+    _, expected = torch.func.jvp(op, (x,), (x,))
+    empty = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda y, *args, **kwargs: empty(y, *args, **kwargs).fill_(torch.nan)
+    )
+    _, push = torch.func.linearize(op, x)
+    monkeypatch.undo()
+    torch.testing.assert_close(push(x), expected)
+    with pytest.warns(RuntimeWarning, match="A tangent is NaN"):
+        push(torch.full_like(x, torch.nan))
+
+
 @pytest.mark.parametrize("name", ["eigh", "sqrtm", "solve"])
 def test_gradcheck_with_forward_mode(name, torch, differentiable, rng):
     a = torch.asarray(symmetric(rng, 3) / 4 + np.diag([1.0, 2.0, 3.0])).requires_grad_()
