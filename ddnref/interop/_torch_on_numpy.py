@@ -21,7 +21,7 @@ from ddnref.interop._torch_batched_grads import are_mapped
 Tensor: TypeAlias = Any
 
 KINDS = (torch.Tensor, torch.nn.Parameter)  # subclasses have their own ways
-HALF = (torch.bfloat16, torch.float16)  # NumPy has not both, and ddnref refuses them by name
+HALF = (torch.bfloat16, torch.float16)  # NumPy lacks the first, and ddnref refuses both by name
 # PyTorch's own test for modes that see every operation. Without it no call counts as plain.
 _modes_are_active = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
@@ -52,20 +52,14 @@ def is_plain(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def on_numpy(
-    operation: Any,
-    rule: Rule,
-    bound: Bound,
-    layout: Layout,
-    unused: int,
-    otherwise: Callable[..., Any],
-    otherwise_back: Callable[..., Any],
+    otherwise: Any, setup_context: Callable[..., None], rule: Rule, bound: Bound, layout: Layout, unused: int
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """A function that computes an operation, an ``autograd.Function``, on plain tensors with NumPy.
+    """A function that computes an operation on plain tensors with NumPy.
 
-    For other tensors it calls `otherwise`, and `otherwise_back` for their backward pass. `unused` of the last saved
-    tensors are for second derivatives alone, which the latter computes.
+    `otherwise` is the ``autograd.Function`` for other tensors and for a backward pass that is recorded; both keep what
+    `setup_context` saves. Only that pass uses the last `unused` saved tensors.
     """
-    setup_context, fields, axes = operation.setup_context, rule.info_fields, own_axes(rule, layout)
+    fields, axes = rule.info_fields, own_axes(rule, layout)
 
     class OnNumpy(torch.autograd.Function):
         @staticmethod
@@ -81,7 +75,7 @@ def on_numpy(
             saved, own = ctx.saved_tensors, bars[: len(bars) - fields]
             recorded = torch.is_grad_enabled() or is_forward() or not is_eager()
             if recorded or not is_plain((*own, *saved)):
-                return otherwise_back(ctx, *bars)
+                return otherwise.backward(ctx, *bars)
             given = tuple(map(_array, (*own, *saved[: len(saved) - unused])))
             gradients = bound.reverse(given[: len(own)], given[len(own) :])
             if not gradients:  # no cotangent was given
@@ -90,8 +84,8 @@ def on_numpy(
             return _tensors(gradients, given)
 
     def apply(*inputs: Tensor) -> tuple[Tensor, ...]:
-        function = OnNumpy.apply if is_plain(inputs) else otherwise
-        return function(*inputs)  # type: ignore[no-any-return]
+        function = OnNumpy if is_plain(inputs) else otherwise
+        return function.apply(*inputs)  # type: ignore[no-any-return]
 
     return apply
 

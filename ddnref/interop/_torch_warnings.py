@@ -25,20 +25,19 @@ def with_warning(
 
     `axes` says how many axes of each are those of one item.
     """
-    if not torch.compiler.is_compiling():
-        try:
-            found = any_failed(results)
-        except RuntimeError:  # under vmap, or while a graph is recorded, no value can be read
-            pass
-        else:
-            if found:
-                i = widest(results, axes)
-                _warn(failed(results[i]), message, name, axes[i])
-            return results
-    # The values at which a graph is recorded need not mean anything: those of ``torch.func.linearize`` are whatever was
-    # in memory. A compiler has none.
     if torch.compiler.is_compiling():
         return _with_warnings_in_graph(results, axes, message, name)
+    try:
+        found = any_failed(results)
+    except RuntimeError:  # under vmap, or while a graph is recorded, no value can be read
+        pass
+    else:
+        if found:
+            i = widest(results, axes)
+            _warn(failed(results[i]), message, name, axes[i])
+        return results
+    # The values at which a graph is recorded need not mean anything: those of ``torch.func.linearize`` are whatever was
+    # in memory.
     token = _silent.set(_is_recorded())
     try:
         return _with_warnings_in_graph(results, axes, message, name)

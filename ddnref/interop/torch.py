@@ -97,7 +97,7 @@ def differentiable(operation: Callable[..., Any], *, compute: str | None = None,
     if compute is None:
         return _bridge(rule, options)
     if compute == "torch":
-        return _bridge_on_tensors(rule, options)
+        return _bridge(rule, {"compute": compute, **options})
     function = _function(*computed_by(compute, rule, bind(rule, options, notify=partial(notify, rule.name))))
     if rule.info is None:
         function = torch.compiler.disable(function)  # no graph can hold its kernels
@@ -105,21 +105,10 @@ def differentiable(operation: Callable[..., Any], *, compute: str | None = None,
 
 
 @cached_by_options
-def _bridge(rule: Rule, options: dict[str, Any]) -> Callable[..., Any]:
-    function = _bridged(rule, options, _bridge, bound_on_numpy(rule, options))
-    return Bridged(function, rule, differentiable, options)
-
-
-@cached_by_options
-def _bridge_on_tensors(rule: Rule, options: dict[str, Any]) -> Callable[..., Any]:
-    function = _bridged(rule, options, _bridge_on_tensors, None)
-    return Bridged(function, rule, differentiable, {"compute": "torch", **options})
-
-
-def _bridged(
-    rule: Rule, options: dict[str, Any], bridge: Callable[..., Any], plain: Bound | None
-) -> Callable[..., Any]:
-    """The function of a rule, whose inner solves take the same `bridge`; `plain` is the operation on NumPy arrays."""
+def _bridge(rule: Rule, given: dict[str, Any]) -> Callable[..., Any]:
+    """The function of a rule; with ``compute="torch"`` among the options nothing leaves the tensors."""
+    options = {name: value for name, value in given.items() if name != "compute"}
+    on_tensors = {"compute": "torch"} if "compute" in given else {}
     plain_solve = None if rule.solves_by is None else rule.solves_by.function
 
     def solve(*inputs: Any, **others: Any) -> Any:
@@ -128,7 +117,7 @@ def _bridged(
         if plain_solve is not None and (unrecorded or torch.compiler.is_compiling()):
             others.pop("on_failure", None)  # the derivative that called this judges what has not converged
             return plain_solve(*inputs, **others)
-        return bridge(rule.inner, others)(*inputs)
+        return _bridge(rule.inner, {**on_tensors, **others})(*inputs)  # type: ignore[arg-type]
 
     # A VJP that solves its own systems solves them with this bridge, and so it can be differentiated again.
     warned = partial(notify, rule.name)
@@ -136,7 +125,8 @@ def _bridged(
     def rebind(changed: dict[str, Any]) -> Bound:
         return bind(rule, {**options, **changed}, solve=solve if rule.recursive else None, notify=warned)
 
-    return _function(rule, rebind({}), options, rebind, plain)
+    plain = None if on_tensors else bound_on_numpy(rule, options)
+    return Bridged(_function(rule, rebind({}), options, rebind, plain), rule, differentiable, given)
 
 
 def _function(
@@ -336,11 +326,11 @@ def _operation(
     if mapped is not None:
         for form, operation in forms.items():
             operation.vmap = staticmethod(_vmap(mapped, form))
-    eager = _eager(Operation).apply
+    eager = _eager(Operation)
+    Operation.eager = staticmethod(eager.apply)
     if plain is not None:
         unused = 0 if linear is None else 1  # the matrix that only the second derivative needs
-        eager = on_numpy(Operation, rule, plain, layout, unused, eager, _backward_of_many(Operation))
-    Operation.eager = staticmethod(eager)
+        Operation.eager = staticmethod(on_numpy(eager, Operation.setup_context, rule, plain, layout, unused))
     Operation.forms = forms
     return Operation
 
@@ -382,16 +372,10 @@ def _eager(operation: Any) -> Any:
             setup_context(ctx, inputs, output)
             return output  # type: ignore[no-any-return]
 
-    Eager.backward = staticmethod(_backward_of_many(operation))
+        @staticmethod
+        def backward(ctx: Any, *bars: Tensor | None) -> Any:
+            if are_mapped(bars):
+                return map_backward(partial(operation.backward, ctx), bars)
+            return operation.backward(ctx, *bars)
+
     return Eager
-
-
-def _backward_of_many(operation: Any) -> Callable[..., Any]:
-    """The backward pass of an operation, also for many cotangents at once."""
-
-    def backward(ctx: Any, *bars: Tensor | None) -> Any:
-        if are_mapped(bars):
-            return map_backward(partial(operation.backward, ctx), bars)
-        return operation.backward(ctx, *bars)
-
-    return backward

@@ -135,14 +135,12 @@ def test_results_in_the_memory_of_others_are_copied(torch):
     others = dict.fromkeys(("push", "push_saved", "second", "undefined", "result"))
     bound = Bound(lambda x: ((x, x[1:]), (kept, kept[:2]), ()), lambda bars, arrays: (arrays[0],), **others)
 
-    class Operation:
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*output)
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output)
 
     x = torch.arange(3.0, requires_grad=True)
-    apply = on_numpy(Operation, RULES["eigh"], bound, Layout((None,), (1,)), 0, None, None)
+    apply = on_numpy(None, setup_context, RULES["eigh"], bound, Layout((None,), (1,)), 0)
     results = apply(x)
     (x_bar,) = torch.autograd.grad(results[0].sum(), x)
     tensors = [x.detach(), *(y.detach() for y in results), x_bar]
