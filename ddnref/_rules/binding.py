@@ -384,7 +384,7 @@ def _among(items: Any) -> str:
 class Bridged:
     """An operation as a framework's own function, with the name and the docstring of the operation.
 
-    Pickled, it is what it was made of, ``differentiable(operation, **options)``, because closures cannot be pickled.
+    Pickle stores ``differentiable``, the operation and the options, and makes it again: closures cannot be pickled.
     """
 
     def __init__(

@@ -126,7 +126,7 @@ def test_it_is_nearer_to_the_gradient_than_the_iterate_is_far(library, rng):
 
 @pytest.mark.framework("torch")
 def test_items_that_converged_keep_their_gradient(torch, rng):
-    """One of two items: the other one is what it is without the option, and only the first is warned of."""
+    """One of two items: the other one comes out as without the option, and only the first is warned of."""
     x = torch.tensor(np.stack([np.diag([1.0, 1.001, 0.1]), np.diag([1.0, 1e-3, 0.1])]) + 1e-3, requires_grad=True)
     both = []
     for on_failure in ("iterate", "nan"):
