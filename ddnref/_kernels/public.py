@@ -190,7 +190,7 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
         (
             "callback", "while_loop", "preconditioner", "preconditioner_adjoint", "progress", "f", "df", "d2f",
             "residual", "jacobian", "residual_vjp", "residual_jvp", "gradient", "hessian", "gradient_vjp",
-            "gradient_jvp", "constraint", "constraint_jacobian", "function", "weight", "f_vjp",
+            "gradient_jvp", "constraint", "constraint_jacobian", "function", "weight",
         ),
         _callable,
     ),

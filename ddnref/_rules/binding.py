@@ -11,12 +11,13 @@ import numbers
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial, wraps
+from functools import lru_cache, partial, wraps
 from typing import Any, NamedTuple
 
 from ddnref._core.arrays import Array, as_tuple, first_flagged, listed, namespace_of, nan_where, with_axes
 from ddnref._kernels.public import CHECKS
 from ddnref._rules.contract import Rule
+from ddnref._rules.own import Own, own_rule
 from ddnref.operators import LinearOperator
 
 NAN = (
@@ -34,6 +35,8 @@ ITERATE = (
     'converged, and on_failure="iterate" goes on as if it had. Its error is about that of the iterate (see info).'
 )
 """Warnings of bridges, with the place of the operation and the items."""
+
+_remembered = lru_cache(maxsize=1024)  # functions of users come and go
 
 
 # --- options ------------------------------------------------------------------------------------------------------
@@ -63,7 +66,7 @@ def jvp_options_of(rule: Rule, options: dict[str, Any], while_loop: Any = None) 
     return {name: value for name, value in given.items() if name in keywords(rule.jvp)}
 
 
-@cache
+@_remembered
 def keywords(function: Callable[..., Any] | None) -> frozenset[str]:
     """The names of the keyword options of a function; none where there is no function."""
     if function is None:
@@ -72,7 +75,7 @@ def keywords(function: Callable[..., Any] | None) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY)
 
 
-@cache
+@_remembered
 def required_of(function: Callable[..., Any]) -> frozenset[str]:
     """The names of the options without a default."""
     parameters = inspect.signature(function).parameters.values()
@@ -80,7 +83,7 @@ def required_of(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.default is p.empty and p.kind not in given_by_place)
 
 
-@cache
+@_remembered
 def plain_forward(rule: Rule) -> Callable[..., tuple[tuple[Array, ...], tuple[Array, ...]]]:
     """The forward as ``(outputs, saved)``, two tuples, without the status of an iteration.
 
@@ -97,13 +100,13 @@ def plain_forward(rule: Rule) -> Callable[..., tuple[tuple[Array, ...], tuple[Ar
     return forward
 
 
-@cache
+@_remembered
 def plain_vjp(rule: Rule) -> Callable[..., tuple[Array, ...]]:
     """The VJP as a tuple of cotangents, without the status of an iteration; always the same function, too."""
     return _without_status(rule.vjp, rule.vjp_info is not None)
 
 
-@cache
+@_remembered
 def plain_jvp(rule: Rule) -> Callable[..., tuple[Array, ...]]:
     """The JVP as a tuple of tangents, without the status of an iteration; always the same function, too."""
     return _without_status(rule.jvp, rule.vjp_info is not None)
@@ -328,7 +331,7 @@ def _any_false(flags: Sequence[Array]) -> Array:
     return first
 
 
-@cache
+@_remembered
 def inputs_of(rule: Rule) -> tuple[inspect.Parameter, ...]:
     """The arrays and operators that the operation takes."""
     return tuple(p for p in inspect.signature(rule.forward).parameters.values() if p.kind is p.POSITIONAL_ONLY)
@@ -388,7 +391,11 @@ class Bridged:
     """
 
     def __init__(
-        self, call: Callable[..., Any], rule: Rule, differentiable: Callable[..., Any], options: dict[str, Any]
+        self,
+        call: Callable[..., Any],
+        rule: Rule | Own,
+        differentiable: Callable[..., Any],
+        options: dict[str, Any],
     ) -> None:
         self.call, self.rule, self.made_by, self.options = call, rule, differentiable, options
         self.__name__ = self.__qualname__ = rule.name
@@ -397,12 +404,40 @@ class Bridged:
     def __call__(self, *inputs: Any) -> Any:
         return self.call(*inputs)
 
+    def pair(self, count: int) -> Checkable:
+        """The parts of the function of `count` inputs that `ddnref.testing` checks."""
+        rule = own_rule(self.rule, count) if isinstance(self.rule, Own) else self.rule
+        options = {} if isinstance(self.rule, Own) else {k: v for k, v in self.options.items() if k != "compute"}
+        bound, n = bind(rule, options), rule.outputs
+
+        def forward(*inputs: Array) -> tuple[Any, Any]:
+            return bound.forward(*inputs)[:2]
+
+        def vjp(*arrays: Array) -> Any:
+            return bound.reverse(arrays[:n], arrays[n:])
+
+        def jvp(*arrays: Array | None) -> Any:
+            return bound.push(arrays[:count], arrays[count:])  # type: ignore[misc]
+
+        return Checkable(forward, vjp, jvp, tuple(i for i in rule.needs if i < count))
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _made_again, (self.made_by, self.rule.function, self.options)
 
     def __repr__(self) -> str:
-        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        texts = {name: getattr(value, "__name__", repr(value)) for name, value in self.options.items()}
+        options = "".join(f", {name}={text}" for name, text in texts.items())
         return f"{self.made_by.__module__}.differentiable({self.rule.name}{options})"
+
+
+class Checkable(NamedTuple):
+    """The parts of a bridged function, as `ddnref.testing` checks them."""
+
+    forward: Callable[..., Any]
+    """Returns ``(outputs, saved)``."""
+    vjp: Callable[..., Any]
+    jvp: Callable[..., Any]
+    needs: tuple[int, ...]
 
 
 def _made_again(differentiable: Callable[..., Any], operation: Callable[..., Any], options: dict[str, Any]) -> Any:
@@ -410,7 +445,10 @@ def _made_again(differentiable: Callable[..., Any], operation: Callable[..., Any
 
 
 def own_axes(rule: Rule, layout: Layout) -> tuple[int | None, ...]:
-    """How many axes of each array of a layout are those of one item; ``None`` for the parameters of an operator."""
+    """How many axes of each array of a layout are those of one item; ``None`` for the parameters of an operator.
+
+    Nothing for functions of a user: then nothing is judged, and there are no warnings.
+    """
     axes = _axes_in(rule.signature.split("->")[0])
     # The vectors of an operator may have several axes for each of its two letters.
     long: dict[str, int] = {}
@@ -424,7 +462,9 @@ def own_axes(rule: Rule, layout: Layout) -> tuple[int | None, ...]:
 
 
 def output_axes(rule: Rule, layout: Layout) -> tuple[int | None, ...]:
-    """How many axes of each output are those of one item; ``None`` where an operator decides."""
+    """How many axes of each output are those of one item; ``None`` where an operator decides, nothing for a user's."""
+    if rule.is_own:
+        return ()
     return tuple(len(letters) if layout.plain else None for letters in _axes_in(rule.signature.split("->")[1]))
 
 
@@ -536,7 +576,7 @@ def on_arrays(bound: Bound, rule: Rule, layout: Layout) -> Bound:
     return bound._replace(forward=forward, reverse=reverse, push=push, push_saved=push_saved, undefined=flags)
 
 
-@cache
+@_remembered
 def _places_of_numbers(function: Callable[..., Any]) -> frozenset[int]:
     """Positions of the arguments that may be numbers instead of arrays, by their annotation."""
     parameters = inspect.signature(function).parameters.values()

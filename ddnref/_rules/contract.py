@@ -28,7 +28,7 @@ class Rule(NamedTuple):
     signature: str
     """Axes of one item, as of a generalised ufunc: ``inputs->outputs->saved->info->info of the VJP``, the last ones
     only where they exist. A letter behind an array gives its dtype (r: the real one, b: flags, i, l: integers of 32
-    and 64 bits); without one it is the dtype of the inputs."""
+    and 64 bits); without one it is the dtype of the inputs. Empty for a function of a user, whose axes are unknown."""
     outputs: int = 1
     """How many arrays the operation returns."""
     needs: tuple[int, ...] = ()
@@ -63,6 +63,11 @@ class Rule(NamedTuple):
     `inner` made differentiable, so that they can be differentiated again although they iterate."""
     solves_by: Rule | None = None
     """The operation that solves them, if it is not this very one."""
+    # Functions of a user.
+    one_by_one: bool = False
+    """Whether functions that cannot be traced run once for each item that ``vmap`` maps, not once for all of them."""
+    shapes: Callable[..., tuple[tuple[Array, ...], tuple[Array, ...]]] | None = None
+    """Outputs and saved arrays for inputs of NumPy whose values mean nothing; ``None`` where the forward tells them."""
 
     @property
     def info_fields(self) -> int:
@@ -73,6 +78,11 @@ class Rule(NamedTuple):
     def inner(self) -> Rule | None:
         """The operation by which the derivatives of a recursive rule solve their systems."""
         return (self.solves_by or self) if self.recursive else None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the functions are a user's, which may change, and whose results are not judged."""
+        return not self.signature
 
     @property
     def opaque(self) -> bool:

@@ -40,7 +40,9 @@ def rule_of(function: Callable[..., Any]) -> Rule:
         if function is rule.function:
             return rule
     name = getattr(function, "__name__", repr(function))
-    raise TypeError(f"{name} has no rule; pass one of ddnref's operations: {', '.join(RULES)}.")
+    raise TypeError(
+        f"{name} has no rule; pass vjp= with a function of yours, or one of ddnref's operations: {', '.join(RULES)}."
+    )
 
 
 def _rule(module: Any, name: str, signature: str, **fields: Any) -> Rule:

@@ -74,8 +74,8 @@ def _none_for_zeros(x: Array | None) -> Array | None:
 
 
 def warn_of_nan(message: str, name: str, found: tuple[Array | None, ...], axes: tuple[int | None, ...]) -> None:
-    """Warn where a derivative is NaN because it does not exist."""
-    if any(x is not None and failed(x).any() for x in found):
+    """Warn where a derivative is NaN because it does not exist; not for functions of a user, whose `axes` are empty."""
+    if axes and any(x is not None and failed(x).any() for x in found):
         i = widest(found, axes)
         warn(message, name, None if found[i] is None else failed_items(failed(found[i]), axes[i]))
 

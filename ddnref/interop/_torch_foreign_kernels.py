@@ -55,6 +55,12 @@ def computed_by(compute: str, rule: Rule, bound: Bound) -> tuple[Rule, Bound]:
             gradients = leaves(bound.reverse(given[:n], given[n:]))
             return tuple(None if x_bar is None else to_tensor(x_bar) for x_bar in gradients)
 
+    def push(dots: tuple[Tensor | None, ...], arrays: tuple[Any, ...], **options: bool) -> tuple[Any, ...]:
+        n = len(dots)
+        with _computing(library, compute, (*dots, *arrays)) as (given, to_tensor):
+            moved = bound.push(given[:n], given[n:], **options)  # type: ignore[misc]
+            return tuple(None if y_dot is None else to_tensor(y_dot) for y_dot in moved)
+
     # PyTorch cannot trace this VJP. So the rule counts as one whose VJP iterates: whole batches, no second derivative.
     opaque = rule._replace(
         vjp_info=rule.vjp_info or tuple,
@@ -63,7 +69,7 @@ def computed_by(compute: str, rule: Rule, bound: Bound) -> tuple[Rule, Bound]:
         undefined=None,
         refusal=REFUSAL.format(name=rule.name, library=compute),
     )
-    return opaque, Bound(forward, reverse, None, None, None, None, bound.result)
+    return opaque, Bound(forward, reverse, push, None, None, None, bound.result)
 
 
 @contextmanager

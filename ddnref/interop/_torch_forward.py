@@ -38,16 +38,11 @@ def pushing(
     """
     # A loop is traced where its own systems are solved by a bridged operation, and otherwise by nobody.
     iterates = rule.vjp_info is not None and not rule.direct
-    plain = flat.push if not iterates or rule.recursive else opaque(rule, bound, layout, "push")
+    plain: Any = flat.push if not iterates or rule.recursive else opaque(rule, bound, layout, "push")
     gauged = "gauge_rtol" in keywords(rule.jvp)
     axes = output_axes(rule, layout)
 
     def push(dots: tuple[Tensor | None, ...], arrays: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        if flat.push is None or plain is None:
-            raise NotImplementedError(
-                f"Forward mode of {rule.name} with compute= was asked for. Another library computes there, whose "
-                "tangents PyTorch does not see: leave out compute=."
-            )
         outer = is_differentiated(arrays)
         if is_nested() and not nests():
             raise NotImplementedError(
@@ -69,12 +64,16 @@ def pushing(
     return push
 
 
-def refuse_graph(name: str) -> None:
-    """Raise ``NotImplementedError`` where ``torch.func.linearize`` records an iteration."""
+def refuse_graph(rule: Rule) -> None:
+    """Raise ``NotImplementedError`` where ``torch.func.linearize`` records what no graph can hold."""
     if get_proxy_mode() is not None:
+        why = (
+            f"another library computes {rule.name}" if rule.info is None
+            else f"{rule.name} iterates until a flag that it reads is clear"
+        )  # fmt: skip
         raise NotImplementedError(
-            f"torch.func.linearize records {name} as a graph, and {name} iterates until a flag that it reads is clear, "
-            "which no graph can hold: use torch.func.jvp, which takes one direction at a time."
+            f"torch.func.linearize records {rule.name} as a graph, and {why}, which no graph can hold: use "
+            "torch.func.jvp, which takes one direction at a time."
         )
 
 

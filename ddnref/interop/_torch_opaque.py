@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 
 from ddnref._rules.binding import Bound, Layout, on_arrays
 from ddnref._rules.contract import Rule
-from ddnref.interop._torch_vmap import align_batch, mapped_axis_first
+from ddnref.interop._torch_vmap import align_batch, mapped_axis_first, one_by_one
 
 Tensor: TypeAlias = Any
 
@@ -42,6 +43,8 @@ def opaque(rule: Rule, bound: Bound, layout: Layout, mode: str) -> Callable[...,
             info: Any, in_dims: tuple[int | None, ...], count: int, *arrays: Tensor | None
         ) -> tuple[tuple[Tensor, ...], int]:
             arrays = mapped_axis_first(info.batch_size, in_dims[1:], arrays)
+            if rule.one_by_one:
+                return one_by_one(partial(Opaque.apply, count), arrays), 0
             if needed.plain:
                 return Opaque.apply(count, *arrays), 0
             # An operator of one item becomes one of the whole batch, which has another derivative.

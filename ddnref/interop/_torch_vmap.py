@@ -27,6 +27,13 @@ def mapped_axis_first(size: int, in_dims: tuple[int | None, ...], arrays: tuple[
     )
 
 
+def one_by_one(apply: Callable[..., tuple[Tensor | None, ...]], arrays: tuple[Tensor | None, ...]) -> Any:
+    """Call a function for each item of arrays that have the mapped axis in front, and stack what it returns."""
+    size = next(len(x) for x in arrays if x is not None)
+    found = [apply(*(None if x is None else x[i] for x in arrays)) for i in range(size)]
+    return tuple(None if items[0] is None else torch.stack(items) for items in zip(*found, strict=True))
+
+
 def align_batch(
     layout: Layout, item_axes: tuple[int, ...], arrays: tuple[Tensor, ...]
 ) -> tuple[Layout, tuple[Tensor, ...], int]:

@@ -23,8 +23,10 @@ def with_warning(
 ) -> tuple[Tensor | None, ...]:
     """The derivatives, with a warning if one is NaN: at once where values can be read, else when the graph runs.
 
-    `axes` says how many axes of each are those of one item.
+    `axes` says how many axes of each are those of one item, and is empty for functions of a user, which may return NaN.
     """
+    if not axes:
+        return results
     if torch.compiler.is_compiling():
         return _with_warnings_in_graph(results, axes, message, name)
     try:

@@ -21,16 +21,17 @@ with needed_by_bridge("autograd"):
 from ddnref._core.arrays import Array
 from ddnref._rules.binding import Bound, Bridged, Layout, flatten, numbers_as_arrays, refuse_foreign
 from ddnref._rules.contract import Rule
+from ddnref._rules.own import by_count, own_function
 from ddnref._rules.table import rule_of
 from ddnref.interop._on_numpy import bind_on_numpy, on_numpy, refuse_second_derivative
 
 
 def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Turn one of ddnref's operations into a function that HIPS autograd differentiates with our VJP and JVP.
+    """Turn one of ddnref's operations, or a function of yours, into one that HIPS autograd differentiates.
 
-    Its operation, options and missing gradients are those of all bridges, see `ddnref.interop`. The function takes
-    arrays or autograd's boxes. Gradients follow the convention of ``autograd.grad``, and ``autograd.make_jvp`` gives
-    the tangents of the JVP.
+    Operations, options, functions of yours and missing gradients are those of all bridges, see `ddnref.interop`. The
+    function takes arrays or autograd's boxes. Gradients follow the convention of ``autograd.grad``, and
+    ``autograd.make_jvp`` gives the tangents of the JVP.
 
     Raises
     ------
@@ -52,7 +53,15 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     array([[0., 0.],
            [0., 1.]])
     """
+    if "vjp" in options:
+        own = own_function(operation, **options)
+        return Bridged(by_count(own, partial(_function, options={})), own, differentiable, own.given)
     rule = rule_of(operation)
+    return Bridged(_function(rule, options), rule, differentiable, options)
+
+
+def _function(rule: Rule, options: dict[str, Any]) -> Callable[..., Any]:
+    """The function that the user calls: it takes operators apart and puts the results together."""
     bound = bind_on_numpy(rule, options)
     operate = lru_cache(maxsize=16)(partial(_operation, rule, bound))
     n, fields = rule.outputs, rule.info_fields
@@ -66,7 +75,7 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
         info = tuple(_bare(flat[i]) for i in range(len(flat) - fields, len(flat)))
         return bound.result(tuple(flat[i] for i in range(n)), info)
 
-    return Bridged(function, rule, differentiable, options)
+    return function
 
 
 def _operation(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., Any]:

@@ -43,26 +43,34 @@ from ddnref._rules.binding import (
     widest,
 )
 from ddnref._rules.contract import Rule
+from ddnref._rules.own import by_count, own_function
 from ddnref._rules.table import rule_of
 from ddnref.interop._bridge_cache import cached_by_options, is_constant
 from ddnref.interop._held_options import FUNCTIONS, held_by, holding
 from ddnref.interop._jax_linear import Flags, LinearMap, Some, differentiated, linear, shape_of
+from ddnref.interop._jax_on_host import on_host
 from ddnref.operators import LinearOperator, as_operator
 
 Plain = Callable[[Some, Some, Flags], Some]
 Axes = tuple[int | None, ...]
 
 
-def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Turn one of ddnref's operations into a function that JAX differentiates with our JVP and VJP.
+def differentiable(operation: Callable[..., Any], *, compute: str | None = None, **options: Any) -> Callable[..., Any]:
+    """Turn one of ddnref's operations, or a function of yours, into one that JAX differentiates with its JVP and VJP.
 
-    Its operation, options and missing gradients are those of all bridges, see `ddnref.interop`. Gradients follow the
-    convention of ``jax.grad``.
+    Operations, options, functions of yours and missing gradients are those of all bridges, see `ddnref.interop`.
+    Gradients follow the convention of ``jax.grad``.
+
+    Parameters
+    ----------
+    compute : {None, "numpy"}
+        With ``"numpy"`` a function of yours and its derivatives get NumPy arrays: at once where the arrays have
+        values, and through ``jax.pure_callback`` inside ``jit``. It then has no second derivatives.
 
     Raises
     ------
     NotImplementedError
-        When a third derivative of a function of a matrix is taken.
+        When a third derivative of a function of a matrix is taken, or a second one of a function that NumPy computes.
 
     Notes
     -----
@@ -80,7 +88,21 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     >>> jax.grad(lambda x: eigh(x)[0][1])(jnp.diag(jnp.asarray([1.0, 2.0]))).tolist()
     [[0.0, 0.0], [0.0, 1.0]]
     """
+    if "vjp" in options:
+        own = own_function(operation, **options)
+        given = own.given if compute is None else {"compute": compute, **own.given}
+        return Bridged(by_count(own, partial(_own, compute)), own, differentiable, given)
+    if compute is not None:
+        raise TypeError("compute= is for functions of yours, with vjp=: JAX itself computes ddnref's operations.")
     return _bridge(rule_of(operation), options)
+
+
+def _own(compute: str | None, rule: Rule) -> Callable[..., Any]:
+    """A user's function, which may change, so that no part of it is compiled here."""
+    if compute not in (None, "numpy"):
+        raise ValueError(f'compute is {compute!r}, expected "numpy", or None for JAX itself.')
+    rule = rule if compute is None else on_host(rule)
+    return _function(rule, {}, bind(rule, {}), None, False, partial(bind, rule))
 
 
 @cached_by_options
@@ -99,6 +121,22 @@ def _bridge(rule: Rule, options: dict[str, Any]) -> Callable[..., Any]:
     checked = "gauge_rtol" in keywords(rule.vjp) | keywords(rule.jvp)
     unchecked = bind_rule({**options, "gauge_rtol": float("inf")}) if checked else None
     is_fixed = all(map(is_constant, options.values()))
+    function = _function(rule, options, bound, unchecked, is_fixed, bind_rule)
+    return Bridged(function, rule, differentiable, options)
+
+
+def _function(
+    rule: Rule,
+    options: dict[str, Any],
+    bound: Bound,
+    unchecked: Bound | None,
+    is_fixed: bool,
+    bind_rule: Callable[[dict[str, Any]], Bound],
+) -> Callable[..., Any]:
+    """The function that the user calls: it takes operators apart and puts the results together.
+
+    `is_fixed` says that no option can change. `bind_rule` binds other values of those options that hold arrays.
+    """
     operate = lru_cache(maxsize=16)(partial(_operation, rule, bound, unchecked, is_fixed))
 
     def function(*inputs: Array) -> Any:
@@ -125,7 +163,7 @@ def _bridge(rule: Rule, options: dict[str, Any]) -> Callable[..., Any]:
             outputs, _, info = _operation(rule, own, None, False, layout, len(more))(*arrays, *more)
         return bound.result(outputs, info)
 
-    return Bridged(function, rule, differentiable, options)
+    return function
 
 
 def _held(
@@ -199,7 +237,8 @@ def _operation(
         dots = tuple(None if isinstance(t, SymbolicZero) else t for t in tangents)
         dots = (*dots[:count], *(None,) * held)
         # Integers never move.
-        wanted = (True,) * len(outputs) + tuple(moves_saved and jnp.issubdtype(y.dtype, jnp.inexact) for y in saved)
+        moving = tuple(jnp.issubdtype(y.dtype, jnp.inexact) for y in results)
+        wanted = moving[: len(outputs)] + tuple(moves_saved and moves for moves in moving[len(outputs) :])
         found = linear(
             tangent_map, dots, (*results, *(inputs[i] for i in needs)), [shape_of(x) for x in inputs],
             [shape_of(y) for y in results], wanted,

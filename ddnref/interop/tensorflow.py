@@ -22,6 +22,7 @@ with needed_by_bridge("tensorflow"):
 from ddnref._core.arrays import Array
 from ddnref._rules.binding import Bound, Bridged, Layout, flatten, numbers_as_arrays, refuse_foreign
 from ddnref._rules.contract import Rule
+from ddnref._rules.own import by_count, own_function
 from ddnref._rules.table import rule_of
 from ddnref.interop._on_numpy import bind_on_numpy, on_numpy, refuse_second_derivative
 
@@ -30,10 +31,11 @@ Spec: TypeAlias = Any  # tf.TensorSpec: dtype and shape of a tensor in a graph, 
 
 
 def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Turn one of ddnref's operations into a function that TensorFlow differentiates with our VJP and JVP.
+    """Turn one of ddnref's operations, or a function of yours, into one that TensorFlow differentiates.
 
-    Its operation, options and missing gradients are those of all bridges, see `ddnref.interop`. The function takes
-    tensors, variables or NumPy arrays. ``tf.autodiff.ForwardAccumulator`` gives the tangents of the JVP in eager mode.
+    Operations, options, functions of yours and missing gradients are those of all bridges, see `ddnref.interop`. The
+    function takes tensors, variables or NumPy arrays. ``tf.autodiff.ForwardAccumulator`` gives the tangents of the JVP
+    in eager mode.
 
     Raises
     ------
@@ -59,7 +61,15 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     >>> tape.gradient(largest, x).numpy().tolist()
     [[0.0, 0.0], [0.0, 1.0]]
     """
+    if "vjp" in options:
+        own = own_function(operation, **options)
+        return Bridged(by_count(own, partial(_function, options={})), own, differentiable, own.given)
     rule = rule_of(operation)
+    return Bridged(_function(rule, options), rule, differentiable, options)
+
+
+def _function(rule: Rule, options: dict[str, Any]) -> Callable[..., Any]:
+    """The function that the user calls: it takes operators apart and puts the results together."""
     bound = bind_on_numpy(rule, options)
     operate = lru_cache(maxsize=16)(partial(_operation, rule, bound))
     n = rule.outputs
@@ -74,7 +84,7 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
         flat = operate(layout)(*map(tf.convert_to_tensor, arrays))
         return bound.result(flat[:n], tuple(map(tf.stop_gradient, flat[n:])))
 
-    return Bridged(tf.autograph.experimental.do_not_convert(function), rule, differentiable, options)
+    return tf.autograph.experimental.do_not_convert(function)  # type: ignore[no-any-return]
 
 
 def _operation(rule: Rule, bound: Bound, layout: Layout) -> Callable[..., tuple[Tensor, ...]]:
@@ -203,13 +213,18 @@ def _specs(
 ) -> tuple[Spec, ...]:
     """Find dtypes and shapes of the results from two runs of the forward that have almost nothing to compute.
 
-    The runs differ in the lengths of unknown axes of the inputs. An axis of a result is unknown if its lengths differ.
+    A function of a user, which need not take batches, says them itself. The runs differ in the lengths of unknown axes
+    of the inputs. An axis of a result is unknown if its lengths differ.
     """
     known = all(None not in spec.shape for spec in inputs)
     shapes = ", ".join(str(list(spec.shape)) for spec in inputs)
     try:
         with np.errstate(all="ignore"):
-            first, last = (forward(*_trial_inputs(rule, layout, inputs, i)) for i in range(2))
+            first, last = (
+                forward(*_trial_inputs(rule, layout, inputs, i)) if rule.shapes is None
+                else [np.asarray(y) for group in rule.shapes(*_of_length(inputs, (5, 7)[i])) for y in group]
+                for i in range(2)
+            )  # fmt: skip
     except ValueError as error:
         if known:
             # The error names the lengths of the trial. Real lengths raise one that names those of the user.
@@ -219,11 +234,16 @@ def _specs(
             f"The shapes that {rule.name} returns do not follow from {shapes}, where None is not known before the "
             f"graph runs: tell more lengths with input_signature or tf.ensure_shape. {error}"
         ) from error
-    batch = 1 if layout.plain else 0  # the axis of length zero that the trial adds
+    batch = 1 if layout.plain and rule.shapes is None else 0  # the axis of length zero that the trial adds
     return tuple(
         tf.TensorSpec([a if a == b else None for a, b in zip(y.shape[batch:], z.shape[batch:], strict=True)], y.dtype)
         for y, z in zip(first, last, strict=True)
     )
+
+
+def _of_length(inputs: tuple[Spec, ...], length: int) -> list[Array]:
+    """Zeros for the inputs, with this length for unknown axes."""
+    return [np.zeros([length if n is None else n for n in x.shape], x.dtype.as_numpy_dtype) for x in inputs]
 
 
 def _trial_inputs(rule: Rule, layout: Layout, inputs: tuple[Spec, ...], run: int) -> list[Array]:

@@ -34,6 +34,7 @@ from ddnref._rules.binding import (
     refuse_foreign,
 )
 from ddnref._rules.contract import Rule
+from ddnref._rules.own import by_count, own_function
 from ddnref._rules.table import rule_of
 from ddnref.interop._bridge_cache import cached_by_options
 from ddnref.interop._held_options import FUNCTIONS, held_by, holding
@@ -43,7 +44,7 @@ from ddnref.interop._torch_forward import in_forward_mode, pushing, refuse_graph
 from ddnref.interop._torch_on_numpy import bound_on_numpy, on_numpy
 from ddnref.interop._torch_opaque import opaque
 from ddnref.interop._torch_second import first_order, linear_map, moves_saved
-from ddnref.interop._torch_vmap import align_batch, align_held, mapped_axis_first
+from ddnref.interop._torch_vmap import align_batch, align_held, mapped_axis_first, one_by_one
 from ddnref.interop._torch_warnings import notify, with_warning
 from ddnref.operators import LinearOperator
 
@@ -56,9 +57,9 @@ THIRD = (
 
 
 def differentiable(operation: Callable[..., Any], *, compute: str | None = None, **options: Any) -> Callable[..., Any]:
-    """Turn one of ddnref's operations into a function that PyTorch differentiates with our VJP.
+    """Turn one of ddnref's operations, or a function of yours, into one that PyTorch differentiates with its VJP.
 
-    Its operation, options and missing gradients are those of all bridges, see `ddnref.interop`.
+    Operations, options, functions of yours and missing gradients are those of all bridges, see `ddnref.interop`.
 
     Parameters
     ----------
@@ -93,15 +94,31 @@ def differentiable(operation: Callable[..., Any], *, compute: str | None = None,
     tensor([[0., 0.],
             [0., 1.]], dtype=torch.float64)
     """
+    if "vjp" in options:
+        own = own_function(operation, **options)
+        given = own.given if compute is None else {"compute": compute, **own.given}
+        return Bridged(by_count(own, partial(_own, compute)), own, differentiable, given)
     rule = rule_of(operation)
     if compute is None:
         return _bridge(rule, options)
     if compute == "torch":
         return _bridge(rule, {"compute": compute, **options})
-    function = _function(*computed_by(compute, rule, bind(rule, options, notify=partial(notify, rule.name))))
-    if rule.info is None:
-        function = torch.compiler.disable(function)  # no graph can hold its kernels
-    return Bridged(function, rule, differentiable, {"compute": compute, **options})
+    bound = bind(rule, options, notify=partial(notify, rule.name))
+    return Bridged(_elsewhere(compute, rule, bound), rule, differentiable, {"compute": compute, **options})
+
+
+def _own(compute: str | None, rule: Rule) -> Callable[..., Any]:
+    """A user's function; tensors go to it as they are, unless `compute` names another library."""
+    bound = bind(rule, {})
+    if compute in (None, "torch"):
+        return _function(rule, bound)
+    return _elsewhere(compute, rule, bound, plain=bound if compute == "numpy" else None)
+
+
+def _elsewhere(compute: str, rule: Rule, bound: Bound, plain: Bound | None = None) -> Callable[..., Any]:
+    """A function that another library computes; with `plain`, on NumPy arrays, where nothing has to look inside."""
+    function = _function(*computed_by(compute, rule, bound), plain=plain)
+    return torch.compiler.disable(function) if rule.info is None else function  # no graph can hold its kernels
 
 
 @cached_by_options
@@ -168,8 +185,8 @@ def _function(
                 operation = _holding_operation(rule, rebind, layout, names, held)
                 arrays = (*arrays, *(x.detach() for x in extra))
         if is_forward():
-            if rule.info is not None:
-                refuse_graph(rule.name)
+            if rule.info is not None or rule.opaque:
+                refuse_graph(rule)
             apply = operation.forms["nested" if moves_saved(tuple(arrays)) else "forward"].apply
         else:
             apply = operation.eager if eager else operation.apply
@@ -307,12 +324,14 @@ def _operation(
                 gradients = tuple(refused(x_bar, *arrays) for x_bar in gradients)
             return (*gradients, *(None,) * held)
 
-    Operation.forward = staticmethod(_forward(flat, count + held))
+    Operation.forward = staticmethod(_forward(flat, count + held, may_share=rule.is_own))
 
     # vmap cannot trace loops and other libraries, so they run once on the whole batch, whose axis leads.
     if mapped is None and (rule.info is not None or rule.opaque):
 
         def mapped(arrays: tuple[Tensor, ...], form: str) -> tuple[Tensor, ...]:
+            if rule.one_by_one:
+                return one_by_one(Operation.forms[form].apply, arrays)  # type: ignore[no-any-return]
             whole, arrays, _ = align_batch(layout, rule.item_axes, arrays)
             operation = Operation if whole is layout else _operation(rule, bound, whole)
             return operation.forms[form].apply(*arrays)  # type: ignore[no-any-return]
@@ -347,18 +366,32 @@ def _vmap(mapped: Callable[..., tuple[Tensor, ...]], form: str) -> Callable[...,
     return vmap
 
 
-def _forward(flat: Bound, count: int) -> Callable[..., Any]:
-    """A function of `count` inputs that returns outputs, saved arrays and status in one tuple."""
+def _forward(flat: Bound, count: int, may_share: bool) -> Callable[..., Any]:
+    """A function of `count` inputs that returns outputs, saved arrays and status in one tuple.
+
+    Functions of a user may return an input, or one tensor twice, which PyTorch could not tell apart: `may_share`.
+    """
     run = flat.forward
 
     def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
         outputs, saved, info = run(*inputs)
-        return *outputs, *saved, *info
+        results = (*outputs, *saved, *info)
+        return _distinct(results, inputs) if may_share else results
 
     # torch.compile counts parameters to see whether the first one is a context.
     parameters = [inspect.Parameter(f"input_{i}", inspect.Parameter.POSITIONAL_ONLY) for i in range(count)]
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return forward
+
+
+def _distinct(results: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The results, with copies of those that are an input or an earlier result."""
+    earlier, found = list(inputs), []
+    for x in results:
+        own = x.clone() if any(x is other for other in earlier) else x
+        earlier.append(own)
+        found.append(own)
+    return tuple(found)
 
 
 def _eager(operation: Any) -> Any:

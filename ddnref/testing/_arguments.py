@@ -31,6 +31,34 @@ TANGENTS_OF_OUTPUTS = Returned("f_jvp", "tangent", "outputs", "Return zeros wher
 SECONDS = Returned("second", "derivative of the cotangent", "inputs", "Return zeros where the cotangent does not move.")
 
 
+class Checked(NamedTuple):
+    """A function and its derivatives, as a check takes them."""
+
+    f: Callable[..., Any]
+    derivatives: tuple[Callable[..., Any], ...]
+    inputs: tuple[Array, ...]
+    saves: bool
+    needs: Sequence[int]
+
+
+def checked(f: Callable[..., Any], arguments: Sequence[Any], saves: bool, needs: Sequence[int], *names: str) -> Checked:
+    """Collect what is checked, from the derivatives in `names` and the inputs behind them.
+
+    A function that a bridge made brings its derivatives along: then all arguments are inputs.
+    """
+    pair = getattr(f, "pair", None)
+    if pair is None:
+        n = len(names)
+        for name, function in zip(names, arguments, strict=False):
+            if not callable(function):
+                kind = f"{type(function).__module__}.{type(function).__qualname__}"
+                raise TypeError(f"f_{name} is a {kind}, expected a function; only f of a bridge brings its own.")
+        return Checked(f, tuple(arguments[:n]), tuple(arguments[n:]), saves, needs)
+    inputs = tuple(x for x in arguments if x is not None)
+    parts = pair(len(inputs))
+    return Checked(parts.forward, tuple(getattr(parts, name) for name in names), inputs, True, parts.needs)
+
+
 def forward_of(f: Callable[..., Any], saves: bool) -> Forward:
     """Return `f` as a function with two tuples: outputs and saved arrays."""
 

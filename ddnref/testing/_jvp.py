@@ -20,6 +20,7 @@ from ddnref.testing._arguments import (
     check_call,
     check_outputs,
     check_returned,
+    checked,
     forward_of,
 )
 from ddnref.testing._differences import (
@@ -44,7 +45,7 @@ TRANSPOSE_RTOL = 1e-12
 @public
 def check_jvp(
     f: Callable[..., Any],
-    f_jvp: Callable[..., Any],
+    f_jvp: Callable[..., Any] | Array,
     *inputs: Array,
     saves: bool = False,
     needs: Sequence[int] = (),
@@ -62,7 +63,9 @@ def check_jvp(
     Parameters
     ----------
     f : callable
-        ``f(*inputs)`` returns an array or a tuple of arrays. Bind options with ``functools.partial``.
+        ``f(*inputs)`` returns an array or a tuple of arrays. Bind options with ``functools.partial``. A function that
+        ``differentiable`` of a bridge made is checked with its own derivatives: leave out `f_jvp`, `saves` and
+        `needs`, and pass arrays of any library that the functions inside take.
     f_jvp : callable
         ``f_jvp(*tangents, *outputs, *saved, *needed inputs)`` returns one tangent per output. It is called with all
         tangents, and with ``None`` for all inputs but one.
@@ -99,6 +102,7 @@ def check_jvp(
     >>> bool(ddnref.testing.check_jvp(np.sin, lambda x_dot, y, x: np.sin(x) * x_dot, x, needs=(0,)).passed)
     False
     """
+    f, (f_jvp,), inputs, saves, needs = checked(f, (f_jvp, *inputs), saves, needs, "jvp")
     # Validate inputs and tangent spaces before anything is computed.
     rng = np.random.default_rng(seed)
     moves = Moves(inputs, tangent_spaces(tangent, len(inputs)), symmetrises, directions)
@@ -127,7 +131,7 @@ def check_jvp(
 
 
 @public
-def assert_jvp(f: Callable[..., Any], f_jvp: Callable[..., Any], *inputs: Array, **options: Any) -> Report:
+def assert_jvp(f: Callable[..., Any], f_jvp: Callable[..., Any] | Array, *inputs: Array, **options: Any) -> Report:
     """Call `check_jvp`, and raise ``AssertionError`` with the whole table if the check fails.
 
     Parameters, return value and static errors are those of `check_jvp`.
@@ -146,8 +150,8 @@ def assert_jvp(f: Callable[..., Any], f_jvp: Callable[..., Any], *inputs: Array,
 @public
 def check_transpose(
     f: Callable[..., Any],
-    f_jvp: Callable[..., Any],
-    f_vjp: Callable[..., Any],
+    f_jvp: Callable[..., Any] | Array,
+    f_vjp: Callable[..., Any] | Array | None = None,
     *inputs: Array,
     saves: bool = False,
     needs: Sequence[int] = (),
@@ -166,7 +170,8 @@ def check_transpose(
     Parameters
     ----------
     f : callable
-        ``f(*inputs)`` returns an array or a tuple of arrays.
+        ``f(*inputs)`` returns an array or a tuple of arrays, or a function that a bridge made, without `f_jvp` and
+        `f_vjp`, as in `check_vjp`.
     f_jvp, f_vjp : callables
         As in `check_jvp` and `check_vjp`.
     *inputs : arrays, real or complex floating
@@ -199,6 +204,8 @@ def check_transpose(
     >>> bool(ddnref.testing.check_transpose(np.exp, jvp, vjp, x).passed)
     True
     """
+    arguments = (f_jvp, f_vjp, *inputs)
+    f, (f_jvp, f_vjp), inputs, saves, needs = checked(f, arguments, saves, needs, "jvp", "vjp")
     rng = np.random.default_rng(seed)
     moves = Moves(inputs, tangent_spaces(tangent, len(inputs)), symmetrises, directions)
     for i, x in enumerate(inputs):
@@ -235,7 +242,11 @@ def check_transpose(
 
 @public
 def assert_transpose(
-    f: Callable[..., Any], f_jvp: Callable[..., Any], f_vjp: Callable[..., Any], *inputs: Array, **options: Any
+    f: Callable[..., Any],
+    f_jvp: Callable[..., Any] | Array,
+    f_vjp: Callable[..., Any] | Array | None = None,
+    *inputs: Array,
+    **options: Any,
 ) -> TransposeReport:
     """Call `check_transpose`, and raise ``AssertionError`` with the whole table if the check fails.
 

@@ -22,6 +22,7 @@ from ddnref.testing._arguments import (
     check_call,
     check_outputs,
     check_returned,
+    checked,
     forward_of,
 )
 from ddnref.testing._differences import (
@@ -47,7 +48,7 @@ STRUCTURE_RTOL = 1e-13  # a symmetric gradient is symmetric up to rounding
 @public
 def check_vjp(
     f: Callable[..., Any],
-    f_vjp: Callable[..., Any],
+    f_vjp: Callable[..., Any] | Array,
     *inputs: Array,
     saves: bool = False,
     needs: Sequence[int] = (),
@@ -66,7 +67,9 @@ def check_vjp(
     Parameters
     ----------
     f : callable
-        ``f(*inputs)`` returns an array or a tuple of arrays. Bind options with ``functools.partial``.
+        ``f(*inputs)`` returns an array or a tuple of arrays. Bind options with ``functools.partial``. A function that
+        ``differentiable`` of a bridge made is checked with its own derivatives: leave out `f_vjp`, `saves` and
+        `needs`, and pass arrays of any library that the functions inside take.
     f_vjp : callable
         ``f_vjp(*cotangents, *outputs, *saved, *needed inputs)`` returns one cotangent per input.
     *inputs : arrays, float64 or complex128
@@ -117,6 +120,7 @@ def check_vjp(
     >>> bool(ddnref.testing.check_vjp(np.sin, lambda y_bar, y, x: y_bar * np.sin(x), x, needs=(0,)).passed)
     False
     """
+    f, (f_vjp,), inputs, saves, needs = checked(f, (f_vjp, *inputs), saves, needs, "vjp")
     # Validate inputs and tangent spaces before anything is computed.
     rng = np.random.default_rng(seed)
     moves = Moves(inputs, tangent_spaces(tangent, len(inputs)), symmetrises, directions)
@@ -176,7 +180,7 @@ def check_vjp(
 
 
 @public
-def assert_vjp(f: Callable[..., Any], f_vjp: Callable[..., Any], *inputs: Array, **options: Any) -> Report:
+def assert_vjp(f: Callable[..., Any], f_vjp: Callable[..., Any] | Array, *inputs: Array, **options: Any) -> Report:
     """Call `check_vjp`, and raise ``AssertionError`` with the whole table if the check fails.
 
     Parameters, return value and static errors are those of `check_vjp`.
