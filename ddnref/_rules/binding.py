@@ -350,9 +350,12 @@ def spread(flags: Array, like: Array) -> Array:
     return with_axes(flags, like.ndim - flags.ndim)
 
 
-def failed(x_bar: Array) -> Array:
-    """Return where a gradient is NaN. One column tells, because all entries of a failed item are NaN."""
-    return namespace_of(x_bar).isnan(x_bar[..., :1] if x_bar.ndim else x_bar)
+def failed(x_bar: Array, axes: int | None) -> Array:
+    """Return where a gradient is NaN. One column tells, because all entries of a failed item are NaN.
+
+    `axes` says how many axes of the gradient are those of one item; where it is ``None``, all entries are looked at.
+    """
+    return namespace_of(x_bar).isnan(x_bar if axes is None else x_bar[..., :1] if x_bar.ndim else x_bar)
 
 
 def failed_items(flags: Array, axes: int | None) -> Array | None:
@@ -447,8 +450,10 @@ def _made_again(differentiable: Callable[..., Any], operation: Callable[..., Any
 def own_axes(rule: Rule, layout: Layout) -> tuple[int | None, ...]:
     """How many axes of each array of a layout are those of one item; ``None`` for the parameters of an operator.
 
-    Nothing for functions of a user: then nothing is judged, and there are no warnings.
+    Empty for a rule that is not judged: then there are no warnings.
     """
+    if rule.is_own:
+        return (None,) * sum(layout.counts) if rule.judged else ()
     axes = _axes_in(rule.signature.split("->")[0])
     # The vectors of an operator may have several axes for each of its two letters.
     long: dict[str, int] = {}
@@ -462,9 +467,9 @@ def own_axes(rule: Rule, layout: Layout) -> tuple[int | None, ...]:
 
 
 def output_axes(rule: Rule, layout: Layout) -> tuple[int | None, ...]:
-    """How many axes of each output are those of one item; ``None`` where an operator decides, nothing for a user's."""
+    """How many axes of each output are those of one item; ``None`` where that is unknown, empty as in `own_axes`."""
     if rule.is_own:
-        return ()
+        return (None,) * rule.outputs if rule.judged else ()
     return tuple(len(letters) if layout.plain else None for letters in _axes_in(rule.signature.split("->")[1]))
 
 

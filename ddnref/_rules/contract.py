@@ -64,6 +64,8 @@ class Rule(NamedTuple):
     solves_by: Rule | None = None
     """The operation that solves them, if it is not this very one."""
     # Functions of a user.
+    judged: bool = True
+    """Whether NaN in a derivative is a failure, of which bridges warn."""
     one_by_one: bool = False
     """Whether functions that cannot be traced run once for each item that ``vmap`` maps, not once for all of them."""
     shapes: Callable[..., tuple[tuple[Array, ...], tuple[Array, ...]]] | None = None
@@ -81,7 +83,7 @@ class Rule(NamedTuple):
 
     @property
     def is_own(self) -> bool:
-        """Whether the functions are a user's, which may change, and whose results are not judged."""
+        """Whether the functions are a user's, which may change, and whose axes are unknown."""
         return not self.signature
 
     @property

@@ -11,6 +11,8 @@ import numpy as np
 
 from ddnref._core.arrays import Array, as_tuple, namespace_of
 from ddnref._rules.contract import Rule
+from ddnref.implicit import ImplicitFunction
+from ddnref.implicit._conditions import Minimum
 from ddnref.operators import LinearOperator
 
 
@@ -26,6 +28,11 @@ class Own(NamedTuple):
     batched: bool = False
     shapes: Callable[..., Any] | None = None
     options: dict[str, Any] = {}  # noqa: RUF012 - never changed
+    # Of implicit functions.
+    iterates: bool = False
+    """Whether the derivatives iterate, so that nothing traces them, and are NaN where that fails."""
+    once: bool = False
+    """Whether the derivatives are not differentiated again."""
 
     @property
     def name(self) -> str:
@@ -74,6 +81,23 @@ def own_function(
     for count in own_counts(own):
         own_rule(own, count)  # raises where the signatures do not fit
     return own
+
+
+def implicit_function(function: ImplicitFunction, solve: Callable[..., Any]) -> Own:
+    """A solver with the condition of its solution; `solve` is `linear_solve`, made differentiable."""
+    condition, name = function.condition, function.__name__
+
+    def fwd(*inputs: Array) -> tuple[Array, tuple[()]]:
+        return function.solved(*inputs), ()
+
+    def vjp(y_bar: Array, y: Array, *inputs: Array) -> tuple[Any, ...]:
+        return condition.vjp(y_bar, y, inputs, solve, name, False)[0]  # type: ignore[no-any-return]
+
+    def jvp(*arrays: Array) -> Array:
+        n = len(arrays) // 2
+        return condition.jvp(arrays[:n], arrays[n], arrays[n + 1 :], solve, name, False)[0]
+
+    return Own(function, vjp, jvp, fwd, iterates=True, once=isinstance(condition, Minimum))
 
 
 def _name(function: Callable[..., Any]) -> str:
@@ -188,14 +212,25 @@ def own_rule(own: Own, count: int) -> Rule:
     ]
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     saves = fwd is not None
-    return Rule(
+    rule = Rule(
         name, own.function, forward, reverse, push, signature="", outputs=n, needs=kept,
-        saved_vjp=refuse if saves else None, saved_jvp=refuse if saves else None, refusal=_REFUSED.format(name),
-        one_by_one=not own.batched, shapes=partial(own_shapes, own, forward),
+        saved_vjp=refuse if saves else None, saved_jvp=refuse if saves else None, judged=own.iterates,
+        one_by_one=not own.batched, shapes=partial(own_shapes, own, forward), refusal=_REFUSED.format(name),
+    )  # fmt: skip
+    if not own.once:
+        return rule
+    # A rule with an `info` of its VJP is not differentiated again.
+    return rule._replace(
+        vjp=lambda *arrays: (reverse(*arrays), ()), jvp=lambda *arrays: (push(*arrays), ()), vjp_info=tuple,
+        refusal=_CONSTRAINED.format(name),
     )  # fmt: skip
 
 
 _REFUSED = "A second derivative was taken through {}, whose derivatives another library computes: leave out compute=."
+_CONSTRAINED = (
+    "A second derivative was taken through {}, a minimum under constraints, of which only first derivatives are known. "
+    "State it as a root of its conditions, with multipliers among the unknowns: ddnref.implicit.custom_root."
+)
 
 
 def _outputs(own: Own, count: int, needs: tuple[int, ...], vjp: Any, jvp: Any) -> int:

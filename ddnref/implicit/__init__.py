@@ -1,5 +1,6 @@
 """Derivatives of the solution of a problem, whatever solved it."""
 
+from ddnref.implicit._custom import ImplicitFunction, custom_argmin, custom_root
 from ddnref.implicit._derivatives import (
     argmin_jvp,
     argmin_vjp,
@@ -19,10 +20,13 @@ __all__ = [
     "BlockDiagonal",
     "Diagonal",
     "DiagonalPlusLowRank",
+    "ImplicitFunction",
     "NodeInfo",
     "Products",
     "argmin_jvp",
     "argmin_vjp",
+    "custom_argmin",
+    "custom_root",
     "eq_argmin_jvp",
     "eq_argmin_vjp",
     "ineq_argmin_jvp",

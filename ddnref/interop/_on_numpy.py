@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,18 @@ from ddnref._rules.binding import (
     widest,
 )
 from ddnref._rules.contract import Rule
+from ddnref._rules.own import Own, implicit_function, own_function
+from ddnref.implicit import ImplicitFunction
+from ddnref.linalg import linear_solve
+
+
+def own_on_numpy(operation: Callable[..., Any], options: dict[str, Any]) -> Own | None:
+    """A function of a user with its derivatives; ``None`` for one of ddnref's operations."""
+    if isinstance(operation, ImplicitFunction):
+        if options:
+            raise TypeError(f"{operation.__name__} takes its options when it is called.")
+        return implicit_function(operation, partial(linear_solve, throw=False))
+    return own_function(operation, **options) if "vjp" in options else None
 
 
 def bind_on_numpy(rule: Rule, options: dict[str, Any]) -> Bound:
@@ -75,9 +88,9 @@ def _none_for_zeros(x: Array | None) -> Array | None:
 
 def warn_of_nan(message: str, name: str, found: tuple[Array | None, ...], axes: tuple[int | None, ...]) -> None:
     """Warn where a derivative is NaN because it does not exist; not for functions of a user, whose `axes` are empty."""
-    if axes and any(x is not None and failed(x).any() for x in found):
+    if axes and any(x is not None and failed(x, n).any() for x, n in zip(found, axes, strict=False)):
         i = widest(found, axes)
-        warn(message, name, None if found[i] is None else failed_items(failed(found[i]), axes[i]))
+        warn(message, name, None if found[i] is None else failed_items(failed(found[i], axes[i]), axes[i]))
 
 
 def refuse_second_derivative(framework: str) -> Callable[..., Any]:

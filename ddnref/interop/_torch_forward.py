@@ -55,7 +55,7 @@ def pushing(
         else:
             own = arrays if linear is None else arrays[:-1]
             moved = plain(dots, own)
-            if gauged and _found(moved):
+            if gauged and _found(moved, axes):
                 _raise_if_split(flat, dots, own)
         if outer and refused is not None and linear is None:
             moved = tuple(refused(dot, *arrays) for dot in moved)
@@ -77,10 +77,10 @@ def refuse_graph(rule: Rule) -> None:
         )
 
 
-def _found(moved: tuple[Tensor | None, ...]) -> bool:
+def _found(moved: tuple[Tensor | None, ...], axes: tuple[int | None, ...]) -> bool:
     """Whether a tangent is NaN; false where no value can be read."""
     try:
-        return any_failed(moved)
+        return any_failed(moved, axes)
     except RuntimeError:
         return False
 

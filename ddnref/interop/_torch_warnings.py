@@ -30,13 +30,13 @@ def with_warning(
     if torch.compiler.is_compiling():
         return _with_warnings_in_graph(results, axes, message, name)
     try:
-        found = any_failed(results)
+        found = any_failed(results, axes)
     except RuntimeError:  # under vmap, or while a graph is recorded, no value can be read
         pass
     else:
         if found:
             i = widest(results, axes)
-            _warn(failed(results[i]), message, name, axes[i])
+            _warn(failed(results[i], axes[i]), message, name, axes[i])
         return results
     # The values at which a graph is recorded need not mean anything: those of ``torch.func.linearize`` are whatever was
     # in memory.
@@ -59,19 +59,20 @@ def _is_recorded() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
-def any_failed(results: tuple[Tensor | None, ...]) -> bool:
+def any_failed(results: tuple[Tensor | None, ...], axes: tuple[int | None, ...]) -> bool:
     """Return whether a derivative is NaN. One read for all of them: on a GPU, each read would wait for it."""
-    return bool(reduce(or_, (failed(x).any() for x in results if x is not None)))
+    pairs = zip(results, axes, strict=True)
+    return bool(reduce(or_, (failed(x, n).any() for x, n in pairs if x is not None)))
 
 
 def _with_warning_in_graph(x: Tensor, axes: int | None, message: str, name: str) -> Tensor:
     """The derivative, computed from the result of the warning, which a compiler would otherwise drop as unused."""
-    flags = torch.ops.ddnref.warn(failed(x), message, name, axes)
+    flags = torch.ops.ddnref.warn(failed(x, axes), message, name, axes)
     # A derivative that something else uses must not be changed in place.
     if torch.is_grad_enabled():
         return torch.where(flags, torch.nan, x)
-    # The flags are those of one column, so it is enough to write that one.
-    column = x[..., :1] if x.ndim else x
+    # Where the flags are those of one column, it is enough to write that one.
+    column = x[..., :1] if x.ndim and axes is not None else x
     column.copy_(torch.where(flags, torch.nan, column))
     return x
 

@@ -21,9 +21,9 @@ with needed_by_bridge("autograd"):
 from ddnref._core.arrays import Array
 from ddnref._rules.binding import Bound, Bridged, Layout, flatten, numbers_as_arrays, refuse_foreign
 from ddnref._rules.contract import Rule
-from ddnref._rules.own import by_count, own_function
+from ddnref._rules.own import by_count
 from ddnref._rules.table import rule_of
-from ddnref.interop._on_numpy import bind_on_numpy, on_numpy, refuse_second_derivative
+from ddnref.interop._on_numpy import bind_on_numpy, on_numpy, own_on_numpy, refuse_second_derivative
 
 
 def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -53,8 +53,8 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     array([[0., 0.],
            [0., 1.]])
     """
-    if "vjp" in options:
-        own = own_function(operation, **options)
+    own = own_on_numpy(operation, options)
+    if own is not None:
         return Bridged(by_count(own, partial(_function, options={})), own, differentiable, own.given)
     rule = rule_of(operation)
     return Bridged(_function(rule, options), rule, differentiable, options)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, lru_cache, partial, reduce
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -43,12 +43,14 @@ from ddnref._rules.binding import (
     widest,
 )
 from ddnref._rules.contract import Rule
-from ddnref._rules.own import by_count, own_function
+from ddnref._rules.own import by_count, implicit_function, own_function
 from ddnref._rules.table import rule_of
+from ddnref.implicit import ImplicitFunction
 from ddnref.interop._bridge_cache import cached_by_options, is_constant
 from ddnref.interop._held_options import FUNCTIONS, held_by, holding
 from ddnref.interop._jax_linear import Flags, LinearMap, Some, differentiated, linear, shape_of
 from ddnref.interop._jax_on_host import on_host
+from ddnref.linalg import linear_solve
 from ddnref.operators import LinearOperator, as_operator
 
 Plain = Callable[[Some, Some, Flags], Some]
@@ -88,6 +90,8 @@ def differentiable(operation: Callable[..., Any], *, compute: str | None = None,
     >>> jax.grad(lambda x: eigh(x)[0][1])(jnp.diag(jnp.asarray([1.0, 2.0]))).tolist()
     [[0.0, 0.0], [0.0, 1.0]]
     """
+    if isinstance(operation, ImplicitFunction):
+        return _implicit(operation, compute, options)
     if "vjp" in options:
         own = own_function(operation, **options)
         given = own.given if compute is None else {"compute": compute, **own.given}
@@ -97,12 +101,48 @@ def differentiable(operation: Callable[..., Any], *, compute: str | None = None,
     return _bridge(rule_of(operation), options)
 
 
+def _implicit(function: ImplicitFunction, compute: str | None, options: dict[str, Any]) -> Callable[..., Any]:
+    """A solver with the condition of its solution, whose linear systems this bridge solves."""
+    if compute is not None or options:
+        raise TypeError(f"{function.__name__} takes its options when it is called, and no compute=.")
+
+    def solve(operator: LinearOperator, b: Array, **others: Any) -> Any:
+        return differentiable(linear_solve, **others)(operator, b)
+
+    own = implicit_function(function, solve)
+    return Bridged(by_count(own, partial(_own, None)), own, differentiable, {})
+
+
 def _own(compute: str | None, rule: Rule) -> Callable[..., Any]:
     """A user's function, which may change, so that no part of it is compiled here."""
     if compute not in (None, "numpy"):
         raise ValueError(f'compute is {compute!r}, expected "numpy", or None for JAX itself.')
-    rule = rule if compute is None else on_host(rule)
+    if compute is None:
+        refusal = rule.refusal if rule.opaque else None
+        rule = rule._replace(vjp=_on_jax(rule.vjp, refusal), jvp=_on_jax(rule.jvp, refusal))
+    else:
+        rule = on_host(rule)
     return _function(rule, {}, bind(rule, {}), None, False, partial(bind, rule))
+
+
+def _on_jax(function: Callable[..., Any], refusal: str | None) -> Callable[..., Any]:
+    """A derivative that gets arrays of JAX also where JAX holds constants as those of NumPy.
+
+    With a `refusal` it cannot be differentiated again.
+    """
+
+    def call(*arrays: Array | None) -> Any:
+        return function(*(jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x for x in arrays))
+
+    if refusal is None:
+        return call
+    once = jax.custom_jvp(lambda *arrays: call(*arrays)[0])
+
+    @once.defjvp
+    def _(*_: Any) -> NoReturn:
+        raise NotImplementedError(refusal)
+
+    return lambda *arrays: (once(*arrays), ())
 
 
 @cached_by_options
@@ -366,7 +406,7 @@ def _flagged(
 ) -> tuple[Some, Array | None, Array | None]:
     """The results of a map, whether any is NaN, and which items of the batch are; `axes` are those of one item."""
     found = plain(dots, arrays, wanted)
-    flags = {i: failed(jax.lax.stop_gradient(y)) for i, y in enumerate(found[: len(axes)]) if y is not None}
+    flags = {i: failed(jax.lax.stop_gradient(y), axes[i]) for i, y in enumerate(found[: len(axes)]) if y is not None}
     if not flags:
         return found, None, None
     i = widest(found, axes)

@@ -22,9 +22,9 @@ with needed_by_bridge("tensorflow"):
 from ddnref._core.arrays import Array
 from ddnref._rules.binding import Bound, Bridged, Layout, flatten, numbers_as_arrays, refuse_foreign
 from ddnref._rules.contract import Rule
-from ddnref._rules.own import by_count, own_function
+from ddnref._rules.own import by_count
 from ddnref._rules.table import rule_of
-from ddnref.interop._on_numpy import bind_on_numpy, on_numpy, refuse_second_derivative
+from ddnref.interop._on_numpy import bind_on_numpy, on_numpy, own_on_numpy, refuse_second_derivative
 
 Tensor: TypeAlias = Any  # TensorFlow is optional, so that types must not depend on it
 Spec: TypeAlias = Any  # tf.TensorSpec: dtype and shape of a tensor in a graph, None for unknown lengths
@@ -61,8 +61,8 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     >>> tape.gradient(largest, x).numpy().tolist()
     [[0.0, 0.0], [0.0, 1.0]]
     """
-    if "vjp" in options:
-        own = own_function(operation, **options)
+    own = own_on_numpy(operation, options)
+    if own is not None:
         return Bridged(by_count(own, partial(_function, options={})), own, differentiable, own.given)
     rule = rule_of(operation)
     return Bridged(_function(rule, options), rule, differentiable, options)

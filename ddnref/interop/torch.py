@@ -34,8 +34,9 @@ from ddnref._rules.binding import (
     refuse_foreign,
 )
 from ddnref._rules.contract import Rule
-from ddnref._rules.own import by_count, own_function
+from ddnref._rules.own import by_count, implicit_function, own_function
 from ddnref._rules.table import rule_of
+from ddnref.implicit import ImplicitFunction
 from ddnref.interop._bridge_cache import cached_by_options
 from ddnref.interop._held_options import FUNCTIONS, held_by, holding
 from ddnref.interop._torch_batched_grads import are_mapped, map_backward
@@ -46,6 +47,7 @@ from ddnref.interop._torch_opaque import opaque
 from ddnref.interop._torch_second import first_order, linear_map, moves_saved
 from ddnref.interop._torch_vmap import align_batch, align_held, mapped_axis_first, one_by_one
 from ddnref.interop._torch_warnings import notify, with_warning
+from ddnref.linalg import linear_solve
 from ddnref.operators import LinearOperator
 
 Tensor: TypeAlias = Any  # torch is optional, so that types must not depend on it
@@ -94,6 +96,8 @@ def differentiable(operation: Callable[..., Any], *, compute: str | None = None,
     tensor([[0., 0.],
             [0., 1.]], dtype=torch.float64)
     """
+    if isinstance(operation, ImplicitFunction):
+        return _implicit(operation, compute, options)
     if "vjp" in options:
         own = own_function(operation, **options)
         given = own.given if compute is None else {"compute": compute, **own.given}
@@ -105,6 +109,19 @@ def differentiable(operation: Callable[..., Any], *, compute: str | None = None,
         return _bridge(rule, {"compute": compute, **options})
     bound = bind(rule, options, notify=partial(notify, rule.name))
     return Bridged(_elsewhere(compute, rule, bound), rule, differentiable, {"compute": compute, **options})
+
+
+def _implicit(function: ImplicitFunction, compute: str | None, options: dict[str, Any]) -> Callable[..., Any]:
+    """A solver with the condition of its solution, whose linear systems this bridge solves."""
+    if compute is not None or options:
+        raise TypeError(f"{function.__name__} takes its options when it is called, and no compute=.")
+
+    def solve(operator: LinearOperator, b: Tensor, **others: Any) -> Any:
+        return differentiable(linear_solve, **others)(operator, b)
+
+    own = implicit_function(function, solve)
+    call = by_count(own, partial(_own, None))
+    return Bridged(torch.compiler.disable(call), own, differentiable, {})  # its loops read flags
 
 
 def _own(compute: str | None, rule: Rule) -> Callable[..., Any]:

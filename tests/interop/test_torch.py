@@ -395,9 +395,7 @@ def test_recording_is_refused_at_every_level(torch):
 
 
 def test_static_errors(differentiable):
-    with pytest.raises(
-        TypeError, match=r"sum has no rule; pass vjp= .* or one of ddnref's operations: eigh, "
-    ):
+    with pytest.raises(TypeError, match=r"sum has no rule; pass vjp= .* or one of ddnref's operations: eigh, "):
         differentiable(np.sum)
     with pytest.raises(TypeError, match="eigh has no option k; it takes "):
         differentiable(ddnref.eigh, k=2)

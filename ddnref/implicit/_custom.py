@@ -1,0 +1,244 @@
+"""A user's solver, made differentiable by the condition that its solution satisfies.
+
+The solver may be anything. With ``r(y, x) = 0`` at its solution y, and A = ∂r/∂y, which is applied and never stored,
+
+    Aᵀ w = ȳ,      x̄ = −(∂r/∂x)ᵀ w          (reverse mode)
+    A ẏ = −(∂r/∂x) ẋ                          (forward mode)
+
+A point that solves the equation only nearly is corrected by the Newton step ``y − A⁻¹ r`` that checks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial, update_wrapper
+from importlib import import_module
+from typing import Any
+
+from ddnref._core.arrays import Array
+from ddnref._kernels.autodiff import autodiff_of, holds_gradients
+from ddnref.implicit._conditions import Minimum, Root
+from ddnref.implicit._equation import Equation, Gradient
+from ddnref.linalg import linear_solve
+
+STEP = 0.01
+"""Largest Newton step, relative to the solution, after which it still counts as one; as in `root_vjp`."""
+
+_options: ContextVar[dict[str, Any]] = ContextVar("_options", default={})  # noqa: B039 - never changed
+
+
+class ImplicitFunction:
+    """A solver with the derivatives of its solution, which `custom_root` and `custom_argmin` make.
+
+    Call it like the solver, ``y = f(*inputs, **options)``. With tensors of PyTorch and arrays of JAX it is
+    differentiable; other arrays get the solver's result. The derivatives can be called by hand, with any arrays.
+    """
+
+    def __init__(self, solver: Callable[..., Array], condition: Root | Minimum) -> None:
+        self.__name__ = type(solver).__name__  # of an object that is called
+        update_wrapper(self, solver)
+        self.solver, self.condition = solver, condition
+        self._bridged: dict[str, Callable[..., Any]] = {}
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        library = autodiff_of(inputs)
+        if library is None:
+            return self.solver(*inputs, **options)
+        if library not in self._bridged:
+            # The bridges are built on this package, so they are looked up when they are needed.
+            self._bridged[library] = import_module(f"ddnref.interop.{library}").differentiable(self)
+        token = _options.set(options)
+        try:
+            return self._bridged[library](*inputs)
+        finally:
+            _options.reset(token)
+
+    def solved(self, *inputs: Array) -> Array:
+        """Call the solver with the options of the present call; check what it returns."""
+        y = self.solver(*inputs, **_options.get())
+        if not hasattr(y, "dtype"):
+            raise TypeError(f"{self.__name__} returned a {type(y).__qualname__}, expected one array: the solution.")
+        condition = self.condition
+        functions = [condition.equation.residual] if isinstance(condition, Root) else condition.parts
+        if any(holds_gradients(function, (y, *inputs)) for function in functions):
+            raise TypeError(
+                f"The condition of {self.__name__} uses a tensor that requires grad and is not among its inputs, so it "
+                "would get no gradient: make it an argument of the solver and of the condition."
+            )
+        return y
+
+    def vjp(self, y_bar: Array, y: Array, /, *inputs: Array, throw: bool = True) -> tuple[Any, Any]:
+        """The gradient of each input for a cotangent of the solution y, and the status of its computation.
+
+        With ``throw=True`` it raises what `root_vjp` raises; otherwise items without a gradient are NaN.
+        """
+        solve = partial(linear_solve, throw=throw)
+        x_bars, info = self.condition.vjp(y_bar, y, inputs, solve, self.__name__, throw)
+        return (x_bars[0] if len(x_bars) == 1 else x_bars), info
+
+    def jvp(self, *arrays: Array | None, throw: bool = True) -> tuple[Array, Any]:
+        """The tangent of the solution from ``(*x_dots, y, *inputs)``, and the status of its computation.
+
+        ``None`` is the tangent of an input that does not move.
+        """
+        count = len(arrays) // 2
+        if len(arrays) % 2 == 0 or count == 0 or all(dot is None for dot in arrays[:count]):
+            raise TypeError(f"{self.__name__}.jvp takes (*x_dots, y, *inputs), one tangent that moves at least.")
+        y: Any = arrays[count]
+        inputs: Any = arrays[count + 1 :]
+        solve = partial(linear_solve, throw=throw)
+        return self.condition.jvp(arrays[:count], y, inputs, solve, self.__name__, throw)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ImplicitFunction, (self.solver, self.condition)
+
+    def __repr__(self) -> str:
+        return f"<{self.__name__}, differentiable by its {type(self.condition).__name__.lower()}>"
+
+
+def custom_root(
+    residual: Callable[..., Array],
+    /,
+    *,
+    residual_vjp: Callable[..., Any] | None = None,
+    residual_jvp: Callable[..., Array] | None = None,
+    axes: int | None = None,
+    rtol: float | None = None,
+    atol: float = 0.0,
+    **options: Any,
+) -> Callable[[Callable[..., Array]], ImplicitFunction]:
+    r"""Make a solver of ``r(y, x) = 0`` differentiable, whatever it does: ``custom_root(residual)(solver)``.
+
+    Parameters
+    ----------
+    residual : callable
+        ``residual(y, *inputs) = r``, of the shape of y: real floating.
+    residual_vjp, residual_jvp : callable, optional
+        ``residual_vjp(w, y, *inputs)`` returns the gradient of ``wᵀ r`` with respect to y and to each input, and
+        ``residual_jvp(y_dot, *x_dots, y, *inputs)`` the tangent of r. PyTorch and JAX differentiate the residual
+        themselves; NumPy and CuPy need both.
+    axes : int, optional
+        How many of the last axes of y make one item, where the batch axes in front of them are independent problems.
+        By default all of y is one problem, which is always right. Items solve their own linear systems, which takes
+        fewer steps, and a bad item does not spoil the others.
+    rtol, atol : float
+        A solution is one if a Newton step moves it by at most ``rtol * ‖y‖ + atol``; default 0.01 and 0. The
+        derivative is that of the point after the step.
+    **options
+        Of `ddnref.linear_solve`, for the linear systems: ``solver="gmres"`` (the default), ``"bicgstab"`` or
+        ``"direct"`` for few unknowns, ``rtol``, ``maxiter``, ``preconditioner``; ``solve_rtol=`` is its ``rtol``.
+
+    Returns
+    -------
+    decorator : callable
+        It takes ``solver(*inputs, **options) = y`` and returns an `ImplicitFunction`. Each input that is a floating
+        array gets a gradient; options, such as a start, get none.
+
+    Raises
+    ------
+    OptimalityError
+        By ``.vjp`` and ``.jvp``: the solution does not satisfy the condition. In PyTorch and JAX the gradient is NaN
+        and a warning says so.
+    ConvergenceError
+        Likewise: a linear system was not solved, for example because ∂r/∂y is singular.
+    TypeError
+        NumPy arrays without `residual_vjp`; a tensor in the closure of the residual that requires grad; a complex
+        solution.
+
+    Notes
+    -----
+    .. math:: \left(\frac{\partial r}{\partial y}\right)^T w = \bar y, \qquad
+              \bar x = -\left(\frac{\partial r}{\partial x}\right)^T w
+
+    The matrix is applied and never stored. Cost: two linear solves, one of them to two digits, each step of which is a
+    derivative of the residual in one direction. No iterate of the solver is stored. Second derivatives are the
+    framework's own, through bridged linear solves.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> root = ddnref.implicit.custom_root(
+    ...     lambda y, x: y * y - x, residual_vjp=lambda w, y, x: (2 * y * w, -w),
+    ...     residual_jvp=lambda y_dot, x_dot, y, x: 2 * y * y_dot - x_dot)(np.sqrt)  # any solver
+    >>> x_bar, _ = root.vjp(np.ones(2), root(np.asarray([4.0, 9.0])), np.asarray([4.0, 9.0]))
+    >>> x_bar.round(6)
+    array([0.25    , 0.166667])
+    """
+    equation = Equation(residual, residual_vjp, residual_jvp)
+    return partial(ImplicitFunction, condition=_root(equation, axes, False, rtol, atol, {"solver": "gmres", **options}))
+
+
+def custom_argmin(
+    objective: Callable[..., Array] | None = None,
+    /,
+    *,
+    gradient: Callable[..., Array] | None = None,
+    gradient_vjp: Callable[..., Any] | None = None,
+    gradient_jvp: Callable[..., Array] | None = None,
+    equality: Callable[..., Array] | None = None,
+    inequality: Callable[..., Array] | None = None,
+    axes: int | None = None,
+    rtol: float | None = None,
+    atol: float = 0.0,
+    **options: Any,
+) -> Callable[[Callable[..., Array]], ImplicitFunction]:
+    r"""Make a solver of ``min f(y, x)``, also under constraints, differentiable: ``custom_argmin(objective)(solver)``.
+
+    Other arguments, the result and the errors are those of `custom_root`.
+
+    Parameters
+    ----------
+    objective : callable
+        ``objective(y, *inputs) = f``: a number, or one for each item of the batch, (...).
+    gradient : callable, optional
+        ``gradient(y, *inputs) = ∇_y f`` in place of the objective, where there are no constraints. With NumPy and CuPy
+        arrays it comes with `gradient_vjp` and `gradient_jvp`, as the residual of `custom_root` does.
+    equality, inequality : callable, optional
+        ``equality(y, *inputs) = 0``, (..., p), and ``inequality(y, *inputs) ≤ 0``, (..., q), for a solution (..., n).
+    **options
+        As in `custom_root`, without constraints. The default of ``solver`` is "minres", since the Hessian is
+        symmetric.
+
+    Raises
+    ------
+    OptimalityError, SingularError
+        With constraints, as from `ddnref.implicit.ineq_argmin_vjp`, which finds multipliers and active constraints.
+    NotImplementedError
+        A second derivative with constraints, in PyTorch and JAX.
+
+    Notes
+    -----
+    Without constraints this is a root of the gradient. With constraints the Hessian of the Lagrangian and the Jacobian
+    of the constraints are formed, n derivatives of each, and factorised: for up to a few hundred unknowns.
+
+    Examples
+    --------
+    >>> import torch
+    >>> @ddnref.implicit.custom_argmin(lambda y, x: ((y - x) ** 2).sum(), inequality=lambda y, x: -y)
+    ... def nearest_positive(x):
+    ...     return x.clamp(min=0)
+    >>> torch.func.grad(lambda x: nearest_positive(x).sum())(torch.tensor([-1.0, 2.0]))
+    tensor([0., 1.])
+    """
+    if (objective is None) == (gradient is None):
+        raise TypeError("Give custom_argmin either an objective or gradient=.")
+    if equality is None and inequality is None:
+        residual = Gradient(objective) if gradient is None else gradient  # type: ignore[arg-type]
+        equation = Equation(residual, gradient_vjp, gradient_jvp)
+        given = {"solver": "minres", **options}
+        return partial(ImplicitFunction, condition=_root(equation, axes, True, rtol, atol, given))
+    if objective is None or gradient_vjp or gradient_jvp or options or axes not in (None, 1):
+        raise TypeError(
+            "With constraints custom_argmin takes an objective, whose derivatives PyTorch or JAX take, and neither "
+            "axes= nor options of linear solves: an item is the last axis, and its system is factorised."
+        )
+    condition = Minimum(objective, equality, inequality, STEP if rtol is None else rtol, atol)
+    return partial(ImplicitFunction, condition=condition)
+
+
+def _root(
+    equation: Equation, axes: int | None, self_adjoint: bool, rtol: float | None, atol: float, options: dict[str, Any]
+) -> Root:
+    options = {"rtol" if key == "solve_rtol" else key: value for key, value in options.items()}
+    return Root(equation, axes, self_adjoint, STEP if rtol is None else rtol, atol, tuple(options.items()))
