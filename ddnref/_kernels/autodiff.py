@@ -45,13 +45,9 @@ def pushforward(function: Function, arrays: tuple[Array, ...], dots: tuple[Array
         return jax.jvp(function, arrays, dots)[1]
     import torch
 
-    from ddnref._kernels.torch import is_forward
-
-    arrays = _constants(torch, arrays)
-    if not is_forward():
-        return torch.func.jvp(function, arrays, dots)[1]
-    # PyTorch does not nest forward mode in forward_ad. The transpose of the transpose is the map itself.
-    value, back = torch.func.vjp(function, *arrays)
+    # The transpose of the transpose is the map itself. PyTorch's forward mode does not nest, lacks some functions, and
+    # warns of itself when it is first used.
+    value, back = torch.func.vjp(function, *_constants(torch, arrays))
     return torch.func.vjp(back, torch.zeros_like(value))[1](dots)[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from ddnref.operators import LinearOperator
 STEP_RTOL = 0.01
 """Tolerance of the linear solve for the Newton step, which need not be exact: two more digits of the solution."""
 
+DIRECT_UP_TO = 32
+"""Unknowns of one item up to which its matrix is formed and factorised, in place of a Krylov method."""
+
 Solve = Callable[..., tuple[Array, Any]]
 
 
@@ -31,7 +35,7 @@ class Root:
     rtol: float
     atol: float
     options: tuple[tuple[str, Any], ...]
-    """Of `linear_solve`."""
+    """Options of `linear_solve`; without a solver one is chosen by the number of unknowns."""
 
     def vjp(
         self, y_bar: Array, y: Array, inputs: tuple[Array, ...], solve: Solve, name: str, throw: bool
@@ -51,8 +55,17 @@ class Root:
 
     def solved(self, solve: Solve, operator: LinearOperator, b: Array) -> tuple[Array, Any]:
         """A solution of the linear system, NaN where it has not converged."""
-        x, info = solve(operator, b, **dict(self.options))
+        x, info = solve(operator, b, **self.options_for(operator))
         return nan_where(~with_axes(info.converged, len(operator.domain_shape)), x), info
+
+    def options_for(self, operator: LinearOperator, **changed: Any) -> dict[str, Any]:
+        """The options, with the solver that suits the number of unknowns."""
+        iterative = "minres" if self.self_adjoint else "gmres"
+        chosen = "direct" if operator.size <= DIRECT_UP_TO else iterative
+        options = {"solver": chosen, **dict(self.options), **changed}
+        if options["solver"] == "direct":
+            return {key: value for key, value in options.items() if key in ("solver", "throw")}
+        return options
 
     def operator(self, y: Array, inputs: tuple[Array, ...], transposed: bool) -> LinearOperator:
         places, moving = floating(inputs)
@@ -71,8 +84,10 @@ class Root:
         axes, xp = y.ndim if self.axes is None else self.axes, namespace_of(y)
         with unrecorded((y, *inputs)) as (y_0, *inputs_0):
             r = self.equation.value(y_0, tuple(inputs_0))
-            step, _ = solve(self.operator(y_0, tuple(inputs_0), False), -r, **{**dict(self.options), "rtol": STEP_RTOL})
-        lengths = [safe_norm(xp.reshape(x, (*x.shape[: x.ndim - axes], -1))) for x in (step, y_0)]
+            operator = self.operator(y_0, tuple(inputs_0), False)
+            step, _ = solve(operator, -r, **self.options_for(operator, rtol=STEP_RTOL))
+        flat = (*y.shape[: y.ndim - axes], math.prod(y.shape[y.ndim - axes :]))
+        lengths = [safe_norm(xp.reshape(x, flat)) for x in (step, y_0)]
         good = lengths[0] <= self.rtol * lengths[1] + self.atol
         if throw and not is_true(xp.all(good)):
             raise OptimalityError(

@@ -16,10 +16,13 @@ from functools import partial, update_wrapper
 from importlib import import_module
 from typing import Any
 
-from ddnref._core.arrays import Array
+from ddnref._core.arrays import Array, library, namespace_of
+from ddnref._core.checks import check_precision, conform, given
 from ddnref._kernels.autodiff import autodiff_of, holds_gradients
+from ddnref._kernels.public import guarded
 from ddnref.implicit._conditions import Minimum, Root
-from ddnref.implicit._equation import Equation, Gradient
+from ddnref.implicit._equation import Equation, Gradient, floating
+from ddnref.implicit._tangents import split_arguments
 from ddnref.linalg import linear_solve
 
 STEP = 0.01
@@ -68,33 +71,46 @@ class ImplicitFunction:
             )
         return y
 
+    @guarded
     def vjp(self, y_bar: Array, y: Array, /, *inputs: Array, throw: bool = True) -> tuple[Any, Any]:
         """The gradient of each input for a cotangent of the solution y, and the status of its computation.
 
         With ``throw=True`` it raises what `root_vjp` raises; otherwise items without a gradient are NaN.
         """
+        given(y=y, y_bar=y_bar)
+        conform("(),()", real_only=True, y=y, y_bar=y_bar)
+        _check_inputs(y, inputs)
         solve = partial(linear_solve, throw=throw)
         x_bars, info = self.condition.vjp(y_bar, y, inputs, solve, self.__name__, throw)
         return (x_bars[0] if len(x_bars) == 1 else x_bars), info
 
+    @guarded
     def jvp(self, *arrays: Array | None, throw: bool = True) -> tuple[Array, Any]:
         """The tangent of the solution from ``(*x_dots, y, *inputs)``, and the status of its computation.
 
         ``None`` is the tangent of an input that does not move.
         """
-        count = len(arrays) // 2
-        if len(arrays) % 2 == 0 or count == 0 or all(dot is None for dot in arrays[:count]):
-            raise TypeError(f"{self.__name__}.jvp takes (*x_dots, y, *inputs), one tangent that moves at least.")
-        y: Any = arrays[count]
-        inputs: Any = arrays[count + 1 :]
+        dots, (y,), inputs = split_arguments(f"{self.__name__}.jvp", arrays, ("y",))
+        given(y=y)
+        conform("()", real_only=True, y=y)
+        _check_inputs(y, inputs)
         solve = partial(linear_solve, throw=throw)
-        return self.condition.jvp(arrays[:count], y, inputs, solve, self.__name__, throw)
+        return self.condition.jvp(dots, y, inputs, solve, self.__name__, throw)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ImplicitFunction, (self.solver, self.condition)
 
     def __repr__(self) -> str:
         return f"<{self.__name__}, differentiable by its {type(self.condition).__name__.lower()}>"
+
+
+def _check_inputs(y: Array, inputs: tuple[Array, ...]) -> None:
+    """Raise ``TypeError`` for inputs of another library, device or precision than the solution."""
+    named = {f"x[{i}]": x for i, x in enumerate(inputs)}
+    xp = namespace_of(y)
+    library(y=y, **named)
+    places, _ = floating(inputs)
+    check_precision(xp, y=y, **{f"x[{i}]": inputs[i] for i in places})
 
 
 def custom_root(
@@ -126,8 +142,9 @@ def custom_root(
         A solution is one if a Newton step moves it by at most ``rtol * ‖y‖ + atol``; default 0.01 and 0. The
         derivative is that of the point after the step.
     **options
-        Of `ddnref.linear_solve`, for the linear systems: ``solver="gmres"`` (the default), ``"bicgstab"`` or
-        ``"direct"`` for few unknowns, ``rtol``, ``maxiter``, ``preconditioner``; ``solve_rtol=`` is its ``rtol``.
+        Of `ddnref.linear_solve`, for the linear systems: ``solver=``, ``maxiter=``, ``preconditioner=`` and, as
+        ``solve_rtol=``, its ``rtol``. By default the matrix of an item with up to 32 unknowns is formed and factorised
+        ("direct"), and a larger one is only applied ("gmres").
 
     Returns
     -------
@@ -151,9 +168,9 @@ def custom_root(
     .. math:: \left(\frac{\partial r}{\partial y}\right)^T w = \bar y, \qquad
               \bar x = -\left(\frac{\partial r}{\partial x}\right)^T w
 
-    The matrix is applied and never stored. Cost: two linear solves, one of them to two digits, each step of which is a
-    derivative of the residual in one direction. No iterate of the solver is stored. Second derivatives are the
-    framework's own, through bridged linear solves.
+    Cost: two linear solves, one of them to two digits. A step of "gmres" is one derivative of the residual in one
+    direction; "direct" takes as many as there are unknowns. No iterate of the solver is stored. Second derivatives are
+    the framework's own, through bridged linear solves.
 
     Examples
     --------
@@ -166,7 +183,7 @@ def custom_root(
     array([0.25    , 0.166667])
     """
     equation = Equation(residual, residual_vjp, residual_jvp)
-    return partial(ImplicitFunction, condition=_root(equation, axes, False, rtol, atol, {"solver": "gmres", **options}))
+    return partial(ImplicitFunction, condition=_root(equation, axes, False, rtol, atol, options))
 
 
 def custom_argmin(
@@ -197,8 +214,7 @@ def custom_argmin(
     equality, inequality : callable, optional
         ``equality(y, *inputs) = 0``, (..., p), and ``inequality(y, *inputs) ≤ 0``, (..., q), for a solution (..., n).
     **options
-        As in `custom_root`, without constraints. The default of ``solver`` is "minres", since the Hessian is
-        symmetric.
+        As in `custom_root`, without constraints, with "minres" in place of "gmres": the Hessian is symmetric.
 
     Raises
     ------
@@ -226,8 +242,7 @@ def custom_argmin(
     if equality is None and inequality is None:
         residual = Gradient(objective) if gradient is None else gradient  # type: ignore[arg-type]
         equation = Equation(residual, gradient_vjp, gradient_jvp)
-        given = {"solver": "minres", **options}
-        return partial(ImplicitFunction, condition=_root(equation, axes, True, rtol, atol, given))
+        return partial(ImplicitFunction, condition=_root(equation, axes, True, rtol, atol, options))
     if objective is None or gradient_vjp or gradient_jvp or options or axes not in (None, 1):
         raise TypeError(
             "With constraints custom_argmin takes an objective, whose derivatives PyTorch or JAX take, and neither "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -112,7 +113,7 @@ class Product:
 
     equation: Equation
     fixed: Fixed | int
-    """What is not a parameter, or how many inputs there are where all are."""
+    """Inputs that are not parameters, or the number of inputs where all of them are."""
     transposed: bool
 
     def inputs(self, moving: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -172,7 +173,10 @@ def over_batch(one: Callable[[Array], Array], v: Array, y: Array) -> Array:
     if v.ndim <= y.ndim:
         return one(v if tuple(v.shape) == shape else xp.broadcast_to(v, shape))
     extra = tuple(v.shape[: v.ndim - y.ndim])
-    whole = xp.reshape(xp.broadcast_to(v, (*extra, *shape)), (-1, *shape))
+    whole = xp.broadcast_to(v, (*extra, *shape))
+    if 0 in whole.shape:
+        return whole  # nothing to compute
+    whole = xp.reshape(whole, (math.prod(extra), *shape))
     return xp.reshape(mapped(one, whole), (*extra, *shape))
 
 

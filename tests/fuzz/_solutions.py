@@ -20,6 +20,10 @@ def _dot(a: Any, x: Any) -> Any:
     return (a @ x[..., None])[..., 0]
 
 
+def _transposed(a: Any) -> Any:
+    return array_api_compat.array_namespace(a).matrix_transpose(a)
+
+
 def _outer(u: Any, v: Any) -> Any:
     return u[..., :, None] * v[..., None, :]
 
@@ -84,6 +88,13 @@ LINEAR_JVP = {**_without(LINEAR), "gradient_jvp": lambda x_dot, y, x: -x_dot}
 
 
 def implicit_targets() -> list[Target]:
+    def root(**derivatives: Any) -> Any:
+        return implicit.custom_root(ROOT["residual"], axes=1, solve_rtol=1e-12, **derivatives)
+
+    def minimum(residual_vjp: Any, residual_jvp: Any) -> Any:
+        derivatives = {"gradient_vjp": residual_vjp, "gradient_jvp": residual_jvp}
+        return implicit.custom_argmin(gradient=ROOT["residual"], axes=1, solve_rtol=1e-12, **derivatives)
+
     fields: dict[str, Any] = {"bars": 1, "theirs": ("inputs",), "loose": 10.0}
 
     def of(function: Any, build: Any, names: str, stated: dict[str, Any], name: str = "", **more: Any) -> Target:
@@ -99,7 +110,7 @@ def implicit_targets() -> list[Target]:
             **{**fields, **more},
         )
 
-    def pushed(function: Any, build: Any, names: str, stated: dict[str, Any]) -> Target:
+    def pushed(function: Any, build: Any, names: str, stated: dict[str, Any], **others: Any) -> Target:
         """A JVP at the point of a VJP: a tangent for each input in place of the cotangent."""
         inputs = [name for name in names.split() if name not in ("y", "nu")]
         dots = ["x_dot" if name == "inputs" else f"{name}_dot" for name in inputs]
@@ -110,8 +121,19 @@ def implicit_targets() -> list[Target]:
 
         # No cotangent has the shape of y, so the first thing that does not fit may be what a function returned.
         aliases = {"inputs": ("x",), "y": tuple(stated)}
-        more: dict[str, Any] = {"bars": len(dots), "optional": ("nu",), "aliases": aliases}
+        more: dict[str, Any] = {"bars": len(dots), "optional": ("nu",), "aliases": aliases, **others}
         return of(function, make, " ".join([*dots, names]), stated, **more)
+
+    def custom(maker: Any, name: str, mode: str) -> Target:
+        """A derivative of a solver with its condition; the items are the last axis."""
+        made = maker(
+            residual_vjp=lambda w, y, a, b: (_dot(_transposed(a), w), _outer(w, y), -w),
+            residual_jvp=lambda y_dot, a_dot, b_dot, y, a, b: _dot(a, y_dot) + _dot(a_dot, y) - b_dot,
+        )(lambda a, b: np.linalg.solve(a, b[..., None])[..., 0])
+        more: dict[str, Any] = {"name": f"{name}_{mode}", "functions": (name, "ImplicitFunction")}
+        if mode == "vjp":
+            return of(made.vjp, _root, "y_bar y inputs inputs", {}, **more)
+        return pushed(made.jvp, _root, "y inputs inputs", {}, **more)
 
     def structured(name: str, of_matrix: Callable[[Any], Any]) -> Target:
         """A root whose Jacobian has a structure, of a diagonal matrix."""
@@ -148,4 +170,6 @@ def implicit_targets() -> list[Target]:
         structured("BlockDiagonal", lambda d: implicit.BlockDiagonal(d[..., :, None, None])),
         structured("DiagonalPlusLowRank", lambda d: implicit.DiagonalPlusLowRank(d, 0 * d[..., None])),
         structured("Products", lambda d: implicit.Products(lambda v: d * v)),
+        *(custom(root, "custom_root", mode) for mode in ("vjp", "jvp")),
+        *(custom(minimum, "custom_argmin", mode) for mode in ("vjp", "jvp")),
     ]

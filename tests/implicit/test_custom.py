@@ -9,7 +9,7 @@ import scipy.optimize
 
 import ddnref
 from conftest import TRACED
-from ddnref.errors import ConvergenceError, OptimalityError
+from ddnref.errors import ConvergenceError, OptimalityError, SingularError
 from ddnref.implicit import custom_argmin, custom_root
 
 pytestmark = [
@@ -314,7 +314,7 @@ def test_a_singular_jacobian_is_an_error():
     f = custom_root(
         lambda y, x: y**2 * 0 + 0 * x, residual_vjp=lambda w, y, x: (0 * w, w), residual_jvp=lambda a, b, y, x: b
     )(lambda x: x)
-    with pytest.raises((ConvergenceError, OptimalityError)):
+    with pytest.raises((ConvergenceError, OptimalityError, SingularError)):
         f.vjp(np.ones(2), np.ones(2), np.ones(2))
     x_bar, _ = f.vjp(np.ones(2), np.ones(2), np.ones(2), throw=False)
     assert np.isnan(x_bar).all()
@@ -340,10 +340,14 @@ def test_what_is_missing_is_named():
     f = custom_root(lambda y, x: y * y - x)(np.sqrt)
     assert repr(f) == "<sqrt, differentiable by its root>"
     np.testing.assert_array_equal(f(x), [2, 3])
-    with pytest.raises(TypeError, match=r"residual_vjp is missing.*only PyTorch and JAX"):
+    with pytest.raises(TypeError, match=r"residual_jvp is missing.*only PyTorch and JAX"):
         f.vjp(np.ones(2), f(x), x)
-    with pytest.raises(TypeError, match=r"sqrt\.jvp takes \(\*x_dots, y, \*inputs\)"):
+    with pytest.raises(TypeError, match="x_dot\\[0\\] are all None: there is no direction"):
         f.jvp(None, f(x), x)
+    with pytest.raises(TypeError, match=r"sqrt\.jvp got 2 arrays, expected \*x_dots, y, \*inputs"):
+        f.jvp(f(x), x)
+    with pytest.raises(ValueError, match=r"y_bar has shape \(3,\), expected \(2,\)"):
+        f.vjp(np.ones(3), f(x), x)
     unused = {"residual_vjp": of_square_vjp, "residual_jvp": of_square_jvp}
     short = custom_root(lambda y, x: y[:1], **unused)(np.sqrt)
     with pytest.raises(ValueError, match="as many equations as unknowns"):
@@ -356,7 +360,7 @@ def test_what_is_missing_is_named():
     with pytest.raises(TypeError, match="only PyTorch and JAX differentiate functions by themselves"):
         limited.vjp(np.ones(2), np.ones(2), np.ones(2))
     complex_root = custom_root(lambda y, x: y - x, **unused)(lambda x: x)
-    with pytest.raises(TypeError, match="is complex: write its real and imaginary parts"):
+    with pytest.raises(TypeError, match="complex"):
         complex_root.vjp(np.ones(2) + 0j, np.ones(2) + 0j, np.ones(2) + 0j)
 
 
