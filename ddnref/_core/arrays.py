@@ -265,6 +265,11 @@ def requires_grad(x: Array) -> bool:
     return _requires_grad_at_any_level(x)
 
 
+def is_compiling() -> bool:
+    """Return whether ``torch.compile`` traces the caller."""
+    return "torch" in sys.modules and bool(sys.modules["torch"].compiler.is_compiling())
+
+
 def _requires_grad_at_any_level(x: Array) -> bool:
     """Take off the wrappers of transforms, each of which knows only its own level."""
     functorch = sys.modules["torch"]._C._functorch

@@ -8,7 +8,6 @@ and ``irfft2`` instead and 1.34 times with SciPy's, a Laplacian 1.54 times from 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import array_api_compat
@@ -74,11 +73,6 @@ def filtered(x: Array, factor: Array, shape: tuple[int, ...], is_real: bool) -> 
     if array_api_compat.is_numpy_array(x):
         return _filtered_in_chunks(x, factor, shape)
     return inverse(transform(x, len(shape)) * factor, shape, is_real)
-
-
-def filtering(i: int, shape: tuple[int, ...], is_real: bool) -> Callable[[tuple[Array, ...], Array], Array]:
-    """`filtered` as a function of parameters, number i of which is the factor, and of a vector."""
-    return lambda params, x: filtered(x, params[i], shape, is_real)
 
 
 def _filtered_in_chunks(x: Array, factor: Array, shape: tuple[int, ...]) -> Array:

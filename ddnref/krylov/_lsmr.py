@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ from ddnref.krylov._system import (
     raise_if_failed,
 )
 from ddnref.operators import LinearOperator, as_operator, compose
-from ddnref.operators._operator import Params, check_vector, motions_of
+from ddnref.operators._operator import Params, Structure, check_vector, motions_of, shared
 
 HEADROOM = 2**12
 """How far above the size of A, as `System.size_a` measures it, the grid of shifts begins."""
@@ -231,35 +232,51 @@ def lsmr(
 
 def damped(a: LinearOperator, damping: float) -> LinearOperator:
     """The operator ``[A; √λ I]`` of damped least squares, with flat vectors ``(..., n + m)`` as its range."""
-    root, n, m, bare = math.sqrt(damping), math.prod(a.range_shape), a.size, a._replace(params=())
+    of = shared(_Damped, a._replace(params=()), damping)
+    return LinearOperator(
+        a.params, of.apply, of.adjoint, of.params_vjp, a.domain_shape, (math.prod(a.range_shape) + a.size,),
+        prepare=of.prepare, **motions_of(of, a),
+    )  # fmt: skip
 
-    def upper(y: Array) -> Array:
-        return namespace_of(y).reshape(y[..., :n], (*y.shape[:-1], *a.range_shape))
 
-    def lower(y: Array) -> Array:
-        return namespace_of(y).reshape(y[..., n:], (*y.shape[:-1], *a.domain_shape))
+@dataclass(frozen=True, eq=False)
+class _Damped(Structure):
+    a: LinearOperator
+    damping: float
 
-    def joined(y: Array, x: Array) -> Array:
-        xp = namespace_of(y)
+    def upper(self, y: Array) -> Array:
+        rows = y[..., : math.prod(self.a.range_shape)]
+        return namespace_of(y).reshape(rows, (*y.shape[:-1], *self.a.range_shape))
+
+    def lower(self, y: Array) -> Array:
+        rows = y[..., math.prod(self.a.range_shape) :]
+        return namespace_of(y).reshape(rows, (*y.shape[:-1], *self.a.domain_shape))
+
+    def joined(self, y: Array, x: Array) -> Array:
+        xp, a = namespace_of(y), self.a
         lead = tuple(y.shape[: y.ndim - len(a.range_shape)])
         x = xp.astype(xp.broadcast_to(x, (*lead, *a.domain_shape)), y.dtype)
-        return xp.concat([xp.reshape(y, (*lead, n)), xp.reshape(x, (*lead, m))], axis=-1)
+        flat = xp.reshape(y, (*lead, math.prod(a.range_shape))), xp.reshape(x, (*lead, a.size))
+        return xp.concat(flat, axis=-1)
 
-    def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
-        return bare.params_vjp(params, upper(y_bar), x)
+    def apply(self, params: Params, x: Array) -> Array:
+        return self.joined(self.a.apply(params, x), math.sqrt(self.damping) * x)
 
-    def params_jvp(params: Params, params_dot: Params, x: Array) -> Array:
-        return joined(bare.params_jvp(params, params_dot, x), namespace_of(x).zeros_like(x))  # type: ignore[misc]
+    def adjoint(self, params: Params, y: Array) -> Array:
+        return self.a.adjoint(params, self.upper(y)) + math.sqrt(self.damping) * self.lower(y)
 
-    def adjoint_jvp(params: Params, params_dot: Params, y: Array) -> Array:
-        return bare.adjoint_jvp(params, params_dot, upper(y))  # type: ignore[misc]
+    def params_vjp(self, params: Params, y_bar: Array, x: Array) -> Params:
+        return self.a.params_vjp(params, self.upper(y_bar), x)
 
-    return LinearOperator(
-        a.params, lambda params, x: joined(bare.apply(params, x), root * x),
-        lambda params, y: bare.adjoint(params, upper(y)) + root * lower(y), params_vjp, a.domain_shape, (n + m,),
-        prepare=lambda params: damped(bare._replace(params=params).prepared(), damping),
-        **motions_of((a,), params_jvp, adjoint_jvp),
-    )  # fmt: skip
+    def params_jvp(self, params: Params, params_dot: Params, x: Array) -> Array:
+        moved = self.a.params_jvp(params, params_dot, x)  # type: ignore[misc]
+        return self.joined(moved, namespace_of(x).zeros_like(x))
+
+    def adjoint_jvp(self, params: Params, params_dot: Params, y: Array) -> Array:
+        return self.a.adjoint_jvp(params, params_dot, self.upper(y))  # type: ignore[misc]
+
+    def prepare(self, params: Params) -> LinearOperator:
+        return damped(self.a._replace(params=params).prepared(), self.damping)
 
 
 def checked_damping(damping: Any) -> float:

@@ -16,6 +16,7 @@ import math
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from ddnref._core.arrays import Array, adjoint, namespace, namespace_of, real_dtype, refuse_recording
@@ -29,7 +30,7 @@ from ddnref.linalg._eigsh import EigshInfo, eigsh_fwd, eigsh_jvp, eigsh_vjp
 from ddnref.linalg._eigsh import has_repeated as has_repeated_eigenvalues
 from ddnref.operators import LinearOperator
 from ddnref.operators._elementary import as_operator
-from ddnref.operators._operator import Params, check_ending, motions_of
+from ddnref.operators._operator import Params, Structure, check_ending, motions_of, shared
 
 HALF = 0.5**0.5  # the eigenvector of a triple is (u, v) / √2
 
@@ -339,39 +340,44 @@ def _flat(x: Array, shape: tuple[int, ...]) -> Array:
 
 def _bordered(a: LinearOperator) -> LinearOperator:
     """The operator ``(u, v) ↦ (A v, Aᴴ u)``, with the parameters of A."""
-    bare, rows = a._replace(params=()), math.prod(a.range_shape)
+    of = shared(_Bordered, a._replace(params=()))
+    shape = (math.prod(a.range_shape) + a.size,)
+    return LinearOperator(
+        a.params, of.apply, of.apply, of.params_vjp, shape, shape, self_adjoint=True, prepare=of.prepare,
+        **motions_of(of, a),
+    )  # fmt: skip
 
-    def parts(z: Array) -> tuple[Array, Array]:
-        xp, lead = namespace_of(z), tuple(z.shape[:-1])
+
+@dataclass(frozen=True, eq=False)
+class _Bordered(Structure):
+    a: LinearOperator
+
+    def parts(self, z: Array) -> tuple[Array, Array]:
+        xp, lead, rows = namespace_of(z), tuple(z.shape[:-1]), math.prod(self.a.range_shape)
         u, v = z[..., :rows], z[..., rows:]
-        return xp.reshape(u, (*lead, *a.range_shape)), xp.reshape(v, (*lead, *a.domain_shape))
+        return xp.reshape(u, (*lead, *self.a.range_shape)), xp.reshape(v, (*lead, *self.a.domain_shape))
 
-    def join(u: Array, v: Array) -> Array:
-        return namespace_of(u).concat([_flat(u, a.range_shape), _flat(v, a.domain_shape)], axis=-1)
+    def join(self, u: Array, v: Array) -> Array:
+        return namespace_of(u).concat([_flat(u, self.a.range_shape), _flat(v, self.a.domain_shape)], axis=-1)
 
-    def apply(params: Params, z: Array) -> Array:
-        u, v = parts(z)
-        return join(bare.apply(params, v), bare.adjoint(params, u))
+    def apply(self, params: Params, z: Array) -> Array:
+        u, v = self.parts(z)
+        return self.join(self.a.apply(params, v), self.a.adjoint(params, u))
 
-    def params_vjp(params: Params, z_bar: Array, z: Array) -> Params:
+    def params_vjp(self, params: Params, z_bar: Array, z: Array) -> Params:
         # Re ⟨ū, Ȧ v⟩ + Re ⟨v̄, Ȧᴴ u⟩, and the second one is Re ⟨u, Ȧ v̄⟩
-        (u_bar, v_bar), (u, v) = parts(z_bar), parts(z)
-        both = bare.params_vjp(params, u_bar, v), bare.params_vjp(params, u, v_bar)
+        (u_bar, v_bar), (u, v) = self.parts(z_bar), self.parts(z)
+        both = self.a.params_vjp(params, u_bar, v), self.a.params_vjp(params, u, v_bar)
         return tuple(p + q for p, q in zip(*both, strict=True))
 
-    def params_jvp(params: Params, params_dot: Params, z: Array) -> Array:
-        u, v = parts(z)
-        moved = bare.params_jvp(params, params_dot, v), bare.adjoint_jvp(params, params_dot, u)  # type: ignore[misc]
-        return join(*moved)
+    def params_jvp(self, params: Params, params_dot: Params, z: Array) -> Array:
+        (u, v), a = self.parts(z), self.a
+        return self.join(a.params_jvp(params, params_dot, v), a.adjoint_jvp(params, params_dot, u))  # type: ignore[misc]
 
-    def prepare(params: Params) -> LinearOperator:
-        return _bordered(bare._replace(params=params).prepared())
+    adjoint_jvp = params_jvp
 
-    shape = (rows + math.prod(a.domain_shape),)
-    return LinearOperator(
-        a.params, apply, apply, params_vjp, shape, shape, self_adjoint=True, prepare=prepare,
-        **motions_of((a,), params_jvp, params_jvp),
-    )  # fmt: skip
+    def prepare(self, params: Params) -> LinearOperator:
+        return _bordered(self.a._replace(params=params).prepared())
 
 
 def _arguments(

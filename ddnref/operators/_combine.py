@@ -15,7 +15,8 @@ vjp(ȳ, x) is that of A, and vjp_i(ȳ, x) that of A_i:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import reduce
 from operator import add as plus
 from typing import Any, NamedTuple
@@ -27,7 +28,17 @@ from ddnref._core.arrays import Array, conj, is_complex, namespace
 from ddnref._core.checks import check_precision
 from ddnref._kernels.public import public
 from ddnref.operators._elementary import as_operator, coefficient
-from ddnref.operators._operator import ALGEBRA, LinearOperator, Params, coefficient_bar, is_array, motions_of, times
+from ddnref.operators._operator import (
+    ALGEBRA,
+    LinearOperator,
+    Params,
+    Structure,
+    coefficient_bar,
+    is_array,
+    motions_of,
+    shared,
+    times,
+)
 
 
 @public
@@ -53,49 +64,61 @@ def scaled(
     """
     a = as_operator(operator)
     c = coefficient("c", c, a.params)
-    n, parameter, split = len(a.range_shape), is_array(c), _splitter(c)
-    bare = a._replace(params=())  # closures hold no arrays, so that parameters can be traced and replaced
-
-    def apply(params: Params, x: Array) -> Array:
-        p, c = split(params)
-        return times(c, bare.apply(p, x), n)
-
-    def adjoint(params: Params, y: Array) -> Array:
-        p, c = split(params)
-        return bare.adjoint(p, times(_conj(c), y, n))
-
-    def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
-        p, c = split(params)
-        # vjp(conj(c) ȳ, x),  c̄ = Σ ȳ conj(A x)
-        p_bar = bare.params_vjp(p, times(_conj(c), y_bar, n), x)
-        return (*p_bar, coefficient_bar(y_bar, bare.apply(p, x), c, n)) if parameter else p_bar
-
-    def params_jvp(params: Params, params_dot: Params, x: Array) -> Array:
-        (p, c), (p_dot, c_dot) = split(params), split(params_dot)
-        # c Ȧ x + ċ A x
-        moved = times(c, bare.params_jvp(p, p_dot, x), n)  # type: ignore[misc]
-        return moved + times(c_dot, bare.apply(p, x), n) if parameter else moved
-
-    def adjoint_jvp(params: Params, params_dot: Params, y: Array) -> Array:
-        (p, c), (p_dot, c_dot) = split(params), split(params_dot)
-        # conj(c) Ȧᴴ y + conj(ċ) Aᴴ y
-        moved = bare.adjoint_jvp(p, p_dot, times(_conj(c), y, n))  # type: ignore[misc]
-        return moved + bare.adjoint(p, times(_conj(c_dot), y, n)) if parameter else moved
-
-    def prepare(params: Params) -> LinearOperator:
-        p, c = split(params)
-        return scaled(bare._replace(params=p).prepared(), c)._replace(self_adjoint=flag, positive_definite=positive)
-
+    parameter = is_array(c)
     # A real multiple of a self-adjoint operator is self-adjoint.
     flag = a.self_adjoint and not (is_complex(c) if parameter else isinstance(c, complex))
     # Only a Python number has a sign that is known without reading a value.
     known = a.positive_definite and isinstance(c, (int, float)) and c > 0
     positive = known if positive_definite is None else positive_definite
+    # Structures hold no arrays, so that parameters can be traced and replaced.
+    of = shared(_Scaled, a._replace(params=()), None if parameter else c, flag, positive)
     params = (*a.params, c) if parameter else a.params
     return LinearOperator(
-        params, apply, adjoint, params_vjp, a.domain_shape, a.range_shape, flag, positive, prepare=prepare,
-        **motions_of((a,), params_jvp, adjoint_jvp),
+        params, of.apply, of.adjoint, of.params_vjp, a.domain_shape, a.range_shape, flag, positive, prepare=of.prepare,
+        **motions_of(of, a),
     )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Scaled(Structure):
+    a: LinearOperator
+    constant: float | complex | None
+    """The coefficient; ``None`` if it is a parameter."""
+    self_adjoint: bool
+    positive_definite: bool
+
+    def apply(self, params: Params, x: Array) -> Array:
+        p, c = _split(params, self.constant)
+        return times(c, self.a.apply(p, x), len(self.a.range_shape))
+
+    def adjoint(self, params: Params, y: Array) -> Array:
+        p, c = _split(params, self.constant)
+        return self.a.adjoint(p, times(_conj(c), y, len(self.a.range_shape)))
+
+    def params_vjp(self, params: Params, y_bar: Array, x: Array) -> Params:
+        (p, c), n = _split(params, self.constant), len(self.a.range_shape)
+        # vjp(conj(c) ȳ, x),  c̄ = Σ ȳ conj(A x)
+        p_bar = self.a.params_vjp(p, times(_conj(c), y_bar, n), x)
+        return p_bar if self.constant is not None else (*p_bar, coefficient_bar(y_bar, self.a.apply(p, x), c, n))
+
+    def params_jvp(self, params: Params, params_dot: Params, x: Array) -> Array:
+        (p, c), (p_dot, c_dot) = _split(params, self.constant), _split(params_dot, self.constant)
+        n = len(self.a.range_shape)
+        # c Ȧ x + ċ A x
+        moved = times(c, self.a.params_jvp(p, p_dot, x), n)  # type: ignore[misc]
+        return moved if self.constant is not None else moved + times(c_dot, self.a.apply(p, x), n)
+
+    def adjoint_jvp(self, params: Params, params_dot: Params, y: Array) -> Array:
+        (p, c), (p_dot, c_dot) = _split(params, self.constant), _split(params_dot, self.constant)
+        n = len(self.a.range_shape)
+        # conj(c) Ȧᴴ y + conj(ċ) Aᴴ y
+        moved = self.a.adjoint_jvp(p, p_dot, times(_conj(c), y, n))  # type: ignore[misc]
+        return moved if self.constant is not None else moved + self.a.adjoint(p, times(_conj(c_dot), y, n))
+
+    def prepare(self, params: Params) -> LinearOperator:
+        p, c = _split(params, self.constant)
+        fast = scaled(self.a._replace(params=p).prepared(), c)
+        return fast._replace(self_adjoint=self.self_adjoint, positive_definite=self.positive_definite)
 
 
 @public
@@ -113,20 +136,24 @@ def adjoint(operator: Array | LinearOperator, /) -> LinearOperator:
     array([1., 3.])
     """
     a = as_operator(operator)
-    bare = a._replace(params=())
-
-    def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
-        return bare.params_vjp(params, x, y_bar)
-
-    def prepare(params: Params) -> LinearOperator:
-        return adjoint(bare._replace(params=params).prepared())
-
+    of = shared(_Adjoint, a._replace(params=()))
     # A and Aᴴ exchange their products, shapes and forward modes.
     flags = a.self_adjoint, a.positive_definite
     return LinearOperator(
-        a.params, a.adjoint, a.apply, params_vjp, a.range_shape, a.domain_shape, *flags, prepare=prepare,
+        a.params, a.adjoint, a.apply, of.params_vjp, a.range_shape, a.domain_shape, *flags, prepare=of.prepare,
         params_jvp=a.adjoint_jvp, adjoint_jvp=a.params_jvp,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Adjoint(Structure):
+    a: LinearOperator
+
+    def params_vjp(self, params: Params, y_bar: Array, x: Array) -> Params:
+        return self.a.params_vjp(params, x, y_bar)
+
+    def prepare(self, params: Params) -> LinearOperator:
+        return adjoint(self.a._replace(params=params).prepared())
 
 
 @public
@@ -144,31 +171,35 @@ def transpose(operator: Array | LinearOperator, /) -> LinearOperator:
     array([1.+0.j, 0.+2.j])
     """
     a = as_operator(operator)
-    bare = a._replace(params=())
-
-    def apply(params: Params, x: Array) -> Array:
-        return conj(bare.adjoint(params, conj(x)))
-
-    def adjoint(params: Params, y: Array) -> Array:
-        return conj(bare.apply(params, conj(y)))
-
-    def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
-        return bare.params_vjp(params, conj(x), conj(y_bar))
-
-    def params_jvp(params: Params, params_dot: Params, x: Array) -> Array:
-        return conj(bare.adjoint_jvp(params, params_dot, conj(x)))  # type: ignore[misc]
-
-    def adjoint_jvp(params: Params, params_dot: Params, y: Array) -> Array:
-        return conj(bare.params_jvp(params, params_dot, conj(y)))  # type: ignore[misc]
-
-    def prepare(params: Params) -> LinearOperator:
-        return transpose(bare._replace(params=params).prepared())
-
+    of = shared(_Transpose, a._replace(params=()))
     flags = a.self_adjoint, a.positive_definite  # those of the conjugate
     return LinearOperator(
-        a.params, apply, adjoint, params_vjp, a.range_shape, a.domain_shape, *flags, prepare=prepare,
-        **motions_of((a,), params_jvp, adjoint_jvp),
+        a.params, of.apply, of.adjoint, of.params_vjp, a.range_shape, a.domain_shape, *flags, prepare=of.prepare,
+        **motions_of(of, a),
     )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Transpose(Structure):
+    a: LinearOperator
+
+    def apply(self, params: Params, x: Array) -> Array:
+        return conj(self.a.adjoint(params, conj(x)))
+
+    def adjoint(self, params: Params, y: Array) -> Array:
+        return conj(self.a.apply(params, conj(y)))
+
+    def params_vjp(self, params: Params, y_bar: Array, x: Array) -> Params:
+        return self.a.params_vjp(params, conj(x), conj(y_bar))
+
+    def params_jvp(self, params: Params, params_dot: Params, x: Array) -> Array:
+        return conj(self.a.adjoint_jvp(params, params_dot, conj(x)))  # type: ignore[misc]
+
+    def adjoint_jvp(self, params: Params, params_dot: Params, y: Array) -> Array:
+        return conj(self.a.params_jvp(params, params_dot, conj(y)))  # type: ignore[misc]
+
+    def prepare(self, params: Params) -> LinearOperator:
+        return transpose(self.a._replace(params=params).prepared())
 
 
 @public
@@ -205,45 +236,58 @@ def normal(
     """
     a = as_operator(operator)
     damping = None if damping is None else coefficient("damping", damping, a.params, real=True)
-    n, parameter, split = len(a.domain_shape), is_array(damping), _splitter(damping)
-    bare = a._replace(params=())
-
-    def apply(params: Params, x: Array) -> Array:
-        p, rho = split(params)
-        # AᴴA x + ρ x, by the cheaper form where A has one
-        if bare.gram is not None:
-            fast = bare.gram(p, rho)
-            return fast.apply(fast.params, x)
-        y = bare.adjoint(p, bare.apply(p, x))
-        return y if rho is None else y + times(rho, x, n)
-
-    def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
-        # vjp(A ȳ, x) + vjp(A x, ȳ)
-        p, rho = split(params)
-        left, right = bare.params_vjp(p, bare.apply(p, y_bar), x), bare.params_vjp(p, bare.apply(p, x), y_bar)
-        p_bar = tuple(u + v for u, v in zip(left, right, strict=True))
-        # ρ̄ = Re Σ ȳ conj(x)
-        return (*p_bar, coefficient_bar(y_bar, x, rho, n)) if parameter else p_bar
-
-    def params_jvp(params: Params, params_dot: Params, x: Array) -> Array:
-        # Aᴴ Ȧ x + Ȧᴴ A x + ρ̇ x
-        (p, _), (p_dot, rho_dot) = split(params), split(params_dot)
-        moved = bare.adjoint(p, bare.params_jvp(p, p_dot, x))  # type: ignore[misc]
-        moved = moved + bare.adjoint_jvp(p, p_dot, bare.apply(p, x))  # type: ignore[misc]
-        return moved + times(rho_dot, x, n) if parameter else moved
-
+    parameter = is_array(damping)
     positive = damping is not None if positive_definite is None else positive_definite
-
-    def prepare(params: Params) -> LinearOperator:
-        p, rho = split(params)
-        fast = normal(bare._replace(params=p).prepared(), rho) if bare.gram is None else bare.gram(p, rho)
-        return fast._replace(positive_definite=positive)
-
+    of = shared(_Normal, a._replace(params=()), parameter, None if parameter else damping, positive)
     params = (*a.params, damping) if parameter else a.params
     return LinearOperator(
-        params, apply, apply, params_vjp, a.domain_shape, a.domain_shape, True, positive, prepare=prepare,
-        **motions_of((a,), params_jvp, params_jvp),
+        params, of.apply, of.apply, of.params_vjp, a.domain_shape, a.domain_shape, True, positive, prepare=of.prepare,
+        **motions_of(of, a),
     )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Normal(Structure):
+    a: LinearOperator
+    parameter: bool
+    """Whether the damping is a parameter."""
+    constant: float | None
+    """The damping if it is none; ``None`` for no damping."""
+    positive_definite: bool
+
+    def split(self, params: Params) -> tuple[Params, Any]:
+        return _split(params, None) if self.parameter else (params, self.constant)
+
+    def apply(self, params: Params, x: Array) -> Array:
+        p, rho = self.split(params)
+        # AᴴA x + ρ x, by the cheaper form where A has one
+        if self.a.gram is not None:
+            fast = self.a.gram(p, rho)
+            return fast.apply(fast.params, x)
+        y = self.a.adjoint(p, self.a.apply(p, x))
+        return y if rho is None else y + times(rho, x, len(self.a.domain_shape))
+
+    def params_vjp(self, params: Params, y_bar: Array, x: Array) -> Params:
+        (p, rho), a = self.split(params), self.a
+        # vjp(A ȳ, x) + vjp(A x, ȳ)
+        left, right = a.params_vjp(p, a.apply(p, y_bar), x), a.params_vjp(p, a.apply(p, x), y_bar)
+        p_bar = tuple(u + v for u, v in zip(left, right, strict=True))
+        # ρ̄ = Re Σ ȳ conj(x)
+        return (*p_bar, coefficient_bar(y_bar, x, rho, len(a.domain_shape))) if self.parameter else p_bar
+
+    def params_jvp(self, params: Params, params_dot: Params, x: Array) -> Array:
+        # Aᴴ Ȧ x + Ȧᴴ A x + ρ̇ x
+        ((p, _), (p_dot, rho_dot)), a = (self.split(params), self.split(params_dot)), self.a
+        moved = a.adjoint(p, a.params_jvp(p, p_dot, x))  # type: ignore[misc]
+        moved = moved + a.adjoint_jvp(p, p_dot, a.apply(p, x))  # type: ignore[misc]
+        return moved + times(rho_dot, x, len(a.domain_shape)) if self.parameter else moved
+
+    adjoint_jvp = params_jvp
+
+    def prepare(self, params: Params) -> LinearOperator:
+        p, rho = self.split(params)
+        fast = normal(self.a._replace(params=p).prepared(), rho) if self.a.gram is None else self.a.gram(p, rho)
+        return fast._replace(positive_definite=self.positive_definite)
 
 
 @public
@@ -270,31 +314,38 @@ def add(*operators: Array | LinearOperator, positive_definite: bool | None = Non
         _same(f"operators[{i}]", "domain_shape", a.domain_shape, first.domain_shape)
         _same(f"operators[{i}]", "range_shape", a.range_shape, first.range_shape)
 
-    def apply(params: Params, x: Array) -> Array:
-        return reduce(plus, (a.apply(p, x) for a, p in parts.of(params)))
-
-    def adjoint(params: Params, y: Array) -> Array:
-        return reduce(plus, (a.adjoint(p, y) for a, p in parts.of(params)))
-
-    def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
-        return tuple(p_bar for a, p in parts.of(params) for p_bar in a.params_vjp(p, y_bar, x))
-
-    def params_jvp(params: Params, params_dot: Params, x: Array) -> Array:
-        return reduce(plus, (a.params_jvp(p, d, x) for a, p, d in parts.moving(params, params_dot)))
-
-    def adjoint_jvp(params: Params, params_dot: Params, y: Array) -> Array:
-        return reduce(plus, (a.adjoint_jvp(p, d, y) for a, p, d in parts.moving(params, params_dot)))
-
     # A sum has a property if all terms have it.
     flag = all(a.self_adjoint for a in parts.operators)
     positive = all(a.positive_definite for a in parts.operators) if positive_definite is None else positive_definite
+    of = shared(_Sum, parts, positive)
+    return LinearOperator(
+        given, of.apply, of.adjoint, of.params_vjp, first.domain_shape, first.range_shape, flag, positive,
+        prepare=of.prepare, **motions_of(of, *parts.operators),
+    )  # fmt: skip
 
-    def prepare(params: Params) -> LinearOperator:
-        return add(*parts.prepared(params))._replace(positive_definite=positive)
 
-    shapes = first.domain_shape, first.range_shape
-    motions = motions_of(parts.operators, params_jvp, adjoint_jvp)
-    return LinearOperator(given, apply, adjoint, params_vjp, *shapes, flag, positive, prepare=prepare, **motions)
+@dataclass(frozen=True, eq=False)
+class _Sum(Structure):
+    parts: _Parts
+    positive_definite: bool
+
+    def apply(self, params: Params, x: Array) -> Array:
+        return reduce(plus, (a.apply(p, x) for a, p in self.parts.of(params)))
+
+    def adjoint(self, params: Params, y: Array) -> Array:
+        return reduce(plus, (a.adjoint(p, y) for a, p in self.parts.of(params)))
+
+    def params_vjp(self, params: Params, y_bar: Array, x: Array) -> Params:
+        return tuple(p_bar for a, p in self.parts.of(params) for p_bar in a.params_vjp(p, y_bar, x))
+
+    def params_jvp(self, params: Params, params_dot: Params, x: Array) -> Array:
+        return reduce(plus, (a.params_jvp(p, d, x) for a, p, d in self.parts.moving(params, params_dot)))
+
+    def adjoint_jvp(self, params: Params, params_dot: Params, y: Array) -> Array:
+        return reduce(plus, (a.adjoint_jvp(p, d, y) for a, p, d in self.parts.moving(params, params_dot)))
+
+    def prepare(self, params: Params) -> LinearOperator:
+        return add(*self.parts.prepared(params))._replace(positive_definite=self.positive_definite)
 
 
 @public
@@ -319,21 +370,36 @@ def compose(
     given, parts = _parts("compose", operators)
     for i, (a, b) in enumerate(zip(parts.operators, parts.operators[1:], strict=False)):
         _same(f"operators[{i}]", "domain_shape", a.domain_shape, b.range_shape)
-    last = parts.operators[-1]
+    # Flags of the factors say nothing about a product of several.
+    last, alone = parts.operators[-1], len(parts.operators) == 1
+    flag = self_adjoint or positive_definite or (alone and last.self_adjoint)
+    positive = positive_definite or (alone and last.positive_definite)
+    of = shared(_Product, parts, flag, positive)
+    return LinearOperator(
+        given, of.apply, of.adjoint, of.params_vjp, last.domain_shape, parts.operators[0].range_shape, flag, positive,
+        prepare=of.prepare, **motions_of(of, *parts.operators),
+    )  # fmt: skip
 
-    def apply(params: Params, x: Array) -> Array:
-        for a, p in reversed(parts.of(params)):
+
+@dataclass(frozen=True, eq=False)
+class _Product(Structure):
+    parts: _Parts
+    self_adjoint: bool
+    positive_definite: bool
+
+    def apply(self, params: Params, x: Array) -> Array:
+        for a, p in reversed(self.parts.of(params)):
             x = a.apply(p, x)
         return x
 
-    def adjoint(params: Params, y: Array) -> Array:
-        for a, p in parts.of(params):
+    def adjoint(self, params: Params, y: Array) -> Array:
+        for a, p in self.parts.of(params):
             y = a.adjoint(p, y)
         return y
 
-    def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
+    def params_vjp(self, params: Params, y_bar: Array, x: Array) -> Params:
         # The argument of each factor, for the last factor x itself
-        pairs, arguments = parts.of(params), [x]
+        pairs, arguments = self.parts.of(params), [x]
         for a, p in reversed(pairs[1:]):
             arguments.append(a.apply(p, arguments[-1]))
         # ȳ goes down through the adjoints, from the first factor to the last.
@@ -343,25 +409,17 @@ def compose(
             y_bar = y_bar if i + 1 == len(pairs) else a.adjoint(p, y_bar)
         return tuple(bars)
 
-    def params_jvp(params: Params, params_dot: Params, x: Array) -> Array:
-        moving = reversed(parts.moving(params, params_dot))
+    def params_jvp(self, params: Params, params_dot: Params, x: Array) -> Array:
+        moving = reversed(self.parts.moving(params, params_dot))
         return _product_rule([(a.apply, a.params_jvp, p, d) for a, p, d in moving], x)
 
-    def adjoint_jvp(params: Params, params_dot: Params, y: Array) -> Array:
-        moving = parts.moving(params, params_dot)
+    def adjoint_jvp(self, params: Params, params_dot: Params, y: Array) -> Array:
+        moving = self.parts.moving(params, params_dot)
         return _product_rule([(a.adjoint, a.adjoint_jvp, p, d) for a, p, d in moving], y)
 
-    # Flags of the factors say nothing about a product of several.
-    alone = len(parts.operators) == 1
-    flag = self_adjoint or positive_definite or (alone and last.self_adjoint)
-    positive = positive_definite or (alone and last.positive_definite)
-
-    def prepare(params: Params) -> LinearOperator:
-        return compose(*parts.prepared(params))._replace(self_adjoint=flag, positive_definite=positive)
-
-    shapes = last.domain_shape, parts.operators[0].range_shape
-    motions = motions_of(parts.operators, params_jvp, adjoint_jvp)
-    return LinearOperator(given, apply, adjoint, params_vjp, *shapes, flag, positive, prepare=prepare, **motions)
+    def prepare(self, params: Params) -> LinearOperator:
+        fast = compose(*self.parts.prepared(params))
+        return fast._replace(self_adjoint=self.self_adjoint, positive_definite=self.positive_definite)
 
 
 def _product_rule(factors: list[tuple[Callable[..., Array], Callable[..., Array], Params, Params]], x: Array) -> Array:
@@ -400,44 +458,46 @@ def stack(*operators: Array | LinearOperator) -> LinearOperator:
     domain = parts.operators[0].domain_shape
     for i, a in enumerate(parts.operators):
         _same(f"operators[{i}]", "domain_shape", a.domain_shape, domain)
-    ranges = [a.range_shape for a in parts.operators]
-    equal = len(set(ranges)) == 1  # then the images are stacked, else flattened and joined
-
-    def apply(params: Params, x: Array) -> Array:
-        return _joined([a.apply(p, x) for a, p in parts.of(params)], ranges, equal)
-
-    def adjoint(params: Params, y: Array) -> Array:
-        return reduce(
-            plus, (a.adjoint(p, y_i) for (a, p), y_i in zip(parts.of(params), _parted(y, ranges, equal), strict=True))
-        )
-
-    def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
-        bars = zip(parts.of(params), _parted(y_bar, ranges, equal), strict=True)
-        return tuple(p_bar for (a, p), y_bar_i in bars for p_bar in a.params_vjp(p, y_bar_i, x))
-
-    def params_jvp(params: Params, params_dot: Params, x: Array) -> Array:
-        return _joined([a.params_jvp(p, d, x) for a, p, d in parts.moving(params, params_dot)], ranges, equal)
-
-    def adjoint_jvp(params: Params, params_dot: Params, y: Array) -> Array:
-        moving = zip(parts.moving(params, params_dot), _parted(y, ranges, equal), strict=True)
-        return reduce(plus, (a.adjoint_jvp(p, d, y_i) for (a, p, d), y_i in moving))
-
-    def gram(params: Params, shift: Array | float | None) -> LinearOperator:
-        # Σ A_iᴴ A_i + shift, each term in its own cheapest form, the shift in the first
-        filled = [a._replace(params=p) for a, p in parts.of(params)]
-        normals = [normal(a, None if i else shift).prepared() for i, a in enumerate(filled)]
-        return add(*normals)._replace(positive_definite=shift is not None)
-
-    def prepare(params: Params) -> LinearOperator:
-        return stack(*parts.prepared(params))
-
-    target = (len(ranges), *ranges[0]) if equal else (sum(map(math.prod, ranges)),)
+    of = shared(_Stack, parts, _Side.of(a.range_shape for a in parts.operators))
     # The sum of Gram operators is worth it if one of them is cheaper than two products.
     some = any(a.gram is not None for a in parts.operators)
     return LinearOperator(
-        given, apply, adjoint, params_vjp, domain, target, gram=gram if some else None, prepare=prepare,
-        **motions_of(parts.operators, params_jvp, adjoint_jvp),
+        given, of.apply, of.adjoint, of.params_vjp, domain, of.side.shape, gram=of.gram if some else None,
+        prepare=of.prepare, **motions_of(of, *parts.operators),
     )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Stack(Structure):
+    parts: _Parts
+    side: _Side
+
+    def apply(self, params: Params, x: Array) -> Array:
+        return self.side.join([a.apply(p, x) for a, p in self.parts.of(params)])
+
+    def adjoint(self, params: Params, y: Array) -> Array:
+        pairs = zip(self.parts.of(params), self.side.part(y), strict=True)
+        return reduce(plus, (a.adjoint(p, y_i) for (a, p), y_i in pairs))
+
+    def params_vjp(self, params: Params, y_bar: Array, x: Array) -> Params:
+        pairs = zip(self.parts.of(params), self.side.part(y_bar), strict=True)
+        return tuple(p_bar for (a, p), y_bar_i in pairs for p_bar in a.params_vjp(p, y_bar_i, x))
+
+    def params_jvp(self, params: Params, params_dot: Params, x: Array) -> Array:
+        return self.side.join([a.params_jvp(p, d, x) for a, p, d in self.parts.moving(params, params_dot)])
+
+    def adjoint_jvp(self, params: Params, params_dot: Params, y: Array) -> Array:
+        moving = zip(self.parts.moving(params, params_dot), self.side.part(y), strict=True)
+        return reduce(plus, (a.adjoint_jvp(p, d, y_i) for (a, p, d), y_i in moving))
+
+    def gram(self, params: Params, shift: Array | float | None) -> LinearOperator:
+        # Σ A_iᴴ A_i + shift, each term in its own cheapest form, the shift in the first
+        filled = [a._replace(params=p) for a, p in self.parts.of(params)]
+        normals = [normal(a, None if i else shift).prepared() for i, a in enumerate(filled)]
+        return add(*normals)._replace(positive_definite=shift is not None)
+
+    def prepare(self, params: Params) -> LinearOperator:
+        return stack(*self.parts.prepared(params))
 
 
 # --- parts and their parameters -----------------------------------------------------------------------------
@@ -475,28 +535,46 @@ def _parts(function: str, given: tuple[Array | LinearOperator, ...]) -> tuple[Pa
     return tuple(named.values()), _Parts(tuple(a._replace(params=()) for a in operators), starts)
 
 
-def _joined(parts: list[Array], ranges: list[tuple[int, ...]], equal: bool) -> Array:
-    """The images side by side, after they are broadcast to the same batch axes."""
-    xp = array_api_compat.array_namespace(*parts)
-    leads = [tuple(y.shape[: y.ndim - len(shape)]) for y, shape in zip(parts, ranges, strict=True)]
-    lead = np.broadcast_shapes(*leads)
-    whole = [xp.broadcast_to(y, (*lead, *shape)) for y, shape in zip(parts, ranges, strict=True)]
-    if equal:
-        return xp.stack(whole, axis=len(lead))
-    return xp.concat([xp.reshape(y, (*lead, math.prod(s))) for y, s in zip(whole, ranges, strict=True)], axis=-1)
+class _Side(NamedTuple):
+    """Vectors of several operators side by side: one more axis for equal shapes, all in one axis for others."""
 
+    shapes: tuple[tuple[int, ...], ...]
 
-def _parted(y: Array, ranges: list[tuple[int, ...]], equal: bool) -> list[Array]:
-    """The inverse of `_joined`."""
-    if equal:
-        return [y[(..., i, *(slice(None),) * len(ranges[0]))] for i in range(len(ranges))]
-    # Cut the last axis into vectors, and give each its shape.
-    xp, sizes = array_api_compat.array_namespace(y), [math.prod(shape) for shape in ranges]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [
-        xp.reshape(y[..., start : start + size], (*y.shape[:-1], *shape))
-        for start, size, shape in zip(starts, sizes, ranges, strict=True)
-    ]
+    @classmethod
+    def of(cls, shapes: Iterable[tuple[int, ...]]) -> _Side:
+        return cls(tuple(tuple(shape) for shape in shapes))
+
+    @property
+    def equal(self) -> bool:
+        return len(set(self.shapes)) == 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of all vectors together."""
+        return (len(self.shapes), *self.shapes[0]) if self.equal else (sum(map(math.prod, self.shapes)),)
+
+    def join(self, parts: list[Array]) -> Array:
+        """The vectors side by side, after they are broadcast to the same batch axes."""
+        xp = array_api_compat.array_namespace(*parts)
+        leads = [tuple(y.shape[: y.ndim - len(shape)]) for y, shape in zip(parts, self.shapes, strict=True)]
+        lead = np.broadcast_shapes(*leads)
+        whole = [xp.broadcast_to(y, (*lead, *shape)) for y, shape in zip(parts, self.shapes, strict=True)]
+        if self.equal:
+            return xp.stack(whole, axis=len(lead))
+        flat = [xp.reshape(y, (*lead, math.prod(shape))) for y, shape in zip(whole, self.shapes, strict=True)]
+        return xp.concat(flat, axis=-1)
+
+    def part(self, y: Array) -> list[Array]:
+        """The inverse of `join`."""
+        if self.equal:
+            return [y[(..., i, *(slice(None),) * len(self.shapes[0]))] for i in range(len(self.shapes))]
+        # Cut the last axis into vectors, and give each its shape.
+        xp, sizes = array_api_compat.array_namespace(y), [math.prod(shape) for shape in self.shapes]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return [
+            xp.reshape(y[..., start : start + size], (*y.shape[:-1], *shape))
+            for start, size, shape in zip(starts, sizes, self.shapes, strict=True)
+        ]
 
 
 def _same(name: str, field: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
@@ -504,11 +582,9 @@ def _same(name: str, field: str, shape: tuple[int, ...], wanted: tuple[int, ...]
         raise ValueError(f"{name}.{field} is {tuple(shape)}, expected {tuple(wanted)}: the operators do not fit.")
 
 
-def _splitter(c: Any) -> Callable[[Params], tuple[Params, Any]]:
-    """A function that splits all parameters into those of A and the coefficient, the last one if it is an array."""
-    if is_array(c):
-        return lambda params: (params[:-1], params[-1])
-    return lambda params: (params, c)
+def _split(params: Params, constant: Any) -> tuple[Params, Any]:
+    """The parameters of A and the coefficient, the last one unless it is a constant."""
+    return (params[:-1], params[-1]) if constant is None else (params, constant)
 
 
 def _conj(c: Array | float | complex) -> Array | float | complex:

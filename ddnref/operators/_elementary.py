@@ -8,6 +8,7 @@ mask        y = m ∘ x       m̄ = Re Σ ȳ ∘ conj(x), m real
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import array_api_compat
@@ -19,14 +20,16 @@ from ddnref._kernels.dense import move_axis
 from ddnref._kernels.public import public
 from ddnref._kernels.vectors import alike
 from ddnref.operators._operator import (
+    Linear,
     LinearOperator,
     Params,
     as_shape,
     cotangent,
     is_array,
-    linear_motions,
+    motions,
     no_params_vjp,
     over,
+    shared,
 )
 
 
@@ -58,8 +61,8 @@ def dense(a: Array, /, *, self_adjoint: bool = False, positive_definite: bool = 
     if (self_adjoint or positive_definite) and n != m:
         raise ValueError(f"a has shape {tuple(a.shape)}; only a square matrix can be self-adjoint.")
     flags = self_adjoint or positive_definite, positive_definite
-    motions = linear_motions(_dense, _dense_adjoint)
-    return LinearOperator((a,), _dense, _dense_adjoint, _dense_vjp, (m,), (n,), *flags, **motions)
+    of = shared(_Dense)
+    return LinearOperator((a,), of.apply, of.adjoint, of.params_vjp, (m,), (n,), *flags, **motions(of))
 
 
 def _sizes(name: str, a: Array) -> tuple[int, int]:
@@ -71,24 +74,24 @@ def _sizes(name: str, a: Array) -> tuple[int, int]:
     return n, m
 
 
-def _dense(params: Params, x: Array) -> Array:
-    (a,) = params
-    return _rows_times(x, namespace_of(a).matrix_transpose(a))
+@dataclass(frozen=True, eq=False)
+class _Dense(Linear):
+    def apply(self, params: Params, x: Array) -> Array:
+        (a,) = params
+        return _rows_times(x, namespace_of(a).matrix_transpose(a))
 
+    def adjoint(self, params: Params, y: Array) -> Array:
+        return conj(_rows_times(conj(y), params[0]))
 
-def _dense_adjoint(params: Params, y: Array) -> Array:
-    return conj(_rows_times(conj(y), params[0]))
-
-
-def _dense_vjp(params: Params, y_bar: Array, x: Array) -> Params:
-    (a,) = params
-    xp = namespace_of(a)
-    # One product ȳᵀ conj(x) per item of the batch sums over all right-hand sides.
-    lead = np.broadcast_shapes(tuple(y_bar.shape[:-1]), tuple(x.shape[:-1]))
-    u = _rows(xp.broadcast_to(y_bar, (*lead, y_bar.shape[-1])), a.ndim - 2)
-    v = _rows(xp.broadcast_to(x, (*lead, x.shape[-1])), a.ndim - 2)
-    u, v = alike(u, v)  # a real matrix may be applied to complex vectors
-    return (cotangent(xp.matrix_transpose(u) @ conj(v), a),)
+    def params_vjp(self, params: Params, y_bar: Array, x: Array) -> Params:
+        (a,) = params
+        xp = namespace_of(a)
+        # One product ȳᵀ conj(x) per item of the batch sums over all right-hand sides.
+        lead = np.broadcast_shapes(tuple(y_bar.shape[:-1]), tuple(x.shape[:-1]))
+        u = _rows(xp.broadcast_to(y_bar, (*lead, y_bar.shape[-1])), a.ndim - 2)
+        v = _rows(xp.broadcast_to(x, (*lead, x.shape[-1])), a.ndim - 2)
+        u, v = alike(u, v)  # a real matrix may be applied to complex vectors
+        return (cotangent(xp.matrix_transpose(u) @ conj(v), a),)
 
 
 def _rows_times(x: Array, a: Array) -> Array:
@@ -181,28 +184,32 @@ def _domain_shape(name: str, d: Array, shape: tuple[int, ...] | int | None) -> t
 
 
 def _diagonal(d: Array, shape: tuple[int, ...], self_adjoint: bool, positive_definite: bool) -> LinearOperator:
-    def gram(params: Params, shift: Array | float | None) -> LinearOperator:
+    of = shared(_Diagonal, shape)
+    flags = self_adjoint, positive_definite
+    return LinearOperator((d,), of.apply, of.adjoint, of.params_vjp, shape, shape, *flags, of.gram, **motions(of))
+
+
+@dataclass(frozen=True, eq=False)
+class _Diagonal(Linear):
+    shape: tuple[int, ...]
+
+    def apply(self, params: Params, x: Array) -> Array:
+        return params[0] * x
+
+    def adjoint(self, params: Params, y: Array) -> Array:
+        return conj(params[0]) * y
+
+    def params_vjp(self, params: Params, y_bar: Array, x: Array) -> Params:
+        return (cotangent(y_bar * conj(x), params[0]),)
+
+    def gram(self, params: Params, shift: Array | float | None) -> LinearOperator:
         # AᴴA + shift is the diagonal |d|² + shift.
         (d,) = params
         xp = namespace_of(d)
         power = xp.real(d) ** 2 + xp.imag(d) ** 2 if is_complex(d) else d * d
         if shift is not None:
-            power = power + over(shift, len(shape))
-        return _diagonal(power, shape, True, shift is not None)._replace(params_vjp=no_params_vjp)
-
-    def apply(params: Params, x: Array) -> Array:
-        return params[0] * x
-
-    def adjoint(params: Params, y: Array) -> Array:
-        return conj(params[0]) * y
-
-    def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
-        return (cotangent(y_bar * conj(x), params[0]),)
-
-    return LinearOperator(
-        (d,), apply, adjoint, params_vjp, shape, shape, self_adjoint, positive_definite, gram,
-        **linear_motions(apply, adjoint),
-    )  # fmt: skip
+            power = power + over(shift, len(self.shape))
+        return _diagonal(power, self.shape, True, shift is not None)._replace(params_vjp=no_params_vjp)
 
 
 def as_operator(a: Array | LinearOperator, name: str = "operator") -> LinearOperator:

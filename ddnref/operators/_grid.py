@@ -9,24 +9,29 @@ With the kernel of a convolution embedded in the grid, its centre at the origin,
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import array_api_compat
 
 from ddnref._core.arrays import Array, conj, full, is_complex, namespace
 from ddnref._kernels.grid import difference as forward
 from ddnref._kernels.grid import difference_adjoint as backward
-from ddnref._kernels.grid import filtered, filtering, inverse, laplacian, multiplier, part, transform
+from ddnref._kernels.grid import filtered, inverse, laplacian, multiplier, part, transform
 from ddnref._kernels.public import public
 from ddnref._kernels.vectors import as_complex
 from ddnref.operators._operator import (
+    Constant,
+    Linear,
     LinearOperator,
     Params,
+    Structure,
     as_shape,
     cotangent,
     is_array,
-    linear_motions,
-    no_motions,
+    motions,
     no_params_vjp,
     over,
+    shared,
 )
 
 BOUNDARIES = ("periodic", "replicate", "zero")
@@ -76,36 +81,45 @@ def convolution(
             f"kernel has shape {tuple(kernel.shape)}; expected {n} axes for the grid {sizes}, batch axes in front, "
             "none empty or longer than the grid's. Crop a larger kernel, or sum it over the periods of the grid."
         )
-    self_adjoint = self_adjoint or positive_definite
+    flags = self_adjoint or positive_definite, positive_definite
+    of = shared(_Convolution, small, sizes, *flags)
+    return LinearOperator(
+        (kernel,), of.apply, of.adjoint, of.params_vjp, sizes, sizes, *flags, of.gram, of.prepare, **motions(of)
+    )
 
-    def spectrum(params: Params) -> Array:
-        return transform(_embed(params[0], small, sizes), n)
+
+@dataclass(frozen=True, eq=False)
+class _Convolution(Linear):
+    small: tuple[int, ...]
+    shape: tuple[int, ...]
+    self_adjoint: bool
+    positive_definite: bool
+
+    def spectrum(self, params: Params) -> Array:
+        return transform(_embed(params[0], self.small, self.shape), len(self.shape))
 
     # ŷ = k̂ ∘ x̂, and conj(k̂) for the adjoint
-    def apply(params: Params, x: Array) -> Array:
-        return filtered(x, multiplier(spectrum(params), sizes), sizes, not is_complex(params[0]))
+    def apply(self, params: Params, x: Array) -> Array:
+        return filtered(x, multiplier(self.spectrum(params), self.shape), self.shape, not is_complex(params[0]))
 
-    def adjoint(params: Params, y: Array) -> Array:
-        return filtered(y, multiplier(conj(spectrum(params)), sizes), sizes, not is_complex(params[0]))
+    def adjoint(self, params: Params, y: Array) -> Array:
+        k_hat = conj(self.spectrum(params))
+        return filtered(y, multiplier(k_hat, self.shape), self.shape, not is_complex(params[0]))
 
-    def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
+    def params_vjp(self, params: Params, y_bar: Array, x: Array) -> Params:
         (k,) = params
-        return (cotangent(_crop(_correlation(y_bar, x, k, sizes), small, sizes), k),)
+        return (cotangent(_crop(_correlation(y_bar, x, k, self.shape), self.small, self.shape), k),)
 
-    def prepare(params: Params) -> LinearOperator:
-        return _filter(spectrum(params), sizes, not is_complex(params[0]), self_adjoint, positive_definite)
+    def prepare(self, params: Params) -> LinearOperator:
+        flags = self.self_adjoint, self.positive_definite
+        return _filter(self.spectrum(params), self.shape, not is_complex(params[0]), *flags)
 
-    def gram(params: Params, shift: Array | float | None) -> LinearOperator:
+    def gram(self, params: Params, shift: Array | float | None) -> LinearOperator:
         # AᴴA + ρ is the filter |k̂|² + ρ, which is real.
-        k_hat, xp = spectrum(params), array_api_compat.array_namespace(params[0])
+        k_hat, xp = self.spectrum(params), array_api_compat.array_namespace(params[0])
         power = xp.real(k_hat) ** 2 + xp.imag(k_hat) ** 2
-        power = power if shift is None else power + over(shift, n)
-        return _filter(power, sizes, not is_complex(params[0]), True, shift is not None)
-
-    return LinearOperator(
-        (kernel,), apply, adjoint, params_vjp, sizes, sizes, self_adjoint, positive_definite, gram, prepare,
-        **linear_motions(apply, adjoint),
-    )  # fmt: skip
+        power = power if shift is None else power + over(shift, len(self.shape))
+        return _filter(power, self.shape, not is_complex(params[0]), True, shift is not None)
 
 
 def _filter(
@@ -115,8 +129,20 @@ def _filter(
     # A real spectrum belongs to a self-adjoint map and needs no conjugate.
     factor = multiplier(spectrum, shape)
     params = (factor, conj(factor)) if is_complex(spectrum) else (factor,)
-    products = filtering(0, shape, is_real), filtering(-1, shape, is_real)
-    return LinearOperator(params, *products, no_params_vjp, shape, shape, self_adjoint, positive_definite)
+    of, shapes = shared(_Filter, shape, is_real), (shape, shape)
+    return LinearOperator(params, of.apply, of.adjoint, no_params_vjp, *shapes, self_adjoint, positive_definite)
+
+
+@dataclass(frozen=True, eq=False)
+class _Filter(Structure):
+    shape: tuple[int, ...]
+    is_real: bool
+
+    def apply(self, params: Params, x: Array) -> Array:
+        return filtered(x, params[0], self.shape, self.is_real)
+
+    def adjoint(self, params: Params, y: Array) -> Array:
+        return filtered(y, params[-1], self.shape, self.is_real)
 
 
 def _embed(k: Array, small: tuple[int, ...], shape: tuple[int, ...]) -> Array:
@@ -192,38 +218,48 @@ def difference(
         raise ValueError(f"axis is {axis}, expected different axes of a grid with {n}.")
     axes = tuple(i % n - n for i in given)  # counted from the end because batch axes lead
     single = isinstance(axis, int)
-
-    def apply(params: Params, x: Array) -> Array:  # noqa: ARG001
-        if single:
-            return forward(x, axes[0], boundary)
-        return array_api_compat.array_namespace(x).stack([forward(x, i, boundary) for i in axes], axis=-n - 1)
-
-    def adjoint(params: Params, y: Array) -> Array:  # noqa: ARG001
-        if single:
-            return backward(y, axes[0], boundary)
-        # Dᵀ y is the sum over the components.
-        components = [y[(..., j, *(slice(None),) * n)] for j in range(len(axes))]
-        return sum(backward(y_j, i, boundary) for y_j, i in zip(components, axes, strict=True))
-
-    def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:  # noqa: ARG001
-        return ()
-
-    def gram(params: Params, shift: Array | float | None) -> LinearOperator:  # noqa: ARG001
-        return _laplacian(axes, boundary, sizes, shift)
-
     # One axis given as an int adds no axis of components.
     target = sizes if single else (len(axes), *sizes)
-    return LinearOperator((), apply, adjoint, params_vjp, sizes, target, gram=gram, **no_motions(apply, adjoint))
+    of = shared(_Difference, axes, single, boundary, sizes)
+    return LinearOperator((), of.apply, of.adjoint, of.params_vjp, sizes, target, gram=of.gram, **motions(of))
 
 
-def _laplacian(
-    axes: tuple[int, ...], boundary: str, shape: tuple[int, ...], shift: Array | float | None
-) -> LinearOperator:
-    """``DᵀD + shift`` as a prepared operator, without storing any component of D x."""
-    number = 0.0 if is_array(shift) or shift is None else shift
+@dataclass(frozen=True, eq=False)
+class _Difference(Constant):
+    axes: tuple[int, ...]
+    single: bool
+    boundary: str
+    sizes: tuple[int, ...]
 
-    def apply(params: Params, x: Array) -> Array:
-        return laplacian(x, axes, boundary, over(params[0], len(shape)) if params else number)
+    def apply(self, params: Params, x: Array) -> Array:  # noqa: ARG002
+        if self.single:
+            return forward(x, self.axes[0], self.boundary)
+        components = [forward(x, i, self.boundary) for i in self.axes]
+        return array_api_compat.array_namespace(x).stack(components, axis=-len(self.sizes) - 1)
 
-    params = (shift,) if is_array(shift) else ()
-    return LinearOperator(params, apply, apply, no_params_vjp, shape, shape, True, shift is not None)
+    def adjoint(self, params: Params, y: Array) -> Array:  # noqa: ARG002
+        if self.single:
+            return backward(y, self.axes[0], self.boundary)
+        # Dᵀ y is the sum over the components.
+        components = [y[(..., j, *(slice(None),) * len(self.sizes))] for j in range(len(self.axes))]
+        return sum(backward(y_j, i, self.boundary) for y_j, i in zip(components, self.axes, strict=True))
+
+    def gram(self, params: Params, shift: Array | float | None) -> LinearOperator:
+        """``DᵀD + shift`` as a prepared operator, without storing any component of D x."""
+        params = (shift,) if is_array(shift) else ()
+        of = shared(_Laplacian, self.axes, self.boundary, self.sizes, 0.0 if is_array(shift) else shift or 0.0)
+        shapes = self.sizes, self.sizes
+        return LinearOperator(params, of.apply, of.apply, no_params_vjp, *shapes, True, shift is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Laplacian(Structure):
+    axes: tuple[int, ...]
+    boundary: str
+    shape: tuple[int, ...]
+    number: float
+    """The shift if it is no parameter."""
+
+    def apply(self, params: Params, x: Array) -> Array:
+        shift = over(params[0], len(self.shape)) if params else self.number
+        return laplacian(x, self.axes, self.boundary, shift)

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, NamedTuple, NoReturn
+from weakref import WeakValueDictionary
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, conj, full, is_complex, is_number, namespace, namespace_of, with_axes
+from ddnref._core.arrays import (
+    Array,
+    conj,
+    full,
+    is_compiling,
+    is_complex,
+    is_number,
+    namespace,
+    namespace_of,
+    with_axes,
+)
 from ddnref._core.checks import check_precision, check_shapes, given
 from ddnref._kernels.dense import identity, move_axis
 from ddnref._kernels.public import guarded
@@ -16,6 +28,7 @@ from ddnref._kernels.vectors import as_complex
 from ddnref.errors import DdnrefError
 
 Params = tuple[Array, ...]
+Product = Callable[[Params, Array], Array]
 
 
 class LinearOperator(NamedTuple):
@@ -186,32 +199,80 @@ class LinearOperator(NamedTuple):
 ALGEBRA: dict[str, Callable[..., LinearOperator]] = {}
 """Functions behind ``A + B`` and the like. The modules above fill it, because they make operators."""
 
-Product = Callable[[Params, Array], Array]
 Motion = Callable[[Params, Params, Array], Array]
 
 
-def linear_motions(apply: Product, adjoint: Product) -> dict[str, Any]:
-    """Forward modes of an operator that is linear in its parameters, its products with tangents as parameters."""
-    return {
-        "params_jvp": lambda params, params_dot, x: apply(params_dot, x),  # noqa: ARG005
-        "adjoint_jvp": lambda params, params_dot, y: adjoint(params_dot, y),  # noqa: ARG005
-    }
+# --- structures -------------------------------------------------------------------------------------------------
 
 
-def no_motions(apply: Product, adjoint: Product) -> dict[str, Any]:
-    """Forward modes of an operator without parameters, which are zero."""
+class Structure:
+    """Everything about an operator but its parameters. The functions of the operator are its methods.
 
-    def zero(product: Product) -> Motion:
+    `shared` makes it, once for equal fields, so that operators of equal structure have the same functions. They compare
+    equal, and bridges use again what they have made for one of them. Unlike closures, methods can be pickled.
+    Structures are dataclasses without ``==``: methods of two objects are only equal if these are the same one.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return shared, (type(self), *(getattr(self, field.name) for field in fields(self)))  # type: ignore[arg-type]
+
+
+_structures: WeakValueDictionary[tuple[Any, ...], Any] = WeakValueDictionary()
+
+
+def shared(kind: type[Any], *values: Any) -> Any:
+    """Make a structure, or return the one with these fields if it exists."""
+    if is_compiling():  # a compiler cannot trace weak references
+        return kind(*values)
+    # Numbers of different types compare equal, and so do zeros of different signs.
+    key = (kind, *(repr(value) if is_number(value) else value for value in values))
+    try:
+        found = _structures.get(key)
+    except TypeError:  # a function of the user's that has no hash
+        return kind(*values)
+    if found is None:
+        found = _structures.setdefault(key, kind(*values))
+    return found
+
+
+class Linear(Structure):
+    """A structure whose map is linear in its parameters, so that its forward modes are products."""
+
+    apply: Product
+    adjoint: Product
+
+    def params_jvp(self, params: Params, params_dot: Params, x: Array) -> Array:  # noqa: ARG002
+        return self.apply(params_dot, x)
+
+    def adjoint_jvp(self, params: Params, params_dot: Params, y: Array) -> Array:  # noqa: ARG002
+        return self.adjoint(params_dot, y)
+
+
+class Constant(Structure):
+    """A structure without parameters, so that all derivatives are zero."""
+
+    apply: Product
+    adjoint: Product
+
+    def params_vjp(self, params: Params, y_bar: Array, x: Array) -> Params:  # noqa: ARG002
+        return ()
+
+    def params_jvp(self, params: Params, params_dot: Params, x: Array) -> Array:  # noqa: ARG002
         # The product is taken for the shape of its result.
-        return lambda params, params_dot, x: namespace_of(x).zeros_like(product(params, x))  # noqa: ARG005
+        return namespace_of(x).zeros_like(self.apply(params, x))
 
-    return {"params_jvp": zero(apply), "adjoint_jvp": zero(adjoint)}
+    def adjoint_jvp(self, params: Params, params_dot: Params, y: Array) -> Array:  # noqa: ARG002
+        return namespace_of(y).zeros_like(self.adjoint(params, y))
 
 
-def motions_of(parts: tuple[LinearOperator, ...], params_jvp: Motion, adjoint_jvp: Motion) -> dict[str, Any]:
+def motions(of: Any) -> dict[str, Any]:
+    """The forward modes of a structure, as fields of its operator."""
+    return {"params_jvp": of.params_jvp, "adjoint_jvp": of.adjoint_jvp}
+
+
+def motions_of(of: Any, *parts: LinearOperator) -> dict[str, Any]:
     """Forward modes of an operator made of others, which exist if those of all parts do."""
-    known = all(a.params_jvp is not None and a.adjoint_jvp is not None for a in parts)
-    return {"params_jvp": params_jvp, "adjoint_jvp": adjoint_jvp} if known else {}
+    return motions(of) if all(a.params_jvp is not None and a.adjoint_jvp is not None for a in parts) else {}
 
 
 def no_params_vjp(params: Params, y_bar: Array, x: Array) -> NoReturn:  # noqa: ARG001

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import array_api_compat
@@ -15,7 +16,16 @@ import numpy as np
 
 from ddnref._core.arrays import Array, conj, full
 from ddnref._kernels.public import public
-from ddnref.operators._operator import LinearOperator, Params, as_shape, cotangent, linear_motions, no_motions
+from ddnref.operators._operator import (
+    Constant,
+    Linear,
+    LinearOperator,
+    Params,
+    as_shape,
+    cotangent,
+    motions,
+    shared,
+)
 
 
 @public
@@ -100,11 +110,11 @@ def _refuse_others(x: Array, like: Any) -> None:
         )
 
 
-def _by_columns(x: Array, n: int, size: int, shape: tuple[int, ...], product: Callable[[Array], Array]) -> Array:
-    """Vectors ``(..., *shape)`` as columns ``(size, j)``, their images as vectors again."""
-    lead = x.shape[: x.ndim - n]
-    y = product(x.reshape(math.prod(lead), size).T)
-    return y.T.reshape(*lead, *shape)
+def _by_columns(x: Array, shape: tuple[int, ...], target: tuple[int, ...], product: Callable[[Array], Array]) -> Array:
+    """Vectors ``(..., *shape)`` as columns, their images as vectors ``(..., *target)`` again."""
+    lead = x.shape[: x.ndim - len(shape)]
+    y = product(x.reshape(math.prod(lead), math.prod(shape)).T)
+    return y.T.reshape(*lead, *target)
 
 
 # --- sparse matrices --------------------------------------------------------------------------------------------
@@ -118,36 +128,46 @@ def _sparse(matrix: Any, domain: tuple[int, ...], target: tuple[int, ...], flags
     entries = matrix.tocoo(copy=False)
     rows, columns = entries.row, entries.col  # in the order of the data
     frame = copy.copy(matrix)  # the sparsity: its values are replaced in each product
-    n, m = math.prod(target), math.prod(domain)
+    of = shared(_Stored, frame, rows, columns, domain, target)
+    return LinearOperator(
+        (matrix.data,), of.apply, of.adjoint, of.params_vjp, domain, target, *flags, **motions(of), sparse=of.filled
+    )
 
-    def filled(params: Params) -> Any:
-        _refuse_others(params[0], frame)
-        a = copy.copy(frame)
+
+@dataclass(frozen=True, eq=False)
+class _Stored(Linear):
+    frame: Any
+    """A sparse matrix whose values are replaced in each product."""
+    rows: Array
+    columns: Array
+    domain: tuple[int, ...]
+    target: tuple[int, ...]
+
+    def filled(self, params: Params) -> Any:
+        _refuse_others(params[0], self.frame)
+        a = copy.copy(self.frame)
         a.data = params[0]
         return a
 
-    def apply(params: Params, x: Array) -> Array:
-        _refuse_others(x, frame)
-        return _by_columns(x, len(domain), m, target, lambda z: filled(params) @ z)
+    def apply(self, params: Params, x: Array) -> Array:
+        _refuse_others(x, self.frame)
+        return _by_columns(x, self.domain, self.target, lambda z: self.filled(params) @ z)
 
-    def adjoint(params: Params, y: Array) -> Array:
-        _refuse_others(y, frame)
-        return _by_columns(y, len(target), n, domain, lambda z: conj(filled(params).T @ conj(z)))
+    def adjoint(self, params: Params, y: Array) -> Array:
+        _refuse_others(y, self.frame)
+        return _by_columns(y, self.target, self.domain, lambda z: conj(self.filled(params).T @ conj(z)))
 
-    def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:
+    def params_vjp(self, params: Params, y_bar: Array, x: Array) -> Params:
         # Ā_e = Σ ȳ_{row(e)} conj(x_{col(e)}), summed over the right-hand sides
         (data,) = params
-        lead = np.broadcast_shapes(y_bar.shape[: y_bar.ndim - len(target)], x.shape[: x.ndim - len(domain)])
-        xp = array_api_compat.array_namespace(data)
-        left = xp.broadcast_to(y_bar, (*lead, *target)).reshape(math.prod(lead), n)
-        right = xp.broadcast_to(x, (*lead, *domain)).reshape(math.prod(lead), m)
+        lead = np.broadcast_shapes(y_bar.shape[: y_bar.ndim - len(self.target)], x.shape[: x.ndim - len(self.domain)])
+        xp, count = array_api_compat.array_namespace(data), math.prod(lead)
+        left = xp.broadcast_to(y_bar, (*lead, *self.target)).reshape(count, math.prod(self.target))
+        right = xp.broadcast_to(x, (*lead, *self.domain)).reshape(count, math.prod(self.domain))
         bar = full(data.shape, 0.0, data)
         for y_i, x_i in zip(left, right, strict=True):  # one at a time: each product has as many numbers as the data
-            bar = bar + cotangent(y_i[rows] * conj(x_i[columns]), data)
+            bar = bar + cotangent(y_i[self.rows] * conj(x_i[self.columns]), data)
         return (bar,)
-
-    motions = linear_motions(apply, adjoint)
-    return LinearOperator((matrix.data,), apply, adjoint, params_vjp, domain, target, *flags, **motions, sparse=filled)
 
 
 def factorised(matrix: Any) -> Callable[[Array], Array] | None:
@@ -175,34 +195,37 @@ def factorised(matrix: Any) -> Callable[[Array], Array] | None:
 def _products(
     operator: Any, domain: tuple[int, ...], target: tuple[int, ...], flags: tuple[bool, bool]
 ) -> LinearOperator:
-    n, m = math.prod(target), math.prod(domain)
+    of = shared(_Products, operator, domain, target)
+    return LinearOperator((), of.apply, of.adjoint, of.params_vjp, domain, target, *flags, **motions(of))
 
-    def columns(one: str, many: str) -> Callable[[Array], Array]:
+
+@dataclass(frozen=True, eq=False)
+class _Products(Constant):
+    operator: Any
+    domain: tuple[int, ...]
+    target: tuple[int, ...]
+
+    def apply(self, params: Params, x: Array) -> Array:  # noqa: ARG002
+        _refuse_others(x, self.operator)
+        return _by_columns(x, self.domain, self.target, self.columns("matvec", "matmat", math.prod(self.target)))
+
+    def adjoint(self, params: Params, y: Array) -> Array:  # noqa: ARG002
+        _refuse_others(y, self.operator)
+        return _by_columns(y, self.target, self.domain, self.columns("rmatvec", "rmatmat", math.prod(self.domain)))
+
+    def columns(self, one: str, many: str, rows: int) -> Callable[[Array], Array]:
         # All columns at once where the operator can, else one by one
-        if hasattr(operator, many):
-            return lambda z: getattr(operator, many)(z)
-        vector = getattr(operator, one)
+        if hasattr(self.operator, many):
+            return lambda z: getattr(self.operator, many)(z)
+        vector = getattr(self.operator, one)
 
         def product(z: Array) -> Array:
             xp = array_api_compat.array_namespace(z)
             if z.shape[1] == 0:
-                return full((n if one == "matvec" else m, 0), 0.0, z)
+                return full((rows, 0), 0.0, z)
             return xp.stack([vector(z[:, j]).reshape(-1) for j in range(z.shape[1])], axis=1)
 
         return product
-
-    def apply(params: Params, x: Array) -> Array:  # noqa: ARG001
-        _refuse_others(x, operator)
-        return _by_columns(x, len(domain), m, target, columns("matvec", "matmat"))
-
-    def adjoint(params: Params, y: Array) -> Array:  # noqa: ARG001
-        _refuse_others(y, operator)
-        return _by_columns(y, len(target), n, domain, columns("rmatvec", "rmatmat"))
-
-    def params_vjp(params: Params, y_bar: Array, x: Array) -> Params:  # noqa: ARG001
-        return ()
-
-    return LinearOperator((), apply, adjoint, params_vjp, domain, target, *flags, **no_motions(apply, adjoint))
 
 
 @public

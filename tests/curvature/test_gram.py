@@ -529,7 +529,10 @@ def test_jvp_of_eigenvalues(m, n, is_complex, xp, rng):
 def with_motion(v, shape=None):
     """`as_operator` with its forward modes."""
     a = as_operator(v, shape)
-    return a._replace(**operators._operator.linear_motions(a.apply, a.adjoint))
+    return a._replace(
+        params_jvp=lambda params, params_dot, x: a.apply(params_dot, x),
+        adjoint_jvp=lambda params, params_dot, y: a.adjoint(params_dot, y),
+    )
 
 
 def test_jvp_of_pieces_and_operators(rng):
