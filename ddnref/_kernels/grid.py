@@ -75,6 +75,11 @@ def filtered(x: Array, factor: Array, shape: tuple[int, ...], is_real: bool) -> 
     return inverse(transform(x, len(shape)) * factor, shape, is_real)
 
 
+def fast_length(n: int) -> int:
+    """A length of at least n whose transforms are fast."""
+    return int(scipy.fft.next_fast_len(n, real=True))
+
+
 def _filtered_in_chunks(x: Array, factor: Array, shape: tuple[int, ...]) -> Array:
     """`filtered` for NumPy, with a batch of grids in chunks that stay in cache.
 
@@ -162,6 +167,41 @@ def laplacian(x: Array, axes: tuple[int, ...], boundary: str, shift: Any) -> Arr
         if boundary == "replicate":  # nor one behind the last
             u[..., -1] -= v[..., -1]
     return y
+
+
+# --- borders --------------------------------------------------------------------------------------------------------
+
+
+def zero_padded(x: Array, axis: int, before: int, after: int) -> Array:
+    """Put zeros in front of and behind an axis counted from the end."""
+    if before == after == 0:
+        return x
+    xp, pieces = array_api_compat.array_namespace(x), [x]
+    for place, count in ((0, before), (2, after)):
+        if count:
+            shape = list(x.shape)
+            shape[axis] = count
+            pieces.insert(place, full(tuple(shape), 0.0, x))
+    return xp.concat(pieces, axis=axis)
+
+
+def reflected(x: Array, axis: int, before: int, after: int) -> Array:
+    """Put the mirror image of the first points in front of an axis, and that of the last ones behind it.
+
+    The mirror is half a step beyond the end, ``(c b a | a b c d | d c b)``, so that the last point is repeated.
+    """
+    xp, n = array_api_compat.array_namespace(x), x.shape[axis]
+    ends = part(x, axis, None, before), part(x, axis, n - after, None)
+    return xp.concat([xp.flip(ends[0], axis=axis), x, xp.flip(ends[1], axis=axis)], axis=axis)
+
+
+def reflected_adjoint(y: Array, axis: int, before: int, after: int) -> Array:
+    """The adjoint of `reflected`: add both mirror images to the points that they show."""
+    xp, n = array_api_compat.array_namespace(y), y.shape[axis] - before - after
+    first = xp.flip(part(y, axis, None, before), axis=axis)
+    last = xp.flip(part(y, axis, before + n, None), axis=axis)
+    inner = part(y, axis, before, before + n)
+    return inner + zero_padded(first, axis, 0, n - before) + zero_padded(last, axis, n - after, 0)
 
 
 def part(x: Array, axis: int, start: int | None, stop: int | None) -> Array:

@@ -13,7 +13,7 @@ flag that the shape rules out.
 from ddnref.operators._check import OperatorCheck, OperatorReport, check_operator
 from ddnref.operators._combine import add, adjoint, compose, normal, scaled, stack, transpose
 from ddnref.operators._elementary import as_operator, dense, diagonal, mask
-from ddnref.operators._grid import convolution, difference
+from ddnref.operators._grid import convolution, difference, toeplitz
 from ddnref.operators._operator import LinearOperator
 from ddnref.operators._scipy import from_scipy, to_scipy
 
@@ -36,5 +36,6 @@ __all__ = [
     "scaled",
     "stack",
     "to_scipy",
+    "toeplitz",
     "transpose",
 ]

@@ -1,24 +1,43 @@
-"""Operators on a grid: periodic convolution with a small kernel, and forward differences.
+"""Operators by Fourier transforms: convolution on a grid and Toeplitz matrices; and forward differences on a grid.
 
 With the kernel of a convolution embedded in the grid, its centre at the origin, and ``k̂``, ``x̂`` the transforms:
 
     y_i = Σ_j k_j x_{i − (j − c)},  c = ⌊shape(k)/2⌋        ŷ = k̂ ∘ x̂
     AᴴA + ρ                                                 ŷ = (|k̂|² + ρ) ∘ x̂
     k̄_j = Σ_i ȳ_i conj(x_{i − (j − c)})                     k̄ = crop of the inverse transform of ȳ̂ ∘ conj(x̂)
+
+With other borders, and for a Toeplitz matrix, the grid is larger. E extends a vector to it, and C cuts the image out,
+so that no point sees one from behind the other end:
+
+    A = C K E        Aᴴ = Eᵀ Kᴴ Cᵀ        k̄ that of K for Cᵀ ȳ and E x
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import array_api_compat
+import numpy as np
 
-from ddnref._core.arrays import Array, conj, full, is_complex, namespace
+from ddnref._core.arrays import Array, as_dtype, conj, full, is_complex, namespace, namespace_of
+from ddnref._core.checks import check_precision
 from ddnref._kernels.grid import difference as forward
 from ddnref._kernels.grid import difference_adjoint as backward
-from ddnref._kernels.grid import filtered, inverse, laplacian, multiplier, part, transform
+from ddnref._kernels.grid import (
+    fast_length,
+    filtered,
+    inverse,
+    laplacian,
+    multiplier,
+    part,
+    reflected,
+    reflected_adjoint,
+    transform,
+    zero_padded,
+)
 from ddnref._kernels.public import public
-from ddnref._kernels.vectors import as_complex
+from ddnref._kernels.vectors import alike, as_complex
 from ddnref.operators._operator import (
     Constant,
     Linear,
@@ -35,13 +54,20 @@ from ddnref.operators._operator import (
 )
 
 BOUNDARIES = ("periodic", "replicate", "zero")
+BORDERS = ("periodic", "zero", "reflect")
 
 
 @public
 def convolution(
-    kernel: Array, shape: tuple[int, ...] | int, /, *, self_adjoint: bool = False, positive_definite: bool = False
+    kernel: Array,
+    shape: tuple[int, ...] | int,
+    /,
+    *,
+    boundary: str = "periodic",
+    self_adjoint: bool = False,
+    positive_definite: bool = False,
 ) -> LinearOperator:
-    r"""Periodic convolution from ``(..., *shape)`` to the same, on a grid with one to three axes.
+    r"""Convolution from ``(..., *shape)`` to the same, on a grid with one to three axes.
 
     Parameters
     ----------
@@ -50,9 +76,14 @@ def convolution(
         ``size // 2`` of each axis, is the origin.
     shape : tuple of int
         Shape of the grid, without empty axes.
+    boundary : {"periodic", "zero", "reflect"}
+        The points outside of the grid: those of the other end; 0; or the mirror image ``c b a | a b c d | d c b`` of
+        those inside, which repeats the last point. These are the modes "wrap", "constant" and "reflect" of
+        `scipy.ndimage.convolve`, and "reflect" is "symmetric" in `numpy.pad`.
     self_adjoint, positive_definite : bool, default False
-        Properties of the kernel: self-adjoint if ``k_{−j} = conj(k_j)`` around the centre, positive definite if its
-        spectrum is positive as well. Its gradient treats all entries as free.
+        Properties of the kernel: self-adjoint if ``k_{−j} = conj(k_j)`` around the centre, with a reflecting boundary
+        if it is also real and symmetric along each axis; positive definite if its spectrum is positive as well. Its
+        gradient treats all entries as free.
 
     Notes
     -----
@@ -60,7 +91,8 @@ def convolution(
 
     A product of N points takes two Fourier transforms, N log N flops each, and one more for the spectrum of the kernel,
     which `LinearOperator.prepared` computes once. ``normal(convolution(...), damping)`` multiplies with the real
-    ``|k̂|² + ρ`` between one pair of transforms. Real kernels use real transforms.
+    ``|k̂|² + ρ`` between one pair of transforms. Real kernels use real transforms. With a zero or reflecting boundary
+    the grid of the transforms is larger by about half of the kernel or all of it, and `normal` takes two products.
 
     Examples
     --------
@@ -75,6 +107,8 @@ def convolution(
     n = len(sizes)
     if not 1 <= n <= 3 or 0 in sizes:
         raise ValueError(f"shape is {sizes}, expected one to three axes, none of them empty.")
+    if boundary not in BORDERS:
+        raise ValueError(f"boundary is {boundary!r}, expected one of {', '.join(map(repr, BORDERS))}.")
     small = tuple(kernel.shape[max(0, kernel.ndim - n) :])
     if len(small) != n or any(not 1 <= k <= size for k, size in zip(small, sizes, strict=True)):
         raise ValueError(
@@ -82,67 +116,233 @@ def convolution(
             "none empty or longer than the grid's. Crop a larger kernel, or sum it over the periods of the grid."
         )
     flags = self_adjoint or positive_definite, positive_definite
-    of = shared(_Convolution, small, sizes, *flags)
+    of = shared(_Convolution, small, _window(small, sizes, boundary), *flags)
     return LinearOperator(
-        (kernel,), of.apply, of.adjoint, of.params_vjp, sizes, sizes, *flags, of.gram, of.prepare, **motions(of)
-    )
+        (kernel,), of.apply, of.adjoint, of.params_vjp, sizes, sizes, *flags,
+        gram=of.gram if boundary == "periodic" else None, prepare=of.prepare, **motions(of),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class _Convolution(Linear):
     small: tuple[int, ...]
-    shape: tuple[int, ...]
+    window: _Window
     self_adjoint: bool
     positive_definite: bool
 
     def spectrum(self, params: Params) -> Array:
-        return transform(_embed(params[0], self.small, self.shape), len(self.shape))
+        grid = self.window.grid
+        return transform(_embed(params[0], self.small, grid), len(grid))
 
     # ŷ = k̂ ∘ x̂, and conj(k̂) for the adjoint
     def apply(self, params: Params, x: Array) -> Array:
-        return filtered(x, multiplier(self.spectrum(params), self.shape), self.shape, not is_complex(params[0]))
+        return self.window.apply(x, multiplier(self.spectrum(params), self.window.grid), not is_complex(params[0]))
 
     def adjoint(self, params: Params, y: Array) -> Array:
         k_hat = conj(self.spectrum(params))
-        return filtered(y, multiplier(k_hat, self.shape), self.shape, not is_complex(params[0]))
+        return self.window.adjoint(y, multiplier(k_hat, self.window.grid), not is_complex(params[0]))
 
     def params_vjp(self, params: Params, y_bar: Array, x: Array) -> Params:
-        (k,) = params
-        return (cotangent(_crop(_correlation(y_bar, x, k, self.shape), self.small, self.shape), k),)
+        (k,), window = params, self.window
+        bar = _correlation(window.cut_adjoint(y_bar), window.extend(x), k, window.grid)
+        return (cotangent(_crop(bar, self.small, window.grid), k),)
 
     def prepare(self, params: Params) -> LinearOperator:
         flags = self.self_adjoint, self.positive_definite
-        return _filter(self.spectrum(params), self.shape, not is_complex(params[0]), *flags)
+        return _filter(self.spectrum(params), self.window, not is_complex(params[0]), *flags)
 
     def gram(self, params: Params, shift: Array | float | None) -> LinearOperator:
         # AᴴA + ρ is the filter |k̂|² + ρ, which is real.
         k_hat, xp = self.spectrum(params), array_api_compat.array_namespace(params[0])
         power = xp.real(k_hat) ** 2 + xp.imag(k_hat) ** 2
-        power = power if shift is None else power + over(shift, len(self.shape))
-        return _filter(power, self.shape, not is_complex(params[0]), True, shift is not None)
+        power = power if shift is None else power + over(shift, len(self.window.grid))
+        return _filter(power, self.window, not is_complex(params[0]), True, shift is not None)
+
+
+@public
+def toeplitz(column: Array, row: Array | None = None, /, *, positive_definite: bool = False) -> LinearOperator:
+    r"""A Toeplitz matrix, whose entries are equal along each diagonal, from ``(..., m)`` to ``(..., n)``.
+
+    Parameters
+    ----------
+    column : (..., n) array, real or complex floating
+        The first column.
+    row : (..., m) array, optional
+        The first row, of which the first entry is ignored: it is that of `column`. Its gradient there is 0. Default:
+        the conjugate of `column`, so that the matrix is Hermitian; of a complex first entry the real part counts.
+    positive_definite : bool, default False
+        Whether the matrix is known to be positive definite; only without `row`.
+
+    Raises
+    ------
+    TypeError
+        If `column` or `row` is not a floating array, or both differ in library, device or precision.
+    ValueError
+        If one has no axis or no entry, or with both ``positive_definite=True`` and `row`.
+
+    Notes
+    -----
+    .. math:: y_i = \sum_j t_{i - j}\, x_j, \qquad \bar t_d = \sum_j \bar y_{j + d}\, \overline{x_j}
+
+    with the column in ``t_0, t_1, …`` and the row in ``t_0, t_{−1}, …``. The matrix is the corner of a circulant one of
+    order N, at least ``n + m − 1``. A product takes two Fourier transforms of N points, N log N flops each, and one
+    more for the spectrum, which `LinearOperator.prepared` computes once.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> t = ddnref.operators.toeplitz(np.asarray([1.0, 2.0]), np.asarray([1.0, 3.0, 4.0]))
+    >>> np.round(t.matrix(), 12) + 0
+    array([[1., 3., 4.],
+           [2., 1., 3.]])
+    """
+    arrays = {"column": column} if row is None else {"column": column, "row": row}
+    check_precision(namespace(**arrays), **arrays)
+    for name, x in arrays.items():
+        if x.ndim == 0 or x.shape[-1] == 0:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (..., n) with n at least 1.")
+    if positive_definite and row is not None:
+        raise ValueError("positive_definite is True, but only a Hermitian matrix can be: leave out row.")
+    n = column.shape[-1]
+    m = n if row is None else row.shape[-1]
+    # The second period of the circulant begins behind both.
+    window = _Window((m,), (n,), (fast_length(n + m - 1),), (0,), (0,))
+    of = shared(_Toeplitz, window, row is None, positive_definite)
+    return LinearOperator(
+        tuple(arrays.values()), of.apply, of.adjoint, of.params_vjp, (m,), (n,), row is None, positive_definite,
+        prepare=of.prepare, **motions(of),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Toeplitz(Linear):
+    window: _Window
+    hermitian: bool
+    positive_definite: bool
+
+    def circulant(self, params: Params) -> Array:
+        """The first column of the circulant matrix: t_0, t_1, …, zeros, …, t_{−2}, t_{−1}."""
+        c, r = alike(params[0], conj(params[0]) if self.hermitian else params[1])
+        xp, n, m = namespace_of(c), c.shape[-1], r.shape[-1]
+        lead = np.broadcast_shapes(tuple(c.shape[:-1]), tuple(r.shape[:-1]))
+        c, r = xp.broadcast_to(c, (*lead, n)), xp.broadcast_to(r, (*lead, m))
+        if self.hermitian and is_complex(c):
+            c = xp.concat([as_dtype(xp.real(c[..., :1]), c), c[..., 1:]], axis=-1)
+        gap = full((*lead, self.window.grid[0] - n - m + 1), 0.0, c)
+        return xp.concat([c, gap, xp.flip(r[..., 1:], axis=-1)], axis=-1)
+
+    def spectrum(self, params: Params) -> Array:
+        return transform(self.circulant(params), 1)
+
+    def apply(self, params: Params, x: Array) -> Array:
+        t_hat = self.spectrum(params)
+        return self.window.apply(x, multiplier(t_hat, self.window.grid), not any(map(is_complex, params)))
+
+    def adjoint(self, params: Params, y: Array) -> Array:
+        t_hat = conj(self.spectrum(params))
+        return self.window.adjoint(y, multiplier(t_hat, self.window.grid), not any(map(is_complex, params)))
+
+    def params_vjp(self, params: Params, y_bar: Array, x: Array) -> Params:
+        window, t = self.window, self.circulant(params)
+        xp, (n,), (m,) = namespace_of(t), window.target, window.domain
+        t_bar = _correlation(window.cut_adjoint(y_bar), window.extend(x), t, window.grid)
+        # The row is stored backwards, behind the gap; its first entry counts as that of the column.
+        c_bar, before = t_bar[..., :n], xp.flip(t_bar[..., window.grid[0] - m + 1 :], axis=-1)
+        r_bar = xp.concat([full((*t_bar.shape[:-1], 1), 0.0, t_bar), before], axis=-1)
+        if not self.hermitian:
+            return cotangent(c_bar, params[0]), cotangent(r_bar, params[1])
+        if is_complex(t_bar):
+            c_bar = xp.concat([as_dtype(xp.real(c_bar[..., :1]), c_bar), c_bar[..., 1:]], axis=-1)
+        return (cotangent(c_bar + conj(r_bar), params[0]),)
+
+    def prepare(self, params: Params) -> LinearOperator:
+        flags = self.hermitian, self.positive_definite
+        return _filter(self.spectrum(params), self.window, not any(map(is_complex, params)), *flags)
+
+
+# --- filters of a grid that is larger than the vectors --------------------------------------------------------------
+
+
+class _Window(NamedTuple):
+    """The places of vectors and their images in the periodic grid of the Fourier transforms."""
+
+    domain: tuple[int, ...]
+    target: tuple[int, ...]
+    grid: tuple[int, ...]
+    before: tuple[int, ...]
+    """How many points in front of a vector are its mirror image, along each axis; it begins behind them."""
+    after: tuple[int, ...]
+    """How many points behind a vector are its mirror image. All others are zeros."""
+
+    def apply(self, x: Array, factor: Array, is_real: bool) -> Array:
+        """``C K E x`` with the multiplier of K."""
+        return self.cut(filtered(self.extend(x), factor, self.grid, is_real))
+
+    def adjoint(self, y: Array, factor: Array, is_real: bool) -> Array:
+        """``Eᵀ K Cᵀ y`` with the multiplier of K."""
+        return self.extend_adjoint(filtered(self.cut_adjoint(y), factor, self.grid, is_real))
+
+    def extend(self, x: Array) -> Array:
+        for axis in range(-len(self.grid), 0):
+            before, after = self.before[axis], self.after[axis]
+            if before + after:
+                x = reflected(x, axis, before, after)
+            x = zero_padded(x, axis, 0, self.grid[axis] - int(x.shape[axis]))
+        return x
+
+    def extend_adjoint(self, y: Array) -> Array:
+        for axis in range(-len(self.grid), 0):
+            before, after = self.before[axis], self.after[axis]
+            y = part(y, axis, 0, before + self.domain[axis] + after)
+            if before + after:
+                y = reflected_adjoint(y, axis, before, after)
+        return y
+
+    def cut(self, y: Array) -> Array:
+        for axis in range(-len(self.grid), 0):
+            y = part(y, axis, self.before[axis], self.before[axis] + self.target[axis])
+        return y
+
+    def cut_adjoint(self, y: Array) -> Array:
+        for axis in range(-len(self.grid), 0):
+            front = self.before[axis]
+            y = zero_padded(y, axis, front, self.grid[axis] - front - self.target[axis])
+        return y
+
+
+def _window(small: tuple[int, ...], sizes: tuple[int, ...], boundary: str) -> _Window:
+    """The window of a convolution: y_i needs the points from i − (k − 1 − c) to i + c."""
+    if boundary == "periodic":
+        return _Window(sizes, sizes, sizes, (0,) * len(sizes), (0,) * len(sizes))
+    reach = tuple((k - 1 - k // 2, k // 2) for k in small)
+    if boundary == "zero":  # zeros behind are enough, because the grid is periodic
+        grid = tuple(fast_length(n + max(both)) for n, both in zip(sizes, reach, strict=True))
+        return _Window(sizes, sizes, grid, (0,) * len(sizes), (0,) * len(sizes))
+    grid = tuple(fast_length(n + sum(both)) for n, both in zip(sizes, reach, strict=True))
+    return _Window(sizes, sizes, grid, *zip(*reach, strict=True))
 
 
 def _filter(
-    spectrum: Array, shape: tuple[int, ...], is_real: bool, self_adjoint: bool, positive_definite: bool
+    spectrum: Array, window: _Window, is_real: bool, self_adjoint: bool, positive_definite: bool
 ) -> LinearOperator:
     """The multiplication of a spectrum, or of half of it for a real kernel, as a prepared operator."""
     # A real spectrum belongs to a self-adjoint map and needs no conjugate.
-    factor = multiplier(spectrum, shape)
+    factor = multiplier(spectrum, window.grid)
     params = (factor, conj(factor)) if is_complex(spectrum) else (factor,)
-    of, shapes = shared(_Filter, shape, is_real), (shape, shape)
+    of, shapes = shared(_Filter, window, is_real), (window.domain, window.target)
     return LinearOperator(params, of.apply, of.adjoint, no_params_vjp, *shapes, self_adjoint, positive_definite)
 
 
 @dataclass(frozen=True, eq=False)
 class _Filter(Structure):
-    shape: tuple[int, ...]
+    window: _Window
     is_real: bool
 
     def apply(self, params: Params, x: Array) -> Array:
-        return filtered(x, params[0], self.shape, self.is_real)
+        return self.window.apply(x, params[0], self.is_real)
 
     def adjoint(self, params: Params, y: Array) -> Array:
-        return filtered(y, params[-1], self.shape, self.is_real)
+        return self.window.adjoint(y, params[-1], self.is_real)
 
 
 def _embed(k: Array, small: tuple[int, ...], shape: tuple[int, ...]) -> Array:

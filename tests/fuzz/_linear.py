@@ -116,7 +116,7 @@ def everything(operator: operators.LinearOperator, x: Any) -> Any:
         return y, operator.adjoint(operator.params, y), *operator.params_vjp(operator.params, y, x)
 
 
-PARAMS = dict.fromkeys(("a", "d", "m", "kernel", "operator", "c", "damping", "operators"), ("params",))
+PARAMS = dict.fromkeys(("a", "d", "m", "kernel", "column", "row", "operator", "c", "damping", "operators"), ("params",))
 
 
 def operator_targets() -> list[Target]:
@@ -179,6 +179,21 @@ def operator_targets() -> list[Target]:
             kernel,
             "kernel x",
             lambda k, x, **o: everything(operators.convolution(k, n, **o), x),
+            options={"boundary": "name"},
+        ),
+        of(
+            operators.convolution,
+            kernel,
+            "kernel x",
+            lambda k, x, **o: everything(operators.convolution(k, n, **{"boundary": "reflect", **o}), x),
+        ),
+        of(
+            operators.toeplitz,
+            lambda *w: (points(*w)[0], *points(*w)),
+            "column row x",
+            lambda c, r, x, **o: everything(operators.toeplitz(c, r, **o), x),
+            optional=("row",),
+            unused=("row",),  # its first entry is that of the column
         ),
         of(
             operators.difference,

@@ -163,6 +163,61 @@ def test_convolution_is_the_sum_of_its_definition(is_complex):
         np.testing.assert_allclose(operators.convolution(k, shape)(x), wanted, atol=1e-13)
 
 
+SCIPY_MODES = {"periodic": "wrap", "zero": "constant", "reflect": "reflect"}
+
+
+@pytest.mark.parametrize("boundary", SCIPY_MODES)
+def test_borders_are_those_of_scipy(boundary, xp, rng):
+    import scipy.ndimage
+
+    for kernel_shape, shape in (((3,), (5,)), ((5,), (5,)), ((4,), (7,)), ((2, 3), (4, 6)), ((4, 5), (4, 5)),
+                                ((1, 2, 3), (2, 3, 3))):  # fmt: skip
+        k, x = rng.standard_normal(kernel_shape), rng.standard_normal(shape)
+        operator = operators.convolution(xp.asarray(k), shape, boundary=boundary)
+        wanted = scipy.ndimage.convolve(x, k, mode=SCIPY_MODES[boundary])
+        np.testing.assert_allclose(xp.numpy(operator(xp.asarray(x))), wanted, atol=1e-13)
+
+
+def test_the_flags_of_a_symmetric_kernel_hold_at_every_border():
+    kernel = np.outer([1.0, 4.0, 1.0], [1.0, 3.0, 1.0])
+    for boundary in SCIPY_MODES:
+        operators.check_operator(operators.convolution(kernel, (4, 6), boundary=boundary, positive_definite=True))
+    skew = operators.convolution(np.asarray([-1.0, 2.0, 2.0]), 5, boundary="reflect", self_adjoint=True)
+    assert not operators.check_operator(skew, throw=False).passed
+
+
+def test_only_a_periodic_convolution_has_a_cheaper_normal_operator():
+    has = {b: operators.convolution(np.ones(3), 5, boundary=b).gram is not None for b in SCIPY_MODES}
+    assert has == {"periodic": True, "zero": False, "reflect": False}
+
+
+@KINDS
+def test_toeplitz_is_the_matrix_of_scipy(is_complex, xp, rng):
+    import scipy.linalg
+
+    for n, m in ((1, 1), (4, 4), (5, 2), (1, 4), (3, 1)):
+        c, r = rng.standard_normal(n), rng.standard_normal(m)
+        if is_complex:
+            c, r = c + 1j * rng.standard_normal(n), r + 1j * rng.standard_normal(m)
+        matrix = operators.toeplitz(xp.asarray(c), xp.asarray(r)).matrix()
+        np.testing.assert_allclose(xp.numpy(matrix), scipy.linalg.toeplitz(c, r), atol=1e-14)
+        c[0] = c[0].real
+        hermitian = operators.toeplitz(xp.asarray(c))
+        np.testing.assert_allclose(xp.numpy(hermitian.matrix()), scipy.linalg.toeplitz(c), atol=1e-14)
+        assert hermitian.self_adjoint
+
+
+def test_toeplitz_of_a_real_column_and_a_complex_row(rng):
+    """The gradients are real and complex, and the entry that both state is that of the column."""
+    c, r = rng.standard_normal((2, 4)), rng.standard_normal(3) + 1j
+    operator = operators.toeplitz(c, r)
+    operators.check_operator(operator)
+    x, y = vectors(operator, (2,), True)
+    c_bar, r_bar = operator.params_vjp(operator.params, y, x)
+    assert (c_bar.dtype, r_bar.dtype) == (np.float64, np.complex128)
+    assert (c_bar.shape, r_bar[0]) == ((2, 4), 0)
+
+
 @pytest.mark.parametrize(
     ("boundary", "last"),
     [("periodic", [1, 0, 0, -1]), ("replicate", [0, 0, 0, 0]), ("zero", [0, 0, 0, -1])],
@@ -261,6 +316,9 @@ def test_flags():
     assert flags(operators.diagonal(kernel)) == flags(operators.mask(kernel)) == (True, False)
     assert flags(operators.diagonal(kernel, positive_definite=True)) == (True, True)
     assert flags(operators.diagonal(kernel + 0j)) == (False, False)
+    assert flags(operators.toeplitz(kernel)) == flags(operators.toeplitz(kernel + 0j)) == (True, False)
+    assert flags(operators.toeplitz(kernel, kernel)) == (False, False)
+    assert flags(operators.toeplitz(kernel, positive_definite=True)) == (True, True)
     assert flags(operators.scaled(positive, 2.0)) == (True, True)
     assert flags(operators.scaled(positive, -2.0)) == flags(operators.scaled(positive, number)) == (True, False)
     assert flags(operators.scaled(positive, number, positive_definite=True)) == (True, True)
@@ -392,6 +450,12 @@ K, D = np.ones((3, 3)), np.ones((4, 4))
         (lambda: operators.convolution(K, (0, 4)), ValueError, "one to three axes, none of them empty"),
         (lambda: operators.convolution(np.ones((1,) * 4), (2,) * 4), ValueError, "one to three axes"),
         (lambda: operators.convolution(np.ones((3, 3), dtype=int), (4, 4)), TypeError, "kernel has dtype int64"),
+        (lambda: operators.convolution(K, (4, 4), boundary="replicate"), ValueError, "boundary is 'replicate'"),
+        (lambda: operators.toeplitz(np.asarray(1.0)), ValueError, r"column has shape \(\), expected"),
+        (lambda: operators.toeplitz(np.ones(2), np.ones(0)), ValueError, r"row has shape \(0,\)"),
+        (lambda: operators.toeplitz(np.ones(2), np.ones(2, np.float32)), TypeError, "one precision"),
+        (lambda: operators.toeplitz(np.ones(2, int)), TypeError, "column has dtype int64"),
+        (lambda: operators.toeplitz(D[0], D[0], positive_definite=True), ValueError, "leave out row"),
         (lambda: operators.difference((4, -1)), ValueError, "cannot be negative"),
         (lambda: operators.difference((4, 0)), ValueError, "no empty one"),
         (lambda: operators.difference((4,), axis=1), ValueError, "axis is 1"),

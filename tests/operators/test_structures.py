@@ -1,4 +1,4 @@
-"""What operators are made of besides their parameters: it can be pickled, and compares equal if it is equal."""
+"""Operators can be pickled and copied, and those of one structure have equal functions."""
 
 import copy
 import gc
@@ -97,6 +97,9 @@ def test_operators_that_differ_compare_unequal():
         operators.convolution(kernel, 3), operators.convolution(kernel, 4), operators.convolution(np.ones(3), 3),
         operators.convolution(kernel, 3, self_adjoint=True), operators.difference(3), operators.difference((3,), 0),
         operators.difference(3, boundary="zero"), own(d), 2 * own(d),
+        operators.convolution(kernel, 3, boundary="zero"), operators.convolution(np.ones(3), 3, boundary="reflect"),
+        operators.convolution(np.ones(3), 3, boundary="zero"), operators.toeplitz(d), operators.toeplitz(d, d),
+        operators.toeplitz(d, kernel), operators.toeplitz(d, positive_definite=True),
     ]  # fmt: skip
     seen = {}
     for i, operator in enumerate(different):
