@@ -54,6 +54,12 @@ def build(free: Draw, positive: Draw, batch: tuple[int, ...] = ()) -> dict[str, 
         "compose": operators.compose(gradient, blur, points),
         "stack": operators.stack(blur, points, blur),
         "stack of unequal ranges": operators.stack(blur, gradient),
+        "block_diagonal": operators.block_diagonal(blur, points),
+        "block_diagonal of unequal shapes": operators.block_diagonal(matrix, gradient),
+        "kronecker": operators.kronecker(matrix, operators.dense(free(*batch, 2, 3))),
+        "kronecker of three": operators.kronecker(
+            operators.diagonal(positive(*batch, 2)), operators.difference((2, 3)), free(*batch, 2, 1)
+        ),
         "adjoint": operators.adjoint(matrix),
         "transpose": operators.transpose(matrix),
         "adjoint of a convolution": operators.adjoint(blur),

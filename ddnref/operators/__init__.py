@@ -11,7 +11,17 @@ flag that the shape rules out.
 """
 
 from ddnref.operators._check import OperatorCheck, OperatorReport, check_operator
-from ddnref.operators._combine import add, adjoint, compose, normal, scaled, stack, transpose
+from ddnref.operators._combine import (
+    add,
+    adjoint,
+    block_diagonal,
+    compose,
+    kronecker,
+    normal,
+    scaled,
+    stack,
+    transpose,
+)
 from ddnref.operators._elementary import as_operator, dense, diagonal, mask
 from ddnref.operators._grid import convolution, difference, toeplitz
 from ddnref.operators._operator import LinearOperator
@@ -24,6 +34,7 @@ __all__ = [
     "add",
     "adjoint",
     "as_operator",
+    "block_diagonal",
     "check_operator",
     "compose",
     "convolution",
@@ -31,6 +42,7 @@ __all__ = [
     "diagonal",
     "difference",
     "from_scipy",
+    "kronecker",
     "mask",
     "normal",
     "scaled",

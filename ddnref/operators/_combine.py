@@ -10,6 +10,8 @@ vjp(ȳ, x) is that of A, and vjp_i(ȳ, x) that of A_i:
     add        B = Σ A_i         ⟨ȳ, Σ Ȧ_i x⟩                    vjp_i(ȳ, x)
     compose    B = A_1 A_2       ⟨ȳ, Ȧ_1 A_2 x + A_1 Ȧ_2 x⟩      vjp_1(ȳ, A_2 x),  vjp_2(A_1ᴴ ȳ, x)
     stack      B = [A_i]         Σ ⟨ȳ_i, Ȧ_i x⟩                  vjp_i(ȳ_i, x)
+    block      B = diag(A_i)     Σ ⟨ȳ_i, Ȧ_i x_i⟩                vjp_i(ȳ_i, x_i)
+    kronecker  B = A_1 ⊗ A_2     the product of A_1 ⊗ I and I ⊗ A_2, each along its own axes
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any, NamedTuple
 import array_api_compat
 import numpy as np
 
-from ddnref._core.arrays import Array, conj, is_complex, namespace
+from ddnref._core.arrays import Array, conj, full, is_complex, namespace
 from ddnref._core.checks import check_precision
 from ddnref._kernels.public import public
 from ddnref.operators._elementary import as_operator, coefficient
@@ -498,6 +500,205 @@ class _Stack(Structure):
 
     def prepare(self, params: Params) -> LinearOperator:
         return stack(*self.parts.prepared(params))
+
+
+@public
+def block_diagonal(*operators: Array | LinearOperator) -> LinearOperator:
+    """Several operators of one vector each, side by side; self-adjoint or positive definite if all of them are.
+
+    Parameters
+    ----------
+    *operators : LinearOperators, or arrays (..., n, m)
+        Their batch axes broadcast.
+
+    Raises
+    ------
+    TypeError
+        Without operators, or if their parameters differ in library, device or precision.
+
+    Notes
+    -----
+    Where the domains of j operators have equal shapes, the domain is ``(j, *domain_shape)``: one more axis, behind the
+    batch axes. Where they differ, all vectors are flattened and follow one another in one axis. The same holds for the
+    ranges, as in `stack`: ``compose(block_diagonal(A, B), stack(C, D))`` is ``stack(A C, B D)``. A product takes one
+    of each operator.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> ddnref.operators.block_diagonal(np.eye(2), np.ones((1, 3)))(np.asarray([1.0, 2.0, 3.0, 4.0, 5.0]))
+    array([ 1.,  2., 12.])
+    """
+    given, parts = _parts("block_diagonal", operators)
+    sides = (_Side.of(a.domain_shape for a in parts.operators), _Side.of(a.range_shape for a in parts.operators))
+    of = shared(_Blocks, parts, *sides)
+    flags = all(a.self_adjoint for a in parts.operators), all(a.positive_definite for a in parts.operators)
+    some = any(a.gram is not None for a in parts.operators)  # as in `stack`
+    return LinearOperator(
+        given, of.apply, of.adjoint, of.params_vjp, sides[0].shape, sides[1].shape, *flags,
+        gram=of.gram if some else None, prepare=of.prepare, **motions_of(of, *parts.operators),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Blocks(Structure):
+    parts: _Parts
+    domain: _Side
+    target: _Side
+
+    def apply(self, params: Params, x: Array) -> Array:
+        pairs = zip(self.parts.of(params), self.domain.part(x), strict=True)
+        return self.target.join([a.apply(p, x_i) for (a, p), x_i in pairs])
+
+    def adjoint(self, params: Params, y: Array) -> Array:
+        pairs = zip(self.parts.of(params), self.target.part(y), strict=True)
+        return self.domain.join([a.adjoint(p, y_i) for (a, p), y_i in pairs])
+
+    def params_vjp(self, params: Params, y_bar: Array, x: Array) -> Params:
+        vectors = zip(self.parts.of(params), self.target.part(y_bar), self.domain.part(x), strict=True)
+        return tuple(p_bar for (a, p), y_bar_i, x_i in vectors for p_bar in a.params_vjp(p, y_bar_i, x_i))
+
+    def params_jvp(self, params: Params, params_dot: Params, x: Array) -> Array:
+        moving = zip(self.parts.moving(params, params_dot), self.domain.part(x), strict=True)
+        return self.target.join([a.params_jvp(p, d, x_i) for (a, p, d), x_i in moving])
+
+    def adjoint_jvp(self, params: Params, params_dot: Params, y: Array) -> Array:
+        moving = zip(self.parts.moving(params, params_dot), self.target.part(y), strict=True)
+        return self.domain.join([a.adjoint_jvp(p, d, y_i) for (a, p, d), y_i in moving])
+
+    def gram(self, params: Params, shift: Array | float | None) -> LinearOperator:
+        # Each block in its own cheapest form
+        normals = [normal(a._replace(params=p), shift).prepared() for a, p in self.parts.of(params)]
+        return block_diagonal(*normals)._replace(positive_definite=shift is not None)
+
+    def prepare(self, params: Params) -> LinearOperator:
+        return block_diagonal(*self.parts.prepared(params))
+
+
+@public
+def kronecker(*operators: Array | LinearOperator) -> LinearOperator:
+    r"""The Kronecker product ``A ⊗ B ⊗ …``, each operator along axes of the vector that belong to it.
+
+    It is self-adjoint or positive definite if all operators are.
+
+    Parameters
+    ----------
+    *operators : LinearOperators, or arrays (..., n, m)
+        Their batch axes broadcast.
+
+    Raises
+    ------
+    TypeError
+        Without operators, or if their parameters differ in library, device or precision.
+
+    Notes
+    -----
+    A vector has the axes of all domains, one after the other: for two matrices it is a matrix X, and the image is
+    ``A X Bᵀ``. Flattened in this order the map is that of `numpy.kron`. The matrix of the product is never formed. With
+    the domain of A of m entries and the range of B of n entries, a product takes m products with B, and then n with A,
+    all in one call each, and one more of each where a vector has fewer batch axes than parameters may have.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> a = ddnref.operators.kronecker(np.asarray([[1.0, 1.0]]), np.asarray([[1.0, 0.0], [0.0, 2.0]]))
+    >>> a(np.asarray([[1.0, 2.0], [3.0, 4.0]]))
+    array([[ 4., 12.]])
+    """
+    parts = [as_operator(a, f"operators[{i}]") for i, a in enumerate(operators)]
+    if not parts:
+        raise TypeError("kronecker needs at least one operator.")
+    # Operator i finds the ranges of those behind it, which come first, and the domains of those in front.
+    factors = []
+    for i, a in enumerate(parts):
+        before = sum((tuple(b.domain_shape) for b in parts[:i]), ())
+        factors.append(_along(a, before, sum((tuple(b.range_shape) for b in parts[i + 1 :]), ())))
+    flags = all(a.self_adjoint for a in parts), all(a.positive_definite for a in parts)
+    return compose(*factors, self_adjoint=flags[0], positive_definite=flags[1])
+
+
+def _along(a: LinearOperator, before: tuple[int, ...], after: tuple[int, ...]) -> LinearOperator:
+    """The operator ``I ⊗ A ⊗ I`` of vectors with more axes in front of those of A and behind."""
+    of = shared(_Along, a._replace(params=()), before, after)
+    shapes = (*before, *a.domain_shape, *after), (*before, *a.range_shape, *after)
+    return LinearOperator(
+        a.params, of.apply, of.adjoint, of.params_vjp, *shapes, a.self_adjoint, a.positive_definite,
+        prepare=of.prepare, **motions_of(of, a),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Along(Structure):
+    a: LinearOperator
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+    def apply(self, params: Params, x: Array) -> Array:
+        return self.map(self.a.apply, params, x, self.a.domain_shape, self.a.range_shape)
+
+    def adjoint(self, params: Params, y: Array) -> Array:
+        return self.map(self.a.adjoint, params, y, self.a.range_shape, self.a.domain_shape)
+
+    def params_vjp(self, params: Params, y_bar: Array, x: Array) -> Params:
+        # The vectors along A are right-hand sides that share its parameters.
+        n, m = (len(self.before) + len(shape) + len(self.after) for shape in (self.a.range_shape, self.a.domain_shape))
+        lead = np.broadcast_shapes(tuple(y_bar.shape[: y_bar.ndim - n]), tuple(x.shape[: x.ndim - m]))
+        xp = array_api_compat.array_namespace(y_bar)
+        y_bar = xp.broadcast_to(y_bar, (*lead, *y_bar.shape[y_bar.ndim - n :]))
+        x = xp.broadcast_to(x, (*lead, *x.shape[x.ndim - m :]))
+        vectors = self.rows(y_bar, self.a.range_shape), self.rows(x, self.a.domain_shape)
+        return self.a.params_vjp(params, *vectors)
+
+    def params_jvp(self, params: Params, params_dot: Params, x: Array) -> Array:
+        motion = self.a.params_jvp
+        return self.map(
+            lambda p, z: motion(p, params_dot, z),  # type: ignore[misc]
+            params, x, self.a.domain_shape, self.a.range_shape,
+        )  # fmt: skip
+
+    def adjoint_jvp(self, params: Params, params_dot: Params, y: Array) -> Array:
+        motion = self.a.adjoint_jvp
+        return self.map(
+            lambda p, z: motion(p, params_dot, z),  # type: ignore[misc]
+            params, y, self.a.range_shape, self.a.domain_shape,
+        )  # fmt: skip
+
+    def prepare(self, params: Params) -> LinearOperator:
+        return _along(self.a._replace(params=params).prepared(), self.before, self.after)
+
+    def map(
+        self,
+        product: Callable[[Params, Array], Array],
+        params: Params,
+        x: Array,
+        shape: tuple[int, ...],
+        target: tuple[int, ...],
+    ) -> Array:
+        """A product along the axes of A, from vectors of `shape` to those of `target`."""
+        xp, count = array_api_compat.array_namespace(x), math.prod(self.before) * math.prod(self.after)
+        rows = self.rows(x, shape)
+        lead = tuple(rows.shape[1 : rows.ndim - len(shape)])
+        # Vectors in front must not meet a batch axis of the parameters. Their first one shows how many there are.
+        if len(lead) < max((p.ndim for p in params), default=0):
+            first = rows[0, ...] if count else full((*lead, *shape), 0.0, x)
+            image = product(params, first)
+            batch = image.ndim - len(target)
+            rows = xp.reshape(rows, (count, *(1,) * (batch - len(lead)), *lead, *shape))
+        y = product(params, rows)
+        # Bring the axes back: those of the batch, those before A, of A, and after A
+        lead = tuple(y.shape[1 : y.ndim - len(target)])
+        y = xp.reshape(y, (*self.before, *self.after, *lead, *target))
+        b, c, k = len(self.before), len(self.after), len(lead)
+        own = range(b + c + k, b + c + k + len(target))
+        return xp.permute_dims(y, (*range(b + c, b + c + k), *range(b), *own, *range(b, b + c)))
+
+    def rows(self, x: Array, shape: tuple[int, ...]) -> Array:
+        """Vectors ``(..., *before, *shape, *after)`` as ``(count, ..., *shape)``."""
+        xp, b, c, m = array_api_compat.array_namespace(x), len(self.before), len(self.after), len(shape)
+        k = x.ndim - b - m - c
+        lead, own = range(k), range(k + b, k + b + m)
+        x = xp.permute_dims(x, (*range(k, k + b), *range(k + b + m, x.ndim), *lead, *own))
+        return xp.reshape(x, (math.prod(self.before) * math.prod(self.after), *x.shape[b + c :]))
 
 
 # --- parts and their parameters -----------------------------------------------------------------------------

@@ -233,6 +233,18 @@ def operator_targets() -> list[Target]:
             lambda a, b, x, **o: everything(operators.stack(a, b, **o), x),
         ),
         of(
+            operators.block_diagonal,
+            lambda *w: (*square(*w)[:2], np.stack([points(*w)[0], points(*w)[0]], axis=-2)),
+            "operators operators x",
+            lambda a, b, x, **o: everything(operators.block_diagonal(a, b, **o), x),
+        ),
+        of(
+            operators.kronecker,
+            lambda *w: (*square(*w)[:2], square(*w)[0]),
+            "operators operators x",
+            lambda a, b, x, **o: everything(operators.kronecker(a, b, **o), x),
+        ),
+        of(
             operators.adjoint,
             lambda *w: (np.swapaxes(matrix(*w)[0], -1, -2).copy(), matrix(*w)[1]),
             "operator x",

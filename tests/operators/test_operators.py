@@ -290,6 +290,54 @@ def test_stacked_ranges():
     np.testing.assert_array_equal(unequal(x), np.concatenate([k(x).reshape(3, 20), g(x).reshape(3, 40)], axis=1))
 
 
+@KINDS
+def test_block_diagonal_and_kronecker_are_their_matrices(is_complex, rng):
+    import scipy.linalg
+
+    a, b, c = (rng.standard_normal(shape) * (1 + 1j if is_complex else 1) for shape in ((3, 2), (2, 2), (2, 4)))
+    k = case("convolution", is_complex=is_complex)
+    for operator, wanted in (
+        (operators.block_diagonal(a, b, c), scipy.linalg.block_diag(a, b, c)),
+        (operators.block_diagonal(b, b.T), scipy.linalg.block_diag(b, b.T)),
+        (operators.block_diagonal(a, b), scipy.linalg.block_diag(a, b)),
+        (operators.kronecker(a), a),
+        (operators.kronecker(a, b), np.kron(a, b)),
+        (operators.kronecker(a, c, b), np.kron(np.kron(a, c), b)),
+        (operators.kronecker(a, k, c), np.kron(np.kron(a, k.matrix()), c)),
+        (operators.kronecker(a, operators.difference(3), c), np.kron(np.kron(a, np.eye(3, k=1) - np.eye(3) +
+                                                                             np.eye(3, k=-2)), c)),
+    ):  # fmt: skip
+        np.testing.assert_allclose(operator.matrix(), wanted, atol=1e-13)
+        np.testing.assert_allclose(operator.prepared().matrix(a), wanted, atol=1e-13)
+        np.testing.assert_allclose(operator.H.matrix(), np.conj(wanted.T), atol=1e-13)
+
+
+def test_domains_of_blocks_and_of_kronecker_products():
+    k, d, g = case("convolution"), case("diagonal"), operators.difference(GRID)
+    assert operators.block_diagonal(k, d).domain_shape == (2, *GRID)
+    mixed = operators.block_diagonal(k, g)
+    assert (mixed.domain_shape, mixed.range_shape) == ((2, *GRID), (60,))
+    both = operators.kronecker(g, k)
+    assert (both.domain_shape, both.range_shape) == ((*GRID, *GRID), (2, *GRID, *GRID))
+    x, _ = vectors(k, (3,), False)
+    left = operators.compose(operators.block_diagonal(k, d), operators.stack(d, k))
+    np.testing.assert_allclose(left(x), operators.stack(operators.compose(k, d), operators.compose(d, k))(x))
+    outer = np.einsum("ij,kl->ijkl", x[0], x[1])
+    np.testing.assert_allclose(operators.kronecker(k, d)(outer), np.einsum("ij,kl->ijkl", k(x[0]), d(x[1])), atol=1e-12)
+
+
+def test_kronecker_products_of_parameters_with_different_batch_axes(rng):
+    """Vectors along the other axes must not meet a batch axis of the parameters, as long as it may be."""
+    a, b = rng.standard_normal((2, 3, 3)), rng.standard_normal((3, 1, 2, 2))
+    operator = operators.kronecker(a, b)
+    x = rng.standard_normal((3, 2))
+    wanted = np.einsum("cij,bukl,jl->bcik", a, b, x)
+    np.testing.assert_allclose(operator(x), wanted, atol=1e-13)
+    np.testing.assert_allclose(operator(np.broadcast_to(x, (5, 3, 2, 3, 2)))[4], wanted, atol=1e-13)
+    operators.check_operator(operator)
+    assert operators.kronecker(np.zeros((2, 1, 0)), np.zeros((2, 3, 4)))(np.ones((0, 4))).shape == (2, 1, 3)
+
+
 def test_a_boolean_mask(xp):
     keep = np.asarray([[True, False], [True, True]])
     operator = operators.mask(xp.namespace.asarray(keep), (2, 2))
@@ -332,6 +380,10 @@ def test_flags():
     assert flags(operators.compose(positive, positive, self_adjoint=True)) == (True, False)
     assert flags(operators.compose(positive, positive, positive_definite=True)) == (True, True)
     assert flags(operators.stack(positive, positive)) == (False, False)
+    for make in (operators.block_diagonal, operators.kronecker):
+        assert flags(make(positive, positive)) == (True, True)
+        assert flags(make(positive, symmetric)) == (True, False)
+        assert flags(make(positive, free)) == (False, False)
     assert all(flags(operators.adjoint(a)) == flags(a) for a in (free, symmetric, positive))
     assert flags(operators.normal(free)) == (True, False)
     assert flags(operators.normal(free, positive_definite=True)) == (True, True)
@@ -466,6 +518,10 @@ K, D = np.ones((3, 3)), np.ones((4, 4))
         (lambda: operators.add(), TypeError, "add needs at least one"),
         (lambda: operators.compose(), TypeError, "compose needs"),
         (lambda: operators.stack(), TypeError, "stack needs"),
+        (lambda: operators.block_diagonal(), TypeError, "block_diagonal needs"),
+        (lambda: operators.kronecker(), TypeError, "kronecker needs"),
+        (lambda: operators.kronecker(D, "eye"), TypeError, r"operators\[1\] is a str"),
+        (lambda: operators.kronecker(D, np.ones((4, 4), dtype=np.float32)), TypeError, "one precision"),
         (lambda: operators.add(D, np.ones((3, 4))), ValueError, r"operators\[1\].range_shape"),
         (lambda: operators.add(D, np.ones((4, 3))), ValueError, r"operators\[1\].domain_shape"),
         (lambda: operators.compose(D, np.ones((3, 4))), ValueError, r"operators\[0\].domain_shape is \(4,\)"),

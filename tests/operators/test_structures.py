@@ -99,6 +99,7 @@ def test_operators_that_differ_compare_unequal():
         operators.difference(3, boundary="zero"), own(d), 2 * own(d),
         operators.convolution(kernel, 3, boundary="zero"), operators.convolution(np.ones(3), 3, boundary="reflect"),
         operators.convolution(np.ones(3), 3, boundary="zero"), operators.toeplitz(d), operators.toeplitz(d, d),
+        operators.block_diagonal(points, points), operators.kronecker(points, points), operators.kronecker(points),
         operators.toeplitz(d, kernel), operators.toeplitz(d, positive_definite=True),
     ]  # fmt: skip
     seen = {}
