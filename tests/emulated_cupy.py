@@ -306,6 +306,12 @@ def _transform(function):
     return wrapped(wraps(function)(call))
 
 
+def _scatter_add(a, slices, value):
+    if a.dtype.kind not in "fiu":
+        raise TypeError("cupyx.scatter_add only supports real numbers here.")
+    np.add.at(a.on_host, unwrap(slices), unwrap(value))
+
+
 def _module(name, **contents):
     module = ModuleType(name)
     module.__path__, module.__spec__ = [], ModuleSpec(name, None)
@@ -405,7 +411,7 @@ def install():
     )  # fmt: skip
     _module("cupy.linalg._decomposition", _lu_factor=_lu_factor)
     _module("cupy.fft", **{name: _transform(getattr(np.fft, name)) for name in np.fft.__all__})
-    _module("cupyx")
+    _module("cupyx", scatter_add=_scatter_add)
     _module("cupyx.profiler", benchmark=_benchmark)
     _module("cupyx.scipy")
     _module("cupyx.scipy.linalg", solve_triangular=wrapped(solve_triangular))
