@@ -11,6 +11,7 @@ from ddnref import operators
 from ddnref.operators import LinearOperator
 
 GRID = (4, 5)
+EDGES = ((0, 1), (3, 1), (1, 4), (4, 0), (0, 1), (5, 3), (2, 2))  # one of them twice, and a loop
 Draw = Callable[..., Any]
 
 
@@ -47,6 +48,7 @@ def build(free: Draw, positive: Draw, batch: tuple[int, ...] = ()) -> dict[str, 
         "toeplitz": operators.toeplitz(free(*batch, 4), free(*batch, 6)),
         "toeplitz, tall": operators.toeplitz(free(*batch, 5), free(*batch, 2)),
         "toeplitz, Hermitian": operators.toeplitz(free(*batch, 5)),
+        "laplacian": operators.laplacian(np.asarray(EDGES), positive(*batch, len(EDGES)), 6),
         "scaled": operators.scaled(blur, free(*batch)),
         "scaled by a number": operators.scaled(points, 2.0),
         "scaled by a complex number": operators.scaled(points, 2j),

@@ -23,6 +23,7 @@ from ddnref.operators._combine import (
     transpose,
 )
 from ddnref.operators._elementary import as_operator, dense, diagonal, mask
+from ddnref.operators._graph import laplacian
 from ddnref.operators._grid import convolution, difference, toeplitz
 from ddnref.operators._operator import LinearOperator
 from ddnref.operators._scipy import from_scipy, to_scipy
@@ -43,6 +44,7 @@ __all__ = [
     "difference",
     "from_scipy",
     "kronecker",
+    "laplacian",
     "mask",
     "normal",
     "scaled",

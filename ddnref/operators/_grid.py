@@ -28,8 +28,8 @@ from ddnref._kernels.grid import (
     fast_length,
     filtered,
     inverse,
-    laplacian,
     multiplier,
+    normal_difference,
     part,
     reflected,
     reflected_adjoint,
@@ -447,13 +447,13 @@ class _Difference(Constant):
     def gram(self, params: Params, shift: Array | float | None) -> LinearOperator:
         """``DᵀD + shift`` as a prepared operator, without storing any component of D x."""
         params = (shift,) if is_array(shift) else ()
-        of = shared(_Laplacian, self.axes, self.boundary, self.sizes, 0.0 if is_array(shift) else shift or 0.0)
+        of = shared(_NormalDifference, self.axes, self.boundary, self.sizes, 0.0 if is_array(shift) else shift or 0.0)
         shapes = self.sizes, self.sizes
         return LinearOperator(params, of.apply, of.apply, no_params_vjp, *shapes, True, shift is not None)
 
 
 @dataclass(frozen=True, eq=False)
-class _Laplacian(Structure):
+class _NormalDifference(Structure):
     axes: tuple[int, ...]
     boundary: str
     shape: tuple[int, ...]
@@ -462,4 +462,4 @@ class _Laplacian(Structure):
 
     def apply(self, params: Params, x: Array) -> Array:
         shift = over(params[0], len(self.shape)) if params else self.number
-        return laplacian(x, self.axes, self.boundary, shift)
+        return normal_difference(x, self.axes, self.boundary, shift)

@@ -116,7 +116,10 @@ def everything(operator: operators.LinearOperator, x: Any) -> Any:
         return y, operator.adjoint(operator.params, y), *operator.params_vjp(operator.params, y, x)
 
 
-PARAMS = dict.fromkeys(("a", "d", "m", "kernel", "column", "row", "operator", "c", "damping", "operators"), ("params",))
+EDGES = np.asarray([[0, 1], [1, 2], [3, 1], [4, 2]])
+PARAMS = dict.fromkeys(
+    ("a", "d", "m", "kernel", "column", "row", "weights", "operator", "c", "damping", "operators"), ("params",)
+)
 
 
 def operator_targets() -> list[Target]:
@@ -200,6 +203,12 @@ def operator_targets() -> list[Target]:
             grid,
             "x",
             lambda x, **o: everything(operators.difference((4, 5), **o), x),
+        ),
+        of(
+            operators.laplacian,
+            lambda rng, batch, m, c: (rng.uniform(0.5, 2.0, (*batch, 4)), normal(rng, (*batch, 5), c)),
+            "weights x",
+            lambda w, x, **o: everything(operators.laplacian(EDGES, w, 5, **o), x),
         ),
         of(
             operators.scaled,

@@ -165,6 +165,54 @@ def test_torch_refuses_to_record_an_operator(torch, rng):
         ddnref.linear_solve(deblur(kernel, 0.5), torch.ones(SHAPE, dtype=torch.float64))
 
 
+GRAPH = np.asarray([[0, 1], [1, 2], [2, 3], [3, 4], [4, 0], [1, 4], [0, 5]])
+
+
+@pytest.mark.framework("torch")
+def test_torch_eigenpairs_and_systems_of_a_graph(torch, rng):
+    from ddnref.interop.torch import differentiable
+
+    eigsh = differentiable(ddnref.eigsh, k=2)
+    solve = torch_solve()
+    w, b = tensors(torch, rng.uniform(0.5, 2.0, len(GRAPH)), rng.standard_normal(6))
+
+    def pairs(w):
+        (values, vectors), _ = eigsh(operators.laplacian(GRAPH, w, 6))
+        return values, vectors**2
+
+    def solution(w, b):
+        a = operators.laplacian(GRAPH, w, 6) + operators.diagonal(w[:6], positive_definite=True)
+        return solve(a._replace(positive_definite=True), b)[0]
+
+    assert torch.autograd.gradcheck(pairs, (w,))
+    assert torch.autograd.gradcheck(solution, (w, b))
+    assert torch.autograd.gradgradcheck(solution, (w, b), rtol=1e-6, atol=1e-6)
+    batch = torch.stack([w.detach(), 2 * w.detach()])
+    each = torch.func.vmap(torch.func.grad(lambda w: (pairs(w)[0] ** 2).sum()))(batch)
+    torch.testing.assert_close(each[1], 2 * each[0])
+
+
+@pytest.mark.framework("jax")
+def test_jax_eigenpairs_and_systems_of_a_graph(jax, rng):
+    from jax.test_util import check_grads
+
+    from ddnref.interop.jax import differentiable
+
+    eigsh, solve = differentiable(ddnref.eigsh, k=2), jax_solve()
+    w, b = map(jax.numpy.asarray, (rng.uniform(0.5, 2.0, len(GRAPH)), rng.standard_normal(6)))
+
+    def pairs(w):
+        (values, vectors), _ = eigsh(operators.laplacian(GRAPH, w, 6))
+        return values, vectors**2
+
+    def solution(w, b):
+        a = operators.laplacian(GRAPH, w, 6) + operators.diagonal(w[:6], positive_definite=True)
+        return solve(a._replace(positive_definite=True), b)[0]
+
+    check_grads(jax.jit(pairs), (w,), order=1, rtol=1e-6, atol=1e-6)
+    check_grads(jax.jit(solution), (w, b), order=2, modes=["rev"], rtol=1e-6, atol=1e-6)
+
+
 # --- JAX --------------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from operator_cases import GRID, NAMES, case, vectors
+from operator_cases import EDGES, GRID, NAMES, case, vectors
 
 from ddnref import operators
 from ddnref import operators as _operators
@@ -338,6 +338,37 @@ def test_kronecker_products_of_parameters_with_different_batch_axes(rng):
     assert operators.kronecker(np.zeros((2, 1, 0)), np.zeros((2, 3, 4)))(np.ones((0, 4))).shape == (2, 1, 3)
 
 
+@pytest.mark.parametrize("form", ["array", "tuple", "list", "pair of the library"])
+def test_laplacian_is_degrees_minus_weights(form, xp, rng):
+    edges, w = np.asarray(EDGES), rng.standard_normal((2, len(EDGES)))
+    ends = tuple(xp.namespace.asarray(edges[:, k]) for k in (0, 1))
+    given = {"array": xp.namespace.asarray(edges), "tuple": tuple(edges.T), "list": list(EDGES)}.get(form, ends)
+    operator = operators.laplacian(given, xp.asarray(w), 6)
+    adjacency = np.zeros((2, 6, 6))
+    for k, (i, j) in enumerate(EDGES):
+        adjacency[:, i, j] += w[:, k] * (i != j)
+        adjacency[:, j, i] += w[:, k] * (i != j)
+    wanted = np.sum(adjacency, axis=-1)[..., None] * np.eye(6) - adjacency
+    np.testing.assert_allclose(xp.numpy(operator.matrix()), wanted, atol=1e-14)
+    assert flags(operator) == (True, False)
+    constant = xp.numpy(operator(xp.asarray(np.full(6, 0.1))))
+    np.testing.assert_array_equal(constant, np.zeros((2, 6)))
+
+
+def test_laplacians_of_graphs_without_edges_or_nodes():
+    no_edges = operators.laplacian(np.zeros((0, 2), int), np.zeros(0), 3)
+    np.testing.assert_array_equal(no_edges(np.ones((2, 3))), np.zeros((2, 3)))
+    assert operators.laplacian(np.zeros((0, 2), int), np.zeros(0), 0)(np.ones((2, 0))).shape == (2, 0)
+
+
+def test_laplacians_of_equal_edges_share_what_is_made_of_them():
+    first, second = (operators.laplacian(np.asarray(EDGES), np.ones(len(EDGES)), 6) for _ in range(2))
+    assert first.apply == second.apply
+    other = operators.laplacian(np.asarray(EDGES)[::-1], np.ones(len(EDGES)), 6)
+    assert other.apply != first.apply
+    assert operators.laplacian(np.asarray(EDGES), np.ones(len(EDGES)), 7).apply != first.apply
+
+
 def test_a_boolean_mask(xp):
     keep = np.asarray([[True, False], [True, True]])
     operator = operators.mask(xp.namespace.asarray(keep), (2, 2))
@@ -479,7 +510,7 @@ def test_traces_under_torch_compile():
 # --- bad input --------------------------------------------------------------------------------------------------
 
 
-K, D = np.ones((3, 3)), np.ones((4, 4))
+K, D, E = np.ones((3, 3)), np.ones((4, 4)), np.asarray([[0, 1], [1, 2]])
 
 
 @pytest.mark.parametrize(
@@ -508,6 +539,17 @@ K, D = np.ones((3, 3)), np.ones((4, 4))
         (lambda: operators.toeplitz(np.ones(2), np.ones(2, np.float32)), TypeError, "one precision"),
         (lambda: operators.toeplitz(np.ones(2, int)), TypeError, "column has dtype int64"),
         (lambda: operators.toeplitz(D[0], D[0], positive_definite=True), ValueError, "leave out row"),
+        (lambda: operators.laplacian(E, np.ones(2) + 0j, 3), TypeError, "the weights of a graph are real"),
+        (lambda: operators.laplacian(E, np.ones(3), 3), ValueError, r"weights has shape \(3,\), expected \(..., 2\)"),
+        (lambda: operators.laplacian(E, np.ones(2), 2), ValueError, "edges has values from 1 to 2, expected 0 to 1"),
+        (lambda: operators.laplacian(-E, np.ones(2), 3), ValueError, "edges has values from -1 to 0"),
+        (lambda: operators.laplacian(E, np.ones(2), 3.0), TypeError, "n is 3.0, expected an integer"),
+        (lambda: operators.laplacian(E, np.ones(2), -1), ValueError, "n is -1"),
+        (lambda: operators.laplacian(E / 1, np.ones(2), 3), TypeError, "edges has dtype float64, expected integers"),
+        (lambda: operators.laplacian(E[:, :1], np.ones(2), 3), ValueError, r"edges has shape \(2, 1\), expected"),
+        (lambda: operators.laplacian((E, E, E), np.ones(2), 3), ValueError, "edges is a tuple of 3 arrays"),
+        (lambda: operators.laplacian((E, E), np.ones(2), 3), ValueError, r"edges\[0\] has shape \(2, 2\)"),
+        (lambda: operators.laplacian((E[0], E[0, :1]), np.ones(2), 3), ValueError, "edges has 2 and 1 nodes"),
         (lambda: operators.difference((4, -1)), ValueError, "cannot be negative"),
         (lambda: operators.difference((4, 0)), ValueError, "no empty one"),
         (lambda: operators.difference((4,), axis=1), ValueError, "axis is 1"),
