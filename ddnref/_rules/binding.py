@@ -19,6 +19,7 @@ from ddnref._kernels.public import CHECKS
 from ddnref._rules.contract import Rule
 from ddnref._rules.own import Own, own_rule
 from ddnref.operators import LinearOperator
+from ddnref.operators._operator import is_known
 
 NAN = (
     "A gradient is NaN ({}): the input is not finite, the loss depends on a choice inside repeated eigenvalues (see "
@@ -491,6 +492,11 @@ class Layout(NamedTuple):
     def plain(self) -> bool:
         """Whether there is no operator."""
         return all(part is None for part in self.parts)
+
+    @property
+    def known(self) -> bool:
+        """Whether all operators are of the package, so that they compute the same whenever the layout is the same."""
+        return all(is_known(part) for part in self.parts)
 
     def select(self, positions: Sequence[int]) -> Layout:
         """The layout of some of the inputs; positions beyond the last are optional inputs that were not given."""

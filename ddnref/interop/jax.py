@@ -250,8 +250,8 @@ def _operation(
     options hold, which have no derivative.
     """
     own = bound if held else on_arrays(bound, rule, layout)
-    # Compile each step where no option can change.
-    compile_step = _compiled if is_constant and layout.plain else lambda function: function
+    # Compile each step where no option and no function of the user can change.
+    compile_step = _compiled if is_constant and layout.known else lambda function: function
     forward, tangent_map = compile_step(own.forward), _tangent_map(rule, own, compile_step, layout, held)
     if unchecked is not None:
         # A second derivative has two parts, and only their sum does not depend on the gauge.

@@ -24,6 +24,7 @@ from ddnref._core.arrays import (
 from ddnref._core.checks import check_precision, check_shapes, given
 from ddnref._kernels.dense import identity, move_axis
 from ddnref._kernels.public import guarded
+from ddnref._kernels.scatter import Indices
 from ddnref._kernels.vectors import as_complex
 from ddnref.errors import DdnrefError
 
@@ -233,6 +234,23 @@ def shared(kind: type[Any], *values: Any) -> Any:
     if found is None:
         found = _structures.setdefault(key, kind(*values))
     return found
+
+
+def is_known(value: Any, seen: set[int] | None = None) -> bool:
+    """Return whether an operator, or a part of one, is made of structures alone, without a function of the user's.
+
+    What such an operator does depends on nothing but its structure and its parameters, so that it can be compiled once.
+    """
+    seen = set() if seen is None else seen
+    value = getattr(value, "__self__", value)  # the structure of a method
+    if id(value) in seen:
+        return True
+    seen.add(id(value))
+    if isinstance(value, Structure):
+        return all(is_known(getattr(value, field.name), seen) for field in fields(value))  # type: ignore[arg-type]
+    if isinstance(value, tuple):
+        return all(is_known(item, seen) for item in value)
+    return value is None or isinstance(value, (int, float, complex, str, Indices))
 
 
 class Linear(Structure):

@@ -233,6 +233,52 @@ def test_jax_first_and_second_order_under_jit(jax, rng):
 
 
 @pytest.mark.framework("jax")
+def test_jax_traces_operators_of_one_structure_once(jax, monkeypatch):
+    from ddnref.operators._graph import _Laplacian
+
+    traced, product = [], _Laplacian.apply
+
+    def counted(self, params, x):
+        traced.append(x)
+        return product(self, params, x)
+
+    for name in ("apply", "adjoint"):
+        monkeypatch.setattr(_Laplacian, name, counted)
+    solve, b = jax_solve(), jax.numpy.arange(6.0)
+
+    def loss(w, edges=GRAPH):
+        a = operators.laplacian(edges, w, 6) + operators.diagonal(w[:6], positive_definite=True)
+        return (solve(a._replace(positive_definite=True), b)[0] ** 2).sum()
+
+    w = jax.numpy.linspace(0.5, 2.0, len(GRAPH))
+    first = jax.grad(loss)(w)
+    count = len(traced)
+    assert count > 0
+    assert not np.allclose(jax.grad(loss)(2 * w), first)  # other numbers, of the same edges
+    np.testing.assert_allclose(jax.grad(loss)(2 * w), first / 8, rtol=1e-10)
+    assert len(traced) == count
+    assert not np.allclose(jax.grad(loss)(w, GRAPH[::-1]), first)
+    assert len(traced) > count
+
+
+@pytest.mark.framework("jax")
+def test_jax_functions_of_the_user_are_called_each_time(jax):
+    solve, state = jax_solve(), {"scale": 1.0}
+
+    def product(params, x):
+        return state["scale"] * params[0] * x
+
+    d, b = jax.numpy.asarray([1.0, 2.0, 4.0]), jax.numpy.ones(3)
+    bar = lambda params, y_bar, x: (state["scale"] * y_bar * x,)
+    own = operators.LinearOperator((d,), product, product, bar, (3,), (3,), True, True)
+    for operator in (own, operators.normal(own)._replace(positive_definite=True)):
+        state["scale"] = 1.0
+        before = solve(operator, b)[0]
+        state["scale"] = 2.0
+        assert not np.allclose(solve(operator, b)[0], before)
+
+
+@pytest.mark.framework("jax")
 def test_jax_vmap_over_right_hand_sides_and_kernels(jax, rng):
     solve = jax_solve()
     kernel, b = map(jax.numpy.asarray, (kernels(rng, 2), rng.standard_normal((2, 3, *SHAPE))))

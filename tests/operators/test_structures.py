@@ -7,6 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
+import scipy.sparse
 from operator_cases import NAMES, case, vectors
 
 from ddnref import operators
@@ -40,6 +41,18 @@ def assert_same(operator, other):
     x, y = vectors(operator, (2,), False)
     np.testing.assert_array_equal(operator(x), other(x))
     np.testing.assert_array_equal(operator.adjoint(operator.params, y), other.adjoint(other.params, y))
+
+
+@CASES
+def test_every_operator_is_known_until_it_has_a_function_of_the_user(name):
+    operator = case(name)
+    assert _operator.is_known(bare(operator))
+    for other in (
+        operators.block_diagonal(operator, own(np.ones(2))),
+        operators.scaled(operator._replace(apply=doubled), 2.0),
+        operators.block_diagonal(operator, operators.from_scipy(scipy.sparse.eye_array(3))),
+    ):
+        assert not _operator.is_known(bare(other))
 
 
 @CASES
