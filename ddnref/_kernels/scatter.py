@@ -3,6 +3,8 @@
     gather        (..., n) to (..., m)    y_e = x_{k(e)}
     scatter_add   (..., m) to (..., n)    y_i = Σ x_e over all e with k(e) = i, the adjoint of gather
 
+    sparse_product  A x, A given by the value of each entry e in row r(e) and column c(e)
+
 The standard has no scatter-add, so that each library sums in its own way. On NumPy it is a product with a sparse matrix
 of ones, which is made once for each array of indices and takes all vectors at once. With 1,000,000 numbers it takes
 three quarters of the time of ``np.add.at`` or ``np.bincount``, and float32 stays float32. On a GPU the order of the sum
@@ -11,6 +13,7 @@ may change from run to run, as in PyTorch's and CuPy's own functions.
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from typing import Any
@@ -19,7 +22,7 @@ import array_api_compat
 import numpy as np
 import scipy.sparse
 
-from ddnref._core.arrays import Array, full, is_compiling, is_complex, namespace_of
+from ddnref._core.arrays import Array, conj, full, is_compiling, is_complex, namespace_of
 
 BLOCK = 64  # numbers that the form without scatter-add compares with all places at once: more take more memory
 
@@ -33,7 +36,7 @@ class Indices:
         self.n = n
         self._hash = hash((self.values.tobytes(), n))
         self.made: dict[Any, Any] = {}
-        """What was made of the indices, for each library and device, or dtype."""
+        """Arrays and sparse matrices made of the indices, by library and device, or by dtype."""
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -168,3 +171,110 @@ def _by_cupy(x: Array, index: Indices) -> Array:
     y = full((math.prod(x.shape[:-1]), index.n), 0.0, x)
     scatter_add(y, (slice(None), index.like(x)), x.reshape(y.shape[0], len(index)))
     return y.reshape(*x.shape[:-1], index.n)
+
+
+# --- sparse matrices ------------------------------------------------------------------------------------------------
+
+
+def sparse_product(values: Array, x: Array, rows: Indices, columns: Indices) -> Array:
+    """``y_i = Σ a_e x_{c(e)}`` over all e with ``r(e) = i``: by SciPy on NumPy, else by gather and scatter-add.
+
+    SciPy's product takes a third of the time for 1,000,000 entries, because it stores no number for each.
+    """
+    if array_api_compat.is_numpy_array(x) and values.ndim == 1:
+        return _times_columns(_filled(values, rows, columns), x)
+    return scatter_add(values * gather(x, columns), rows)
+
+
+def sparse_product_vjp(y_bar: Array, x: Array, rows: Indices, columns: Indices, shared: bool) -> Array:
+    """``ȳ_{r(e)} conj(x_{c(e)})``; on NumPy summed over all vectors, one at a time, if they share the values."""
+    if not (array_api_compat.is_numpy_array(x) and shared):
+        return gather(y_bar, rows) * conj(gather(x, columns))
+    lead = np.broadcast_shapes(y_bar.shape[:-1], x.shape[:-1])
+    left = np.broadcast_to(y_bar, (*lead, rows.n)).reshape(-1, rows.n)
+    right = np.broadcast_to(x, (*lead, columns.n)).reshape(-1, columns.n)
+    bar = np.zeros(len(rows), dtype=np.result_type(y_bar, x))
+    for y_i, x_i in zip(left, right, strict=True):
+        bar += np.take(y_i, rows.values) * np.conj(np.take(x_i, columns.values))
+    return bar
+
+
+def sparse_matrix(values: Array, rows: Indices, columns: Indices) -> Any:
+    """The matrix of SciPy with these entries, those of one place added."""
+    return scipy.sparse.coo_array((values, (rows.values, columns.values)), shape=(rows.n, columns.n)).tocsr()
+
+
+def has_sparse_matrix(values: Array) -> bool:
+    """Return whether there is a `sparse_matrix` of these values: SciPy has none with batch axes."""
+    return bool(array_api_compat.is_numpy_array(values)) and values.ndim == 1
+
+
+def _filled(values: Array, rows: Indices, columns: Indices) -> Any:
+    """A CSR matrix with these values, on a pattern that is made once."""
+    key = ("pattern", columns)
+    if key not in rows.made:
+        # Entry e of the list is number order[e] of the matrix; several in one place stay several.
+        order = np.argsort(rows.values, kind="stable")
+        starts = np.concatenate([[0], np.cumsum(np.bincount(rows.values, minlength=rows.n))])
+        arrays = np.zeros(len(rows)), columns.values[order], starts
+        is_sorted = bool(np.all(order[1:] > order[:-1]))
+        frame = scipy.sparse.csr_array(arrays, shape=(rows.n, columns.n))
+        rows.made[key] = frame, None if is_sorted else order
+    frame, order = rows.made[key]
+    matrix = copy.copy(frame)
+    matrix.data = values if order is None else values[order]
+    return matrix
+
+
+def entries_of(matrix: Any) -> tuple[Array, Any, Any, tuple[int, int]] | None:
+    """Values, rows, columns and shape of a sparse matrix of PyTorch or JAX; ``None`` for anything else."""
+    if array_api_compat.is_torch_array(matrix):
+        return _entries_of_torch(matrix)
+    if type(matrix).__name__ in ("BCOO", "BCSR") and type(matrix).__module__.startswith("jax."):
+        return _entries_of_jax(matrix)
+    return None
+
+
+def _entries_of_torch(matrix: Array) -> tuple[Array, Any, Any, tuple[int, int]] | None:
+    import torch
+
+    if matrix.layout not in (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc):
+        return None
+    if matrix.ndim != 2 or matrix.dense_dim():
+        raise ValueError(
+            f"matrix has shape {tuple(matrix.shape)} and {matrix.dense_dim()} dense axes, expected (n, m)."
+        )
+    if matrix.layout is torch.sparse_coo:
+        matrix = matrix.coalesce()  # its values are differentiable, those of the uncoalesced matrix are not
+        rows, columns = matrix.indices()
+    elif matrix.layout is torch.sparse_csr:
+        rows, columns = _repeated(matrix.crow_indices()), matrix.col_indices()
+    else:
+        rows, columns = matrix.row_indices(), _repeated(matrix.ccol_indices())
+    return matrix.values(), rows, columns, tuple(matrix.shape)
+
+
+def _entries_of_jax(matrix: Any) -> tuple[Array, Any, Any, tuple[int, int]]:
+    if len(matrix.shape) != 2 or matrix.n_batch or matrix.n_dense:
+        raise ValueError(
+            f"matrix has shape {tuple(matrix.shape)}, {matrix.n_batch} batch axes and {matrix.n_dense} dense axes, "
+            "expected (n, m) without both."
+        )
+    indices = fixed_integers("matrix.indices", matrix.indices)
+    if type(matrix).__name__ == "BCOO":
+        rows, columns = indices.T
+    else:
+        rows, columns = _repeated(matrix.indptr), indices
+    # Entries out of range are padding.
+    n, m = matrix.shape
+    columns = columns[: len(rows)]
+    inside = np.flatnonzero((rows < n) & (columns < m))
+    if inside.size == matrix.data.shape[0]:
+        return matrix.data, rows, columns, (n, m)
+    return namespace_of(matrix.data).take(matrix.data, inside), rows[inside], columns[inside], (n, m)
+
+
+def _repeated(starts: Any) -> np.ndarray[Any, Any]:
+    """The row of each entry, from where the entries of each row start."""
+    starts = fixed_integers("matrix.indptr", starts)
+    return np.repeat(np.arange(starts.size - 1), np.diff(starts))

@@ -23,8 +23,8 @@ from ddnref.operators._combine import (
     transpose,
 )
 from ddnref.operators._elementary import as_operator, dense, diagonal, mask
-from ddnref.operators._graph import laplacian
 from ddnref.operators._grid import convolution, difference, toeplitz
+from ddnref.operators._indexed import coo, from_sparse, laplacian
 from ddnref.operators._operator import LinearOperator
 from ddnref.operators._scipy import from_scipy, to_scipy
 
@@ -39,10 +39,12 @@ __all__ = [
     "check_operator",
     "compose",
     "convolution",
+    "coo",
     "dense",
     "diagonal",
     "difference",
     "from_scipy",
+    "from_sparse",
     "kronecker",
     "laplacian",
     "mask",

@@ -118,7 +118,8 @@ def everything(operator: operators.LinearOperator, x: Any) -> Any:
 
 EDGES = np.asarray([[0, 1], [1, 2], [3, 1], [4, 2]])
 PARAMS = dict.fromkeys(
-    ("a", "d", "m", "kernel", "column", "row", "weights", "operator", "c", "damping", "operators"), ("params",)
+    ("a", "d", "m", "kernel", "column", "row", "values", "weights", "operator", "c", "damping", "operators"),
+    ("params",),
 )
 
 
@@ -203,6 +204,12 @@ def operator_targets() -> list[Target]:
             grid,
             "x",
             lambda x, **o: everything(operators.difference((4, 5), **o), x),
+        ),
+        of(
+            operators.coo,
+            lambda rng, batch, m, c: (normal(rng, (*batch, 4), c), normal(rng, (*batch, 5), c)),
+            "values x",
+            lambda v, x, **o: everything(operators.coo(v, *EDGES.T, (5, 5), **o), x),
         ),
         of(
             operators.laplacian,
@@ -304,6 +311,14 @@ def scipy_targets() -> list[Target]:
             items=False,
             numpy_only=True,
             aliases={"a": ("parameters",)},
+        ),
+        target(
+            operators.from_sparse,
+            lambda rng, batch, m, c: (normal(rng, (*batch, 3)),),
+            "x",
+            lambda x, **o: (operators.from_sparse(sparse, **o)(x),),
+            numpy_only=True,
+            double=True,
         ),
         target(
             operators.from_scipy,

@@ -103,7 +103,7 @@ def test_no_code_is_forgotten():
     assert {page.stem for page in pages_with("tensorflow")} == {"frameworks"}
     assert {page.stem for page in pages_with("dask")} == {"scale-out"}
     assert {page.stem for page in pages_with("torch")} == {
-        "custom", "forward-mode", "frameworks", "migration", "networks",
+        "custom", "forward-mode", "frameworks", "migration", "networks", "operators",
     }  # fmt: skip
     assert {page.stem for page in pages_with("jax")} == {"custom", "forward-mode", "frameworks", "migration"}
     for page in PAGES:

@@ -234,7 +234,7 @@ def test_jax_first_and_second_order_under_jit(jax, rng):
 
 @pytest.mark.framework("jax")
 def test_jax_traces_operators_of_one_structure_once(jax, monkeypatch):
-    from ddnref.operators._graph import _Laplacian
+    from ddnref.operators._indexed import _Laplacian
 
     traced, product = [], _Laplacian.apply
 
