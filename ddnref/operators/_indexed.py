@@ -20,12 +20,13 @@ from ddnref._kernels.scatter import (
     fixed_integers,
     gather,
     has_sparse_matrix,
+    in_order,
     scatter_difference,
     sparse_matrix,
     sparse_product,
     sparse_product_vjp,
 )
-from ddnref.operators._operator import Linear, LinearOperator, Params, cotangent, motions, shared
+from ddnref.operators._operator import Linear, LinearOperator, Params, cotangent, motions, no_params_vjp, shared
 from ddnref.operators._scipy import from_scipy
 
 
@@ -66,6 +67,7 @@ def coo(
 
     A product takes two flops for each entry, and stores one number for each. On NumPy, values without batch axes are
     put into a matrix of SciPy, whose pattern is made once for all operators with these places that exist at the time.
+    `LinearOperator.prepared` sorts them by rows, if they are not, so that a product need not do so.
 
     Examples
     --------
@@ -84,9 +86,10 @@ def coo(
             raise ValueError(f"values has shape {tuple(values.shape)}, expected (..., {len(place)}) as {name}.")
     if (self_adjoint or positive_definite) and n != m:
         raise ValueError(f"shape is {(n, m)}; only a square matrix can be self-adjoint.")
-    of, flags = shared(_Entries, *places), (self_adjoint or positive_definite, positive_definite)
+    flags = self_adjoint or positive_definite, positive_definite
+    of = shared(_Entries, *places, *flags)
     return LinearOperator(
-        (values,), of.apply, of.adjoint, of.params_vjp, (m,), (n,), *flags, **motions(of),
+        (values,), of.apply, of.adjoint, of.params_vjp, (m,), (n,), *flags, prepare=of.prepare, **motions(of),
         sparse=of.matrix if has_sparse_matrix(values) else None,
     )  # fmt: skip
 
@@ -95,17 +98,25 @@ def coo(
 class _Entries(Linear):
     rows: Indices
     columns: Indices
+    self_adjoint: bool
+    positive_definite: bool
 
     def apply(self, params: Params, x: Array) -> Array:
         return sparse_product(params[0], x, self.rows, self.columns)
 
     def adjoint(self, params: Params, y: Array) -> Array:
-        return sparse_product(conj(params[0]), y, self.columns, self.rows)
+        return sparse_product(conj(params[0]), y, self.rows, self.columns, transposed=True)
 
     def params_vjp(self, params: Params, y_bar: Array, x: Array) -> Params:
         # ā_e = Σ ȳ_{r(e)} conj(x_{c(e)})
         (a,) = params
         return (cotangent(sparse_product_vjp(y_bar, x, self.rows, self.columns, a.ndim == 1), a),)
+
+    def prepare(self, params: Params) -> LinearOperator:
+        values, rows, columns = in_order(params[0], self.rows, self.columns)
+        flags = self.self_adjoint, self.positive_definite
+        of, shapes = shared(_Entries, rows, columns, *flags), ((self.columns.n,), (self.rows.n,))
+        return LinearOperator((values,), of.apply, of.adjoint, no_params_vjp, *shapes, *flags)
 
     def matrix(self, params: Params) -> Any:
         return sparse_matrix(params[0], self.rows, self.columns)
