@@ -236,6 +236,14 @@ def _held(
     return (tuple(map(jax.lax.stop_gradient, arrays)), rebuild) if arrays else None
 
 
+# Operators are trees of their parameters, so that jax.jit, grad and vmap take them as arguments.
+jax.tree_util.register_pytree_node(
+    LinearOperator,
+    lambda a: (a.params, a._replace(params=())),
+    lambda bare, params: bare._replace(params=tuple(params)),
+)
+
+
 def _with_values(f: Callable[..., Array], values: tuple[Array, ...], r: Array) -> Array:
     """A function of one vector that is given the values of its closure."""
     return f(r, *values)

@@ -262,6 +262,32 @@ def test_jax_traces_operators_of_one_structure_once(jax, monkeypatch):
 
 
 @pytest.mark.framework("jax")
+def test_jax_operators_are_arguments_of_transforms(jax, rng):
+    traced = []
+    solve, b = jax_solve(), jax.numpy.asarray(rng.standard_normal(SHAPE))
+
+    @jax.jit
+    def loss(operator):
+        traced.append(operator)
+        return (solve(operator, b)[0] ** 2).sum()
+
+    inputs = tuple(map(jax.numpy.asarray, (kernels(rng), 0.5)))
+    operator = deblur(*inputs)
+    gradient = jax.grad(loss)(operator)
+    assert gradient.apply == operator.apply
+    wanted = jax.grad(lambda *inputs: loss(deblur(*inputs)), argnums=(0, 1))(*inputs)
+    for found, expected in zip(gradient.params, wanted, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+    count = len(traced)
+    loss(deblur(2 * inputs[0], inputs[1]))
+    loss(deblur(*inputs))
+    jax.grad(loss)(deblur(2 * inputs[0], inputs[1]))
+    assert len(traced) == count
+    many = jax.vmap(lambda operator: operator @ b)(operators.convolution(jax.numpy.stack([inputs[0]] * 2), SHAPE))
+    np.testing.assert_allclose(many[1], operators.convolution(inputs[0], SHAPE) @ b, rtol=1e-12)
+
+
+@pytest.mark.framework("jax")
 def test_jax_functions_of_the_user_are_called_each_time(jax):
     solve, state = jax_solve(), {"scale": 1.0}
 
