@@ -86,11 +86,12 @@ def check_operator(
     Notes
     -----
     These are checked in order: shapes; dtypes; that arguments are not changed; linearity; the dot-product test
-    ``⟨A x, y⟩ = ⟨x, Aᴴ y⟩``; that a batch equals its items one by one; ``params_vjp`` against finite differences; the
-    flags self-adjoint (apply equals adjoint) and positive definite (the smallest eigenvalue that a few power iterations
-    find); ``prepare`` and ``gram`` against the products they replace. One wrong entry in m changes the product with a
-    random vector by about ``1/m`` of its length, which is far above `rtol`, so it is found. An indefinite operator may
-    pass as positive definite if its negative eigenvalues are very few and very small.
+    ``⟨A x, y⟩ = ⟨x, Aᴴ y⟩``; that a batch equals its items one by one; the flags self-adjoint (apply equals adjoint)
+    and positive definite (the smallest eigenvalue that a few power iterations find); ``prepare``, ``gram`` and
+    ``sparse`` against the products that they replace; ``params_vjp`` against finite differences; the forward modes
+    against ``params_vjp``. One wrong entry in m changes the product with a random vector by about ``1/m`` of its
+    length, which is far above `rtol`, so it is found. An indefinite operator may pass as positive definite if its
+    negative eigenvalues are very few and very small.
 
     Examples
     --------
@@ -388,7 +389,7 @@ def _positive_definite(g: Given) -> Iterator[OperatorCheck]:
 
 
 def _hooks(g: Given) -> Iterator[OperatorCheck]:
-    """``prepare`` and ``gram`` agree with the products that they replace."""
+    """``prepare``, ``gram`` and ``sparse`` agree with the products that they replace."""
     # The prepared operator: both products
     a_x = g.apply(g.x)
     if g.a.prepare is not None:
@@ -403,10 +404,35 @@ def _hooks(g: Given) -> Iterator[OperatorCheck]:
             slow = wanted if shift is None else wanted + shift * g.x
             error = _off(fast.apply(fast.params, g.x), slow)
             yield _check("gram", error, g.rtol, f"gram(params, {shift}) differs from AᴴA + shift by {{error:.1e}}.")
+    # The sparse matrix, of flattened vectors
+    if g.a.sparse is not None and a_x.ndim == len(g.a.range_shape):
+        y = g.a.sparse(g.a.params) @ g.xp.reshape(g.x, (-1,))
+        error = _off(g.xp.reshape(y, tuple(a_x.shape)), a_x)
+        yield _check("sparse", error, g.rtol, "the sparse matrix differs by {error:.1e} (rtol {rtol:.0e}).")
+
+
+def _forward(g: Given) -> Iterator[OperatorCheck]:
+    """``Re ⟨ȳ, Ȧ x⟩ = Re ⟨Ȧᴴ ȳ, x⟩ = Re Σ conj(p̄) ṗ``: the forward modes are transposes of ``params_vjp``."""
+    y, x = g.random(g.apply(g.x)), _in_batch(g)
+    dots = tuple(g.random(p) for p in g.a.params)
+    bars = g.a.params_vjp(g.a.params, y, x)
+    terms = [_dot(bar, dot).real for bar, dot in zip(bars, dots, strict=True)]
+    for name, motion, given, other in (("params_jvp", g.a.params_jvp, x, y), ("adjoint_jvp", g.a.adjoint_jvp, y, x)):
+        if motion is None:
+            continue
+        moved = motion(g.a.params, dots, given)
+        # Relative to the lengths, because the inner product may be small
+        size = _norm(moved) * _norm(other) + sum(map(abs, terms))
+        error = abs(_dot(moved, other).real - sum(terms))
+        message = (
+            f"{name} is not the transpose of params_vjp: off by {{error:.1e}} of its size (rtol {{rtol:.0e}}). The "
+            "most likely cause is a missing conjugate, or a parameter that was left out."
+        )
+        yield _check(name, error / size if size > 0 else error, g.rtol, message)
 
 
 CLAIMS: tuple[tuple[Callable[[Given], Iterator[OperatorCheck]], bool], ...] = (
     (_shapes, True), (_dtypes, True), (_arguments, True), (_linear, True), (_adjoint, False), (_batch, False),
-    (_params_vjp, False), (_self_adjoint, False), (_positive_definite, False), (_hooks, False),
+    (_self_adjoint, False), (_positive_definite, False), (_hooks, False), (_params_vjp, True), (_forward, False),
 )  # fmt: skip
 """The claims in order, each with a flag whether the following claims depend on it."""

@@ -123,6 +123,22 @@ def test_wrong_hooks_are_found():
     assert failures(operator._replace(gram=lambda p, shift: operator.gram(p, 0.75))) == {"gram"}
 
 
+def test_a_wrong_sparse_matrix_is_found():
+    operator = case("coo")
+    other = operator.params[0] * (1 + 1e-9)
+    assert failures(operator._replace(sparse=lambda p: operator.sparse((other,)))) == {"sparse"}
+
+
+@pytest.mark.parametrize("is_complex", [False, True])
+@pytest.mark.parametrize("name", ["params_jvp", "adjoint_jvp"])
+def test_a_wrong_forward_mode_is_found(name, is_complex):
+    operator = case("normal", is_complex=is_complex)
+    assert failures(wrap(operator, **{name: lambda f: lambda p, d, x: f(p, d, x) * (1 + 1e-9)})) == {name}
+    assert failures(wrap(operator, **{name: lambda f: lambda p, d, x: f(p, (d[0], 0 * d[1]), x)})) == {name}
+    if is_complex:
+        assert failures(wrap(operator, **{name: lambda f: lambda p, d, x: f(p, (np.conj(d[0]), d[1]), x)})) == {name}
+
+
 def test_options():
     slightly = wrap(sound(), adjoint=lambda f: lambda p, y: f(p, y) * (1 + 1e-9))
     assert failures(slightly, rtol=1e-8) == set()
