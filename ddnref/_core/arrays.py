@@ -103,7 +103,7 @@ def _instead(name: str, array: Any) -> str:
             "and the solvers of ddnref.krylov take"
         )
     if hasattr(array, "todense"):
-        return f"{name}.todense() is one"
+        return f"{name}.todense() is one, and ddnref.operators.from_sparse({name}) is a LinearOperator"
     return "lists and scalars are not converted"
 
 
@@ -126,7 +126,10 @@ def _check_plain(name: str, array: Array) -> None:
                 f'{name}.astype({name}.dtype.newbyteorder("=")).'
             )
     elif array_api_compat.is_torch_array(array) and (array.is_sparse or array.is_sparse_csr):
-        raise TypeError(f"{name} has layout {array.layout}: ddnref takes dense tensors. Pass {name}.to_dense().")
+        raise TypeError(
+            f"{name} has layout {array.layout}: ddnref takes dense tensors. Pass {name}.to_dense(), or, where "
+            f"operators are taken, ddnref.operators.from_sparse({name})."
+        )
 
 
 def _check_devices(present: dict[str, Array]) -> None:

@@ -303,7 +303,7 @@ def _solver(g: _Pencil, a: Operand, b: Operand, solve: Solve | None) -> tuple[So
         inverse = "B" if g.sigma is None else "A - sigma B"
         raise ValueError(
             f"eigsh_generalized needs to solve systems with {inverse}, but these operators do not say how: pass "
-            "solve=, operators of sparse matrices by ddnref.operators.from_scipy, or arrays."
+            "solve=, operators of sparse matrices by ddnref.operators.from_scipy or coo, or arrays."
         )
     left, right = a.sparse(a.params), b.sparse(b.params)
     shifted = left - g.sigma * right if g.sigma else left

@@ -69,7 +69,7 @@ class LinearOperator(NamedTuple):
     """Optional, for the forward mode of least squares: ``adjoint_jvp(params, params_dot, y) = Ȧᴴ y``."""
     sparse: Callable[[Params], Any] | None = None
     """Optional: ``sparse(params)`` is the map, of flattened vectors, as a sparse matrix of SciPy or CuPy. Functions
-    that factorise a matrix use it; operators of `from_scipy` have it."""
+    that factorise a matrix use it; operators of `from_scipy` have it, and on NumPy those of `coo` and `laplacian`."""
 
     @property
     def size(self) -> int:

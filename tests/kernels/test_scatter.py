@@ -60,6 +60,9 @@ def test_indices_compare_by_value():
         assert k == same
         assert hash(k) == hash(same)
     assert all(k != other for other in (Indices([0, 2, 1], N), Indices([0, 2, 2], 6), Indices([0, 2], N), [0, 2, 2]))
+    collides = Indices([0, 2, 1], N)
+    collides._hash = hash(k)
+    assert k != collides
     with pytest.raises(ValueError, match="read-only"):
         k.values[0] = 1
 
