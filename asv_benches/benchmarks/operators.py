@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import scipy.fft
+import scipy.ndimage
 
 import ddnref
 
@@ -111,7 +112,34 @@ def laplacian(n: int, dtype: str) -> tuple[Call, Call]:
     return lambda: fast.apply(fast.params, x), lambda: d.adjoint((), d.apply((), x))
 
 
-PAIRS = {form.__name__: form for form in (blur_by_hand, blur_at_once, dense_at_once, laplacian)}
+def graph(n: int, dtype: str) -> tuple[Call, Call]:
+    """The Laplacian of the graph of n×n points, by its edges, and SciPy's product with the stored matrix."""
+    i = np.arange(n * n).reshape(n, n)
+    ends = np.concatenate([i[:, :-1].ravel(), i[:-1].ravel()]), np.concatenate([i[:, 1:].ravel(), i[1:].ravel()])
+    weights = np.random.default_rng(0).uniform(0.5, 2.0, len(ends[0])).astype(dtype)
+    fast, x = ddnref.operators.laplacian(ends, weights, n * n).prepared(), image(n, dtype).ravel()
+    matrix = fast.sparse(fast.params)  # type: ignore[misc]
+    return lambda: fast.apply(fast.params, x), lambda: matrix @ x
+
+
+def stored(n: int, dtype: str) -> tuple[Call, Call]:
+    """A sparse matrix of 5 n² entries in random order, prepared, and SciPy's product."""
+    rng = np.random.default_rng(0)
+    values, rows, columns = rng.standard_normal(5 * n * n).astype(dtype), *rng.integers(0, n * n, (2, 5 * n * n))
+    operator, x = ddnref.operators.coo(values, rows, columns, (n * n, n * n)), image(n, dtype).ravel()
+    fast, matrix = operator.prepared(), operator.sparse(operator.params)  # type: ignore[misc]
+    return lambda: fast.apply(fast.params, x), lambda: matrix @ x
+
+
+def reflected(n: int, dtype: str) -> tuple[Call, Call]:
+    """A blur with a reflecting boundary by Fourier transforms, and SciPy's sum over a kernel of 9×9 points."""
+    k, x = np.random.default_rng(0).random((9, 9)).astype(dtype), image(n, dtype)
+    fast = ddnref.operators.convolution(k, (n, n), boundary="reflect").prepared()
+    return lambda: fast.apply(fast.params, x), lambda: scipy.ndimage.convolve(x, k, mode="reflect")
+
+
+FORMS = blur_by_hand, blur_at_once, dense_at_once, laplacian, graph, stored, reflected
+PAIRS = {form.__name__: form for form in FORMS}
 
 
 class OperatorsLimit:
