@@ -113,12 +113,12 @@ def laplacian(n: int, dtype: str) -> tuple[Call, Call]:
 
 
 def graph(n: int, dtype: str) -> tuple[Call, Call]:
-    """The Laplacian of the graph of n×n points, by its edges, and SciPy's product with the stored matrix."""
+    """The Laplacian of the graph of n×n points, prepared, and SciPy's product with the stored matrix."""
     i = np.arange(n * n).reshape(n, n)
     ends = np.concatenate([i[:, :-1].ravel(), i[:-1].ravel()]), np.concatenate([i[:, 1:].ravel(), i[1:].ravel()])
     weights = np.random.default_rng(0).uniform(0.5, 2.0, len(ends[0])).astype(dtype)
-    fast, x = ddnref.operators.laplacian(ends, weights, n * n).prepared(), image(n, dtype).ravel()
-    matrix = fast.sparse(fast.params)  # type: ignore[misc]
+    operator, x = ddnref.operators.laplacian(ends, weights, n * n), image(n, dtype).ravel()
+    fast, matrix = operator.prepared(), operator.sparse(operator.params)  # type: ignore[misc]
     return lambda: fast.apply(fast.params, x), lambda: matrix @ x
 
 

@@ -211,7 +211,7 @@ def in_order(values: Array, rows: Indices, columns: Indices) -> tuple[Array, Ind
         return values, rows, columns
     key = ("in order", columns)
     if key not in rows.made:
-        order = np.argsort(rows.values, kind="stable")
+        order = _ones(rows, None, np.dtype(float)).indices  # the entries of each row, by a sort in linear time
         is_sorted = bool(np.all(order[1:] > order[:-1]))
         places = Indices(rows.values[order], rows.n), Indices(columns.values[order], columns.n)
         rows.made[key] = None if is_sorted else (order, *places)
@@ -219,6 +219,17 @@ def in_order(values: Array, rows: Indices, columns: Indices) -> tuple[Array, Ind
         return values, rows, columns
     order, rows, columns = rows.made[key]
     return values[..., order], rows, columns
+
+
+def laplacian_entries(weights: Array, i: Indices, j: Indices) -> tuple[Array, Indices, Indices]:
+    """The entries of a graph Laplacian of NumPy weights: both of each edge, and the degrees on the diagonal."""
+    key = ("laplacian", j)
+    if key not in i.made:
+        nodes = np.arange(i.n)
+        ends = np.concatenate([i.values, j.values, nodes]), np.concatenate([j.values, i.values, nodes])
+        i.made[key] = tuple(Indices(end, i.n) for end in ends)
+    degrees = scatter_add(weights, i) + scatter_add(weights, j)
+    return np.concatenate([-weights, -weights, degrees]), *i.made[key]
 
 
 def sparse_matrix(values: Array, rows: Indices, columns: Indices) -> Any:
