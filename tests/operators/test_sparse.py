@@ -59,6 +59,24 @@ def test_as_sparse_matrices_of_scipy(rng):
     assert operators.coo(values[None], ROWS, COLUMNS, (3, 4)).sparse is None
 
 
+def test_gradients_of_systems_and_eigenpairs_of_a_graph(rng):
+    """NumPy by hand: the gradient to a weight is a product of differences along its edge."""
+    i, j = np.asarray([[0, 1], [1, 2], [2, 3], [3, 4], [4, 0], [1, 4], [0, 5]]).T
+    w, b, x_bar = rng.uniform(0.5, 2.0, 7), rng.standard_normal(6), rng.standard_normal(6)
+    graph, ridge = operators.laplacian((i, j), w, 6), operators.diagonal(np.full(6, 0.3), positive_definite=True)
+    system = operators.add(graph, ridge, positive_definite=True)
+    x, _ = ddnref.linear_solve(system, b, rtol=1e-13)
+    np.testing.assert_allclose(x, np.linalg.solve(system.matrix(), b), rtol=1e-10)
+    ((w_bar, d_bar), _), _ = ddnref.linear_solve_vjp(x_bar, x, system, rtol=1e-13)
+    y = np.linalg.solve(system.matrix(), x_bar)
+    np.testing.assert_allclose(w_bar, -(y[i] - y[j]) * (x[i] - x[j]), rtol=1e-9)
+    np.testing.assert_allclose(d_bar, -y * x, rtol=1e-9)
+    ((values, v), saved), _ = ddnref.eigsh_fwd(graph, 2)
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(graph.matrix())[:-3:-1], rtol=1e-12)
+    (w_bar,), _ = ddnref.eigsh_vjp(np.asarray([1.0, 0.0]), None, values, v, *saved, graph)
+    np.testing.assert_allclose(w_bar, (v[i, 0] - v[j, 0]) ** 2, rtol=1e-10, atol=1e-14)
+
+
 def test_generalized_eigenpairs_of_a_graph_by_shift_and_invert(rng):
     n = 30
     edges = np.stack([np.arange(n - 1), np.arange(1, n)], axis=1)
