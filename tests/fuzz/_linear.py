@@ -117,6 +117,7 @@ def everything(operator: operators.LinearOperator, x: Any) -> Any:
 
 
 EDGES = np.asarray([[0, 1], [1, 2], [3, 1], [4, 2]])
+PLACES = np.asarray([[3, 0, 1, 2, 4, 0], [1, 2, 3, 4, 0, 2]])  # an entry in each row and column
 PARAMS = dict.fromkeys(
     ("a", "d", "m", "kernel", "column", "row", "values", "weights", "operator", "c", "damping", "operators"),
     ("params",),
@@ -207,9 +208,9 @@ def operator_targets() -> list[Target]:
         ),
         of(
             operators.coo,
-            lambda rng, batch, m, c: (normal(rng, (*batch, 4), c), normal(rng, (*batch, 5), c)),
+            lambda rng, batch, m, c: (normal(rng, (*batch, 6), c), normal(rng, (*batch, 5), c)),
             "values x",
-            lambda v, x, **o: everything(operators.coo(v, *EDGES.T, (5, 5), **o), x),
+            lambda v, x, **o: everything(operators.coo(v, *PLACES, (5, 5), **o), x),
         ),
         of(
             operators.laplacian,
