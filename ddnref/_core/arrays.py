@@ -53,6 +53,8 @@ def _numpy_namespace() -> Namespace:
 
 
 HINTS = {
+    "autograd": "wrap the operation with ddnref.interop.autograd.differentiable; an operator is made of plain arrays, "
+    "then operator.with_params(...) takes the boxes",
     "dask": "pass the function to ddnref.interop.dask.map_items, which calls it on the blocks, or pass {}.compute()",
     "tensorflow": "wrap the operation with ddnref.interop.tensorflow.differentiable, or pass {}.numpy()",
 }
@@ -133,14 +135,7 @@ def _check_plain(name: str, array: Array) -> None:
 
 
 def _check_devices(present: dict[str, Array]) -> None:
-    try:
-        devices = {name: array_api_compat.device(array) for name, array in present.items()}
-    except AttributeError as error:  # autograd's boxes look like arrays but have no device
-        kinds = ", ".join(f"{name}: {_kind(array)}" for name, array in present.items())
-        raise TypeError(
-            f"Expected arrays, but got {kinds}. Inside autograd, wrap the operation with ddnref.interop.autograd"
-            ".differentiable; an operator is made of plain arrays, then operator.with_params(...) takes the boxes."
-        ) from error
+    devices = {name: array_api_compat.device(array) for name, array in present.items()}
     # Devices of different libraries compare by their names.
     if len({str(device) for device in devices.values() if device is not None}) > 1:
         where = ", ".join(f"{name} on {device}" for name, device in devices.items())
