@@ -20,6 +20,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from ddnref._core.arrays import Array
+from ddnref._kernels.jax_versions import typeof
 
 Some = tuple[Array | None, ...]
 Flags = tuple[bool, ...]
@@ -175,7 +176,7 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **parameters: Any) -> 
         parts.append(of.moved(dots, arrays, moves, wanted) or (None,) * len(wanted))
     out = linear_p.bind(*primals, **parameters)
     sums = [_sum([part[i] for part in parts]) for i, want in enumerate(wanted) if want]
-    return out, [ad.Zero(jax.typeof(y).to_tangent_aval()) if s is None else s for y, s in zip(out, sums, strict=True)]
+    return out, [ad.Zero(typeof(y).to_tangent_aval()) if s is None else s for y, s in zip(out, sums, strict=True)]
 
 
 def _sum(terms: Sequence[Array | None]) -> Array | None:

@@ -21,6 +21,7 @@ with needed_by_bridge("jax"):
 
 from ddnref._core.arrays import Array
 from ddnref._kernels.jax import TracedError, in_full_precision
+from ddnref._kernels.jax_versions import batching_keeps_effects
 from ddnref._rules.binding import (
     ITERATE,
     NAN,
@@ -454,9 +455,21 @@ def _say(message: str, name: str, items: Array | None) -> None:
     warn(message, name, None if items is None else np.asarray(items))
 
 
+def _say_if(message: str, name: str, flag: Any, items: Array | None) -> None:
+    if flag:
+        _say(message, name, items)
+
+
 @cache
 def _in_stream(message: str, name: str) -> Callable[[Array, Array | None], Array]:
     """A function that warns when it runs; under ``vmap`` it does so once, for the whole batch."""
+    if not batching_keeps_effects():
+
+        def report_item(flag: Array, items: Array | None) -> Array:
+            jax.debug.callback(partial(_say_if, message, name), flag, items)
+            return flag
+
+        return report_item
 
     @jax.custom_batching.custom_vmap
     def report(flag: Array, items: Array | None) -> Array:

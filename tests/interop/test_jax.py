@@ -1,5 +1,6 @@
 """The JAX bridge, where test_matrix.py does not go: the complex convention, repeated eigenvalues, refusals."""
 
+import importlib
 import subprocess
 import sys
 
@@ -63,6 +64,20 @@ def test_a_gradient_that_does_not_exist_is_nan_and_warns(jax, differentiable, rn
         g = jax.block_until_ready((gradient(x), jax.effects_barrier())[0])
     assert np.all(np.isnan(g[0]))
     assert np.all(np.isfinite(g[1]))
+
+
+def test_it_warns_where_jax_drops_callbacks_of_custom_vmap(jax, differentiable, monkeypatch):
+    """Before JAX 0.8: item by item, and only of those that are NaN."""
+    bridge = importlib.import_module("ddnref.interop.jax")
+    monkeypatch.setattr(bridge, "batching_keeps_effects", lambda: False)
+    bridge._in_stream.cache_clear()
+    eigh = differentiable(ddnref.eigh, rtol=1e-7)  # options of no other test, so that nothing is compiled yet
+    x = jax.numpy.asarray([np.diag([1.0, 2.0]), np.eye(2)])
+    with pytest.warns(RuntimeWarning, match=r"A gradient is NaN \(eigh\)") as caught:
+        x_bar = (jax.jit(jax.vmap(jax.grad(lambda x: eigh(x)[1][0].sum())))(x), jax.effects_barrier())[0]
+    bridge._in_stream.cache_clear()
+    assert len(caught) == 1
+    assert np.array_equal(np.isnan(x_bar), [np.zeros((2, 2)), np.ones((2, 2))])
 
 
 def test_a_gradient_that_does_not_exist_warns_without_jit(jax, differentiable, rng):
