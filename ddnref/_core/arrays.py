@@ -228,6 +228,12 @@ def double(xp: Namespace, x: Array) -> Array:
     return xp.astype(x, xp.complex128 if is_complex(x) else xp.float64)
 
 
+def index_dtype(x: Array) -> Any:
+    """Return the dtype of places along an axis of `x`: int32, and int64 where a map of PyTorch needs it (2.6)."""
+    xp = namespace_of(x)
+    return xp.int64 if array_api_compat.is_torch_array(x) else xp.int32
+
+
 def refuse_recording(function: str, /, *arrays: Array, **named: Array) -> None:
     """Raise ``TypeError`` where PyTorch would record its own derivative of the forward instead of ours."""
     for name, x in (*(("", x) for x in arrays), *named.items()):

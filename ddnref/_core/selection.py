@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, full
+from ddnref._core.arrays import Array, full, index_dtype
 
 Columns: TypeAlias = range | tuple[int, ...]
 
@@ -44,7 +44,7 @@ def take(x: Array, columns: Columns, axis: int) -> Array:
         run = x[..., part] if axis == -1 else x[..., part, :]
         return run if columns.step == 1 else xp.flip(run, axis=axis)
     # Any other choice needs a gather.
-    places = xp.asarray(list(columns), dtype=xp.int32, device=array_api_compat.device(x))
+    places = xp.asarray(list(columns), dtype=index_dtype(x), device=array_api_compat.device(x))
     return xp.take(x, places, axis=axis)
 
 

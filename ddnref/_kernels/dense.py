@@ -20,6 +20,18 @@ from ddnref._kernels import numpy as _numpy
 GRAM_PIECE = 2**22  # numbers of a factor that are converted to double precision at once: 32 MB
 
 
+def infinity(like: Array) -> Array:
+    """Return the number by which a quotient is divided where it is left out, of the dtype of real `like`.
+
+    This is infinity. PyTorch 2.6 divides complex numbers by infinity to NaN, and gets a number near the largest one.
+    """
+    if array_api_compat.is_torch_array(like):
+        from ddnref._kernels.torch_versions import infinity_of
+
+        return full((), infinity_of(like.dtype), like)
+    return full((), float("inf"), like)
+
+
 def constant(x: Array) -> Array:
     """Return `x` as a constant for the frameworks that record derivatives."""
     if array_api_compat.is_torch_array(x):

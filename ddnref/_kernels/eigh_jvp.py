@@ -22,7 +22,7 @@ import numpy as np
 
 from ddnref._core.arrays import Array, adjoint, as_dtype, conj, full, namespace_of, nan_where, real
 from ddnref._core.selection import Columns, scatter, take
-from ddnref._kernels.dense import eigh, hermitian_part, identity, matvec
+from ddnref._kernels.dense import eigh, hermitian_part, identity, infinity, matvec
 from ddnref._kernels.eigh_vjp import _gap, cluster_mask, cluster_numbers, own_entries
 from ddnref._kernels.numpy import NARROW, WHOLE, _diagonal, for_parts
 from ddnref._kernels.numpy import adjoint as adjoint_of
@@ -54,7 +54,7 @@ def eigenpairs_jvp(
     s, w_dot, split = projected(x_dot, v, columns, near, gauge_rtol)
     same = cluster_mask(near, columns)
     gap = take(w, columns, -1)[..., None, :] - w[..., :, None]
-    v_dot = v @ (s / xp.where(same, full((), float("inf"), gap), gap))  # no branch divides by zero
+    v_dot = v @ (s / xp.where(same, infinity(gap), gap))  # no branch divides by zero
     return w_dot, v_dot if split is None else nan_where(split.bad[..., None, None], v_dot), split
 
 

@@ -32,7 +32,7 @@ import numpy as np
 
 from ddnref._core.arrays import Array, adjoint, eps, full, namespace_of, nan_where
 from ddnref._core.selection import Columns, scatter, take
-from ddnref._kernels.dense import constant, hermitian_product
+from ddnref._kernels.dense import constant, hermitian_product, infinity
 from ddnref._kernels.numpy import TILE, WHOLE, _blocks, _diagonal, _product_rows, for_parts
 from ddnref._kernels.numpy import adjoint as _adjoint
 from ddnref._kernels.vectors import largest, safe_norm
@@ -78,7 +78,7 @@ def eigenpairs_vjp(
     bad = gauge if bad is None else bad | gauge
     small = is_rounding(a, lengths_without_own(m_, columns), gap, 2 * close_gap(w, radius), columns)
     # ½ F ∘ M; no branch divides by zero.
-    k = left_out(m_, small) / xp.where(same, full((), float("inf"), gap), gap)
+    k = left_out(m_, small) / xp.where(same, infinity(gap), gap)
     diagonal = _or_nan(xp.zeros_like(w[..., : len(columns)]) if w_bar is None else w_bar, bad)
     p = v @ k + v_k * (diagonal / 2)[..., None, :]
     if everything:

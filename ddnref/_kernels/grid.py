@@ -32,6 +32,10 @@ def transform(x: Array, n: int) -> Array:
     if 0 in x.shape:  # PyTorch's transforms refuse an empty batch
         points = x.shape[-1] if is_complex(x) else x.shape[-1] // 2 + 1
         return as_complex(full((*x.shape[:-1], points), 0.0, x))
+    if array_api_compat.is_torch_array(x):
+        from ddnref._kernels.torch_versions import for_transform
+
+        x = for_transform(x)
     axes = tuple(range(-n, 0))
     return xp.fft.fftn(x, axes=axes) if is_complex(x) else xp.fft.rfftn(x, axes=axes)
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from ddnref._core.arrays import Array, adjoint, full, namespace_of, nan_where, real
 from ddnref._core.selection import take
-from ddnref._kernels.dense import matvec
+from ddnref._kernels.dense import infinity, matvec
 from ddnref._kernels.eigh_jvp import Split, chosen, needs_check, split_of
 from ddnref._kernels.eigh_vjp import cluster_mask, exceeds
 from ddnref._kernels.vectors import largest, without_structure
@@ -61,7 +61,7 @@ def triples_jvp(
     bad = kink if moved is None else kink | moved.bad
 
     # ½ (P + Q) and ½ (P − Q); no branch divides by zero.
-    infinite = full((), float("inf"), s)
+    infinite = infinity(s)
     both_zero = zero[..., :, None] & zero_k[..., None, :]
     same = cluster_mask(near, columns) | both_zero
     p = both / xp.where(same, infinite, s_k[..., None, :] - s[..., :, None])

@@ -27,7 +27,7 @@ from array_api_compat import is_numpy_array
 
 from ddnref._core.arrays import Array, adjoint, as_dtype, eps, full, is_complex, namespace_of, nan_where
 from ddnref._core.selection import Columns, take
-from ddnref._kernels.dense import constant
+from ddnref._kernels.dense import constant, infinity
 from ddnref._kernels.eigh_jvp import none_flagged
 from ddnref._kernels.eigh_vjp import (
     ROUNDING,
@@ -102,7 +102,7 @@ def triples_vjp(
     # ½ (P + Q) and ½ (P − Q) of the skew parts; no branch divides by zero.
     lengths, close = _lengths(m_, n_, outer_u, outer_v, columns), close_gap(s, s[..., :1])
     difference, total = (s_k[..., None, :] + sign * s[..., :, None] for sign in (-1, 1))
-    infinite = full((), float("inf"), s)
+    infinite = infinity(s)
     a = left_out(a, is_rounding(a, lengths, difference, close, columns))
     b = left_out(b, is_rounding(b, lengths, total, close, columns))
     p = a / xp.where(same, infinite, 2 * difference)

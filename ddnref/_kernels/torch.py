@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ddnref._kernels.lu_vjp import packed_lu_jvp, packed_lu_vjp
+from ddnref._kernels.torch_versions import COMPILES, fp32_precision
 
 ALONE = 128  # order from which matrices are factored one by one; MKL uses several threads from 151
 
@@ -19,9 +20,7 @@ ALONE = 128  # order from which matrices are factored one by one; MKL uses sever
 _transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _autocast_is_active = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 # The property ``torch.backends.cuda.matmul.fp32_precision`` is the same, but takes five times as long.
-_fp32_precision = getattr(
-    torch._C, "_get_fp32_precision_getter", lambda backend, _: getattr(torch.backends, backend).matmul.fp32_precision
-)
+_fp32_precision = getattr(torch._C, "_get_fp32_precision_getter", fp32_precision)
 SINGLE = (torch.float32, torch.complex64)
 
 
@@ -83,6 +82,10 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     args = _in_single_precision(args, enabled)
     kwargs = {name: _in_single_precision(x, enabled) for name, x in kwargs.items()}
     return _without_autocast(enabled, function, args, kwargs)
+
+
+if not COMPILES:
+    call = torch.compiler.disable(call)
 
 
 def _without_autocast(

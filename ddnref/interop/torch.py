@@ -20,6 +20,7 @@ with needed_by_bridge("torch"):
     import torch
 
 from ddnref._kernels.torch import call, is_eager, is_forward, is_transformed_in_graph
+from ddnref._kernels.torch_versions import COMPILES, uncompiled
 from ddnref._rules.binding import (
     NAN,
     Bound,
@@ -215,15 +216,17 @@ def _function(
             f"{rule.name} iterates until a flag that it reads on the host is clear, which no graph can hold: leave out "
             f"fullgraph=True, and {rule.name} runs between two compiled parts"
         )
-        return torch.compiler.disable(function, reason=reason)  # type: ignore[no-any-return]
+        return uncompiled(function, reason)
+    if not COMPILES:
+        return uncompiled(function, f"ddnref compiles {rule.name} with PyTorch 2.13 or later: leave out fullgraph=True")
     reason = (
         f"torch.compile would drop the derivative of {rule.name} inside a transform of torch.func that it traces: "
         f"leave out fullgraph=True, or compile the loss and transform the compiled function"
     )
-    uncompiled = torch.compiler.disable(function, reason=reason)
+    between_graphs = uncompiled(function, reason)
 
     def guarded(*inputs: Any) -> Any:
-        return (uncompiled if is_transformed_in_graph() else function)(*inputs)
+        return (between_graphs if is_transformed_in_graph() else function)(*inputs)
 
     return guarded
 

@@ -31,7 +31,7 @@ from ddnref._core.arrays import (
 from ddnref._core.arrays import adjoint as matrix_adjoint
 from ddnref._core.checks import check_dtypes, check_shapes
 from ddnref._core.loops import LoopOptions, WhileLoop
-from ddnref._kernels.dense import constant, hermitian_sum, identity
+from ddnref._kernels.dense import constant, hermitian_sum, identity, infinity
 from ddnref._kernels.dense import solve as dense_solve
 from ddnref._kernels.vectors import norm, power_of_two
 from ddnref.errors import ConvergenceError
@@ -108,7 +108,7 @@ def solved(b: Array, g: Complement, method: Method) -> tuple[Array, EigshVjpInfo
     if g.rest is not None and g.rest.shape[-2] == g.a.m - g.w.shape[-1]:
         # All other eigenpairs are known. The solution is 0 across a cut cluster, which is reported elsewhere.
         gap = sign[..., None] * (g.w[..., :, None] - g.w_rest[..., None, :])  # type: ignore[index]
-        gap = xp.where(gap > 0, gap, full((), float("inf"), gap))
+        gap = xp.where(gap > 0, gap, infinity(gap))
         y = (g.a.inner(b, g.rest) / as_dtype(gap, b)) @ g.rest
     elif method.solver == "direct":
         y = _direct(g, sign, b)  # k factorisations

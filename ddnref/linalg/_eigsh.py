@@ -37,7 +37,7 @@ from ddnref._core.checks import check_dtypes, check_shapes, given
 from ddnref._core.loops import CHECK_EVERY, LoopOptions, WhileLoop
 from ddnref._core.noise import noise
 from ddnref._core.selection import take
-from ddnref._kernels.dense import constant, eigh, hermitian_part, hermitian_sum, identity
+from ddnref._kernels.dense import constant, eigh, hermitian_part, hermitian_sum, identity, infinity
 from ddnref._kernels.eigh_jvp import Split, cluster_means
 from ddnref._kernels.eigh_vjp import antisymmetric_part, close_gap, exceeds, is_rounding, left_out, masked
 from ddnref._kernels.public import public
@@ -562,7 +562,7 @@ def _tangents(
 
     # The part inside the span of V in closed form, that in its complement from solves.
     gap = g.w[..., None, :] - g.w[..., :, None]
-    block = s / as_dtype(xp.where(same, full((), float("inf"), gap), gap), s)
+    block = s / as_dtype(xp.where(same, infinity(gap), gap), s)
     u, info = _solve(g, method, scale, solve)
     info = info._replace(converged=info.converged & eigen, cut=info.cut | cut)
     return w_dot, xp.matrix_transpose(block) @ g.v + u, info, split
@@ -691,7 +691,7 @@ def _half(g: _Problem, tol: _Tolerances, method: Method, solve: Solve | None) ->
     # Rounding errors of M are those of all of v̄ but its component along v, also outside of the span.
     own = xp.linalg.diagonal(m_)[..., None] * g.v
     small = is_rounding(a, norm(g.v_bar - own), gap, 2 * close_gap(g.w, scale[..., None]), columns)
-    block = left_out(m_, small) / as_dtype(xp.where(same, full((), float("inf"), gap), gap), m_)  # ½ F ∘ M
+    block = left_out(m_, small) / as_dtype(xp.where(same, infinity(gap), gap), m_)  # ½ F ∘ M
     x, info = _solve(g, method, scale, solve)
     info = info._replace(converged=info.converged & eigen, cut=info.cut | cut)
     return half + xp.matrix_transpose(block) @ g.v + x / 2, info, bad

@@ -40,7 +40,7 @@ from ddnref._core.checks import conform, given
 from ddnref._core.loops import CHECK_EVERY, LoopOptions, WhileLoop
 from ddnref._core.noise import noise
 from ddnref._kernels.cholesky import cholesky
-from ddnref._kernels.dense import hermitian_part, hermitian_sum, identity, move_axis
+from ddnref._kernels.dense import hermitian_part, hermitian_sum, identity, infinity, move_axis
 from ddnref._kernels.eigh_vjp import antisymmetric_part, close_gap, exceeds, is_rounding, left_out, masked
 from ddnref._kernels.lu import lu_factor, lu_solve
 from ddnref._kernels.public import public
@@ -531,7 +531,7 @@ def eigsh_generalized_vjp(
         part = left_out(part, small)
         bad = bad | exceeds(*masked(part, m_, same), tol.gauge)
         # Half of each matrix inside the span: P with V P Vᴴ + V Pᴴ Vᴴ, then the part in the complement.
-        t = part / as_dtype(4 * xp.where(same, full((), float("inf"), gap), gap), part)
+        t = part / as_dtype(4 * xp.where(same, infinity(gap), gap), part)
         mean = as_dtype((g.w[..., None, :] + g.w[..., :, None]) / 2, t)
         u, solves = _solve(g, a, b, v_bar, solve, Method(which, "cg", tol.cluster, loop))
         info = solves._replace(converged=solves.converged & eigen, cut=solves.cut | info.cut)
@@ -642,7 +642,7 @@ def eigsh_generalized_jvp(
     cut = scale < 0
     if g.w_rest is not None and tol.gauge < float("inf"):
         cut = _is_cut(g, scale, tol.cluster, which)
-    omega = r / as_dtype(xp.where(same, full((), float("inf"), gap), gap), r) - q / 2
+    omega = r / as_dtype(xp.where(same, infinity(gap), gap), r) - q / 2
     u, info = _solve(g, a, b, moved, solve, Method(which, "cg", tol.cluster, loop))
     info = info._replace(converged=info.converged & eigen, cut=info.cut | cut)
     if throw and is_true(xp.any(split.bad | info.cut | ~info.converged)):
@@ -720,7 +720,7 @@ def _solve(
         gap = g.w[..., :, None] - g.w_rest[..., None, :]
         near = xp.abs(gap) <= method.cluster_rtol * _scale(g)[..., None, None]
         parts = inner(outside, g.rest)
-        u = (parts / as_dtype(xp.where(near, full((), float("inf"), gap), gap), parts)) @ g.rest
+        u = (parts / as_dtype(xp.where(near, infinity(gap), gap), parts)) @ g.rest
         done = xp.all(xp.isfinite(g.w), axis=-1)
         return u, EigshVjpInfo(done, xp.zeros_like(g.w, dtype=xp.int32), xp.zeros_like(g.w), ~done & done)
     invert, _ = _solver(g.pencil, a, b, solve)

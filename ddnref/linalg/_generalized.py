@@ -38,7 +38,7 @@ from ddnref._core.arrays import (
 from ddnref._core.checks import conform
 from ddnref._core.selection import Columns, columns_of, take
 from ddnref._kernels.cholesky import cholesky, inverse_of_factor
-from ddnref._kernels.dense import constant, eigh, hermitian_part, hermitian_product, hermitian_sum, identity
+from ddnref._kernels.dense import constant, eigh, hermitian_part, hermitian_product, hermitian_sum, identity, infinity
 from ddnref._kernels.eigh_jvp import Split, chosen, diagonal_of, hermitian_block, needs_check, split_of
 from ddnref._kernels.eigh_vjp import (
     antisymmetric_part,
@@ -273,7 +273,7 @@ def eigh_generalized_vjp(
     everything = columns == range(v.shape[-1])
     among_chosen = xp.any(own_entries(columns, v.shape[-1], w), axis=-1)[:, None]
     twice = xp.where(among_chosen, full((), 4.0, w), full((), 2.0, w))
-    t = a / (twice * xp.where(same, full((), float("inf"), gap), gap))  # no branch divides by zero
+    t = a / (twice * xp.where(same, infinity(gap), gap))  # no branch divides by zero
     mean = (w_k[..., None, :] + w[..., :, None]) / 2
     diagonal = nan_where(bad[..., None], diagonal) / 2  # from there NaN reaches every entry, at no further pass
     stretch = (m_ + adjoint(m_)) / 8 if everything else m_ / 4
@@ -378,7 +378,7 @@ def eigh_generalized_jvp(
     r = hermitian_block(r, columns)
     same = cluster_mask(near, columns)
     gap = w_k[..., None, :] - w[..., :, None]
-    omega = r / xp.where(same, full((), float("inf"), gap), gap)  # no branch divides by zero
+    omega = r / xp.where(same, infinity(gap), gap)  # no branch divides by zero
     w_dot, v_dot = diagonal_of(r, columns), v @ (omega if q is None else omega - q / 2)
     if not needs_check(near, gauge_rtol):
         return w_dot, v_dot

@@ -96,6 +96,7 @@ def test_torch_forward_mode(name, torch, in_torch, rng, cell):
 
 
 @pytest.mark.framework("torch")
+@pytest.mark.graphs
 @pytest.mark.filterwarnings(*TRACED)
 @names
 def test_torch_compile(name, torch, in_torch, rng, cell):

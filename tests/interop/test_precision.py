@@ -151,6 +151,7 @@ def test_what_has_no_rule_ignores_autocast_too(torch, autocast):
         assert chain.output(x.bfloat16()).dtype == operators.dense(a)(x.half()).dtype == torch.float32
 
 
+@pytest.mark.graphs
 @pytest.mark.framework("torch")
 @pytest.mark.filterwarnings(*TRACED)
 def test_autocast_around_compiled_functions(torch, autocast):
@@ -217,9 +218,14 @@ def test_products_in_low_precision_are_warned_of_once(torch, monkeypatch):
 
 @pytest.mark.framework("torch")
 def test_pytorch_says_how_it_multiplies(torch):
-    """The private getter agrees with the public property."""
+    """The private getter agrees with the public property, and older versions are asked in their own way."""
     from ddnref._kernels.torch import _fp32_precision
+    from ddnref._kernels.torch_versions import fp32_precision
 
+    assert fp32_precision("cuda", "matmul") == fp32_precision("mkldnn", "matmul") == "ieee"
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        assert _fp32_precision is fp32_precision
+        return
     for backend in ("cuda", "mkldnn"):
         assert _fp32_precision(backend, "matmul") == getattr(torch.backends, backend).matmul.fp32_precision
 

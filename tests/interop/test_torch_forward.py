@@ -265,6 +265,7 @@ def test_gradcheck_with_forward_mode(name, torch, differentiable, rng):
     assert torch.autograd.gradgradcheck(f, inputs, check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
+@pytest.mark.graphs
 @pytest.mark.filterwarnings(*TRACED)
 @pytest.mark.parametrize("name", ["eigh", "sqrtm", "solve"])
 def test_reverse_mode_compiles_without_a_graph_break(name, torch, differentiable, rng):

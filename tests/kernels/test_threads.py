@@ -97,6 +97,7 @@ def test_derivatives(ours, torch, rng):
     assert torch.autograd.gradgradcheck(solve, (a, b))
 
 
+@pytest.mark.graphs
 @pytest.mark.filterwarnings(*TRACED)
 def test_transforms_and_graphs(ours, torch, rng):
     a, b = draw(rng, torch, (3, 4, 4), "float64"), draw(rng, torch, (3, 4, 2), "float64")

@@ -373,6 +373,7 @@ def test_second_derivatives_of_rotations(torch, rng):
         torch.autograd.grad(gradient.sum(), x)
 
 
+@pytest.mark.graphs
 @pytest.mark.framework("torch")
 @pytest.mark.filterwarnings(*TRACED)
 def test_rotations_under_the_transforms_of_torch(torch, rng):

@@ -336,6 +336,7 @@ def test_a_copy_of_a_chain_follows_its_own_copy_of_the_module():
     assert torch.equal(chain.output(x), module(x).detach())
 
 
+@pytest.mark.graphs
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
 def test_a_compiled_chain_follows():
     torch.manual_seed(0)

@@ -494,6 +494,7 @@ def test_arguments_are_not_written_to(rng):
         everything(operator)(operator.params, x, y)
 
 
+@pytest.mark.graphs
 @pytest.mark.framework("torch")
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
 def test_traces_under_torch_compile():
