@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import array_api_compat
@@ -63,19 +64,29 @@ def resolve(activation: str | Activation) -> Activation:
 
 def from_jet(jet: Callable[[Array, int], Jet]) -> Activation:
     """Make an `Activation` whose three functions share the work of one `jet`."""
+    # Partial functions of those below, because pickle takes no functions that are defined inside others.
+    return Activation(partial(_value, jet), partial(_slope, jet), partial(_curvature, jet), jet)
 
-    def slope(z: Array) -> Array:
-        d = jet(z, 1)[1]
-        return array_api_compat.array_namespace(z).ones_like(z) if d is None else d
 
-    def curvature(z: Array) -> Array:
-        d = jet(z, 2)[2]
-        return array_api_compat.array_namespace(z).zeros_like(z) if d is None else d
+def _value(jet: Callable[[Array, int], Jet], z: Array) -> Array:
+    return jet(z, 0)[0]
 
-    return Activation(lambda z: jet(z, 0)[0], slope, curvature, jet)
+
+def _slope(jet: Callable[[Array, int], Jet], z: Array) -> Array:
+    d = jet(z, 1)[1]
+    return array_api_compat.array_namespace(z).ones_like(z) if d is None else d
+
+
+def _curvature(jet: Callable[[Array, int], Jet], z: Array) -> Array:
+    d = jet(z, 2)[2]
+    return array_api_compat.array_namespace(z).zeros_like(z) if d is None else d
 
 
 # --- the functions ------------------------------------------------------------------------------------------------
+
+
+def _identity(z: Array, order: int) -> Jet:
+    return z, None, None
 
 
 def _relu(z: Array, order: int) -> Jet:
@@ -89,13 +100,13 @@ def _relu(z: Array, order: int) -> Jet:
 
 def leaky_relu(negative_slope: float) -> Activation:
     """Return ``z`` above zero and ``negative_slope · z`` elsewhere."""
+    return from_jet(partial(_leaky_relu, negative_slope))
 
-    def jet(z: Array, order: int) -> Jet:
-        xp = array_api_compat.array_namespace(z)
-        slope = xp.where(z > 0, xp.ones_like(z), xp.full_like(z, negative_slope))
-        return slope * z, slope if order else None, None
 
-    return from_jet(jet)
+def _leaky_relu(negative_slope: float, z: Array, order: int) -> Jet:
+    xp = array_api_compat.array_namespace(z)
+    slope = xp.where(z > 0, xp.ones_like(z), xp.full_like(z, negative_slope))
+    return slope * z, slope if order else None, None
 
 
 def _tanh(z: Array, order: int) -> Jet:
@@ -168,7 +179,7 @@ def _sin(z: Array, order: int) -> Jet:
 
 
 ACTIVATIONS = {
-    "identity": from_jet(lambda z, order: (z, None, None)),
+    "identity": from_jet(_identity),
     "relu": from_jet(_relu),
     "leaky_relu": leaky_relu(0.01),
     "tanh": from_jet(_tanh),

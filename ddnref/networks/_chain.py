@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, Self
 
 import array_api_compat
@@ -22,6 +22,7 @@ from ddnref._core.checks import check_dtypes, check_real
 from ddnref._kernels.public import guarded, public
 from ddnref.networks import _checks, _from_torch, _losses, _protocol
 from ddnref.networks._activations import Activation
+from ddnref.networks._blocks import Frozen, Residual
 from ddnref.networks._layers import Dense
 from ddnref.networks._losses import Loss
 from ddnref.networks._protocol import AnyLayer, LayerDerivatives, Params
@@ -111,6 +112,20 @@ class Chain:
         # Shapes that are known without an input must fit from layer to layer.
         _protocol.output_shape(layers, None)
         self._layers, self._parts, self._criterion, self._reduction = layers, parts, criterion, reduction
+
+    def __repr__(self) -> str:
+        # Equal neighbours are counted, so that a deep chain has a short line.
+        runs = ((text, len(list(equal))) for text, equal in groupby(map(_described, self.layers)))
+        layers = ", ".join(text if n == 1 else f"{n} × {text}" for text, n in runs)
+        total = sum(math.prod(p.shape) for p in self.params)
+        loss = f"{self.reduction} of {_losses.name_of(self.criterion)}"
+        return f"Chain({layers}; {loss}; {total} parameters, {self.params[0].dtype})"
+
+    def __reduce__(self) -> Any:
+        # A chain that follows modules is made of them again, because the identities that it compares are other ones.
+        if self._source is not None:
+            return _from_modules, (type(self), *self._source.given)
+        return type(self), (self._layers, self._criterion, self._reduction)
 
     def _follow(self) -> None:
         """Read the modules again that this chain was made from, if they were changed other than in place."""
@@ -392,3 +407,20 @@ class Chain:
         chain = cls(*source.read())
         chain._source = source
         return chain
+
+
+def _from_modules(cls: type[Chain], module: Any, loss: Any, reduction: str | None) -> Chain:
+    return cls.from_torch(module, loss=loss, reduction=reduction)
+
+
+def _described(layer: AnyLayer) -> str:
+    """A layer in a few words: its type, the layers inside it, or the shapes of its arrays and its activation."""
+    name = type(layer).__name__
+    if isinstance(layer, Residual):
+        return f"{name}({', '.join(map(_described, layer.layers))})"
+    if isinstance(layer, Frozen):
+        return f"{name}({_described(layer.layer)})"
+    shapes = " ".join(str(tuple(p.shape)) for p in layer.params)
+    activation = getattr(layer, "activation", "")
+    activation = "" if activation == "identity" else activation if isinstance(activation, str) else "Activation"
+    return " ".join(filter(None, (name, shapes, activation)))

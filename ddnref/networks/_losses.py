@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec
 
 import array_api_compat
 
@@ -13,6 +14,8 @@ from ddnref._core.arrays import Array, as_dtype, full, namespace, requires_grad
 from ddnref._core.checks import check_dtypes, check_shapes
 from ddnref._kernels import dense as _linalg
 from ddnref.networks._activations import sigmoid
+
+P = ParamSpec("P")
 
 
 class Loss(NamedTuple):
@@ -50,6 +53,37 @@ class Loss(NamedTuple):
     sample_weight: Callable[[Array, Array], Array] | None = None
 
 
+class _MadeLoss(Loss):
+    """A loss that one of the functions below has made: pickle stores the call, because it takes no inner functions."""
+
+    call: tuple[Callable[..., Loss], tuple[Any, ...], dict[str, Any]] | None = None
+
+    def __reduce__(self) -> Any:
+        return super().__reduce__() if self.call is None else (_made_again, self.call)
+
+
+def _made_again(make: Callable[..., Loss], args: tuple[Any, ...], options: dict[str, Any]) -> Loss:
+    return make(*args, **options)
+
+
+def _remembered(make: Callable[P, Loss]) -> Callable[P, Loss]:
+    """Let the losses that a function makes remember the call."""
+
+    @wraps(make)
+    def made(*args: P.args, **options: P.kwargs) -> Loss:
+        loss = _MadeLoss(*make(*args, **options))
+        loss.call = (made, args, options)
+        return loss
+
+    return made
+
+
+def name_of(loss: Loss) -> str:
+    """Return the name of the function that made the loss, or "Loss" for one of the user's functions."""
+    call = getattr(loss, "call", None)
+    return "Loss" if call is None else str(call[0].__name__)
+
+
 def count(loss: Loss, y: Array, t: Array) -> int | Array:
     """Return what the mean over the samples divides by: their number, or the sum of their weights."""
     if loss.sample_weight is None:
@@ -80,6 +114,7 @@ def resolve(loss: str | Loss, reduction: str) -> Loss:
 # --- softmax cross-entropy: ℓ = −Σ_c a_c log p_c,  p = softmax(y),  T = Σ_c a_c (one for plain classes) --------------
 
 
+@_remembered
 def cross_entropy(
     *, weight: Array | None = None, label_smoothing: float = 0.0, ignore_index: int | None = None
 ) -> Loss:
@@ -278,6 +313,7 @@ def _log_softmax(y: Array) -> Array:
 # --- elementwise losses: ℓ = w Σ_c f(y_c, t_c),  w = 1/C for the mean and 1 for the sum ------------------------------
 
 
+@_remembered
 def mse(mean: bool) -> Loss:
     """Make the squared error ``w Σ_c (y_c − t_c)²``."""
     return _elementwise(
@@ -289,6 +325,7 @@ def mse(mean: bool) -> Loss:
     )
 
 
+@_remembered
 def bce(mean: bool, weight: Array | None = None, pos_weight: Array | None = None) -> Loss:
     """Make the binary cross-entropy of logits ``w Σ_c ω_c ((1 − t_c) log(1 + e^(y_c)) + π_c t_c log(1 + e^(−y_c)))``.
 

@@ -191,6 +191,8 @@ class NetworkHessian(NamedTuple):
     bases: Callable[[], list[Basis]]  # return orthonormal bases of the inputs of all layers, computed once
     like: Array  # an array on the device and of the dtype that is computed in
     weights: list[Array]  # the chain's parameters, for their shapes and dtype
+    # Return the arguments of `hessian_of`, from the copies of their arrays.
+    given: Callable[[], tuple[Chain, Array, Array, str]]
 
     def matrix(self, chunk: int = 2**22) -> Array:
         """Form the whole matrix from products with the columns of the identity."""
@@ -258,8 +260,13 @@ def hessian_of(chain: Chain, x: Array, t: Array, curvature: str) -> NetworkHessi
         return [xp.astype(entry, dtype, copy=False) for entry in found]
 
     total, bases = sum(map(math.prod, shapes)), cache(lambda: [basis(xp, layer) for layer in layers])
+
+    def given() -> tuple[Chain, Array, Array, str]:
+        own = [layer.with_params(part) for layer, part in zip(chain.layers, parts, strict=True)]
+        return *_in_dtype(chain, own, x, t, dtype), curvature
+
     return NetworkHessian(
-        expansion, "", total, shapes, lambda v: product(expansion, v), blocks, params, bases, x, weights
+        expansion, "", total, shapes, lambda v: product(expansion, v), blocks, params, bases, x, weights, given
     )
 
 
@@ -296,8 +303,8 @@ def _by_products(
     """Describe a network with other layers by its products alone: all parameters are one block."""
     chain.loss(x, t)  # raises for targets that do not fit
     # The check of the loss has passed, and would refuse its class weights beside outputs in double precision.
-    criterion = chain.criterion._replace(check=None)
-    chain = type(chain)([_own(layer) for layer in chain.layers], criterion, chain.reduction)
+    criterion, first = chain.criterion._replace(check=None), chain
+    chain = type(chain)([_converted(layer, exact_copy) for layer in chain.layers], criterion, chain.reduction)
     x, t = exact_copy(x), exact_copy(t)
     xp, times = namespace_of(x), chain.hvp if curvature == "hessian" else chain.ggnvp
     shapes = [tuple(p.shape) for p in weights]
@@ -311,10 +318,25 @@ def _by_products(
     def params(v: Blocks) -> list[Array]:
         return [xp.astype(entry, weights[0].dtype, copy=False) for entry in arrays(v)]
 
+    def given() -> tuple[Chain, Array, Array, str]:
+        return *_in_dtype(first, chain.layers, x, t, weights[0].dtype), curvature
+
     total = sum(map(math.prod, shapes))
     return NetworkHessian(
-        None, refused, total, [(1, total)], lambda v: blocks(times(x, t, arrays(v))), blocks, params, list, x, weights
-    )
+        None, refused, total, [(1, total)], lambda v: blocks(times(x, t, arrays(v))), blocks, params, list, x, weights,
+        given,
+    )  # fmt: skip
+
+
+def _in_dtype(chain: Chain, layers: Sequence[Any], x: Array, t: Array, dtype: Any) -> tuple[Chain, Array, Array]:
+    """Return a chain of these layers, and its data, in the dtype that all of them had before they were copied."""
+    xp = namespace_of(x)
+
+    def back(array: Array) -> Array:
+        return xp.astype(array, dtype) if xp.isdtype(array.dtype, "real floating") else array
+
+    own = [_converted(layer, back) for layer in layers]
+    return type(chain)(own, chain.criterion, chain.reduction), back(x), back(t)
 
 
 def _refused(layers: Sequence[Any]) -> str:
@@ -333,10 +355,10 @@ def exact_copy(array: Array) -> Array:
     return own(array) if exact is array else exact
 
 
-def _own(layer: Any) -> Any:
-    """Copy a layer with its arrays, frozen ones included."""
+def _converted(layer: Any, convert: Callable[[Array], Array]) -> Any:
+    """Copy a layer with its arrays converted, frozen ones included."""
     if isinstance(layer, Residual):
-        return replace(layer, layers=[_own(inner) for inner in layer.layers])
+        return replace(layer, layers=[_converted(inner, convert) for inner in layer.layers])
     if isinstance(layer, Frozen):  # its arrays are no parameters
-        return replace(layer, layer=_own(layer.layer))
-    return layer.with_params(tuple(exact_copy(p) for p in layer.params))
+        return replace(layer, layer=_converted(layer.layer, convert))
+    return layer.with_params(tuple(convert(p) for p in layer.params))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import array_api_compat
 
@@ -92,7 +92,8 @@ def _finite(xp: Namespace, ratio: Array) -> Array:
 class HessianFactor:
     """``H + εI`` of a network's loss, factored; made by `hessian_factor`.
 
-    It copies the weights, data and damping that it is made with: after a change in place, make another.
+    It copies the weights, data and damping that it is made with: after a change in place, make another. Pickle stores
+    these copies, and the factors are computed again where they are first needed.
 
     Attributes
     ----------
@@ -113,7 +114,7 @@ class HessianFactor:
         self._hessian, self.damping, self.total = hessian, damping, hessian.total
         self._xp = namespace_of(hessian.like)
         self._eps = eps(self._xp, hessian.like.dtype)
-        self._order = _methods.order(hessian, method, damping)
+        self._method, self._order = method, _methods.order(hessian, method, damping)
         # Every factorisation is built when it is first asked for.
         self._path: Callable[[str], _methods.Path] = cache(lambda name: _methods.build(name, hessian, damping))
         self.path = self._order[0]
@@ -124,7 +125,15 @@ class HessianFactor:
         self._path(self.path)
 
     def __repr__(self) -> str:
-        return f"HessianFactor({self.total} parameters, {self.path}, damping={self.damping})"
+        shapes = list(dict.fromkeys(tuple(p.shape) for p in self._hessian.weights))
+        arrays = ", ".join(map(str, shapes[:4])) + (", …" if len(shapes) > 4 else "")
+        return (
+            f"HessianFactor({self.total} parameters in {len(self._hessian.weights)} arrays {arrays}, "
+            f"{self._hessian.weights[0].dtype}; {self.path}, damping={float(self.damping)})"
+        )
+
+    def __reduce__(self) -> Any:
+        return _factored_again, (*self._hessian.given(), self.damping, self._method)
 
     @cached_property
     def norm(self) -> Array:
@@ -511,3 +520,9 @@ def hessian_solve_vjp(
     xp = namespace_of(x[0])
     products = [xp.sum(double(xp, a) * double(xp, b)) for a, b in zip(b_bar, x, strict=True)]
     return (b_bar, -xp.astype(xp.sum(xp.stack(products)), x[0].dtype, copy=False)), info
+
+
+def _factored_again(
+    chain: Chain, x: Array, t: Array, curvature: str, damping: Array | float, method: str
+) -> HessianFactor:
+    return HessianFactor(hessian_of(chain, x, t, curvature), damping, method)
