@@ -234,16 +234,29 @@ def index_dtype(x: Array) -> Any:
     return xp.int64 if array_api_compat.is_torch_array(x) else xp.int32
 
 
-def refuse_recording(function: str, /, *arrays: Array, **named: Array) -> None:
+def named_arrays(**inputs: Any) -> dict[str, Array]:
+    """Return the arrays among arguments by their names: an operator has ``name.params[i]``, a list ``name[i]``."""
+    found: dict[str, Array] = {}
+    for name, value in inputs.items():
+        params = getattr(value, "params", None)
+        if params is not None:
+            found |= {f"{name}.params[{i}]": array for i, array in enumerate(params)}
+        elif isinstance(value, (list, tuple)):
+            found |= {f"{name}[{i}]": array for i, array in enumerate(value)}
+        elif value is not None:
+            found[name] = value
+    return found
+
+
+def refuse_recording(function: str, /, **arrays: Array) -> None:
     """Raise ``TypeError`` where PyTorch would record its own derivative of the forward instead of ours."""
-    for name, x in (*(("", x) for x in arrays), *named.items()):
+    for name, x in arrays.items():
         if is_recorded(x):
-            what, detached = (name, name) if name else ("A tensor", "x")
             raise TypeError(
-                f"{what} given to {function} requires grad, so PyTorch would record its own derivative (NaN or wrong "
+                f"{name} given to {function} requires grad, so PyTorch would record its own derivative (NaN or wrong "
                 "at repeated eigenvalues) instead of ours. Call "
                 f"ddnref.interop.torch.differentiable({_public_path(function)}) to train through it, or pass "
-                f"{detached}.detach() and call {function}_vjp yourself."
+                f"{name}.detach() and call {function}_vjp yourself."
             )
 
 

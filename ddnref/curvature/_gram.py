@@ -27,6 +27,7 @@ from ddnref._core.arrays import (
     full,
     is_complex,
     is_true,
+    named_arrays,
     namespace,
     nan_where,
     real,
@@ -674,10 +675,8 @@ def _quotients(
 def _gram(factor: Factor, function: str, check_finite: bool) -> tuple[Tall, Array]:
     """Split the factor into pieces, unless PyTorch records it, and form its Gram matrix."""
     # A tensor that requires grad would be recorded with PyTorch's derivative.
-    arrays = factor.params if isinstance(factor, LinearOperator) else factor
     v = tall(factor)
-    for array in arrays if isinstance(arrays, (list, tuple)) else (arrays,):
-        refuse_recording(function, array)
+    refuse_recording(function, **named_arrays(factor=factor))
     k = v.gram()
     if check_finite:
         refuse_non_finite("the Gram matrix of factor", k)

@@ -17,6 +17,7 @@ from ddnref._core.arrays import (
     is_complex,
     is_recorded,
     is_true,
+    named_arrays,
     namespace,
     namespace_of,
     power_of_two_below,
@@ -163,11 +164,12 @@ def prepare(
     check_precision(xp, b=b, **params)
     if x0 is not None and real_dtype(xp, x0.dtype) != real_dtype(xp, b.dtype):
         check_dtypes(x0=(x0, b.dtype))
-    if any(map(is_recorded, (b, *a.params))):
+    given = named_arrays(operator=operator, b=b, x0=x0, preconditioner=preconditioner)
+    for name in (name for name, array in given.items() if is_recorded(array)):
         raise TypeError(
-            f"A tensor given to {function} requires grad, so PyTorch would record every step, and the gradient of an "
+            f"{name} given to {function} requires grad, so PyTorch would record every step, and the gradient of an "
             "unrolled Krylov method is wrong after a few hundred steps. Differentiate ddnref.linear_solve instead, or "
-            "pass detached tensors."
+            f"pass {name}.detach()."
         )
     _check_operator(function, a, self_adjoint, rectangular)
     # A traced loop has no values that a callback could be given.

@@ -25,6 +25,7 @@ from ddnref._core.arrays import (
     eps,
     full,
     is_true,
+    named_arrays,
     namespace,
     namespace_of,
     nan_where,
@@ -199,11 +200,8 @@ def eigsh_fwd(
     ``(..., \*domain_shape, r)`` are leftover Ritz pairs, most wanted first; the first value is that of the eigenvalue
     next to the k. After a full decomposition they are all others, ``r = m - k``, and the derivative needs no solve.
     """
-    if isinstance(x, LinearOperator):  # PyTorch would record the iteration
-        for parameter in x.params:
-            refuse_recording("eigsh", parameter)
+    refuse_recording("eigsh", **named_arrays(x=x, v0=v0))  # PyTorch would record the iteration
     a = self_adjoint(x, "eigsh", v0)  # one form for matrices and operators
-    refuse_recording("eigsh", a.like)
     xp = namespace_of(a.like)
     p = _basis_size(operator.index(k), which, method, basis, a.m)
     tol = (1e-12 if eps(xp, a.like.dtype) < 1e-10 else 1e-6) if rtol is None else rtol

@@ -29,6 +29,7 @@ from ddnref._core.arrays import (
     eps,
     full,
     is_true,
+    named_arrays,
     namespace,
     namespace_of,
     nan_where,
@@ -201,9 +202,7 @@ def eigsh_generalized_fwd(
     Parameters and errors are those of `eigsh_generalized`. The arrays ``(..., r)`` and ``(..., m, r)`` or
     ``(..., \*domain_shape, r)`` are leftover Ritz pairs, most wanted first, as in `eigsh_fwd`.
     """
-    for operand in (a, b):
-        for parameter in operand.params if isinstance(operand, LinearOperator) else (operand,):
-            refuse_recording("eigsh_generalized", parameter)
+    refuse_recording("eigsh_generalized", **named_arrays(a=a, b=b, v0=v0))
     g = _pencil("eigsh_generalized", a, b, sigma, v0)
     xp, k = namespace_of(g.a.like), operator.index(k)
     p = _basis_size(k, which, method, basis, g.a.m)

@@ -19,6 +19,7 @@ from ddnref._core.arrays import (
     full,
     is_complex,
     is_true,
+    named_arrays,
     namespace,
     namespace_of,
     nan_where,
@@ -85,14 +86,20 @@ class _Given(NamedTuple):
 
 
 def _prepare(
-    function: str, x: Array, symmetric: bool, align: str | None, rtol: float | None, while_loop: WhileLoop | None
+    function: str,
+    x: Array,
+    v0: Array | None,
+    symmetric: bool,
+    align: str | None,
+    rtol: float | None,
+    while_loop: WhileLoop | None,
 ) -> _Given:
     """Validate, scale, and symmetrise or balance the matrix."""
     xp = namespace(x=x)
     check_square("x", x)
     if x.shape[-1] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}: a matrix without entries has no eigenvalue.")
-    refuse_recording(function, x=x)
+    refuse_recording(function, **named_arrays(x=x, v0=v0))
     if is_complex(x):
         raise TypeError(f"x has dtype {x.dtype}, but {function} takes real matrices: use ddnref.eigsh.")
     if align is not None and align not in SIGNS:

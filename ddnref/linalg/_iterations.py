@@ -165,7 +165,7 @@ def power_iteration(
     >>> round(float(w), 12), bool(info.converged)
     (3.0, True)
     """
-    g = _prepare("power_iteration", x, symmetric, align, rtol, while_loop)
+    g = _prepare("power_iteration", x, v0, symmetric, align, rtol, while_loop)
     xp = namespace_of(x)
 
     def step(state: _State) -> tuple[Array, ...]:
@@ -442,7 +442,7 @@ def simultaneous_iteration(
     >>> np.round(w, 12)
     array([-5.,  3.])
     """
-    g = _prepare("simultaneous_iteration", x, symmetric, align, rtol, while_loop)
+    g = _prepare("simultaneous_iteration", x, v0, symmetric, align, rtol, while_loop)
     xp, n = namespace_of(x), operator.index(n)
     if not 1 <= n <= x.shape[-1]:
         raise ValueError(f"n is {n}, expected 1 <= n <= {x.shape[-1]} for a matrix with {x.shape[-1]} columns.")

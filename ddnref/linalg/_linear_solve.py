@@ -27,6 +27,7 @@ from ddnref._core.arrays import (
     full,
     is_complex,
     is_true,
+    named_arrays,
     namespace,
     namespace_of,
     nan_where,
@@ -147,8 +148,10 @@ def linear_solve(
     (array([1., 1.]), 1)
     """
     a, damping = as_operator(operator), checked_damping(damping)
-    for array in (*a.params, b):  # PyTorch would record the iteration
-        refuse_recording("linear_solve", array)
+    held = {"preconditioner": preconditioner, "preconditioner_adjoint": preconditioner_adjoint}
+    operators = {name: f for name, f in held.items() if isinstance(f, LinearOperator)}
+    # PyTorch would record the iteration.
+    refuse_recording("linear_solve", **named_arrays(operator=operator, b=b, x0=x0, **operators))
     if solver == "direct":
         steering = {"x0": x0, "preconditioner": preconditioner, "maxiter": maxiter}
         given = [name for name, value in steering.items() if value is not None]

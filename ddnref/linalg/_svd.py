@@ -600,7 +600,7 @@ def _triangle(a: Array) -> tuple[Namespace, Array, Array | None, Array, Array]:
     nothing.
     """
     xp = namespace(a=a)
-    refuse_recording("svdvals", a)
+    refuse_recording("svdvals", a=a)
     if a.ndim < 2:
         raise ValueError(f"a has shape {tuple(a.shape)}, expected (..., m, n).")
     bad = ~xp.all(xp.isfinite(a), axis=(-2, -1))

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ddnref._core.arrays import Array, adjoint, namespace, namespace_of, real_dtype, refuse_recording
+from ddnref._core.arrays import Array, adjoint, named_arrays, namespace, namespace_of, real_dtype, refuse_recording
 from ddnref._core.checks import check_dtypes, check_shapes, given
 from ddnref._core.loops import CHECK_EVERY, WhileLoop
 from ddnref._kernels.public import public
@@ -135,8 +135,7 @@ def svds_fwd(
     of the eigenproblem, as `eigsh_fwd` returns them.
     """
     both = _Both(a)
-    for parameter in both.a.params:  # PyTorch would record the iteration
-        refuse_recording("svds", parameter)
+    refuse_recording("svds", **named_arrays(a=a, v0=v0))  # PyTorch would record the iteration
     if not 1 <= operator.index(k) <= min(both.m, both.n):
         raise ValueError(f"k is {k}, expected 1 <= k <= {min(both.m, both.n)}, the smaller side of the matrix.")
     options: dict[str, Any] = {"rtol": rtol, "cluster_rtol": cluster_rtol, "maxiter": maxiter, "basis": basis}

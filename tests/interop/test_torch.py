@@ -1,5 +1,6 @@
 """The PyTorch bridge, where test_matrix.py does not go: repeated eigenvalues, warnings, refusals, options."""
 
+import re
 import warnings
 from functools import partial
 
@@ -11,7 +12,7 @@ from smooth import SMOOTH, bridged, cube, total
 
 import ddnref
 from conftest import TRACED, compiles
-from ddnref._rules.binding import options_of, plain_forward
+from ddnref._rules.binding import inputs_of, options_of, plain_forward
 from ddnref._rules.table import RULES, TRIALS
 
 pytestmark = pytest.mark.framework("torch")
@@ -266,8 +267,36 @@ def test_every_argument_that_would_be_recorded_is_refused(name, torch):
     arrays = [torch.asarray(a) for a in sample.inputs]
     for i, array in enumerate(arrays):
         given = [*arrays[:i], array.clone().requires_grad_(), *arrays[i + 1 :]]
-        with pytest.raises(TypeError, match=rf"given to {name} requires grad"):
+        argument = inputs_of(RULES[name])[i].name
+        with pytest.raises(TypeError, match=rf"^{argument} given to {name} requires grad.*pass {argument}\.detach"):
             PUBLIC[name](*given, **options)
+
+
+def test_parameters_lists_and_starts_that_would_be_recorded_are_named(torch):
+    d = torch.arange(1.0, 5, dtype=torch.float64)
+    g, x = d.clone().requires_grad_(), torch.diag(d)
+    diagonal, cg = ddnref.operators.diagonal, ddnref.krylov.cg
+    for name, call in (
+        ("operator.params[0] given to linear_solve", lambda: ddnref.linear_solve(diagonal(g), d)),
+        ("x0 given to linear_solve", lambda: ddnref.linear_solve(diagonal(d), d, x0=g)),
+        ("preconditioner.params[0] given to linear_solve",
+         lambda: ddnref.linear_solve(diagonal(d), d, solver="cg", preconditioner=diagonal(g))),
+        ("operator.params[0] given to cg", lambda: cg(diagonal(g), d)),
+        ("b given to lsmr", lambda: ddnref.krylov.lsmr(diagonal(d), g)),
+        ("x0 given to cg", lambda: cg(diagonal(d), d, x0=g)),
+        ("preconditioner.params[0] given to cg", lambda: cg(diagonal(d), d, preconditioner=diagonal(g))),
+        ("x.params[0] given to eigsh", lambda: ddnref.eigsh(diagonal(g), k=1)),
+        ("v0 given to eigsh", lambda: ddnref.eigsh(x, k=1, v0=g)),
+        ("b.params[0] given to eigsh_generalized",
+         lambda: ddnref.eigsh_generalized(diagonal(d), diagonal(g), k=1)),
+        ("a.params[0] given to svds", lambda: ddnref.svds(diagonal(g), k=1)),
+        ("v0 given to svds", lambda: ddnref.svds(x, k=1, v0=g)),
+        ("factor[1] given to gram_eigh", lambda: ddnref.curvature.gram_eigh([x, g[:, None] * x])),
+        ("v0 given to power_iteration", lambda: ddnref.power_iteration(x, v0=g)),
+        ("v0 given to simultaneous_iteration", lambda: ddnref.simultaneous_iteration(x, 1, v0=g[:, None])),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=f"^{re.escape(name)} requires grad"):
+            call()
 
 
 def test_only_cotangents_that_exist_are_used(torch, differentiable, monkeypatch):
