@@ -456,11 +456,7 @@ def own_axes(rule: Rule, layout: Layout) -> tuple[int | None, ...]:
     if rule.is_own:
         return (None,) * sum(layout.counts) if rule.judged else ()
     axes = _axes_in(rule.signature.split("->")[0])
-    # The vectors of an operator may have several axes for each of its two letters.
-    long: dict[str, int] = {}
-    for part, letters in zip(layout.parts, axes, strict=False):
-        if part is not None:
-            long = {letters[0]: len(part.range_shape), letters[1]: len(part.domain_shape)}
+    long = _long_axes(axes, layout)
     found: list[int | None] = []
     for part, count, letters in zip(layout.parts, layout.counts, axes, strict=False):
         found += [sum(long.get(letter, 1) for letter in letters) if part is None else None] * count
@@ -471,7 +467,17 @@ def output_axes(rule: Rule, layout: Layout) -> tuple[int | None, ...]:
     """How many axes of each output are those of one item; ``None`` where that is unknown, empty as in `own_axes`."""
     if rule.is_own:
         return (None,) * rule.outputs if rule.judged else ()
-    return tuple(len(letters) if layout.plain else None for letters in _axes_in(rule.signature.split("->")[1]))
+    inputs, outputs = map(_axes_in, rule.signature.split("->")[:2])
+    long = _long_axes(inputs, layout)
+    return tuple(sum(long.get(letter, 1) for letter in letters) for letters in outputs)
+
+
+def _long_axes(axes: list[list[str]], layout: Layout) -> dict[str, int]:
+    """The vectors of an operator may have several axes for each of its two letters: how many."""
+    for part, letters in zip(layout.parts, axes, strict=False):
+        if part is not None:
+            return {letters[0]: len(part.range_shape), letters[1]: len(part.domain_shape)}
+    return {}
 
 
 def _axes_in(signature: str) -> list[list[str]]:

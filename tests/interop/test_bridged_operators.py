@@ -400,3 +400,15 @@ def test_jax_options_may_depend_on_the_matrix(kind, jax, rng):
     if kind == "function":
         second = jax.grad(lambda a: (jax.grad(loss)(a) ** 2).sum())
         np.testing.assert_allclose(second(a), jax.grad(lambda a: (exact(a) ** 2).sum())(a), atol=1e-12)
+
+
+@pytest.mark.framework("jax")
+def test_the_warning_of_a_tangent_names_the_item(jax):
+    """Vectors of an operator may have several axes, which are those of one item."""
+    from ddnref.interop.jax import differentiable
+
+    d = jax.numpy.asarray(np.stack([np.ones((2, 3)), np.zeros((2, 3)), np.ones((2, 3))]))
+    solve = differentiable(ddnref.linear_solve, solver="cg")
+    b = jax.numpy.ones((3, 2, 3))
+    with pytest.warns(RuntimeWarning, match=r"A tangent is NaN \(linear_solve, item 1 of 3\)"):
+        jax.jvp(lambda b: solve(operators.diagonal(d, (2, 3)), b)[0], (b,), (b,))
