@@ -255,12 +255,12 @@ def refuse_recording(function: str, /, **arrays: Array) -> None:
             raise TypeError(
                 f"{name} given to {function} requires grad, so PyTorch would record its own derivative (NaN or wrong "
                 "at repeated eigenvalues) instead of ours. Call "
-                f"ddnref.interop.torch.differentiable({_public_path(function)}) to train through it, or pass "
+                f"ddnref.interop.torch.differentiable({public_path(function)}) to train through it, or pass "
                 f"{name}.detach() and call {function}_vjp yourself."
             )
 
 
-def _public_path(function: str) -> str:
+def public_path(function: str) -> str:
     """Return the path under which users know a function, such as ``ddnref.nodes.sinkhorn``."""
     # The subject modules are layers above this one, so they are looked up among those that are loaded.
     modules = (name for name in ("ddnref", "ddnref.nodes", "ddnref.curvature") if name in sys.modules)

@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 import array_api_compat
 import numpy as np
 
-from ddnref._core.arrays import quiet
+from ddnref._core.arrays import public_path, quiet
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -85,6 +85,8 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
                 from ddnref._kernels import jax as _jax
 
                 return _jax.call(function, args, kwargs)  # type: ignore[no-any-return]
+            if library is None and "dask" in sys.modules:
+                _refuse_dask(function, args, kwargs)
         with quiet():
             return function(*args, **kwargs)
 
@@ -106,6 +108,18 @@ def _library(values: Iterable[Any]) -> str | None:
         if isinstance(held, (tuple, list)) and (found := _library(held)):
             return found
     return None
+
+
+def _refuse_dask(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise ``TypeError`` for arrays of Dask, with the call that takes them."""
+    given = dict(zip(inspect.signature(function).parameters, args, strict=False))
+    found = [name for name, value in given.items() if type(value).__module__.partition(".")[0] == "dask"]
+    if found:
+        call = ", ".join([public_path(function.__name__), *given, *(f"{option}=..." for option in kwargs)])
+        raise TypeError(
+            f"{found[0]} is a dask.{type(given[found[0]]).__name__}: call ddnref.interop.dask.map_items({call}), which "
+            f"calls {function.__name__} on the blocks, or pass {found[0]}.compute()."
+        )
 
 
 def _python_number(value: Any) -> Any:

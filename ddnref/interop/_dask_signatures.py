@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import array_api_compat
 import dask
 import dask.array as da
 import numpy as np
@@ -127,13 +128,23 @@ def names_of(function: Callable[..., Any], arrays: Sequence[Any], options: dict[
     return names[: len(arrays)]
 
 
+def on_blocks(arrays: Iterable[Any]) -> tuple[Any, ...]:
+    """The arrays, with bare ones of NumPy and CuPy as Dask arrays of one block."""
+    return tuple(
+        da.from_array(array, chunks=-1, asarray=False)
+        if isinstance(array, np.ndarray) or array_api_compat.is_cupy_array(array)
+        else array
+        for array in arrays
+    )
+
+
 def refuse_others(arrays: Iterable[tuple[str, Any]]) -> None:
     """Raise ``TypeError`` for a value that is neither a Dask array nor ``None``."""
     for name, array in arrays:
         if not isinstance(array, da.Array) and array is not None:
             raise TypeError(
                 f"{name} is of type {type(array).__name__}, not a Dask array: pass dask.array.from_array(..., "
-                "chunks=...), and options by their names."
+                "chunks=...) or an array of NumPy, and options by their names."
             )
 
 

@@ -29,7 +29,7 @@ from ddnref._core.checks import check_dtypes, check_shapes
 from ddnref._rules.binding import bind, leaves, numbers_as_arrays, options_of, plain_vjp, spread
 from ddnref._rules.table import RULES, rule_of
 from ddnref.curvature._reducers import Reducer
-from ddnref.interop._dask_signatures import Given, Item, called, checked, items_of, names_of, refuse_others
+from ddnref.interop._dask_signatures import Given, Item, called, checked, items_of, names_of, on_blocks, refuse_others
 
 __all__ = ["map_gradients", "map_items", "reduce_blocks"]
 
@@ -45,7 +45,7 @@ def map_items(function: Callable[..., Any], /, *arrays: da.Array | None, **optio
     *arrays : dask.array.Array or None
         The arrays of the function, in its order. Batch axes lead and may be chunked; the axes of one item must be in
         one chunk. An array that several items share has fewer batch axes, or some of length one, as for the function
-        itself.
+        itself. A bare array of NumPy or CuPy counts as a Dask array of one block.
     **options
         Options of the function, such as ``k=4``, the same for every block.
 
@@ -81,7 +81,7 @@ def map_items(function: Callable[..., Any], /, *arrays: da.Array | None, **optio
     """
     # Find the function's rule, and validate the arrays against its signature.
     own = called(function)
-    arrays = numbers_as_arrays(function, arrays, _as_dask)
+    arrays = on_blocks(numbers_as_arrays(function, arrays, _as_dask))
     names = names_of(function, arrays, options)
     given = {i: Given(names[i], x, own.items[i]) for i, x in enumerate(arrays) if x is not None}
     sizes, dtype = checked(list(given.values()), options)
@@ -115,6 +115,7 @@ def map_gradients(
     /,
     *inputs: da.Array,
     data: Sequence[da.Array] = (),
+    loss_per: str = "item",
     throw: bool = True,
     **options: Any,
 ) -> tuple[da.Array, Any]:
@@ -126,11 +127,15 @@ def map_gradients(
         A public operation with a rule, such as ``ddnref.eigh``.
     loss : callable
         ``loss(*outputs, *data)`` gets plain blocks and returns ``(value, bars)``: a real number for each item,
-        ``(...)``, and a tuple of the cotangents of the outputs, ``None`` for one that the loss does not use.
+        ``(...)``, or one for the block, ``()``, and a tuple of the cotangents of the outputs, ``None`` for one that
+        the loss does not use.
     *inputs : dask.array.Array
-        Inputs of the operation, as in `map_items`.
+        Inputs of the operation, bare or not, as in `map_items`.
     data : sequence of dask.array.Array
         Other arrays that the loss needs, such as targets and weights, with the batch axes of the inputs in front.
+    loss_per : {"item", "block"}
+        What the loss returns a number for. With ``"block"`` the value is the sum of these numbers, and the gradient is
+        that of the sum. A mean over all items divides by their number in the loss, because blocks differ in length.
     throw : bool, default True
         Raise the errors of the operation and its VJP. With ``False`` the gradient of such an item is NaN, and so are
         outputs that have not converged.
@@ -139,7 +144,7 @@ def map_gradients(
 
     Returns
     -------
-    value : (...) dask.array.Array
+    value : (...) dask.array.Array, or () with ``loss_per="block"``
     gradients : dask.array.Array, or a tuple of them
         One for each input. Errors are those of `map_items`.
 
@@ -154,7 +159,9 @@ def map_gradients(
     ([2.0, 5.0], [[0.0, 0.0], [0.0, 1.0]])
     """
     rule = rule_of(operation)
-    inputs = numbers_as_arrays(rule.forward, inputs, _as_dask)
+    if loss_per not in ("item", "block"):
+        raise ValueError(f'loss_per is {loss_per!r}, expected "item" or "block".')
+    inputs, data = on_blocks(numbers_as_arrays(rule.forward, inputs, _as_dask)), on_blocks(data)
     names = names_of(rule.function, inputs, options_of(rule, options)[0])
     bind(rule, options)  # raises for options that only the VJP misses
     given = [Given(*each) for each in zip(names, inputs, items_of(rule)[0][: len(inputs)], strict=True)]
@@ -165,9 +172,9 @@ def map_gradients(
     others = [Given(f"data[{j}]", x, Item(("",) * (x.ndim - batch), "?")) for j, x in enumerate(data)]
     checked(others, {})
     # The task returns the values and one gradient for each input.
-    outputs = [_Output((), Item((), "r").dtype_of(dtype), None)]
+    outputs = [_Output((), Item((), "r").dtype_of(dtype), None, of_block=loss_per == "block")]
     outputs += [_Output(tuple(sizes[axis] for axis in each.item.axes), dtype, each) for each in given]
-    run = partial(_value_and_gradients, rule.name, loss, len(inputs), throw, options)
+    run = partial(_value_and_gradients, rule.name, loss, loss_per, batch, len(inputs), throw, options)
     value, *gradients = _blockwise(f"{rule.name}_gradient", run, given + others, outputs)
     return value, gradients[0] if len(gradients) == 1 else tuple(gradients)
 
@@ -234,6 +241,8 @@ class _Output(NamedTuple):
     shape: tuple[int, ...]
     dtype: Any
     like: Given | None
+    of_block: bool = False
+    """Whether a block gives a single number, with axes of length one, which are summed over the blocks."""
 
 
 def _blockwise(
@@ -258,12 +267,12 @@ def _blockwise(
     tuples = da.blockwise(run, batch, *pairs, token=name, dtype=object, meta=nothing)
 
     arrays = []
-    for place, (shape, dtype, like) in enumerate(outputs):
+    for place, (shape, dtype, like, of_block) in enumerate(outputs):
         own = tuple(f"own{a}" for a in range(len(shape)))
-        missing = 0 if like is None else lead - len(like.batch)
+        missing = lead if of_block else 0 if like is None else lead - len(like.batch)
         repeated = [] if like is None else _repeated(like, lengths)
         array = da.blockwise(
-            partial(_entry, place, missing), (*batch, *own), tuples, batch, token=f"{name}-{place}",
+            partial(_entry, place, 0 if of_block else missing), (*batch, *own), tuples, batch, token=f"{name}-{place}",
             new_axes=dict(zip(own, shape, strict=True)),
             adjust_chunks=dict.fromkeys([*batch[:missing], *(batch[j] for j in repeated)], 1),
             meta=np.empty_like(meta_from_array(given[0].array._meta, ndim=lead + len(own)), dtype=dtype),
@@ -322,7 +331,14 @@ def _call(
 
 
 def _value_and_gradients(
-    name: str, loss: Callable[..., Any], count: int, throw: bool, options: dict[str, Any], *blocks: Any
+    name: str,
+    loss: Callable[..., Any],
+    loss_per: str,
+    lead: int,
+    count: int,
+    throw: bool,
+    options: dict[str, Any],
+    *blocks: Any,
 ) -> tuple[Array, ...]:
     """The task of `map_gradients`."""
     rule, arrays = RULES[name], [_unlisted(block) for block in blocks]
@@ -334,11 +350,14 @@ def _value_and_gradients(
     outputs = as_tuple(outputs)
     if info is not None:
         outputs = tuple(nan_where(~spread(info.converged, y), y) for y in outputs)
-    # Run the loss, and check its value against the batch axes of the first output.
+    # Run the loss, and check its value: one for all, or those of the batch axes of the first output.
     value, bars = loss(*outputs, *data)
     first = items_of(rule)[1][0]
-    check_shapes(value=(value, outputs[0].shape[: outputs[0].ndim - len(first.axes)]))
+    items = outputs[0].shape[: outputs[0].ndim - len(first.axes)]
+    check_shapes(value=(value, items if loss_per == "item" else ()))
     check_dtypes(value=(value, outputs[0].real.dtype))
+    if loss_per == "block":
+        value = value.reshape((1,) * lead)
     needed = (inputs[i] for i in rule.needs if i < count)
     return value, *plain_vjp(rule)(*as_tuple(bars), *outputs, *saved, *needed, **vjp)[:count]
 

@@ -133,11 +133,11 @@ def test_operators_are_sent_to_what_takes_them():
 
 def test_paths_in_messages_exist():
     """The advice for tensors that PyTorch would record names the operation as users import it."""
-    from ddnref._core.arrays import _public_path
+    from ddnref._core.arrays import public_path
     from ddnref._rules.table import RULES
 
     for name, rule in RULES.items():
-        subject, _, found = _public_path(name).rpartition(".")
+        subject, _, found = public_path(name).rpartition(".")
         assert getattr(sys.modules[subject], found) is PUBLIC[name]
         assert subject == "ddnref" or rule.function.__module__.startswith(subject)
 

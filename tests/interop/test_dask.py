@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -174,6 +175,66 @@ def test_a_factorisation_that_is_shared(rng):
         map_items(ddnref.solve_fwd, da.from_array(a), chunked(b, 2))
 
 
+def test_bare_arrays_are_one_block(rng):
+    """Beside Dask arrays, whose chunks they take; shared, where they have no batch axes; and alone."""
+    a, b = rng.standard_normal((5, 4, 4)) + 4 * np.eye(4), rng.standard_normal((5, 4))
+    found = map_items(ddnref.solve, a, chunked(b, 2))
+    assert found.chunks == ((2, 2, 1), (4,))
+    assert_same(found, ddnref.solve(a, b))
+    assert_same(map_items(ddnref.solve, a[0], chunked(b, 2)), ddnref.solve(a[0], b), rtol=1e-14)
+    w, v = map_items(ddnref.eigh, a)
+    assert w.numblocks == (1, 1)
+    assert_same((w, v), ddnref.eigh(a))
+    weighted = lambda x, c: (np.sum(c * x, axis=-1), (c,))
+    value, gradients = map_gradients(ddnref.solve, weighted, a[0], chunked(b, 2), data=[b])
+    x, saved = ddnref.solve_fwd(a[0], b)
+    assert_same(value, np.sum(b * x, axis=-1), rtol=1e-14)
+    assert_same(gradients, ddnref.solve_vjp(b, x, *saved), rtol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [(7,), (3, 5), ()])
+def test_one_number_for_a_block(batch, rng):
+    """Its sum over the blocks, one of which may be empty, and the gradient of the sum; a loss that couples items."""
+    x = symmetric(rng, 3, batch)
+
+    def coupled(w, v):
+        return np.sum(w) ** 2, (2 * np.sum(w) + 0 * w, None)
+
+    value, gradient = map_gradients(ddnref.eigh, coupled, chunked(x, *(2,) * len(batch)), loss_per="block")
+    blocks = [x[tuple(slice(2 * i, 2 * i + 2) for i in place)] for place in np.ndindex(*(-(-n // 2) for n in batch))]
+    traces = [np.trace(block, axis1=-2, axis2=-1).sum() for block in blocks]
+    assert value.shape == ()
+    assert value.dtype == value._meta.dtype == float
+    np.testing.assert_allclose(value.compute(), np.sum(np.square(traces)), rtol=1e-12)
+    first = tuple(slice(2) for _ in batch)
+    np.testing.assert_allclose(
+        gradient.compute()[first], 2 * traces[0] * np.broadcast_to(np.eye(3), blocks[0].shape), atol=1e-12
+    )
+    if batch == (7,):
+        keep = np.asarray([1, 1, 0, 0, 1, 0, 1], dtype=bool)  # nothing of the second block
+        some = chunked(x, 2)[da.from_array(keep, chunks=2)]
+        value, _ = map_gradients(ddnref.eigh, coupled, some, loss_per="block")
+        traces = [np.trace(x[i:j][keep[i:j]], axis1=-2, axis2=-1).sum() for i, j in ((0, 2), (4, 6), (6, 7))]
+        np.testing.assert_allclose(value.compute(), np.sum(np.square(traces)), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("call", "advice"),
+    [
+        (lambda x: ddnref.eigh(x), "x is a dask.Array: call ddnref.interop.dask.map_items(ddnref.eigh, x), which"),
+        (lambda x: ddnref.eigh_topk(x, k=2), "call ddnref.interop.dask.map_items(ddnref.eigh_topk, x, k=...), which"),
+        (lambda x: ddnref.eigh_vjp(x[..., 0], None, x[..., 0], x),
+         "w_bar is a dask.Array: call ddnref.interop.dask.map_items(ddnref.eigh_vjp, w_bar, v_bar, w, v), which"),
+        (lambda x: nodes.project_simplex(x), "ddnref.interop.dask.map_items(ddnref.nodes.project_simplex, x), which"),
+        (lambda x: ddnref.solve(np.eye(4), x[..., 0]), "b is a dask.Array: pass the function to ddnref.interop.dask.m"),
+        (lambda x: operators.diagonal(x[..., 0]), "or pass d.compute()"),
+    ],
+)  # fmt: skip
+def test_a_plain_function_says_what_to_call(call, advice, rng):
+    with pytest.raises(TypeError, match=re.escape(advice)):
+        call(chunked(symmetric(rng, 4, (6,)), 2))
+
+
 # --- chunks -----------------------------------------------------------------------------------------------------
 
 
@@ -324,7 +385,8 @@ def test_refusals(rng):
         (ValueError, r"x has shape \(6, 3, 4\), but its axis m has length 3",
          partial(map_items, ddnref.eigh, x[:, :3])),
         (ValueError, "Batch axes do not fit.*'w_bar': 5", partial(map_items, ddnref.eigh_vjp, w[:5], None, w, v)),
-        (TypeError, "x is of type ndarray, not a Dask array", partial(map_items, ddnref.eigh, np.eye(2))),
+        (TypeError, "x is of type list, not a Dask array", partial(map_items, ddnref.eigh, [[1.0]])),
+        (ValueError, "loss_per is 'batch', expected", partial(map_gradients, ddnref.eigh, halves, x, loss_per="batch")),
         (TypeError, "k is of type int, not a Dask array", partial(map_items, ddnref.eigh_topk, x, 2)),
         (TypeError, "eigh_topk: missing a required argument: 'k'", partial(map_items, ddnref.eigh_topk, x)),
         (TypeError, "eigh: got an unexpected keyword argument 'rtol'", partial(map_items, ddnref.eigh, x, rtol=1.0)),
@@ -338,13 +400,15 @@ def test_refusals(rng):
         (TypeError, "has no option rtl", partial(map_gradients, ddnref.eigh, halves, x, rtl=1.0)),
         (TypeError, "operator is of type LinearOperator",
          partial(map_items, ddnref.linear_solve, operators.diagonal(np.ones(4)), w)),
-        (TypeError, r"data\[0\] is of type ndarray", partial(map_gradients, ddnref.eigh, halves, x, data=[np.eye(2)])),
+        (TypeError, r"data\[0\] is of type list", partial(map_gradients, ddnref.eigh, halves, x, data=[[1.0]])),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             call()
     total = lambda w, v: (np.sum(w), (w, v))
     with pytest.raises(ValueError, match=r"value has shape \(\), expected \(2,\)"):
         map_gradients(ddnref.eigh, total, x)[0].compute()
+    with pytest.raises(ValueError, match=r"value has shape \(2,\), expected \(\)"):
+        map_gradients(ddnref.eigh, halves, x, loss_per="block")[0].compute()
     rounded = lambda w, v: (np.sum(w, axis=-1).astype(np.float32), (w, v))
     with pytest.raises(TypeError, match="value has dtype float32"):
         map_gradients(ddnref.eigh, rounded, x)[0].compute()
