@@ -82,7 +82,7 @@ def test_every_activation_and_loss(again, activation, loss, rng):
 @copied
 @pytest.mark.parametrize(("dtype", "frozen"), [("float64", False), ("float32", False), ("float32", True)])
 def test_a_factor_is_that_of_the_copied_arrays(again, dtype, frozen, rng):
-    """Also after the weights have changed in place, and with every array in the dtype that it had."""
+    """A change of the weights in place does not reach it, and every array has the dtype that it had."""
     w = drawn(rng, 4, 4).astype(dtype)
     body = Dense(np.eye(4, dtype=dtype), activation="tanh")
     chain = Chain([Frozen(body) if frozen else body, Dense(w)], "mse")
