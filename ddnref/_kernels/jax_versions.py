@@ -1,4 +1,4 @@
-"""What older versions of JAX lack, in one place."""
+"""Substitutes for what older versions of JAX lack."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What older versions of PyTorch lack, in one place. Each function says since when PyTorch has its own."""
+"""Substitutes for what older versions of PyTorch lack; each one names the version from which it is not needed."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def uncompiled(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
 
 
 def infinity_of(dtype: torch.dtype) -> float:
-    """What a quotient is divided by where it is left out: 2.6 divides complex numbers by infinity to NaN."""
+    """Return infinity, or for 2.6, which divides complex numbers by infinity to NaN, a number near the largest one."""
     return float("inf") if VERSION >= (2, 7) else torch.finfo(dtype).max / 16
 
 
 def for_transform(x: torch.Tensor) -> torch.Tensor:
-    """An array for a Fourier transform, which before 2.9 fails on memory that ``expand`` repeats under ``vmap``."""
+    """Return an array for a Fourier transform, which before 2.9 fails where ``expand`` repeats memory."""
     return x if VERSION >= (2, 9) else x.clone(memory_format=torch.contiguous_format)
 
 
 def fp32_precision(backend: str, operation: str) -> str:
-    """The precision of products of float32, which PyTorch tells for each backend since 2.9."""
+    """Return the precision of products of float32, which PyTorch tells for each backend since 2.9."""
     del operation  # products are the only one that older versions know
     if backend == "cuda":
         return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

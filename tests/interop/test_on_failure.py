@@ -150,9 +150,11 @@ def test_under_transforms(library, rng):
     f = differentiable(library, ddnref.linear_solve, **options)
     func = importlib.import_module("torch").func if library == "torch" else importlib.import_module("jax")
     a, b = map(backend(library).asarray, sample.inputs)
-    with pytest.warns(RuntimeWarning, match=r"of an iterate \(linear_solve, items 0, 1, 2 of 3\)") as caught:
+    whole_batch = library == "torch" or importlib.import_module("ddnref._kernels.jax_versions").batching_keeps_effects()
+    items = ", items 0, 1, 2 of 3" if whole_batch else ""  # JAX before 0.8: a warning for each of the three
+    with pytest.warns(RuntimeWarning, match=rf"of an iterate \(linear_solve{items}\)") as caught:
         each = finished(library, func.vmap(func.grad(lambda a, b: (f(a, b)[0] ** 2).sum(), (0, 1)))(a, b))
-    assert len(caught) == 1
+    assert len(caught) == (1 if whole_batch else 3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         whole = func.grad(lambda a, b: (f(a, b)[0] ** 2).sum(), (0, 1))(a, b)
