@@ -93,7 +93,7 @@ def test_an_iterate_and_its_gradient(name, library, rng):
         y, converged, bars = gradient(
             library, differentiable(library, PUBLIC[name], on_failure="iterate", **options), sample.inputs
         )
-    assert len(caught) == 1
+    assert [w.category for w in caught].count(RuntimeWarning) == 1  # autograd 1.7 uses old names of NumPy
     assert not np.any(converged)
     (expected, *_), _ = plain_forward(RULES[name])(*sample.inputs, **options_of(RULES[name], options)[0])
     sign = np.sign(np.sum(y * expected, axis=-2, keepdims=True)) if name == "svds" else 1  # each library takes its own
