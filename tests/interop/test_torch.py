@@ -323,7 +323,6 @@ def test_many_cotangents_at_once(name, compute, torch, differentiable, rng):
             torch.testing.assert_close(row.detach(), expected)
 
 
-@pytest.mark.filterwarnings("ignore:Please use `torch.vmap`:FutureWarning")  # gradcheck of PyTorch 2.6 itself
 def test_batched_gradients_pass_gradcheck(torch, differentiable):
     x = torch.randn(2, 4, 4, dtype=torch.complex128, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: differentiable(ddnref.expm)(x), x, check_batched_grad=True)
