@@ -186,8 +186,10 @@ def compiles() -> bool:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker in item.iter_markers("framework"):
         need(item.config, marker.args[0])
-    if item.get_closest_marker("graphs") and not compiles():
-        pytest.skip("PyTorch before 2.13 runs our functions between its graphs")
+    if item.get_closest_marker("graphs"):
+        need(item.config, "torch")
+        if not compiles():
+            pytest.skip("PyTorch before 2.13 runs our functions between its graphs")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from ddnref._core.arrays import Array, library, namespace_of
 from ddnref._core.checks import check_precision, conform, given
 from ddnref._kernels.autodiff import autodiff_of, holds_gradients
-from ddnref._kernels.public import guarded
+from ddnref._kernels.public import guarded, public
 from ddnref.implicit._conditions import Minimum, Root
 from ddnref.implicit._equation import Equation, Gradient, floating
 from ddnref.implicit._tangents import split_arguments
@@ -113,6 +113,7 @@ def _check_inputs(y: Array, inputs: tuple[Array, ...]) -> None:
     check_precision(xp, y=y, **{f"x[{i}]": inputs[i] for i in places})
 
 
+@public
 def custom_root(
     residual: Callable[..., Array],
     /,
@@ -186,6 +187,7 @@ def custom_root(
     return partial(ImplicitFunction, condition=_root(equation, axes, False, rtol, atol, options))
 
 
+@public
 def custom_argmin(
     objective: Callable[..., Array] | None = None,
     /,
@@ -230,12 +232,15 @@ def custom_argmin(
 
     Examples
     --------
-    >>> import torch
-    >>> @ddnref.implicit.custom_argmin(lambda y, x: ((y - x) ** 2).sum(), inequality=lambda y, x: -y)
-    ... def nearest_positive(x):
-    ...     return x.clamp(min=0)
-    >>> torch.func.grad(lambda x: nearest_positive(x).sum())(torch.tensor([-1.0, 2.0]))
-    tensor([0., 1.])
+    >>> import numpy as np
+    >>> shrink = ddnref.implicit.custom_argmin(  # minimise ½ (y − x)² + ½ y²
+    ...     gradient=lambda y, x: 2 * y - x, gradient_vjp=lambda w, y, x: (2 * w, -w),
+    ...     gradient_jvp=lambda y_dot, x_dot, y, x: 2 * y_dot - x_dot)(lambda x: x / 2)  # any solver
+    >>> x_bar, _ = shrink.vjp(np.ones(2), np.asarray([1.0, 2.0]), np.asarray([2.0, 4.0]))
+    >>> x_bar
+    array([0.5, 0.5])
+
+    In PyTorch and JAX, where nothing but the objective is needed, `shrink` is differentiable as it is.
     """
     if (objective is None) == (gradient is None):
         raise TypeError("Give custom_argmin either an objective or gradient=.")
