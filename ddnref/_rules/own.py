@@ -65,13 +65,8 @@ def own_function(
     for what, f in functions.items():
         if f is not None and not callable(f):
             raise TypeError(f"{what} is {f!r}, expected a function.")
-    found: dict[str, Any] = {}
-    taken: set[str] = set()
-    for what in ("vjp", "jvp", "fwd"):
-        found[what], names = _with_options(functions[what], options)
-        taken |= names
-    f, names = _with_options(function, options)
-    unknown = sorted(set(options) - taken - names)
+    taken = (_with_options(f, options)[1] for f in (function, vjp, jvp, fwd))
+    unknown = sorted(set(options).difference(*taken))
     if unknown:
         raise TypeError(
             f"{', '.join(unknown)} is no option of differentiable, and neither {_name(function)} nor its derivatives "
@@ -296,15 +291,16 @@ def own_shapes(own: Own, forward: Callable[..., Any], *inputs: Array) -> tuple[t
 
 
 def by_count(own: Own, build: Callable[[Rule], Callable[..., Any]]) -> Callable[..., Any]:
-    """A function of any number of inputs that calls the one which `build` makes of the rule for that number."""
+    """A function of any number of inputs that calls the one which `build` makes of the rule for that number.
+
+    The number that the signature shows is built at once: a compiler that traces the first call need not look inside.
+    """
     built = {count: build(own_rule(own, count)) for count in own_counts(own)}
-    if built:
-        (function,) = built.values()
-        return function
 
     def call(*inputs: Any) -> Any:
-        if len(inputs) not in built:
-            built[len(inputs)] = build(own_rule(own, len(inputs)))
-        return built[len(inputs)](*inputs)
+        function = built.get(len(inputs))
+        if function is None:
+            function = built[len(inputs)] = build(own_rule(own, len(inputs)))
+        return function(*inputs)
 
     return call
