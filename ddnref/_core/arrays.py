@@ -384,6 +384,8 @@ def quiet() -> np.errstate:
 
 def full(shape: tuple[int, ...], value: float, like: Array) -> Array:
     """Return an array filled with `value`, of the dtype and on the device of `like`."""
+    if type(like) is np.ndarray:  # without looking for its namespace, a third of the time
+        return np.full(shape, value, like.dtype)
     xp = array_api_compat.array_namespace(like)
     return xp.full(shape, value, dtype=like.dtype, device=array_api_compat.device(like))
 
@@ -419,4 +421,6 @@ def with_axes(x: Array, count: int) -> Array:
 
 def nan_where(bad: Array, x: Array) -> Array:
     """Return `x` with NaN wherever `bad` (broadcast against it) is set, without reading anything on the host."""
+    if type(x) is np.ndarray:  # as in `full`
+        return np.where(bad, x.dtype.type(np.nan), x)
     return array_api_compat.array_namespace(x).where(bad, full((), float("nan"), x), x)

@@ -350,7 +350,8 @@ def check_is_whole(x: Array, axes: int, lead: tuple[int, ...], of: str) -> None:
 def _columns(v: Array, batch: tuple[int, ...], lead: tuple[int, ...]) -> Array:
     """Vectors ``(*lead, n)`` as columns ``(*lead[k:], n, K)``: axes in front of those of the batch become columns."""
     xp = namespace_of(v)
-    v = xp.broadcast_to(v, (*lead, v.shape[-1]))
+    if v.shape[:-1] != lead:
+        v = xp.broadcast_to(v, (*lead, v.shape[-1]))
     extra = len(lead) - len(batch)
     if extra == 0:
         return v[..., None]
