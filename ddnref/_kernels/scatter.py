@@ -20,7 +20,7 @@ from typing import Any
 
 import array_api_compat
 import numpy as np
-import scipy.sparse
+import scipy  # its parts are loaded where they are first used
 
 from ddnref._core.arrays import Array, conj, full, is_compiling, is_complex, namespace_of
 
