@@ -48,8 +48,8 @@ def residual_jvp(z_dot, x_dot, w_dot, u_dot, b_dot, z, x, w, u, b):
 
 
 # %%
-# The solver applies the layer until it no longer moves, or as often as it is told. One decoration makes it
-# differentiable. The last axis of z is one problem and the axis in front of it the batch: ``axes=1``.
+# The solver applies the layer as often as it is told. One decoration makes it differentiable. The last axis of z is one
+# problem and the axis in front of it the batch: ``axes=1``.
 
 
 @ddnref.implicit.custom_root(residual, residual_vjp=residual_vjp, residual_jvp=residual_jvp, axes=1)
@@ -78,9 +78,11 @@ wanted, expected = labels[::6], labels[1::2]
 one_hot = np.eye(10)[wanted]
 
 parameters = {
-    "a": rng.standard_normal((UNITS, UNITS)), "u": 0.1 * rng.standard_normal((UNITS, 64)), "b": np.zeros(UNITS),
+    "a": rng.standard_normal((UNITS, UNITS)),
+    "u": 0.1 * rng.standard_normal((UNITS, 64)),
+    "b": np.zeros(UNITS),
     "v": 0.1 * rng.standard_normal((10, UNITS)),
-}  # fmt: skip
+}
 
 
 def layer_of(p):
@@ -167,7 +169,8 @@ def at(z):
 
 def corrected(z):
     """Return the gradient by `custom_root`, NaN where it is refused."""
-    (_, w_bar, _, _), _ = equilibrium.vjp(convert(c), convert(z), *map(convert, (x, w, u, b)), throw=False)
+    arrays = map(convert, (c, z, x, w, u, b))
+    (_, w_bar, _, _), _ = equilibrium.vjp(*arrays, throw=False)
     return to_numpy(w_bar)
 
 
