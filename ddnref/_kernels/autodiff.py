@@ -12,7 +12,7 @@ from typing import Any
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, full, namespace_of
+from ddnref._core.arrays import Array, full, namespace_of, requires_grad
 
 Function = Callable[..., Array]
 
@@ -73,14 +73,17 @@ def mapped(function: Function, x: Array) -> Array:
 
 
 def holds_gradients(function: Function, arrays: tuple[Array, ...]) -> bool:
-    """Return whether a function's value requires grad although its arrays do not: a closure holds such a tensor."""
+    """Return whether a function's value is differentiated although its arrays are not: a closure holds a tensor."""
     if autodiff_of(arrays) != "torch":
         return False  # JAX raises by itself
     import torch
 
-    with torch.enable_grad():
-        value = function(*(x.detach() for x in arrays))
-    return bool(value.requires_grad)
+    from ddnref._kernels.torch import is_forward, primal
+
+    if not (torch.is_grad_enabled() or is_forward()) or torch.compiler.is_compiling():
+        return False
+    value = function(*(primal(x).detach() for x in arrays))
+    return requires_grad(value) or (is_forward() and torch.autograd.forward_ad.unpack_dual(value).tangent is not None)
 
 
 @contextmanager

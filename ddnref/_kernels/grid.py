@@ -72,6 +72,8 @@ def filtered(x: Array, factor: Array, shape: tuple[int, ...], is_real: bool) -> 
         return _filtered_in_chunks(x, factor, shape)  # the usual case: both real, or both complex
     if is_real and is_complex(x):  # two real transforms cost the same as one complex transform
         xp = array_api_compat.array_namespace(x)
+        # The axis of both parts must not meet a batch axis of the factor.
+        x = xp.reshape(x, (*(1,) * (factor.ndim - x.ndim), *x.shape))
         parts = filtered(xp.stack([xp.real(x), xp.imag(x)]), factor, shape, True)
         return xp.astype(parts[0, ...], x.dtype) + xp.astype(parts[1, ...], x.dtype) * 1j
     x = x if is_real else as_complex(x)

@@ -48,16 +48,16 @@ def tangents(function: Callable[..., Any], ctx: Any, *dots: Tensor | None) -> An
     PyTorch runs `jvp` with forward mode switched off at every level (PyTorch issue 197867), and hands it tensors that
     still carry the tangents of this one. So this level is taken off first, and then the others are switched on.
     """
-    saved = tuple(map(_primal, ctx.saved_tensors))
+    saved = tuple(map(primal, ctx.saved_tensors))
     with forward_ad._set_fwd_grad_enabled(True):
         return function(dots, saved)
 
 
-def _primal(x: Tensor) -> Tensor:
+def primal(x: Tensor) -> Tensor:
     """Return a tensor without its tangent, for which PyTorch has no rule under ``vmap``."""
     internals = torch._C._functorch
     if internals.is_functorch_wrapped_tensor(x) and internals.is_batchedtensor(x):
-        inner = _primal(internals.get_unwrapped(x))
+        inner = primal(internals.get_unwrapped(x))
         return internals._add_batch_dim(inner, internals.maybe_get_bdim(x), internals.maybe_get_level(x))
     return forward_ad.unpack_dual(x).primal
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from ddnref._core.arrays import Array, as_tuple, namespace_of
+from ddnref._core.arrays import Array, as_tuple, is_complex, namespace_of
 from ddnref._rules.contract import Rule
 from ddnref.implicit import ImplicitFunction
 from ddnref.implicit._conditions import Minimum
@@ -61,9 +61,10 @@ def own_function(
 
     An option goes to those of the functions that take a keyword of its name.
     """
-    functions = {"the function": function, "vjp": vjp, "jvp": jvp, "fwd": fwd, "shapes": shapes}
-    for what, f in functions.items():
-        if f is not None and not callable(f):
+    optional = {"jvp": jvp, "fwd": fwd, "shapes": shapes}
+    given = {name: f for name, f in optional.items() if f is not None}
+    for what, f in {"the function": function, "vjp": vjp, **given}.items():
+        if not callable(f):
             raise TypeError(f"{what} is {f!r}, expected a function.")
     taken = (_with_options(f, options)[1] for f in (function, vjp, jvp, fwd))
     unknown = sorted(set(options).difference(*taken))
@@ -78,21 +79,34 @@ def own_function(
     return own
 
 
-def implicit_function(function: ImplicitFunction, solve: Callable[..., Any]) -> Own:
-    """A solver with the condition of its solution; `solve` is `linear_solve`, made differentiable."""
-    condition, name = function.condition, function.__name__
+def implicit_function(
+    function: ImplicitFunction, solve: Callable[..., Any], options: dict[str, Any], names: tuple[str, ...] = ()
+) -> Own:
+    """A solver with the condition of its solution; `solve` is `linear_solve`, made differentiable.
+
+    The last inputs are arrays that are options of the solver, by their `names`; they have no derivative.
+    """
+    condition, name, held = function.condition, function.__name__, len(names)
 
     def fwd(*inputs: Array) -> tuple[Array, tuple[()]]:
-        return function.solved(*inputs), ()
+        given = dict(zip(names, inputs[len(inputs) - held :], strict=True))
+        return function.solved(*inputs[: len(inputs) - held], **options, **given), ()
 
     def vjp(y_bar: Array, y: Array, *inputs: Array) -> tuple[Any, ...]:
-        return condition.vjp(y_bar, y, inputs, solve, name, False)[0]  # type: ignore[no-any-return]
+        x_bars, _ = condition.vjp(y_bar, y, inputs[: len(inputs) - held], solve, name, False)
+        return (*x_bars, *(None,) * held)
 
     def jvp(*arrays: Array) -> Array:
         n = len(arrays) // 2
-        return condition.jvp(arrays[:n], arrays[n], arrays[n + 1 :], solve, name, False)[0]
+        dots, y, inputs = arrays[: n - held], arrays[n], arrays[n + 1 : len(arrays) - held]
+        return condition.jvp(dots, y, inputs, solve, name, False)[0]
 
-    return Own(function, vjp, jvp, fwd, iterates=True, once=isinstance(condition, Minimum))
+    def named(*inputs: Array) -> NoReturn:
+        raise NotImplementedError  # only its name and its any number of inputs are used
+
+    named.__name__, named.__doc__ = name, function.__doc__
+    called = named if names else function
+    return Own(called, vjp, jvp, fwd, iterates=True, once=isinstance(condition, Minimum))
 
 
 def _name(function: Callable[..., Any]) -> str:
@@ -153,6 +167,8 @@ def own_rule(own: Own, count: int) -> Rule:
     def forward(*inputs: Any) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         result, saved = (function(*inputs), ()) if fwd is None else fwd(*inputs)
         outputs = as_tuple(result)
+        if isinstance(result, list):
+            raise TypeError(f"{name} returned a list, expected an array or a tuple of arrays.")
         if len(outputs) != n:
             raise TypeError(
                 f"{name} returned {len(outputs)} array(s), expected {n}: pass outputs={len(outputs)} if that is right."
@@ -173,9 +189,10 @@ def own_rule(own: Own, count: int) -> Rule:
                 f"The VJP of {name} returned {len(x_bars)} cotangents for {count} inputs: return one for each, None "
                 "for an input without a gradient."
             )
+        found = dict(enumerate(x_bars))
         for i, x in inputs.items():
-            _check_shape(f"The VJP of {name}", f"the cotangent of input {i}", x_bars[i], x)
-        return x_bars
+            found[i] = _fitted(f"The VJP of {name}", f"the cotangent of input {i}", x_bars[i], x)
+        return tuple(found.values())
 
     def push(*arrays: Any) -> tuple[Any, ...]:
         if jvp is None:
@@ -189,9 +206,8 @@ def own_rule(own: Own, count: int) -> Rule:
         moved = as_tuple(jvp(*dots, *arguments))
         if len(moved) != n:
             raise TypeError(f"The JVP of {name} returned {len(moved)} tangents for {n} outputs: return one for each.")
-        for i, (y_dot, y) in enumerate(zip(moved, rest, strict=False)):
-            _check_shape(f"The JVP of {name}", f"the tangent of output {i}", y_dot, y)
-        return moved
+        pairs = enumerate(zip(moved, rest, strict=False))
+        return tuple(_fitted(f"The JVP of {name}", f"the tangent of output {i}", y_dot, y) for i, (y_dot, y) in pairs)
 
     def refuse(*_: Any) -> NoReturn:
         raise NotImplementedError(
@@ -261,11 +277,25 @@ def _zeros(x: Any) -> Any:
     return None if isinstance(x, LinearOperator) else namespace_of(x).zeros_like(x)
 
 
-def _check_shape(function: str, what: str, found: Any, x: Any) -> None:
+def _fitted(function: str, what: str, found: Any, x: Any) -> Any:
+    """A derivative with the shape and the dtype of the array to which it belongs.
+
+    A real array has the real part, since the pairing of derivatives is ``Re Σ conj(ȳ) · ẏ``.
+    """
     if found is None or isinstance(x, LinearOperator):
-        return
-    if tuple(getattr(found, "shape", ())) != tuple(x.shape):
+        return found
+    if not hasattr(found, "dtype"):
+        raise TypeError(f"{function} returned {what} as a {type(found).__qualname__}, expected an array.")
+    if tuple(found.shape) != tuple(x.shape):
         raise ValueError(f"{function} returned {what} with shape {tuple(found.shape)}, expected {tuple(x.shape)}.")
+    if found.dtype == x.dtype:
+        return found
+    xp = namespace_of(x)
+    if not xp.isdtype(x.dtype, ("real floating", "complex floating")):
+        return found
+    if is_complex(found) and not is_complex(x):
+        found = xp.real(found)
+    return xp.astype(found, x.dtype)
 
 
 def own_shapes(own: Own, forward: Callable[..., Any], *inputs: Array) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -13,7 +13,7 @@ from ddnref._kernels.dense import identity, move_axis
 from ddnref._kernels.vectors import safe_norm
 from ddnref.errors import OptimalityError
 from ddnref.implicit._derivatives import ineq_argmin_jvp, ineq_argmin_vjp
-from ddnref.implicit._equation import Equation, Fixed, filled, floating, jacobian, product
+from ddnref.implicit._equation import Equation, as_params, filled, floating, jacobian, product
 from ddnref.operators import LinearOperator
 
 STEP_RTOL = 0.01
@@ -68,20 +68,20 @@ class Root:
         return options
 
     def operator(self, y: Array, inputs: tuple[Array, ...], transposed: bool) -> LinearOperator:
-        places, moving = floating(inputs)
-        rest = tuple(None if i in places else x for i, x in enumerate(inputs))
-        fixed = Fixed(rest) if len(moving) < len(inputs) else len(inputs)
-        both = product(self.equation, fixed, False), product(self.equation, fixed, True)
+        kinds, params = as_params(y, inputs)
+        both = product(self.equation, kinds, False), product(self.equation, kinds, True)
         # The matrix of a gradient is symmetric, and reverse mode is the cheaper product.
         forth, back = (both[1], both[1]) if self.self_adjoint else both[::-1] if transposed else both
         axes = y.ndim if self.axes is None else self.axes
-        return jacobian((y, *moving), forth, back, axes, self.self_adjoint)
+        return jacobian((y, *params), forth, back, axes, self.self_adjoint)
 
     def corrected(self, y: Array, inputs: tuple[Array, ...], solve: Solve, name: str, throw: bool) -> Array:
         """The solution after a Newton step, NaN for items where the step is too long for it to be one."""
         if is_complex(y):
             raise TypeError(f"The solution of {name} is complex: write its real and imaginary parts as real unknowns.")
         axes, xp = y.ndim if self.axes is None else self.axes, namespace_of(y)
+        if axes > y.ndim:
+            raise ValueError(f"axes is {axes}, but the solution of {name} has shape {tuple(y.shape)}.")
         with unrecorded((y, *inputs)) as (y_0, *inputs_0):
             r = self.equation.value(y_0, tuple(inputs_0))
             operator = self.operator(y_0, tuple(inputs_0), False)
@@ -160,8 +160,9 @@ class Minimum:
         """The functions of `ineq_argmin_vjp`, whose inputs are those in some places."""
         if autodiff_of((y,)) is None:
             raise TypeError(
-                f"custom_argmin with constraints got {namespace_of(y).__name__} arrays, and only PyTorch and JAX "
-                "differentiate functions by themselves: call ddnref.implicit.ineq_argmin_vjp with your own derivatives."
+                f"custom_argmin with constraints got a {type(y).__module__}.{type(y).__qualname__}, and only PyTorch "
+                "and JAX differentiate functions by themselves: call ddnref.implicit.ineq_argmin_vjp with your own "
+                "derivatives."
             )
 
         def at(moving: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -175,6 +176,12 @@ class Minimum:
             )
             return move_axis(found, 0, -1)
 
+        for what, h in (("equality", self.equality), ("inequality", self.inequality)):
+            if h is not None and h(y, *inputs).ndim != y.ndim:
+                raise ValueError(
+                    f"{what} has shape {tuple(h(y, *inputs).shape)} for a solution of shape {tuple(y.shape)}, expected "
+                    f"{(*y.shape[:-1], 'p')}: one axis with the constraints, also where there is one."
+                )
         count = 0 if self.equality is None else int(self.equality(y, *inputs).shape[-1])
         return {
             "gradient": lambda y, *x: gradient(self.objective, (y, *at(x)), 0),

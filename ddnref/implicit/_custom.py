@@ -11,9 +11,10 @@ A point that solves the equation only nearly is corrected by the Newton step ``y
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from functools import partial, update_wrapper
 from importlib import import_module
+from inspect import signature
+from operator import index
 from typing import Any
 
 from ddnref._core.arrays import Array, library, namespace_of
@@ -28,8 +29,6 @@ from ddnref.linalg import linear_solve
 STEP = 0.01
 """Largest Newton step, relative to the solution, after which it still counts as one; as in `root_vjp`."""
 
-_options: ContextVar[dict[str, Any]] = ContextVar("_options", default={})  # noqa: B039 - never changed
-
 
 class ImplicitFunction:
     """A solver with the derivatives of its solution, which `custom_root` and `custom_argmin` make.
@@ -39,29 +38,59 @@ class ImplicitFunction:
     """
 
     def __init__(self, solver: Callable[..., Array], condition: Root | Minimum) -> None:
+        if not callable(solver):
+            raise TypeError(f"The solver is {solver!r}, expected a function: write custom_root(residual)(solver).")
         self.__name__ = type(solver).__name__  # of an object that is called
         update_wrapper(self, solver)
         self.solver, self.condition = solver, condition
-        self._bridged: dict[str, Callable[..., Any]] = {}
+        self._bridged: dict[Any, Callable[..., Any]] = {}
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        library = autodiff_of(inputs)
-        if library is None:
+        inputs, options = self._split(inputs, options)
+        framework = autodiff_of(inputs)
+        if framework is None:
             return self.solver(*inputs, **options)
-        if library not in self._bridged:
-            # The bridges are built on this package, so they are looked up when they are needed.
-            self._bridged[library] = import_module(f"ddnref.interop.{library}").differentiable(self)
-        token = _options.set(options)
+        # Options that are arrays are operands without derivative, so that transformations see them.
+        arrays = {name: x for name, x in options.items() if autodiff_of((x,)) == framework}
+        others = {name: x for name, x in options.items() if name not in arrays}
+        key = (framework, tuple(arrays), tuple(others.items()))
         try:
-            return self._bridged[library](*inputs)
-        finally:
-            _options.reset(token)
+            function = self._bridged.get(key)
+        except TypeError:  # an option that has no hash
+            key, function = None, None  # type: ignore[assignment]
+        if function is None:
+            # The bridges are built on this package, so they are looked up when they are needed.
+            function = import_module(f"ddnref.interop.{framework}").implicit(self, others, tuple(arrays))
+            if key is not None and len(self._bridged) < 64:
+                self._bridged[key] = function
+        y = function(*inputs, *arrays.values())
+        self._refuse_closures(y, inputs)
+        return y
 
-    def solved(self, *inputs: Array) -> Array:
-        """Call the solver with the options of the present call; check what it returns."""
-        y = self.solver(*inputs, **_options.get())
+    def _split(self, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Inputs and options: a parameter of the solver without a default is an input, also where it is named."""
+        try:
+            parameters = list(signature(self.solver).parameters.values())
+        except (TypeError, ValueError):  # some built-in functions have none
+            return inputs, options
+        named = [
+            p.name for p in parameters[len(inputs) :] if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty
+        ]
+        there = [name for name in named if name in options]
+        if there != named[: len(there)]:
+            return inputs, options  # the solver itself says what is missing
+        rest = {name: x for name, x in options.items() if name not in there}
+        return (*inputs, *(options[name] for name in there)), rest
+
+    def solved(self, *inputs: Array, **options: Any) -> Array:
+        """Call the solver and check that it returns an array."""
+        y = self.solver(*inputs, **options)
         if not hasattr(y, "dtype"):
             raise TypeError(f"{self.__name__} returned a {type(y).__qualname__}, expected one array: the solution.")
+        return y
+
+    def _refuse_closures(self, y: Array, inputs: tuple[Array, ...]) -> None:
+        """Raise ``TypeError`` where the condition holds a tensor that would silently get no gradient."""
         condition = self.condition
         functions = [condition.equation.residual] if isinstance(condition, Root) else condition.parts
         if any(holds_gradients(function, (y, *inputs)) for function in functions):
@@ -69,7 +98,6 @@ class ImplicitFunction:
                 f"The condition of {self.__name__} uses a tensor that requires grad and is not among its inputs, so it "
                 "would get no gradient: make it an argument of the solver and of the condition."
             )
-        return y
 
     @guarded
     def vjp(self, y_bar: Array, y: Array, /, *inputs: Array, throw: bool = True) -> tuple[Any, Any]:
@@ -138,7 +166,7 @@ def custom_root(
     axes : int, optional
         How many of the last axes of y make one item, where the batch axes in front of them are independent problems.
         By default all of y is one problem, which is always right. Items solve their own linear systems, which takes
-        fewer steps, and a bad item does not spoil the others.
+        fewer steps, and a bad item does not spoil the others. That they are independent is not checked.
     rtol, atol : float
         A solution is one if a Newton step moves it by at most ``rtol * ‖y‖ + atol``; default 0.01 and 0. The
         derivative is that of the point after the step.
@@ -151,7 +179,8 @@ def custom_root(
     -------
     decorator : callable
         It takes ``solver(*inputs, **options) = y`` and returns an `ImplicitFunction`. Each input that is a floating
-        array gets a gradient; options, such as a start, get none.
+        array gets a gradient; options, which are the parameters of the solver with a default, get none: a start or a
+        number of steps.
 
     Raises
     ------
@@ -183,6 +212,8 @@ def custom_root(
     >>> x_bar.round(6)
     array([0.25    , 0.166667])
     """
+    if not callable(residual):
+        raise TypeError(f"The residual is {residual!r}, expected a function.")
     equation = Equation(residual, residual_vjp, residual_jvp)
     return partial(ImplicitFunction, condition=_root(equation, axes, False, rtol, atol, options))
 
@@ -261,4 +292,9 @@ def _root(
     equation: Equation, axes: int | None, self_adjoint: bool, rtol: float | None, atol: float, options: dict[str, Any]
 ) -> Root:
     options = {"rtol" if key == "solve_rtol" else key: value for key, value in options.items()}
+    known = {p.name for p in signature(linear_solve).parameters.values() if p.kind is p.KEYWORD_ONLY} - {"throw"}
+    if unknown := sorted(set(options) - known):
+        raise TypeError(f"linear_solve has no option {', '.join(unknown)}; it takes {', '.join(sorted(known))}.")
+    if axes is not None and index(axes) < 0:
+        raise ValueError(f"axes is {axes}, expected the number of the last axes that make one item, at least 0.")
     return Root(equation, axes, self_adjoint, STEP if rtol is None else rtol, atol, tuple(options.items()))

@@ -37,7 +37,17 @@ class Equation:
         """A function of w that returns cotangents of y and of the floating inputs, ``None`` for the others."""
         if self.residual_vjp is not None:
             vjp = self.residual_vjp
-            return lambda w: as_tuple(vjp(w, y, *inputs))
+
+            def called(w: Array) -> tuple[Array, ...]:
+                found = as_tuple(vjp(w, y, *inputs))
+                if len(found) != 1 + len(inputs):
+                    raise TypeError(
+                        f"residual_vjp returned {len(found)} array(s), expected {1 + len(inputs)}: the gradients with "
+                        "respect to the solution and to each input."
+                    )
+                return found
+
+            return called
         self._require_autodiff(y, "residual_vjp")
         places, moving = floating(inputs)
         back = pullback(lambda y, *moving: self.value(y, filled(inputs, places, moving)), (y, *moving))
@@ -67,8 +77,8 @@ class Equation:
     def _require_autodiff(self, y: Array, name: str) -> None:
         if autodiff_of((y,)) is None:
             raise TypeError(
-                f"{name} is missing: for {namespace_of(y).__name__} arrays pass {name}= with the residual, since only "
-                "PyTorch and JAX differentiate a function by themselves."
+                f"{name} is missing: pass {name}= with the residual, since only PyTorch and JAX differentiate a "
+                f"function by themselves, and {type(y).__module__}.{type(y).__qualname__} is of neither."
             )
 
 
@@ -100,27 +110,42 @@ def filled(arrays: Any, places: list[int], moving: Any) -> tuple[Any, ...]:
 # --- the linear map ∂r/∂y -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Fixed:
-    """Inputs without derivatives, such as integers, by their identity; ``None`` in the places of the others."""
+HALF = 2**12
+"""Integers are parameters in two parts, which float32 holds exactly up to 2³⁶."""
 
-    inputs: tuple[Array | None, ...]
+
+def as_params(y: Array, inputs: tuple[Array, ...]) -> tuple[tuple[Any, ...], tuple[Array, ...]]:
+    """Inputs as arrays of the dtype of the solution, which a bridge sees, and the dtypes of those that are integers."""
+    xp, kinds, found = namespace_of(y), [], []
+    places, _ = floating(inputs)
+    for i, x in enumerate(inputs):
+        kinds.append(None if i in places else x.dtype)
+        if i in places:
+            found.append(x)
+        else:
+            x = xp.astype(x, xp.int64)
+            found += [xp.astype(x // HALF, y.dtype), xp.astype(x % HALF, y.dtype)]
+    return tuple(kinds), tuple(found)
 
 
 @dataclass(frozen=True)
 class Product:
-    """``v -> A v``, or ``Aᵀ v``, as a function of the parameters ``(y, *floating inputs)``."""
+    """``v -> A v``, or ``Aᵀ v``, as a function of the parameters ``(y, *inputs)``, integers in two parts."""
 
     equation: Equation
-    fixed: Fixed | int
-    """Inputs that are not parameters, or the number of inputs where all of them are."""
+    kinds: tuple[Any, ...]
+    """The dtype of each input that is an integer, ``None`` for the others."""
     transposed: bool
 
-    def inputs(self, moving: tuple[Array, ...]) -> tuple[Array, ...]:
-        if not isinstance(self.fixed, Fixed):
-            return moving
-        rest = iter(moving)
-        return tuple(next(rest) if x is None else x for x in self.fixed.inputs)
+    def inputs(self, params: tuple[Array, ...]) -> tuple[Array, ...]:
+        rest, found = iter(params), []
+        for kind in self.kinds:
+            x = next(rest)
+            if kind is not None:
+                xp = namespace_of(x)
+                x = xp.astype(xp.astype(x, xp.int64) * HALF + xp.astype(next(rest), xp.int64), kind)
+            found.append(x)
+        return tuple(found)
 
     def __call__(self, params: tuple[Array, ...], v: Array) -> Array:
         y, *moving = params

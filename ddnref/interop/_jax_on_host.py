@@ -28,6 +28,7 @@ def on_host(rule: Rule) -> Rule:
         return tuple(map(_shape, outputs)), tuple(map(_shape, saved))
 
     def forward(*inputs: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        inputs = _arrays(inputs)
         if not _traced(inputs):
             outputs, saved = rule.forward(*map(np.asarray, inputs))
             return tuple(map(jnp.asarray, outputs)), tuple(map(jnp.asarray, saved))
@@ -59,6 +60,7 @@ def _called(
     function: Callable[..., tuple[Any, ...]], arrays: Sequence[Array | None], results: Sequence[Any], rule: Rule
 ) -> tuple[Array, ...]:
     """Call a function of NumPy arrays whose results have known shapes; one that it leaves out is zero."""
+    arrays, results = _arrays(arrays), _arrays(results)
     there = [x is not None for x in arrays]
 
     def call(*given: Any) -> tuple[Any, ...]:
@@ -84,6 +86,12 @@ def _called(
         raise NotImplementedError(rule.refusal)
 
     return called(*given)  # type: ignore[no-any-return]
+
+
+def _arrays(values: Sequence[Any]) -> tuple[Any, ...]:
+    """Numbers of Python, which come as a private type of JAX, and arrays of NumPy as those of JAX."""
+    kept = jax.Array | jax.ShapeDtypeStruct | None
+    return tuple(x if isinstance(x, kept) else jnp.asarray(x) for x in values)
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:

@@ -33,9 +33,7 @@ from ddnref.linalg import linear_solve
 def own_on_numpy(operation: Callable[..., Any], options: dict[str, Any]) -> Own | None:
     """A function of a user with its derivatives; ``None`` for one of ddnref's operations."""
     if isinstance(operation, ImplicitFunction):
-        if options:
-            raise TypeError(f"{operation.__name__} takes its options when it is called.")
-        return implicit_function(operation, partial(linear_solve, throw=False))
+        return implicit_function(operation, partial(linear_solve, throw=False), options)
     return own_function(operation, **options) if "vjp" in options else None
 
 

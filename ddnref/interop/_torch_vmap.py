@@ -1,4 +1,4 @@
-"""PyTorch's ``vmap`` of operations that it cannot trace: they run once, on the whole batch, whose axis leads.
+"""PyTorch's ``vmap`` of operations that it cannot trace: they run on the whole batch, or item by item.
 
 A loop that reads a flag, or a kernel of another library, cannot be traced. Its arrays get the mapped axis in front, and
 axes of length one behind it where they broadcast against each other, so that the mapped axes meet. The functions of an
@@ -30,8 +30,16 @@ def mapped_axis_first(size: int, in_dims: tuple[int | None, ...], arrays: tuple[
 def one_by_one(apply: Callable[..., tuple[Tensor | None, ...]], arrays: tuple[Tensor | None, ...]) -> Any:
     """Call a function for each item of arrays that have the mapped axis in front, and stack what it returns."""
     size = next(len(x) for x in arrays if x is not None)
+    if size == 0:  # shapes and dtypes come from a call with random numbers
+        one = apply(*(None if x is None else _like_an_item(x) for x in arrays))
+        return tuple(None if y is None else y.new_empty((0, *y.shape)) for y in one)
     found = [apply(*(None if x is None else x[i] for x in arrays)) for i in range(size)]
     return tuple(None if items[0] is None else torch.stack(items) for items in zip(*found, strict=True))
+
+
+def _like_an_item(x: Tensor) -> Tensor:
+    item = x.new_zeros(x.shape[1:])
+    return torch.rand_like(item) + 0.5 if item.is_floating_point() or item.is_complex() else item
 
 
 def align_batch(

@@ -7,7 +7,7 @@ complex gradient of JAX is the conjugate of ours; the bridge converts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, lru_cache, partial, reduce
+from functools import cache, lru_cache, partial, reduce, wraps
 from typing import Any, NoReturn
 
 import numpy as np
@@ -92,7 +92,9 @@ def differentiable(operation: Callable[..., Any], *, compute: str | None = None,
     [[0.0, 0.0], [0.0, 1.0]]
     """
     if isinstance(operation, ImplicitFunction):
-        return _implicit(operation, compute, options)
+        if compute is not None:
+            raise TypeError(f"compute= is not for {operation.__name__}, whose solver and condition JAX calls.")
+        return implicit(operation, options)
     if "vjp" in options:
         own = own_function(operation, **options)
         given = own.given if compute is None else {"compute": compute, **own.given}
@@ -102,16 +104,17 @@ def differentiable(operation: Callable[..., Any], *, compute: str | None = None,
     return _bridge(rule_of(operation), options)
 
 
-def _implicit(function: ImplicitFunction, compute: str | None, options: dict[str, Any]) -> Callable[..., Any]:
-    """A solver with the condition of its solution, whose linear systems this bridge solves."""
-    if compute is not None or options:
-        raise TypeError(f"{function.__name__} takes its options when it is called, and no compute=.")
+def implicit(function: ImplicitFunction, options: dict[str, Any], names: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """A solver with the condition of its solution, whose linear systems this bridge solves.
+
+    `options` of the solver are bound; those in `names` are its last inputs, without derivative.
+    """
 
     def solve(operator: LinearOperator, b: Array, **others: Any) -> Any:
         return differentiable(linear_solve, **others)(operator, b)
 
-    own = implicit_function(function, solve)
-    return Bridged(by_count(own, partial(_own, None)), own, differentiable, {})
+    own = implicit_function(function, solve, options, names)
+    return Bridged(by_count(own, partial(_own, None)), own, differentiable, options)
 
 
 def _own(compute: str | None, rule: Rule) -> Callable[..., Any]:
@@ -120,20 +123,22 @@ def _own(compute: str | None, rule: Rule) -> Callable[..., Any]:
         raise ValueError(f'compute is {compute!r}, expected "numpy", or None for JAX itself.')
     if compute is None:
         refusal = rule.refusal if rule.opaque else None
-        rule = rule._replace(vjp=_on_jax(rule.vjp, refusal), jvp=_on_jax(rule.jvp, refusal))
+        forward = wraps(rule.forward)(_on_jax(rule.forward, None))
+        rule = rule._replace(forward=forward, vjp=_on_jax(rule.vjp, refusal), jvp=_on_jax(rule.jvp, refusal))
     else:
         rule = on_host(rule)
     return _function(rule, {}, bind(rule, {}), None, False, partial(bind, rule))
 
 
 def _on_jax(function: Callable[..., Any], refusal: str | None) -> Callable[..., Any]:
-    """A derivative that gets arrays of JAX also where JAX holds constants as those of NumPy.
+    """A function that gets arrays of JAX also where JAX holds constants as those of NumPy, or as numbers.
 
     With a `refusal` it cannot be differentiated again.
     """
 
     def call(*arrays: Array | None) -> Any:
-        return function(*(jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x for x in arrays))
+        foreign = (x is not None and not isinstance(x, jax.Array | LinearOperator) for x in arrays)
+        return function(*(jnp.asarray(x) if other else x for x, other in zip(arrays, foreign, strict=True)))
 
     if refusal is None:
         return call
@@ -279,6 +284,8 @@ def _operation(
     operate, again = jax.custom_jvp(call), jax.custom_jvp(call)
 
     def operate_jvp(inputs: tuple[Array, ...], tangents: tuple[Any, ...], moves_saved: bool) -> tuple[Any, Any]:
+        # A number of Python comes as a private type of JAX.
+        inputs = tuple(x if isinstance(x, jax.Array) else jnp.asarray(x) for x in inputs)
         # Traced values may be differentiated once more; others can skip JAX's tracing.
         outputs, saved, info = (again if _traced(inputs) else forward)(*inputs)
         results = (*outputs, *saved)

@@ -76,7 +76,7 @@ def differentiable(operation: Callable[..., Any], *, compute: str | None = None,
     Raises
     ------
     NotImplementedError
-        When a tangent or a second derivative is taken with ``compute="cupy"`` or ``"numpy"``; for a third derivative
+        When a second derivative is taken with ``compute="cupy"`` or ``"numpy"``; for a third derivative
         of a function of a matrix; by ``torch.func.linearize`` of an operation that iterates.
 
     Notes
@@ -98,7 +98,9 @@ def differentiable(operation: Callable[..., Any], *, compute: str | None = None,
             [0., 1.]], dtype=torch.float64)
     """
     if isinstance(operation, ImplicitFunction):
-        return _implicit(operation, compute, options)
+        if compute is not None:
+            raise TypeError(f"compute= is not for {operation.__name__}, whose solver and condition PyTorch calls.")
+        return implicit(operation, options)
     if "vjp" in options:
         own = own_function(operation, **options)
         given = own.given if compute is None else {"compute": compute, **own.given}
@@ -112,17 +114,18 @@ def differentiable(operation: Callable[..., Any], *, compute: str | None = None,
     return Bridged(_elsewhere(compute, rule, bound), rule, differentiable, {"compute": compute, **options})
 
 
-def _implicit(function: ImplicitFunction, compute: str | None, options: dict[str, Any]) -> Callable[..., Any]:
-    """A solver with the condition of its solution, whose linear systems this bridge solves."""
-    if compute is not None or options:
-        raise TypeError(f"{function.__name__} takes its options when it is called, and no compute=.")
+def implicit(function: ImplicitFunction, options: dict[str, Any], names: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """A solver with the condition of its solution, whose linear systems this bridge solves.
+
+    `options` of the solver are bound; those in `names` are its last inputs, without derivative.
+    """
 
     def solve(operator: LinearOperator, b: Tensor, **others: Any) -> Any:
         return differentiable(linear_solve, **others)(operator, b)
 
-    own = implicit_function(function, solve)
+    own = implicit_function(function, solve, options, names)
     call = by_count(own, partial(_own, None))
-    return Bridged(torch.compiler.disable(call), own, differentiable, {})  # its loops read flags
+    return Bridged(torch.compiler.disable(call), own, differentiable, options)  # its loops read flags
 
 
 def _own(compute: str | None, rule: Rule) -> Callable[..., Any]:

@@ -399,3 +399,111 @@ def test_a_bridge_knows_an_operator_again(torch, rng):
     operators = [equilibrium.condition.operator(solver(*arrays), arrays, True)._replace(params=()) for _ in range(2)]
     assert operators[0] == operators[1]
     assert hash(operators[0]) == hash(operators[1])
+
+
+# --- options, names and transformations -------------------------------------------------------------------------------
+
+
+def signed_root(x, sign=1.0, start=None):
+    import jax.numpy as jnp
+
+    return sign * jnp.sqrt(x) + (0 if start is None else 0 * start)
+
+
+@pytest.mark.framework("jax")
+def test_options_of_a_call_are_kept_by_transformations_of_jax(jax):
+    """JAX may call the solver after the function has returned."""
+    import jax.numpy as jnp
+
+    root, x = custom_root(of_square, axes=0)(signed_root), jnp.asarray([4.0, 9.0])
+    f = lambda x: jnp.sum(root(x, sign=-1.0))
+    for transform in (
+        jax.value_and_grad,
+        lambda f: jax.value_and_grad(jax.jit(f)),
+        lambda f: jax.jit(jax.value_and_grad(f)),
+    ):
+        value, x_bar = transform(f)(x)
+        assert float(value) == -5
+        np.testing.assert_allclose(x_bar, [-1 / 4, -1 / 6], rtol=1e-7)
+    np.testing.assert_allclose(jax.grad(jax.checkpoint(f))(x), [-1 / 4, -1 / 6], rtol=1e-7)
+    total, _ = jax.lax.scan(lambda s, x: (s + f(x), None), 0.0, jnp.stack([x, x]))
+    assert float(total) == -10
+    # A start may be traced by the transformation itself; it has no derivative.
+    np.testing.assert_allclose(jax.grad(lambda x: jnp.sum(root(x, start=x)))(x), [1 / 4, 1 / 6], rtol=1e-7)
+    each = jax.vmap(jax.grad(lambda x: jnp.sum(root(x, start=x))))(jnp.stack([x, x]))
+    np.testing.assert_allclose(each[1], [1 / 4, 1 / 6], rtol=1e-7)
+    assert float(jax.grad(custom_root(of_square)(jnp.sqrt))(4.0)) == pytest.approx(1 / 4)
+
+
+@pytest.mark.parametrize("framework", [pytest.param(n, marks=pytest.mark.framework(n)) for n in ("torch", "jax")])
+def test_an_input_may_be_named(framework, request):
+    if framework == "torch":
+        import torch
+
+        x = torch.tensor([4.0, 9.0], dtype=torch.float64, requires_grad=True)
+        f = custom_root(lambda y, x, s: y * y - s * x, axes=0)(lambda x, s: (s * x).detach().sqrt())
+        x_bar = torch.autograd.grad(f(x=x, s=torch.ones(2).double()).sum(), x)[0]
+    else:
+        jax = request.getfixturevalue("jax")
+        import jax.numpy as jnp
+
+        f = custom_root(lambda y, x, s: y * y - s * x, axes=0)(lambda x, s: jax.lax.stop_gradient(jnp.sqrt(s * x)))
+        x_bar = jax.grad(lambda x: jnp.sum(f(x=x, s=jnp.ones(2))))(jnp.asarray([4.0, 9.0]))
+    np.testing.assert_allclose(x_bar, [1 / 4, 1 / 6], rtol=1e-7)
+
+
+@pytest.mark.framework("torch")
+def test_integers_in_every_transform_of_torch(torch, rng):
+    take = custom_root(lambda y, x, i: y - x[i])(lambda x, i: x[i].detach().clone())
+    x, i = torch.tensor(rng.standard_normal(3)), torch.tensor([2, 0, 2])
+    func, loss = torch.func, lambda f: lambda x, i: (f(x, i) ** 2).sum()
+    plain = lambda x, i: x[i]
+    for transform in (
+        lambda f: func.grad(loss(f))(x, i),
+        lambda f: func.jacfwd(f)(x, i),
+        lambda f: func.hessian(loss(f))(x, i),
+        lambda f: func.vmap(func.grad(loss(f)))(torch.stack([x, 2 * x]), torch.stack([i, 2 - i])),
+    ):
+        torch.testing.assert_close(transform(take), transform(plain))
+
+
+@pytest.mark.framework("torch")
+def test_a_tensor_in_a_closure_is_refused_in_transforms_too(torch):
+    one = torch.ones(2, dtype=torch.float64)
+
+    def outer(w):
+        return custom_root(lambda y, x: y - x * w)(lambda x: (x * w).detach())(one).sum()
+
+    w = torch.tensor(2.0, dtype=torch.float64)
+    for transform in (lambda: torch.func.grad(outer)(w), lambda: torch.func.jvp(outer, (w,), (w,))):
+        with pytest.raises(TypeError, match="is not among its inputs"):
+            transform()
+    w.requires_grad_()
+    with torch.no_grad():  # nothing is lost
+        assert float(outer(w)) == 4
+
+
+def test_what_does_not_fit_is_said_at_once():
+    with pytest.raises(TypeError, match="linear_solve has no option solve_rol; it takes check_every"):
+        custom_root(of_square, solve_rol=1e-3)
+    with pytest.raises(ValueError, match="axes is -1, expected the number of the last axes"):
+        custom_root(of_square, axes=-1)
+    with pytest.raises(TypeError, match="The residual is 3, expected a function"):
+        custom_root(3)
+    with pytest.raises(TypeError, match="The solver is 3, expected a function"):
+        custom_root(of_square)(3)
+    x = np.asarray([4.0, 9.0])
+    deep = custom_root(of_square, residual_vjp=of_square_vjp, residual_jvp=of_square_jvp, axes=2)(np.sqrt)
+    with pytest.raises(ValueError, match=r"axes is 2, but the solution of sqrt has shape \(2,\)"):
+        deep.vjp(x, np.sqrt(x), x)
+    single = custom_root(of_square, residual_vjp=lambda w, y, x: 2 * y * w, residual_jvp=of_square_jvp)(np.sqrt)
+    with pytest.raises(TypeError, match=r"residual_vjp returned 1 array\(s\), expected 2"):
+        single.vjp(x, np.sqrt(x), x)
+
+
+@pytest.mark.framework("torch")
+def test_constraints_have_an_axis(torch):
+    one = torch.ones(2, dtype=torch.float64)
+    f = custom_argmin(lambda y, x: ((y - x) ** 2).sum(), equality=lambda y, x: y.sum() - 1)(lambda x: x)
+    with pytest.raises(ValueError, match=r"equality has shape \(\) for a solution of shape \(2,\), expected \('p',\)"):
+        f.vjp(one, one / 2, one)

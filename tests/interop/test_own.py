@@ -473,3 +473,54 @@ def test_values_that_do_not_fit(torch):
         differentiable(softmax, vjp=softmax_vjp)(3.0)
     with pytest.raises(TypeError, match="has no rule; pass vjp= with a function of yours, or one of"):
         differentiable(softmax)
+
+
+@pytest.mark.framework("jax")
+@pytest.mark.parametrize("compute", COMPUTE)
+def test_numbers_of_python_in_jax(compute):
+    import jax
+
+    cube = bridge("jax")(
+        lambda x: x**3, vjp=lambda y_bar, y, x: 3 * x**2 * y_bar, jvp=lambda x_dot, y, x: 3 * x**2 * x_dot,
+        compute=compute,
+    )  # fmt: skip
+    for derivative in (jax.grad, jax.jacfwd, lambda f: jax.jit(jax.grad(f))):
+        assert float(derivative(cube)(2.0)) == 12
+    if compute is None:
+        assert float(jax.hessian(cube)(2.0)) == 12
+
+
+@pytest.mark.framework("torch")
+def test_vmap_over_an_empty_batch(torch):
+    f = bridge("torch")(
+        lambda x: (2 * x, x.sum(), x[0]), vjp=lambda a, b, c, *y: 2 * a + b, outputs=3, needs=(), compute="numpy"
+    )
+    empty = torch.ones(0, 3, dtype=torch.float64)
+    assert [tuple(y.shape) for y in torch.func.vmap(f)(empty)] == [(0, 3), (0,), (0,)]
+    assert torch.func.vmap(torch.func.grad(lambda x: f(x)[1]))(empty).shape == (0, 3)
+
+
+@pytest.mark.framework("jax")
+@pytest.mark.parametrize("compute", COMPUTE)
+def test_a_gradient_has_the_dtype_of_its_input(compute):
+    import jax
+    import jax.numpy as jnp
+
+    xp = np if compute else jnp
+    vjp = lambda y_bar, y, x: xp.asarray(3 * x**2 * y_bar, dtype=xp.complex128) + 1j
+    wide = bridge("jax")(lambda x: (x**3).sum(), vjp=vjp, compute=compute)
+    for gradient in (jax.grad(wide), jax.jit(jax.grad(wide))):
+        found = gradient(jnp.ones(2, jnp.float32))
+        assert found.dtype == jnp.float32
+        np.testing.assert_array_equal(found, 3)
+
+
+@pytest.mark.framework("torch")
+def test_what_is_no_array_is_said(torch):
+    differentiable, x = bridge("torch"), torch.ones(2, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(TypeError, match="returned the cotangent of input 0 as a float, expected an array"):
+        differentiable(lambda x: x.sum(), vjp=lambda y_bar, y, x: 2.0)(x).backward()
+    with pytest.raises(TypeError, match="returned a list, expected an array or a tuple"):
+        differentiable(lambda x: [x, x], vjp=lambda a, b, y, z, x: a)(x)
+    with pytest.raises(TypeError, match="vjp is None, expected a function"):
+        differentiable(lambda x: x, vjp=None)

@@ -638,3 +638,16 @@ def test_arrays_stand_for_dense_operators():
     np.testing.assert_array_equal(operators.as_operator(a).matrix(), a)
     with pytest.raises(TypeError, match="b is a list, expected a LinearOperator or an array"):
         operators.as_operator([[1.0]], "b")
+
+
+@pytest.mark.parametrize("make", ["toeplitz", "convolution"])
+def test_real_maps_of_a_batch_take_one_complex_vector(make, rng):
+    """The real and the imaginary part are an axis that must not meet that of the batch, here of the same length."""
+    k, x = rng.standard_normal((2, 3)), rng.standard_normal(5) + 1j * rng.standard_normal(5)
+    if make == "toeplitz":
+        k = rng.standard_normal((2, 5))
+        batch, one = operators.toeplitz(k), [operators.toeplitz(row) for row in k]
+    else:
+        batch, one = operators.convolution(k, (5,)), [operators.convolution(row, (5,)) for row in k]
+    for product, parts in ((batch(x), [a(x) for a in one]), (batch.H(x), [a.H(x) for a in one])):
+        np.testing.assert_allclose(product, np.stack(parts), rtol=1e-13)
