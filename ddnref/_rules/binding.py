@@ -418,7 +418,13 @@ class Bridged:
             return bound.forward(*inputs)[:2]
 
         def vjp(*arrays: Array) -> Any:
-            return bound.reverse(arrays[:n], arrays[n:])
+            x_bars = bound.reverse(arrays[:n], arrays[n:])
+            # An input without a gradient has zeros, where the derivative takes that input at all.
+            inputs = dict(zip(rule.needs, arrays[len(arrays) - len(rule.needs) :], strict=False))
+            return tuple(
+                namespace_of(inputs[i]).zeros_like(inputs[i]) if x_bar is None and i in inputs else x_bar
+                for i, x_bar in enumerate(x_bars)
+            )
 
         def jvp(*arrays: Array | None) -> Any:
             return bound.push(arrays[:count], arrays[count:])  # type: ignore[misc]

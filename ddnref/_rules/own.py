@@ -152,7 +152,10 @@ def own_rule(own: Own, count: int) -> Rule:
     """The rule of a user's function of `count` inputs."""
     function, vjp, jvp, fwd = (_with_options(f, own.options)[0] for f in (own.function, own.vjp, own.jvp, own.fwd))
     name = own.name
-    needs = tuple(range(count)) if own.needs is None else tuple(own.needs)
+    needs = tuple(range(count)) if own.needs is None else own.needs
+    if not isinstance(needs, Sequence):
+        raise TypeError(f"needs is {needs!r}, expected a sequence of positions, such as (0,).")
+    needs = tuple(needs)
     if any(not 0 <= i < count for i in needs):
         raise ValueError(f"needs is {needs}, but {name} has {count} input(s): it names positions from 0.")
     n = _outputs(own, count, needs, vjp, jvp)

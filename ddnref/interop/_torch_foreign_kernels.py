@@ -61,7 +61,8 @@ def computed_by(compute: str, rule: Rule, bound: Bound) -> tuple[Rule, Bound]:
             moved = bound.push(given[:n], given[n:], **options)  # type: ignore[misc]
             return tuple(None if y_dot is None else to_tensor(y_dot) for y_dot in moved)
 
-    # PyTorch cannot trace this VJP. So the rule counts as one whose VJP iterates: whole batches, no second derivative.
+    # PyTorch cannot trace this VJP. So the rule counts as one whose VJP iterates: it runs on whole batches, or item by
+    # item, and has no second derivative.
     opaque = rule._replace(
         vjp_info=rule.vjp_info or tuple,
         direct=False,

@@ -1,4 +1,4 @@
-"""Derivatives that PyTorch cannot trace, as their loop reads flags: they run on whole batches and have none."""
+"""Derivatives that PyTorch cannot trace, such as loops that read flags; they are not differentiated again."""
 
 from __future__ import annotations
 

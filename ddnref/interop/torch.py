@@ -349,7 +349,7 @@ def _operation(
 
     Operation.forward = staticmethod(_forward(flat, count + held, may_share=rule.is_own))
 
-    # vmap cannot trace loops and other libraries, so they run once on the whole batch, whose axis leads.
+    # vmap cannot trace loops and other libraries, so they run on the whole batch, whose axis leads, or item by item.
     if mapped is None and (rule.info is not None or rule.opaque):
 
         def mapped(arrays: tuple[Tensor, ...], form: str) -> tuple[Tensor, ...]:

@@ -427,6 +427,8 @@ def test_checks_take_the_bridged_function(framework, rng):
     saving = differentiable(affine, vjp=affine_saved_vjp, fwd=affine_fwd, needs=(), outputs=2)
     assert check.check_vjp(saving, a, b).passed
     assert check.check_vjp(differentiable(ddnref.sqrtm), a.T @ a + np.eye(2), symmetrises=True).passed
+    ignoring = differentiable(lambda a, b: 2 * a, vjp=lambda y_bar, y, a, b: (2 * y_bar, None))
+    assert check.check_vjp(ignoring, a, b).passed  # no gradient counts as zeros
     with pytest.raises(TypeError, match=r"f_vjp is a numpy\.ndarray, expected a function"):
         check.check_vjp(softmax, x)
 
@@ -458,6 +460,8 @@ def test_values_that_do_not_fit(torch):
     differentiable, x = bridge("torch"), torch.ones(3, dtype=torch.float64, requires_grad=True)
     with pytest.raises(ValueError, match=r"needs is \(2,\), but softmax has 1 input"):
         differentiable(softmax, vjp=softmax_vjp, needs=(2,))
+    with pytest.raises(TypeError, match="needs is 0, expected a sequence of positions"):
+        differentiable(softmax, vjp=softmax_vjp, needs=0)
     with pytest.raises(TypeError, match=r"returned 2 array\(s\), expected 1: pass outputs=2"):
         differentiable(lambda x: (x, x), vjp=lambda y_bar, y, x: y_bar)(x)
     with pytest.raises(TypeError, match="returned a float, expected an array"):
