@@ -98,8 +98,9 @@ def test_as_accurate_as_lapack(condition, residual, xp, rng):
         errors = ((x, x_exact), (lapack, x_exact), (a_bar, a_exact), (b_bar, b_exact))
         worst = np.maximum(worst, [relative(*pair) for pair in errors])
     ours, theirs, of_a, of_b = worst
-    # Of a residual each has an error of eps κ² times it, larger or smaller by chance.
-    assert ours <= (2 if residual else 1.1) * theirs + 1e-15
+    # Of a residual each has an error of eps κ² times it, larger or smaller by chance: over seeds and processors the
+    # ratio of ours to theirs is 0.6 to 2.6, and ours at most 0.03 of that.
+    assert ours <= max((2 if residual else 1.1) * theirs + 1e-15, 0.1 * EPS * condition**2 * residual)
     # The residual is multiplied by the condition once more, in the solution and in its gradient.
     allowed = 16 * EPS * condition
     assert of_b <= allowed
