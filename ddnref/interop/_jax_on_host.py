@@ -20,7 +20,6 @@ def on_host(rule: Rule) -> Rule:
     Its derivatives take all inputs, which tell the shapes of the results.
     """
     count, n = len(rule.forward.__signature__.parameters), rule.outputs  # type: ignore[attr-defined]
-    spare = count - len(rule.needs)
 
     @lru_cache(maxsize=64)
     def shapes_of(inputs: tuple[jax.ShapeDtypeStruct, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -42,9 +41,9 @@ def on_host(rule: Rule) -> Rule:
         return results[: len(outputs)], results[len(outputs) :]
 
     def needed(arrays: Sequence[Any]) -> tuple[Any, ...]:
-        """The arrays that the derivative itself takes, of those that end with all inputs."""
+        """The arrays that the derivative itself takes, in its order, of those that end with all inputs."""
         inputs = arrays[len(arrays) - count :]
-        return (*arrays[: len(arrays) - count], *(inputs[i] for i in rule.needs)) if spare else tuple(arrays)
+        return *arrays[: len(arrays) - count], *(inputs[i] for i in rule.needs)
 
     def vjp(*arrays: Array) -> tuple[Array, ...]:
         return _called(lambda *given: rule.vjp(*needed(given)), arrays, arrays[len(arrays) - count :], rule)

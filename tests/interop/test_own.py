@@ -528,3 +528,19 @@ def test_what_is_no_array_is_said(torch):
         differentiable(lambda x: [x, x], vjp=lambda a, b, y, z, x: a)(x)
     with pytest.raises(TypeError, match="vjp is None, expected a function"):
         differentiable(lambda x: x, vjp=None)
+
+
+WITH_COMPUTE = [
+    pytest.param(f.values[0], c, marks=f.marks) for f in FRAMEWORKS for c in (COMPUTE if f in TORCH_OR_JAX else [None])
+]
+
+
+@pytest.mark.parametrize(("framework", "compute"), WITH_COMPUTE)
+def test_needs_may_be_in_any_order(framework, compute, rng):
+    """All inputs, but the last one first."""
+    options = {"compute": compute} if compute else {}
+    vjp = lambda y_bar, s_bar, y, s, b, a: affine_vjp(y_bar, s_bar, y, s, a, b, scale=2.0)
+    op = bridge(framework)(lambda a, b: affine(a, b, scale=2.0), vjp=vjp, needs=(1, 0), outputs=2, **options)
+    a, b = of_two(rng)
+    for found, expected in zip(gradients(framework, op, a, b), expected_gradients(a, b), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-13)
