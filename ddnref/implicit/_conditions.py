@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ddnref._core.arrays import Array, as_tuple, is_complex, is_true, namespace_of, nan_where, with_axes
+from ddnref._core.arrays import Array, as_tuple, full, is_complex, is_true, namespace_of, nan_where, with_axes
 from ddnref._kernels.autodiff import autodiff_of, gradient, mapped, pullback, pushforward, unrecorded
 from ddnref._kernels.dense import identity, move_axis
 from ddnref._kernels.vectors import safe_norm
@@ -176,19 +176,20 @@ class Minimum:
             )
             return move_axis(found, 0, -1)
 
-        for what, h in (("equality", self.equality), ("inequality", self.inequality)):
-            if h is not None and h(y, *inputs).ndim != y.ndim:
+        stated = {"equality": self.equality, "inequality": self.inequality}
+        shapes = {what: tuple(h(y, *inputs).shape) for what, h in stated.items() if h is not None}
+        for what, shape in shapes.items():
+            if len(shape) != y.ndim:
                 raise ValueError(
-                    f"{what} has shape {tuple(h(y, *inputs).shape)} for a solution of shape {tuple(y.shape)}, expected "
+                    f"{what} has shape {shape} for a solution of shape {tuple(y.shape)}, expected "
                     f"{(*y.shape[:-1], 'p')}: one axis with the constraints, also where there is one."
                 )
-        count = 0 if self.equality is None else int(self.equality(y, *inputs).shape[-1])
         return {
             "gradient": lambda y, *x: gradient(self.objective, (y, *at(x)), 0),
             "hessian": lambda y, nu, *x: columns(lambda y: gradient(self.lagrangian, (y, nu, *at(x)), 0), y),
             "constraint": lambda y, *x: self.constraint(y, *at(x)),
             "constraint_jacobian": lambda y, *x: columns(lambda y: self.constraint(y, *at(x)), y),
-            "equalities": count,
+            "equalities": shapes["equality"][-1] if "equality" in shapes else 0,
         }
 
     def residual_vjp(self, inputs: tuple[Array, ...], places: list[int]) -> Callable[..., Any]:
@@ -199,8 +200,7 @@ class Minimum:
                 f_y = gradient(self.lagrangian, (y, nu, *own), 0)
                 return xp.sum(w * f_y) + xp.sum(eta * self.constraint(y, *own))
 
-            value_of_one = namespace_of(y).sum(y) * 0 + 1
-            return pullback(equations, tuple(moving))(value_of_one)
+            return pullback(equations, tuple(moving))(full((), 1.0, y))
 
         return vjp
 

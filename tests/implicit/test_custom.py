@@ -507,3 +507,12 @@ def test_constraints_have_an_axis(torch):
     f = custom_argmin(lambda y, x: ((y - x) ** 2).sum(), equality=lambda y, x: y.sum() - 1)(lambda x: x)
     with pytest.raises(ValueError, match=r"equality has shape \(\) for a solution of shape \(2,\), expected \('p',\)"):
         f.vjp(one, one / 2, one)
+
+
+@pytest.mark.framework("torch")
+def test_a_solution_that_is_nan_does_not_spoil_the_others_under_constraints(torch):
+    f = custom_argmin(lambda y, x: ((y - x) ** 2).sum(-1), inequality=lambda y, x: -y)(lambda x: x.clamp(min=0))
+    x = torch.tensor([[-1.0, 2.0], [torch.nan, 1.0]], dtype=torch.float64)
+    (x_bar), _ = f.vjp(torch.ones(2, 2).double(), f(x), x, throw=False)
+    torch.testing.assert_close(x_bar[0], torch.tensor([0.0, 1.0], dtype=torch.float64))
+    assert x_bar[1].isnan().any()
