@@ -138,12 +138,12 @@ def _positions(function: Callable[..., Any]) -> list[inspect.Parameter] | None:
 
 def own_counts(own: Own) -> tuple[int, ...]:
     """How many inputs the function may have, where its signature says so: its defaults are options."""
-    found = _positions(_with_options(own.function, own.options)[0])
-    return () if found is None else (len([p for p in found if p.default is p.empty]),)
+    count = _taken(_with_options(own.function, own.options)[0])
+    return () if count is None else (count,)
 
 
 def _taken(function: Callable[..., Any] | None) -> int | None:
-    """How many arrays a derivative takes; ``None`` if it takes any number."""
+    """How many arrays a function takes; ``None`` if it takes any number."""
     found = None if function is None else _positions(function)
     return None if found is None else len([p for p in found if p.default is p.empty])
 

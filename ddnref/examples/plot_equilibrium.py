@@ -28,21 +28,25 @@ rng = np.random.default_rng(settings.seed)
 
 
 def cell(z, x, w, u, b):
+    """Apply the layer once."""
     xp = array_api_compat.array_namespace(z)
     return xp.tanh(z @ w.T + x @ u.T + b)
 
 
 def residual(z, x, w, u, b):
+    """Return zero where z is the fixed point."""
     return z - cell(z, x, w, u, b)
 
 
 def residual_vjp(r_bar, z, x, w, u, b):
+    """Return the gradient of the residual's product with `r_bar`, in z and in every input."""
     xp = array_api_compat.array_namespace(z)
     s = -(1 - cell(z, x, w, u, b) ** 2) * r_bar
     return r_bar + s @ w, s @ u, s.T @ z, s.T @ x, xp.sum(s, axis=0)
 
 
 def residual_jvp(z_dot, x_dot, w_dot, u_dot, b_dot, z, x, w, u, b):
+    """Return the tangent of the residual."""
     moved = z_dot @ w.T + z @ w_dot.T + x_dot @ u.T + x @ u_dot.T + b_dot
     return z_dot - (1 - cell(z, x, w, u, b) ** 2) * moved
 
@@ -54,6 +58,7 @@ def residual_jvp(z_dot, x_dot, w_dot, u_dot, b_dot, z, x, w, u, b):
 
 @ddnref.implicit.custom_root(residual, residual_vjp=residual_vjp, residual_jvp=residual_jvp, axes=1)
 def equilibrium(x, w, u, b, steps=60):
+    """Return the fixed point, by so many steps."""
     xp = array_api_compat.array_namespace(x)
     drive = x @ u.T + b
     z = xp.zeros_like(drive)
@@ -106,6 +111,7 @@ def loss(p):
 
 
 def accuracy(p):
+    """Return the fraction of the test's digits that are read right."""
     scores = to_numpy(equilibrium(convert(test), *layer_of(p))) @ p["v"].T
     return np.mean(np.argmax(scores, axis=-1) == expected)
 
@@ -136,7 +142,7 @@ headline("Digits read right by an equilibrium layer of 16 units", f"{100 * score
 # Now the trained layer solves for 20 digits, and its iteration stops after k steps. A loss :math:`\sum c \circ z` with
 # random numbers c has three gradients with respect to W, to be compared with that at the fixed point:
 #
-# - of the k *recorded steps*, which is what backpropagation through the iteration gives;
+# - of the k *recorded steps*, by backpropagation through the iteration;
 # - of the *condition at z*, the formula of implicit differentiation evaluated where the iteration stopped;
 # - of ``custom_root``, which takes one Newton step first. It needs that step anyway, to see whether z is a solution: if
 #   the step is longer than a hundredth of z, there is no gradient but an error.

@@ -23,11 +23,9 @@ from ddnref._kernels.autodiff import autodiff_of, holds_gradients
 from ddnref._kernels.public import guarded, public
 from ddnref.implicit._conditions import Minimum, Root
 from ddnref.implicit._equation import Equation, Gradient, floating
+from ddnref.implicit._point import STEP
 from ddnref.implicit._tangents import split_arguments
 from ddnref.linalg import linear_solve
-
-STEP = 0.01
-"""Largest Newton step, relative to the solution, after which it still counts as one; as in `root_vjp`."""
 
 
 class ImplicitFunction:
