@@ -38,12 +38,6 @@ class Own(NamedTuple):
     def name(self) -> str:
         return _name(self.function)
 
-    @property
-    def given(self) -> dict[str, Any]:
-        """The arguments of ``differentiable`` beside the function."""
-        fields = {key: value for key, value in self._asdict().items() if key not in ("function", "options")}
-        return {key: value for key, value in fields.items() if value not in (None, False)} | self.options
-
 
 def own_function(
     function: Callable[..., Any],

@@ -63,7 +63,7 @@ def differentiable(operation: Callable[..., Any], **options: Any) -> Callable[..
     """
     own = own_on_numpy(operation, options)
     if own is not None:
-        return Bridged(by_count(own, partial(_function, options={})), own, differentiable, own.given)
+        return Bridged(by_count(own, partial(_function, options={})), own, differentiable, options)
     rule = rule_of(operation)
     return Bridged(_function(rule, options), rule, differentiable, options)
 

@@ -103,7 +103,7 @@ def differentiable(operation: Callable[..., Any], *, compute: str | None = None,
         return implicit(operation, options)
     if "vjp" in options:
         own = own_function(operation, **options)
-        given = own.given if compute is None else {"compute": compute, **own.given}
+        given = options if compute is None else {"compute": compute, **options}
         return Bridged(by_count(own, partial(_own, compute)), own, differentiable, given)
     rule = rule_of(operation)
     if compute is None:

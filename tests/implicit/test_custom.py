@@ -1,5 +1,6 @@
 """Solvers of a user's, differentiable by the condition of their solution: `custom_root` and `custom_argmin`."""
 
+import importlib
 import pickle
 import warnings
 
@@ -516,3 +517,13 @@ def test_a_solution_that_is_nan_does_not_spoil_the_others_under_constraints(torc
     (x_bar), _ = f.vjp(torch.ones(2, 2).double(), f(x), x, throw=False)
     torch.testing.assert_close(x_bar[0], torch.tensor([0.0, 1.0], dtype=torch.float64))
     assert x_bar[1].isnan().any()
+
+
+@pytest.mark.parametrize(
+    "framework", [pytest.param(n, marks=pytest.mark.framework(n)) for n in ("torch", "jax", "autograd", "tensorflow")]
+)
+def test_its_bridge_can_be_pickled(framework):
+    differentiable = importlib.import_module(f"ddnref.interop.{framework}").differentiable
+    f = custom_root(of_square, residual_vjp=of_square_vjp, residual_jvp=of_square_jvp, axes=0)(square_root)
+    other = pickle.loads(pickle.dumps(differentiable(f)))
+    assert repr(other) == f"ddnref.interop.{framework}.differentiable(square_root)"
