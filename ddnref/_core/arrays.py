@@ -66,6 +66,8 @@ def library(**arrays: Array) -> Namespace:
 
     Raises ``TypeError`` if they mix namespaces or devices.
     """
+    if all(type(array) is np.ndarray and array.dtype.isnative for array in arrays.values()):
+        return _numpy_namespace()  # the common case
     # Refuse lists, scalars and types, some of which array libraries would take for arrays.
     for name, array in arrays.items():
         is_tensor = array_api_compat.is_torch_array(array)  # of whose class torch.compile knows no module
@@ -424,3 +426,12 @@ def nan_where(bad: Array, x: Array) -> Array:
     if type(x) is np.ndarray:  # as in `full`
         return np.where(bad, x.dtype.type(np.nan), x)
     return array_api_compat.array_namespace(x).where(bad, full((), float("nan"), x), x)
+
+
+def put_nan(x: Array, bad: Array) -> Array:
+    """As `nan_where`, for an `x` that nothing else holds: NumPy writes to it, and only where it has to."""
+    if type(x) is not np.ndarray:
+        return nan_where(bad, x)
+    if bad.any():
+        np.copyto(x, np.nan, where=bad)
+    return x

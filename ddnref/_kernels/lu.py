@@ -9,7 +9,6 @@ and leaves the others alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -17,12 +16,13 @@ import array_api_compat
 import numpy as np
 import scipy
 
-from ddnref._core.arrays import Array, Namespace, adjoint, as_dtype, eps, full, nan_where, real
+from ddnref._core.arrays import Array, Namespace, adjoint, as_dtype, eps, full, nan_where, put_nan, real
 from ddnref._kernels import cupy as _cupy
 from ddnref._kernels import singularity
 from ddnref._kernels.compiled import compiled
 from ddnref._kernels.dense import identity, matvec
 from ddnref._kernels.lu_vjp import packed_lu_jvp, packed_lu_vjp
+from ddnref._kernels.numpy import transposed
 from ddnref._kernels.vectors import safe_norm
 
 UNITS = 16
@@ -165,7 +165,7 @@ def lu_solve(lu: Array, pivots: Array, b: Array, *, adjoint: bool = False) -> Ar
     else:
         x = _solve_standard(lu, pivots, b, adjoint)
     xp = array_api_compat.array_namespace(lu)
-    return nan_where(xp.isnan(lu[..., :1, :1]), x)  # NaN factors may turn a zero right-hand side into zero
+    return put_nan(x, xp.isnan(lu[..., :1, :1]))  # NaN factors may turn a zero right-hand side into zero
 
 
 def solve_triangular(a: Array, b: Array, *, lower: bool, unit_diagonal: bool = False) -> Array:
@@ -225,90 +225,131 @@ def _factor_numpy(a: Any) -> tuple[Array, Array, Array]:
     Factors are stored by columns, as LAPACK wants them; stored by rows, each solve would copy them first.
     """
     *batch, n = a.shape[:-1]
-    flat = a.reshape(math.prod(batch), n, n)
-    singular = np.zeros(len(flat), dtype=bool)
+    flat, singular = a.reshape(math.prod(batch), n, n), np.zeros(batch, dtype=bool)
     if not flat.size:
-        return np.empty_like(a), np.empty(a.shape[:-1], np.int32), singular.reshape(batch)
+        return np.empty_like(a), np.empty(a.shape[:-1], np.int32), singular
     with np.errstate(all="ignore"):
-        square, graded, finite = _graded(flat)
-        matrices, scale = flat, None
-        if graded.any():
-            matrices, scale = flat.copy(), _row_scale(flat[graded])
-            matrices[graded] *= scale[..., None]
-            square[graded] = np.vecdot(matrices[graded], matrices[graded]).real.sum(axis=-1)
-        alone = len(flat) == 1  # without a copy of what LAPACK wrote: 0.1 of the time at n = 1000
-        lu_t, pivots = np.empty((0 if alone else len(flat), n, n), a.dtype), np.empty(flat.shape[:-1], np.int32)
-        getrf: Any = scipy.linalg.get_lapack_funcs("getrf", (a,))
-        is_regular, suspects = _screen(a.dtype, n), []
-        for i, (item, size) in enumerate(zip(matrices, np.sqrt(square).tolist(), strict=True)):
-            lu, pivots[i], zero_pivot = getrf(item)
-            singular[i] = zero_pivot > 0 and finite[i]
-            if finite[i] and not singular[i] and not is_regular(item, size, lu, pivots[i]):
-                suspects.append(i)
-            if alone:
-                lu_t = lu.T[None]
-            else:
-                lu_t[i] = lu.T
-        lu = lu_t.mT
-        if scale is not None:
-            lu[graded] = _scaled_back(lu[graded], pivots[graded], scale)
-        if suspects:
-            singular[suspects] = singularity.is_singular(rcond(flat[suspects], lu[suspects], pivots[suspects]))
-        if singular.any() or not finite.all():
-            lu[singular | ~finite] = np.nan
-    return lu_t.reshape(a.shape).mT, pivots.reshape(a.shape[:-1]), singular.reshape(batch)
+        rows = np.vecdot(flat, flat).real  # squared lengths: one pass, without temporary arrays
+        if in_one_unit(rows.min(), rows.max(), a.dtype):
+            (lu, pivots, regular), failed = _factor_and_screen(flat, rows), np.zeros(len(flat), dtype=bool)
+        else:
+            lu, pivots, regular, failed = _factor_in_units(flat, rows)
+        # Look closely at finite matrices that are not certainly regular.
+        if not regular.all():
+            near = ~(regular | failed)
+            found = singularity.is_singular(rcond(flat[near], lu[near], pivots[near]))
+            singular.reshape(-1)[near] = found
+            lu[failed | singular.reshape(-1)] = np.nan
+    # By columns: the array that is reshaped is the transposed one.
+    return lu.mT.reshape(a.shape).mT, pivots.reshape(a.shape[:-1]), singular
 
 
-def _graded(flat: Any) -> tuple[Any, Any, Any]:
-    """Return squared Frobenius norms, which items have rows in different units, and which are finite.
+def in_one_unit(low: Any, high: Any, dtype: Any) -> Any:
+    """Return whether rows whose squared lengths lie between `low` and `high` are in one unit, and finite.
 
-    Rows that are too small or too large to be squared count as being in different units. This is one pass without
-    temporary arrays: an item that is not finite has squared lengths that are not.
+    Rows that are too small or too large to be squared count as being in different units.
     """
-    rows = np.vecdot(flat, flat).real
-    low, high = np.min(rows, axis=-1), np.max(rows, axis=-1)
-    info = np.finfo(flat.dtype)
-    graded = ~((high <= UNITS**2 * low) & (low > info.tiny / info.eps) & (high < np.inf))
-    finite = np.ones(len(flat), dtype=bool)
-    finite[graded] = np.isfinite(flat[graded]).all(axis=(-2, -1))
-    return np.sum(rows, axis=-1), graded & finite, finite
+    info = np.finfo(dtype)
+    return (high <= UNITS**2 * low) & (low > info.tiny / info.eps) & (high < math.inf)
 
 
-@lru_cache(maxsize=64)
-def _screen(dtype: Any, n: int) -> Callable[[Any, float, Any, Any], bool]:
-    """Return a test that recognises matrices which are certainly regular, at the price of two solves.
+def _factor_in_units(flat: Any, rows: Any) -> tuple[Any, Any, Any, Any]:
+    """Factor items of which some have rows in different units, or are not finite; the last result flags these."""
+    graded = ~in_one_unit(rows.min(axis=-1), rows.max(axis=-1), flat.dtype)
+    failed = graded.copy()
+    failed[graded] = ~np.isfinite(flat[graded]).all(axis=(-2, -1))
+    graded &= ~failed
+    scale, matrices = _row_scale(flat[graded]), flat.copy()
+    matrices[graded] *= scale[..., None]
+    rows[graded] = np.vecdot(matrices[graded], matrices[graded]).real
+    lu, pivots, regular = _factor_and_screen(matrices, rows)
+    lu[graded] = _scaled_back(lu[graded], pivots[graded], scale)
+    return lu, pivots, regular & ~failed, failed
+
+
+def _factor_and_screen(a: Any, rows: Any) -> tuple[Any, Any, Any]:
+    """Return packed factors, pivots, and which matrices are certainly regular; `rows` has the rows' squared lengths.
 
     Two steps of inverse iteration find the smallest singular value of a nearly singular matrix. No scaling of rows and
     columns makes a well-conditioned matrix singular, so only the others have to be looked at with one.
     """
-    getrs: Any = scipy.linalg.get_lapack_funcs("getrs", dtype=dtype)
-    length: Any = scipy.linalg.get_blas_funcs("nrm2", dtype=dtype)
-    start = singularity.probe(np.empty(n, dtype))
-    limit = 1 / (MARGIN * singularity.SINGULAR * float(np.finfo(dtype).eps))
+    items, n = a.shape[:2]
+    if items == 1:
+        lu, pivots, regular = factor_one(a[0], rows.sum())
+        return lu.T[None].mT, pivots[None], np.asarray([regular])
+    lu, pivots = _getrf(a)
+    start, limit = _start(a.dtype, n)
+    x = np.empty((items, 1, n), a.dtype)
+    x[...] = start
+    x = _getrs(lu, pivots, x, False)
+    y = _getrs(lu, pivots, x.copy(), True)
+    before, after = np.vecdot(x, x).real[:, 0], np.vecdot(y, y).real[:, 0]
+    growth = after / before
+    # Squares that leave the range of exponents say nothing, and NaN is not below the limit.
+    exact = np.minimum(before, after) > np.finfo(a.dtype).tiny
+    regular = (growth * rows.sum(axis=-1) < limit) & exact
+    # The Frobenius norm bounds the largest singular value, but may be √n times as large: two products are closer.
+    if not regular.all():
+        product = matvec(a, start)
+        back = matvec(adjoint(a), product)
+        size = np.vecdot(back, back).real / np.vecdot(product, product).real
+        regular |= (growth * size < limit / 4) & exact
+    return lu, pivots, regular
 
-    def is_regular(a: Any, size: float, lu: Any, pivots: Any) -> bool:
-        x = getrs(lu, pivots, start)[0]
-        before = length(x)
-        if not 0 < before < math.inf:
-            return False
-        growth = length(getrs(lu, pivots, x, trans=2)[0]) / before
-        # The Frobenius norm bounds the largest singular value, but may be √n times as large: two products are closer.
-        if growth * size < limit:
-            return True
+
+def factor_one(a: Any, square: Any) -> tuple[Any, Any, bool]:
+    """`_factor_and_screen` for one matrix of squared norm `square`, by LAPACK and numbers, which cost the least."""
+    getrf, getrs, length = lapack_functions(a.dtype)
+    start, limit = _start(a.dtype, len(a))
+    lu, pivots, _ = getrf(transposed(a).T, overwrite_a=True)
+    x = getrs(lu, pivots, start)[0]
+    before = length(x)
+    if not 0 < before < math.inf:
+        return lu, pivots, False
+    growth = (length(getrs(lu, pivots, x, trans=2)[0]) / before) ** 2
+    if not growth * square < limit:
         x = a @ start
-        return bool(growth * length(a.mT.conj() @ x) < limit / 2 * length(x))
+        square = 4 * (length(a.T.conj() @ x) / length(x)) ** 2
+    return lu, pivots, bool(growth * square < limit)
 
-    return is_regular
+
+@lru_cache(maxsize=8)
+def lapack_functions(dtype: Any) -> tuple[Any, Any, Any]:
+    """Return LAPACK's ``getrf`` and ``getrs``, and the length of a vector, for a dtype."""
+    getrf, getrs = (scipy.linalg.get_lapack_funcs(name, dtype=dtype) for name in ("getrf", "getrs"))
+    return getrf, getrs, scipy.linalg.get_blas_funcs("nrm2", dtype=dtype)
+
+
+@lru_cache(maxsize=64)
+def _start(dtype: Any, n: int) -> tuple[Any, float]:
+    """Return the vector with which `_factor_and_screen` starts, and the square of the condition that it accepts."""
+    limit = 1 / (MARGIN * singularity.SINGULAR * float(np.finfo(dtype).eps))
+    return singularity.probe(np.empty(n, dtype)), limit**2
+
+
+def _getrf(a: Any) -> tuple[Any, Any]:
+    """Factor the matrices ``(items, n, n)``."""
+    getrf = lapack_functions(a.dtype)[0]
+    lu = transposed(a).mT  # by columns, so that LAPACK overwrites it
+    pivots = np.empty(a.shape[:-1], np.int32)
+    for item, swaps in zip(lu, pivots, strict=True):
+        swaps[:] = getrf(item, overwrite_a=True)[1]
+    return lu, pivots
+
+
+def _getrs(lu: Any, pivots: Any, rows: Any, adjoint: bool) -> Any:
+    """Overwrite right-hand sides ``(items, k, n)`` by solutions."""
+    getrs, trans = lapack_functions(rows.dtype)[1], 2 if adjoint else 0
+    for factors, swaps, columns in zip(lu, pivots, rows.mT, strict=True):
+        getrs(factors, swaps, columns, trans=trans, overwrite_b=True)
+    return rows
 
 
 def _solve_numpy(lu: Any, pivots: Any, b: Any, adjoint: bool) -> Any:
-    # LAPACK solves all right-hand sides of an item at a time.
-    getrs: Any = scipy.linalg.get_lapack_funcs("getrs", (lu, b))
     n, k = b.shape[-2:]
-    x_t = np.empty((*b.shape[:-2], k, n), b.dtype)
-    for item in np.ndindex(b.shape[:-2]):
-        x_t[item] = getrs(lu[item], pivots[item], b[item], trans=2 if adjoint else 0)[0].T
-    return x_t.mT
+    rows = np.array(b.mT, order="C")  # a right-hand side is a column, whose numbers LAPACK wants side by side
+    flat = lu if lu.ndim == 3 else lu.mT.reshape(-1, n, n).mT
+    return _getrs(flat, pivots.reshape(-1, n), rows.reshape(-1, k, n), adjoint).reshape(rows.shape).mT
 
 
 def _triangular_numpy(a: Any, b: Any, lower: bool, unit_diagonal: bool) -> Any:

@@ -23,8 +23,8 @@ from ddnref._core.arrays import (
     library,
     namespace,
     namespace_of,
-    nan_where,
     of_kind,
+    put_nan,
     real_dtype,
     refuse_recording,
 )
@@ -333,6 +333,8 @@ def _leading_axes(name: str, a: Array, b: Array) -> tuple[int, ...]:
 
 def joint_axes(name: str, lead: tuple[int, ...], batch: tuple[int, ...], of: str = "a") -> tuple[int, ...]:
     """Broadcast the leading axes of right-hand sides against the batch axes of the matrix `of`, or raise."""
+    if lead == batch:
+        return lead
     width = max(len(batch), len(lead))  # missing axes count as 1
     pairs = list(zip((1,) * (width - len(batch)) + batch, (1,) * (width - len(lead)) + lead, strict=True))
     if any(p != q and 1 not in (p, q) for p, q in pairs):
@@ -366,9 +368,9 @@ def _vectors(columns: Array, batch: tuple[int, ...], lead: tuple[int, ...]) -> A
 
 
 def _nan_with(x: Array, y: Array) -> Array:
-    """Vectors y, NaN where those of the solution x are."""
+    """Vectors y, which nothing else holds, NaN where those of the solution x are."""
     xp = namespace_of(x)
-    return nan_where(xp.any(xp.isnan(x), axis=-1, keepdims=True), y)
+    return put_nan(y, xp.any(xp.isnan(x), axis=-1, keepdims=True))
 
 
 def _solved(lu: Array, pivots: Array, b: Array, lead: tuple[int, ...], *, is_adjoint: bool) -> Array:
@@ -405,9 +407,9 @@ def solved_columns(
     if is_complex(columns) and not is_complex(like):  # both parts, by the real factors
         parts = solver(*factors, xp.concat([xp.real(columns), xp.imag(columns)], axis=-1))
         k = columns.shape[-1]
-        x = nan_where(bad, as_complex(parts[..., :k]) + 1j * as_complex(parts[..., k:]))
+        x = put_nan(as_complex(parts[..., :k]) + 1j * as_complex(parts[..., k:]), bad)
     else:
-        x = nan_where(bad, solver(*factors, as_dtype(columns, like)))
+        x = put_nan(solver(*factors, as_dtype(columns, like)), bad)
     return _vectors(x, batch, lead)
 
 

@@ -281,3 +281,13 @@ def test_blas_gets_its_threads_back(monkeypatch, rng):
     finally:
         hold._set(tuple(before))
     assert set(seen) == {1}
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (2, 100, 100), (130, 130), (2, 2, 101, 101)])
+def test_transposed_copies(shape):
+    x = np.arange(np.prod(shape), dtype=float).reshape(shape)
+    for given in (x, x.mT):
+        found = _numpy.transposed(given)
+        assert found.flags.c_contiguous
+        assert not np.shares_memory(found, x)
+        np.testing.assert_array_equal(found, given.mT)
