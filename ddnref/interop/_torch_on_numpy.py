@@ -12,14 +12,20 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from ddnref._kernels import torch_solve
 from ddnref._kernels.torch import is_eager, is_forward
 from ddnref._rules.binding import NAN, Bound, Layout, own_axes
 from ddnref._rules.contract import Rule
 from ddnref.interop._on_numpy import bind_on_numpy, warn_of_nan
 from ddnref.interop._torch_batched_grads import are_mapped
+from ddnref.linalg import solve_fwd
 
 Tensor: TypeAlias = Any
 
+IN_FEW_CALLS: dict[Callable[..., Any], tuple[Callable[..., Any], Callable[..., Any]]] = {
+    solve_fwd: (torch_solve.solve, torch_solve.solve_vjp),
+}
+"""Forms of operations and VJPs on tensors for the usual case, which return ``None`` in all others."""
 KINDS = (torch.Tensor, torch.nn.Parameter)  # subclasses have their own ways
 HALF = (torch.bfloat16, torch.float16)  # NumPy lacks the first, and ddnref refuses both by name
 # PyTorch's own test for modes that see every operation. Without it no call counts as plain.
@@ -60,15 +66,19 @@ def on_numpy(
     `setup_context` saves. Only that pass uses the last `unused` saved tensors.
     """
     fields, axes = rule.info_fields, own_axes(rule, layout)
+    usual, usual_vjp = IN_FEW_CALLS.get(rule.forward, (_never, _never))
 
     class OnNumpy(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
-            arrays = tuple(map(_array, inputs))
-            outputs, saved, info = bound.forward(*arrays)
-            output = _tensors((*outputs, *saved, *info), arrays)
+            output = usual(*inputs)
+            ctx.is_usual = output is not None
+            if output is None:
+                arrays = tuple(map(_array, inputs))
+                outputs, saved, info = bound.forward(*arrays)
+                output = _tensors((*outputs, *saved, *info), arrays)
             setup_context(ctx, inputs, output)
-            return output
+            return output  # type: ignore[no-any-return]
 
         @staticmethod
         def backward(ctx: Any, *bars: Tensor | None) -> Any:
@@ -76,6 +86,8 @@ def on_numpy(
             recorded = torch.is_grad_enabled() or is_forward() or not is_eager()
             if recorded or not is_plain((*own, *saved)):
                 return otherwise.backward(ctx, *bars)
+            if ctx.is_usual and (found := usual_vjp(own, saved)) is not None:
+                return found
             given = tuple(map(_array, (*own, *saved[: len(saved) - unused])))
             gradients = bound.reverse(given[: len(own)], given[len(own) :])
             if not gradients:  # no cotangent was given
@@ -88,6 +100,10 @@ def on_numpy(
         return function.apply(*inputs)  # type: ignore[no-any-return]
 
     return apply
+
+
+def _never(*_: Any) -> None:
+    """The form of an operation that has none for the usual case."""
 
 
 def _array(x: Tensor | None) -> Any:

@@ -265,6 +265,14 @@ def test_gradcheck_with_forward_mode(name, torch, differentiable, rng):
     assert torch.autograd.gradgradcheck(f, inputs, check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
+@pytest.mark.parametrize("batch", [(), (1,), (2,), (2, 1)])
+def test_second_derivatives_of_solve_in_every_form(batch, torch, differentiable, rng):
+    """One matrix, a batch and several batch axes are solved in different ways; all outputs must stay connected."""
+    a = torch.asarray(rng.standard_normal((*batch, 3, 3)) + 4 * np.eye(3)).requires_grad_()
+    b = torch.asarray(rng.standard_normal((*batch, 3))).requires_grad_()
+    assert torch.autograd.gradgradcheck(differentiable(PUBLIC["solve"]), (a, b))
+
+
 @pytest.mark.graphs
 @pytest.mark.filterwarnings(*TRACED)
 @pytest.mark.parametrize("name", ["eigh", "sqrtm", "solve"])
