@@ -429,7 +429,7 @@ def nan_where(bad: Array, x: Array) -> Array:
 
 
 def put_nan(x: Array, bad: Array) -> Array:
-    """As `nan_where`, for an `x` that nothing else holds: NumPy writes to it, and only where it has to."""
+    """Do what `nan_where` does to an `x` that nothing else holds: NumPy writes to it, and only where it has to."""
     if type(x) is not np.ndarray:
         return nan_where(bad, x)
     if bad.any():
