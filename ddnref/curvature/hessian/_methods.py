@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from ddnref._core.arrays import Array, is_true
 from ddnref._kernels.blocks import lu, lu_slogdet, lu_solve
 from ddnref._kernels.dense import eigvalsh, identity
 from ddnref.curvature.hessian import _joint, _riccati, _tridiagonal
-from ddnref.curvature.hessian._expansion import Blocks, NetworkHessian, flat
+from ddnref.curvature.hessian._expansion import OPEN, Blocks, Expansion, Layer, NetworkHessian, flat
 
 METHODS = ("auto", "tridiagonal", "riccati", "qr", "dense")
 STABLE = ("qr", "dense")
@@ -80,20 +80,41 @@ def cost(name: str, h: NetworkHessian) -> tuple[float, float]:
     if name == "dense" or h.expansion is None:
         return 2 / 3 * h.total**3 + 8.0 * h.total**2, 2.0 * h.total**2
     flops = numbers = 0.0
-    for layer in h.expansion.layers:
-        a, n, width = layer.weight.shape[0], layer.z.shape[0], layer.z.shape[1]
-        r, x = min(n, width), n * width
-        u = r * a
+    for layer, kept in _with_kept(h.expansion):
+        (a, a_in), (n, width) = layer.weight.shape, layer.z.shape
+        r, outputs = min(n, width), n * a
+        # The input of the first layer does not move: its pivot is coupled to nothing before it.
+        x = 0 if layer is h.expansion.layers[0] else n * a_in + kept
         if name == "qr":
             # Householder QR of two stacked blocks of weights, tangents and multipliers
-            block = u + min(n, a) * (width - r) + 2 * n * a
+            block = r * a + min(n, a) * (width - r) + 2 * outputs
             flops, numbers = flops + 16.0 * block**3, numbers + 7.0 * block**2
+            continue
+        if name == "tridiagonal":
+            u, formed = outputs, 2.0 * a * a_in * a_in if x else 0.0  # WᵀW
         else:
-            # LU of a pivot, solution of its coupling, Schur complement, and the products that form them
-            products = 2.0 * a * width * (width if name == "tridiagonal" else n * n * (a + 2 * width))
-            flops += 2 / 3 * u**3 + 2.0 * u * u * x + 2.0 * u * x * x + products
-            numbers += u * u + u * x
+            u = r * a
+            # (R⊗I) M (R⊗I)ᵀ, then (R⊗I) M (I⊗W) and (I⊗W)ᵀ M (I⊗W)
+            formed = 2.0 * r * outputs * (outputs + kept + u)
+            formed += 2.0 * outputs * a_in * (u + outputs + x) if x else 0.0
+        # QR of the inputs, LU of the pivot, solution of its coupling, Schur complement, and the products above
+        flops += 4.0 * r * n * width + 2 / 3 * u**3 + 2.0 * u * u * x + 2.0 * u * x * x + formed
+        numbers += u * u + u * x
     return flops, numbers
+
+
+def _with_kept(e: Expansion) -> Iterator[tuple[Layer, int]]:
+    """Yield each layer with the number of tangents that open residual blocks keep while it is passed."""
+    kept: list[int] = []
+    current = 0  # numbers in the tangent that moves, which is none before the first layer
+    for step in e.steps:
+        if isinstance(step, Layer):
+            yield step, sum(kept)
+            current = step.c.shape[0] * step.c.shape[1]
+        elif step == OPEN:
+            kept.append(current)
+        else:
+            kept.pop()
 
 
 def seconds(name: str, h: NetworkHessian) -> float:
