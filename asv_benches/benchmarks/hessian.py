@@ -55,3 +55,16 @@ class HessianCounts:
         return fastest(lambda: ddnref.curvature.hessian_eigval_count(p.chain, p.x, p.t, (0.01, float("inf"))), 1)
 
     track_count.version = "f492839a429d50952366fd5566d771142a60bb68a91ac3e310da1c84c4e919f7"  # type: ignore[attr-defined]
+
+
+class HessianDiagonal:
+    """The exact diagonal, in products with one vector: (layers, width, samples)."""
+
+    params = (((7, 24, 64), (3, 256, 64)),)
+    param_names = ("network",)
+    unit = "ratio"
+
+    def track_over_product(self, network: tuple[int, int, int]) -> float:
+        p = problem(*network)
+        diagonal = lambda: ddnref.curvature.hessian_diagonal(p.chain, p.x, p.t)  # noqa: E731
+        return quotient(diagonal, lambda: p.chain.hvp(p.x, p.t, p.b)).median

@@ -14,6 +14,7 @@ from ddnref.curvature._reducers import GramState, Reducer, SumState, gram_reduce
 from ddnref.curvature.ggn._directional import DirectionalDerivatives, ggn_damped_newton, ggn_directional_derivatives
 from ddnref.curvature.ggn._functions import ggn_eigh, ggn_eigvalsh
 from ddnref.curvature.ggn._state import Ggn, GgnState, ggn_reducer
+from ddnref.curvature.hessian._diagonal import hessian_diagonal, hessian_trace
 from ddnref.curvature.hessian._solve import (
     HessianFactor,
     HessianSolveInfo,
@@ -55,10 +56,12 @@ __all__ = [
     "gram_eigvalsh_jvp",
     "gram_eigvalsh_vjp",
     "gram_reducer",
+    "hessian_diagonal",
     "hessian_eigval_count",
     "hessian_eigvals",
     "hessian_factor",
     "hessian_solve",
     "hessian_solve_vjp",
+    "hessian_trace",
     "sum_reducer",
 ]

@@ -237,6 +237,8 @@ def curvature_targets() -> list[Target]:
             lambda c, x, t, interval=(-0.5, 0.7), **o: curvature.hessian_eigval_count(c, x, t, interval, **o)[0],
             options={"interval": "interval"},
         ),
+        of(curvature.hessian_diagonal, curvature.hessian_diagonal),
+        of(curvature.hessian_trace, curvature.hessian_trace),
         of(
             curvature.hessian_eigvals,
             pairs,
