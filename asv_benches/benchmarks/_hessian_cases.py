@@ -45,6 +45,21 @@ def ours(p: Problem, damping: float = 1e-3, method: str = "auto") -> Call:
     return lambda: ddnref.curvature.hessian_solve(p.chain, p.x, p.t, p.b, damping=damping, method=method, throw=False)
 
 
+def wide(activation: str) -> Problem:
+    """768-24×7-10 with 64 samples, more than units: 22,128 weights."""
+    rng = np.random.default_rng(0)
+    chain = ddnref.networks.Chain.mlp(768, 24, 10, 8, activation=activation, bias=False)
+    x, t = rng.standard_normal((64, 768)), rng.integers(0, 10, 64)
+    return Problem(chain, x, t, [rng.standard_normal(p.shape) for p in chain.params])
+
+
+def factored(p: Problem, damping: float, method: str, precision: str = "double") -> Call:
+    """Derivatives and factorisation."""
+    return lambda: ddnref.curvature.hessian_factor(
+        p.chain, p.x, p.t, damping=damping, method=method, precision=precision
+    )
+
+
 def textbook(p: Problem, damping: float = 1e-3) -> Call:
     """The same by explicit matrices: not refined, for nothing there says that it should be."""
     flat = [b.reshape(-1) for b in p.b]

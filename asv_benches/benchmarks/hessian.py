@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ddnref
 
-from ._hessian_cases import fastest, ours, problem, quotient, second, textbook
+from ._hessian_cases import factored, fastest, ours, problem, quotient, second, textbook, wide
 
 
 class HessianSolve:
@@ -68,3 +68,18 @@ class HessianDiagonal:
         p = problem(*network)
         diagonal = lambda: ddnref.curvature.hessian_diagonal(p.chain, p.x, p.t)  # noqa: E731
         return quotient(diagonal, lambda: p.chain.hvp(p.x, p.t, p.b)).median
+
+
+class HessianSweep:
+    """Times as fast as the plain sweep with LU pivots, N above the width: (activation, method, precision)."""
+
+    params = (
+        ("relu", "tanh"),
+        (("active", "double"), ("cholesky", "double"), ("cholesky", "single")),
+    )
+    param_names = ("activation", "factor")
+    unit = "ratio"
+
+    def track_plain_over_ours(self, activation: str, factor: tuple[str, str]) -> float:
+        p = wide(activation)
+        return quotient(factored(p, 200.0, "riccati"), factored(p, 200.0, *factor)).median

@@ -50,7 +50,7 @@ def test_residual_blocks_inside_each_other_and_at_both_ends(rng):
 
 
 def test_both_ways_and_chunks_agree(rng, monkeypatch):
-    """Without second derivatives of activations both ways apply; samples a few at a time give the same sums."""
+    """Both ways apply where no activation has a second derivative; samples a few at a time give the same sums."""
     for activation, residual in (("relu", False), ("relu", True), ("tanh", True)):
         chain, x, t = network(rng, 4, 6, 7, activation, bias=True, residual=residual)
         found = []

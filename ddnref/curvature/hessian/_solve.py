@@ -17,6 +17,7 @@ from ddnref._kernels.public import public
 from ddnref._kernels.singularity import HESSIAN_AMPLIFICATION
 from ddnref._kernels.vectors import norm_of_pieces
 from ddnref.curvature.hessian import _methods
+from ddnref.curvature.hessian._active import NotDefiniteError
 from ddnref.curvature.hessian._expansion import Blocks, NetworkHessian, combine, exact_copy, hessian_of
 from ddnref.curvature.hessian._joint import count_below
 from ddnref.errors import ConvergenceError, NonFiniteError, SingularError
@@ -100,7 +101,7 @@ class HessianFactor:
     damping : float or array without axes
         ε.
     path : str
-        The factorisation that is tried first: "tridiagonal", "riccati", "qr" or "dense".
+        The factorisation that is tried first: a method, with " in float32" behind it in single precision.
     total : int
         Parameters of the network.
     flops, nbytes : float
@@ -110,19 +111,46 @@ class HessianFactor:
         single precision is available) up to 20 layers, growing as the square root of their number beyond.
     """
 
-    def __init__(self, hessian: NetworkHessian, damping: Array | float, method: str = "auto") -> None:
+    def __init__(
+        self, hessian: NetworkHessian, damping: Array | float, method: str = "auto", precision: str = "double"
+    ) -> None:
         self._hessian, self.damping, self.total = hessian, damping, hessian.total
         self._xp = namespace_of(hessian.like)
         self._eps = eps(self._xp, hessian.like.dtype)
-        self._method, self._order = method, _methods.order(hessian, method, damping)
+        self._options, self._order = (method, precision), _methods.order(hessian, method, damping, precision)
         # Every factorisation is built when it is first asked for.
-        self._path: Callable[[str], _methods.Path] = cache(lambda name: _methods.build(name, hessian, damping))
-        self.path = self._order[0]
+        self._path: Callable[[str], _methods.Path] = cache(self._built)
+        self.path = self._first()
         self.flops, numbers = _methods.cost(self.path, hessian)
-        self.nbytes = numbers * 8
+        self.nbytes = numbers * (4 if self.path.endswith(_methods.SINGLE) else 8)
         # The rounding of the products that measure the error grows with the square root of the number of layers.
         self.rtol = 4.5 * self._eps * math.sqrt(max(1.0, len(hessian.shapes) / 20))
-        self._path(self.path)
+
+    def _built(self, name: str) -> _methods.Path:
+        """Factor by the named path."""
+        try:
+            return _methods.build(name, self._hessian, self.damping)
+        except NotDefiniteError as error:
+            layers = len(self._hessian.shapes)
+            raise SingularError(
+                "H + damping·I is not positive definite: the elimination, which begins at the last layer, met a pivot "
+                f"without a Cholesky factor in layer {layers - error.eliminated} of {layers}. The most likely cause is "
+                "an eigenvalue of the Hessian below minus the damping. Pass a larger damping, "
+                'curvature="ggn", or method="active" or "auto", which take indefinite matrices.'
+            ) from None
+
+    def _first(self) -> str:
+        """Factor by the first path that can."""
+        name = self._order[0]
+        try:
+            self._path(name)
+        except SingularError:
+            if not name.endswith(_methods.SINGLE):
+                raise
+            # What was not positive may be the rounding of float32.
+            self._order = self._order[1:]
+            return self._first()
+        return name
 
     def __repr__(self) -> str:
         shapes = list(dict.fromkeys(tuple(p.shape) for p in self._hessian.weights))
@@ -133,7 +161,7 @@ class HessianFactor:
         )
 
     def __reduce__(self) -> Any:
-        return _factored_again, (*self._hessian.given(), self.damping, self._method)
+        return _factored_again, (*self._hessian.given(), self.damping, *self._options)
 
     @cached_property
     def norm(self) -> Array:
@@ -305,7 +333,15 @@ def _raise_failed(info: HessianSolveInfo, rtol: float, eps: float) -> NoReturn:
 
 @public
 def hessian_factor(
-    chain: Chain, x: Array, t: Array, /, *, damping: float | Array, curvature: str = "hessian", method: str = "auto"
+    chain: Chain,
+    x: Array,
+    t: Array,
+    /,
+    *,
+    damping: float | Array,
+    curvature: str = "hessian",
+    method: str = "auto",
+    precision: str = "double",
 ) -> HessianFactor:
     r"""Factor ``H + damping·I``, H the Hessian of a network's loss in all its weights, in time linear in its depth.
 
@@ -322,12 +358,20 @@ def hessian_factor(
         ε: a positive number damps a Newton step, minus a number shifts the spectrum.
     curvature : {"hessian", "ggn"}
         The Hessian, or the generalised Gauss–Newton matrix.
-    method : {"auto", "tridiagonal", "riccati", "qr", "dense"}
+    method : {"auto", "tridiagonal", "riccati", "active", "cholesky", "qr", "dense"}
         "tridiagonal" eliminates pre-activations, and needs a plain chain whose samples are linearly independent in
-        every layer and fewer than its inputs. "riccati" eliminates weights, and takes every chain. "qr" is stable for
-        every damping, and two to fifteen times slower. "dense" forms the matrix. "auto" takes the fastest by estimated
-        time. It solves again by the cheaper of "qr" and "dense" where a solution's backward error stays above
-        ``factor.rtol`` after refinement, and begins with these for a damping of zero.
+        every layer and fewer than its inputs. "riccati" eliminates weights, and takes every chain. "active" does so for
+        the units alone whose activation has a slope or a curvature, half of them with ReLU. "cholesky" is the same with
+        Cholesky pivots: it takes half of the flops, and raises at the first pivot that shows that the matrix is not
+        positive definite. "qr" is stable for every damping, and two to fifteen times slower. "dense" forms the matrix.
+        "auto" takes the fastest of all but "cholesky" by estimated time. It solves again by the cheaper of "qr" and
+        "dense" where a solution's backward error stays above ``factor.rtol`` after refinement, and begins with these
+        for a damping of zero.
+    precision : {"double", "single"}, default "double"
+        "single" factors in float32, in half of the time and memory. Solutions are refined by residuals in double
+        precision to the same backward error. They are solved for again in double precision where that fails, as it
+        does where the condition of ``H + damping·I`` is near 1e7. `slogdet` and `inertia` factor in double precision.
+        Not with "qr" and "dense"; where "auto" takes one of these, they are in double precision.
 
     Returns
     -------
@@ -339,7 +383,9 @@ def hessian_factor(
     NonFiniteError
         Weights or data are not finite.
     SingularError
-        `damping` is zero and some weights have no influence: more inputs than samples.
+        `damping` is zero and some weights have no influence: more inputs than samples. With ``method="cholesky"`` the
+        matrix is not positive definite, or singular to working precision; for ``precision="single"`` this is decided
+        again in double precision, but an eigenvalue within 1e-5 ‖H‖ below zero may go unnoticed.
     TypeError, ValueError
         Mixed libraries or dtypes, shapes that do not fit, a damping that is complex or not finite, unknown options,
         an empty batch, a layer that the sweeps do not take, tensors that require grad.
@@ -377,6 +423,7 @@ def hessian_factor(
     (True, 0)
     """
     _methods.check_method(method)
+    _methods.check_precision(precision, method)
     if array_api_compat.is_array_api_obj(damping):
         namespace(damping=damping, x=x)
         check_real(damping=damping)
@@ -389,7 +436,8 @@ def hessian_factor(
     hessian = hessian_of(chain, x, t, curvature)
     if is_true(damping == 0):
         refuse_null_space(hessian, "damping", "Pass a damping, such as 1e-3 times the largest eigenvalue.")
-    return HessianFactor(hessian, float(damping) if isinstance(damping, (int, float)) else exact_copy(damping), method)
+    epsilon = float(damping) if isinstance(damping, (int, float)) else exact_copy(damping)
+    return HessianFactor(hessian, epsilon, method, precision)
 
 
 def refuse_null_space(hessian: NetworkHessian, name: str, instead: str) -> None:
@@ -415,6 +463,7 @@ def hessian_solve(
     damping: float | Array,
     curvature: str = "hessian",
     method: str = "auto",
+    precision: str = "double",
     refine: str | int = "auto",
     throw: bool = True,
 ) -> tuple[list[Array], HessianSolveInfo]:
@@ -422,7 +471,7 @@ def hessian_solve(
 
     Parameters
     ----------
-    chain, x, t, damping, curvature, method
+    chain, x, t, damping, curvature, method, precision
         As in `hessian_factor`.
     b : list of arrays, shaped like ``chain.params``
         Right-hand side; several with one leading axis on every entry.
@@ -464,7 +513,7 @@ def hessian_solve(
     >>> ddnref.curvature.hessian_solve(chain, x, t, [np.asarray([[5.0]])], damping=0.5)[0]
     [array([[2.]])]
     """
-    factor = hessian_factor(chain, x, t, damping=damping, curvature=curvature, method=method)
+    factor = hessian_factor(chain, x, t, damping=damping, curvature=curvature, method=method, precision=precision)
     return factor.solve(b, refine=refine, throw=throw)
 
 
@@ -523,6 +572,6 @@ def hessian_solve_vjp(
 
 
 def _factored_again(
-    chain: Chain, x: Array, t: Array, curvature: str, damping: Array | float, method: str
+    chain: Chain, x: Array, t: Array, curvature: str, damping: Array | float, method: str, precision: str
 ) -> HessianFactor:
-    return HessianFactor(hessian_of(chain, x, t, curvature), damping, method)
+    return HessianFactor(hessian_of(chain, x, t, curvature), damping, method, precision)
