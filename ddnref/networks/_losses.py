@@ -310,6 +310,73 @@ def _log_softmax(y: Array) -> Array:
     return z - xp.log(xp.sum(xp.exp(z), axis=-1, keepdims=True))
 
 
+# --- one loss for each of several positions, such as the tokens of a text -------------------------------------------
+
+
+@_remembered
+def over_positions(loss: Loss, positions: int) -> Loss:
+    """Make the sum of a loss over positions: outputs ``(N, T C)`` of T positions, targets ``(N, T)`` or ``(N, T, C)``.
+
+    The mean divides by the number of positions of all samples, or by the sum of their weights.
+    """
+
+    def flat(y: Array, t: Array) -> tuple[Array, Array]:
+        """Return every position as a sample."""
+        xp = array_api_compat.array_namespace(y)
+        count = y.shape[0] * positions
+        return xp.reshape(y, (count, y.shape[-1] // positions)), xp.reshape(t, (count, *t.shape[2:]))
+
+    def summed(values: Array) -> Array:
+        xp = array_api_compat.array_namespace(values)
+        return xp.sum(xp.reshape(values, (-1, positions)), axis=1)
+
+    def on_diagonal(blocks: Array) -> Array:
+        """Return ``(N T, C, R)`` as block diagonal matrices ``(N, T C, T R)``."""
+        xp = array_api_compat.array_namespace(blocks)
+        c, r = blocks.shape[1:]
+        eye = _linalg.identity(positions, blocks)
+        spread = xp.reshape(blocks, (-1, positions, c, 1, r)) * eye[:, None, :, None]
+        return xp.reshape(spread, (-1, positions * c, positions * r))
+
+    def product(y: Array, t: Array, u: Array) -> Array:
+        xp = array_api_compat.array_namespace(y)
+        y_flat, t_flat = flat(y, t)
+        u_flat = xp.reshape(u, (*u.shape[:-2], *y_flat.shape))
+        return xp.reshape(hessian_product(loss, y_flat, t_flat, u_flat), tuple(u.shape))
+
+    def check(y: Array, t: Array) -> None:
+        c = y.shape[-1] // positions
+        if tuple(t.shape) not in ((y.shape[0], positions), (y.shape[0], positions, c)):
+            raise ValueError(
+                f"t has shape {tuple(t.shape)}, expected {(y.shape[0], positions)} or {(y.shape[0], positions, c)}: the "
+                f"outputs have shape {(y.shape[0], positions, c)}, with the C = {c} outputs of each position last. "
+                "Transpose outputs (N, C, T)."
+            )
+        if loss.check is not None:
+            loss.check(*flat(y, t))
+
+    def valid(y: Array, t: Array) -> Array:
+        xp = array_api_compat.array_namespace(y)
+        good = loss.valid(*flat(y, t))  # type: ignore[misc]
+        return xp.all(xp.reshape(good, (-1, positions)), axis=1)
+
+    def sample_weight(y: Array, t: Array) -> Array:
+        if loss.sample_weight is not None:
+            return summed(loss.sample_weight(*flat(y, t)))
+        return positions * array_api_compat.array_namespace(y).ones_like(y[:, 0])
+
+    return Loss(
+        value=lambda y, t: summed(loss.value(*flat(y, t))),
+        gradient=lambda y, t: array_api_compat.array_namespace(y).reshape(loss.gradient(*flat(y, t)), tuple(y.shape)),
+        hessian_sqrt=lambda y, t: on_diagonal(loss.hessian_sqrt(*flat(y, t))),
+        hessian=lambda y, t: on_diagonal(loss.hessian(*flat(y, t))),
+        hessian_product=product,
+        check=check,
+        valid=None if loss.valid is None else valid,
+        sample_weight=sample_weight,
+    )
+
+
 # --- elementwise losses: ℓ = w Σ_c f(y_c, t_c),  w = 1/C for the mean and 1 for the sum ------------------------------
 
 

@@ -450,7 +450,7 @@ def test_one_gram_matrix_serves_all(monkeypatch, rng):
     chain, x, t = problem(rng)
     reducer = curvature.ggn_reducer(chain)
     ggn = reducer.finalise(reducer.update(reducer.init(), x, t))
-    monkeypatch.setattr("ddnref.curvature.ggn._state.collect", None)
+    monkeypatch.setattr("ddnref.curvature.ggn._network.collect", None)
     assert error(curvature.ggn_eigvalsh(ggn), leading(network_ggn(chain, x, t), 12)[0]) <= EXACT
     assert curvature.ggn_eigh(ggn, k=2)[0].shape == (2,)
     assert curvature.ggn_directional_derivatives(ggn, k=2).first.shape == (6, 2)

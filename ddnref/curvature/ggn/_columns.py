@@ -13,23 +13,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import reduce
 from itertools import product, starmap
-from operator import add, pos
+from operator import add
 from typing import Any, NamedTuple, Protocol, Self
 
 import array_api_compat
 
 from ddnref._core.arrays import Array, adjoint
 from ddnref._kernels.gram import Factors
-from ddnref.networks._activations import Activation
 from ddnref.networks._blocks import Residual
-from ddnref.networks._convolution import Conv2d
 from ddnref.networks._layers import Affine, times
 from ddnref.networks._protocol import Layers, Params, split
 
-UNUSED = Activation(pos, pos, pos)  # for linear maps; unlike lambdas, named functions can be pickled
 EXPLICIT_NUMBERS = 2**24  # numbers of a convolution's columns that are stored at a time
 
 
@@ -54,20 +50,24 @@ class Columns(Protocol):
 
 
 class AffineColumns(NamedTuple):
-    """Columns of a dense or convolutional layer, as the factors u and δ."""
+    """Columns of a linear map ``W u + b``, as the factors u and δ.
 
-    layer: Any  # its linear map: its activation is already in δ
-    u: Array  # (N, a_in), or patches (N, q, P)
-    delta: Array  # (M, N, a_out), or (M, N, c_out, P)
+    A map that is applied at several positions (tokens, pixels) has one pair of factors for each: a column is a sum over
+    the positions. The activation of the layer is already in δ.
+    """
+
+    u: Array  # (N, a_in), or (N, a_in, P) with P positions: the patches of a convolution, or tokens
+    delta: Array  # (M, N, a_out), or (M, N, a_out, P)
+    shapes: tuple[tuple[int, ...], ...]  # of W, in any form with a_out rows in front, and of b if there is one
 
     @property
     def n_params(self) -> int:
-        return len(self.layer.params)
+        return len(self.shapes)
 
     @property
     def is_dense(self) -> bool:
         """Whether a column is ``δ uᵀ`` and δ, without a sum over positions."""
-        return not isinstance(self.layer, Conv2d)
+        return self.u.ndim == 2
 
     def part(self, rows: slice) -> AffineColumns:
         return self._replace(delta=self.delta[rows, ...])
@@ -77,7 +77,7 @@ class AffineColumns(NamedTuple):
         return Factors(self.u, other.u, self.delta, other.delta, 0 in chosen, 1 in chosen)
 
     def cross(self, other: AffineColumns, chosen: Sequence[int]) -> Array:
-        """Return ``VᵀV'`` of a convolution."""
+        """Return ``VᵀV'`` of a map with positions."""
         xp = array_api_compat.array_namespace(self.u)
         parts = []
         if 0 in chosen:
@@ -89,25 +89,41 @@ class AffineColumns(NamedTuple):
         return reduce(add, parts)
 
     def apply(self, c: Array, chosen: Sequence[int]) -> Params:
-        """Return ``(Σ_m c_m δ_m)ᵀ u``: mix the factors, then use the layer's VJP."""
+        """Return ``(Σ_m c_m δ_m)ᵀ u``: mix the factors, then one product for each parameter."""
         xp = array_api_compat.array_namespace(c)
         m, n, *rest = self.delta.shape
+        k = c.shape[0]
         # Mix the M factors of each sample: (k, N, …) with entries Σ_m c_m δ_m.
         delta = xp.moveaxis(xp.reshape(self.delta, (m, n, math.prod(rest))), 0, 1)
         mixed = xp.moveaxis(xp.permute_dims(c, (2, 0, 1)) @ delta, 0, 1)
-        mixed = xp.reshape(mixed, (c.shape[0], n, *rest))
-        both = (lambda: self.layer.linear_w(mixed, self.u), lambda: self.layer.linear_b(mixed))
-        return tuple(both[i]() for i in chosen)
+        mixed = xp.reshape(mixed, (k, n, *rest))
+        summed = [i for i in range(mixed.ndim) if i not in (0, 2)]  # samples and positions
+        found = []
+        for i in chosen:
+            if i == 0:
+                image = xp.tensordot(mixed, self.u, axes=(summed, [j for j in range(self.u.ndim) if j != 1]))
+            else:
+                image = xp.sum(mixed, axis=tuple(summed))
+            found.append(xp.reshape(image, (k, *self.shapes[i])))
+        return tuple(found)
 
     def adjoint(self, vectors: Sequence[Array], chosen: Sequence[int]) -> Array:
-        """Return ``δᵀ (v u)``: use the layer's tangent, then one product for each sample."""
+        """Return ``δᵀ (v u)``: the tangent of the map, then one product for each sample."""
         xp = array_api_compat.array_namespace(self.delta)
-        pairs = list(zip(chosen, vectors, strict=True))
-        # The tangent of the pre-activation, then its inner product with each factor δ.
-        s: Array = sum(self.layer.linear(v, self.u) if i == 0 else self.layer.spread(v) for i, v in pairs)
         m, n, *rest = self.delta.shape
-        s = xp.broadcast_to(s, (s.shape[0], n, *rest))
-        s = xp.permute_dims(xp.reshape(s, (s.shape[0], n, math.prod(rest))), (1, 0, 2))
+        k = vectors[0].shape[0]
+        # The tangent of the pre-activation, (k, N, a_out [, P])
+        s = None
+        for i, v in zip(chosen, vectors, strict=True):
+            if i == 0:
+                w = xp.reshape(v, (k, rest[0], self.u.shape[1]))
+                term = self.u @ adjoint(w) if self.is_dense else w[:, None, :, :] @ self.u
+            else:
+                term = xp.reshape(v, (k, 1, rest[0], *[1] * len(rest[1:])))
+            s = term if s is None else s + term
+        # Its inner product with each factor δ
+        s = xp.broadcast_to(s, (k, n, *rest))
+        s = xp.permute_dims(xp.reshape(s, (k, n, math.prod(rest))), (1, 0, 2))
         delta = xp.permute_dims(xp.reshape(self.delta, (m, n, math.prod(rest))), (1, 2, 0))
         return xp.permute_dims(s @ delta, (1, 2, 0))
 
@@ -158,7 +174,7 @@ def collect(
         elif isinstance(layer, Affine):
             # Dense and convolutional layers keep δ and u, a user's layer its explicit columns.
             delta = times(layer.flat(y_bar), kept.slope)
-            found.append((AffineColumns(replace(layer, activation=UNUSED), kept.u, delta),))  # type: ignore[type-var]
+            found.append((AffineColumns(kept.u, delta, tuple(tuple(p.shape) for p in layer.params)),))
             y_bar = layer.linear_x(theta[0], delta, kept) if on else y_bar
         elif layer.params:
             bars, y_bar = layer.vjp(theta, kept, y_bar, per_sample=True)

@@ -23,6 +23,7 @@ from ddnref._core.checks import check_shapes
 from ddnref._kernels.public import public
 from ddnref.curvature._gram import zero_tolerance
 from ddnref.curvature.ggn._functions import Batches, Progress, each, resolve, top
+from ddnref.curvature.ggn._network import named
 from ddnref.curvature.ggn._state import Ggn, adjoint, apply, combined, cross, placed
 from ddnref.errors import SingularError
 
@@ -117,7 +118,7 @@ def ggn_damped_newton(
     zero_rtol: float | None = None,
     progress: Progress | None = None,
     throw: bool = True,
-) -> list[Array]:
+) -> Any:
     r"""Return the damped Newton step in the span of the k leading eigenvectors of the GGN.
 
     Parameters
@@ -134,7 +135,7 @@ def ggn_damped_newton(
 
     Returns
     -------
-    step : list of arrays like ``chain.params``
+    step : list of arrays like ``chain.params``, or a dictionary by name for a PyTorch module
         To be added to the parameters; zero for parameters in no group.
 
     Raises
@@ -172,7 +173,7 @@ def ggn_damped_newton(
     for i, group in enumerate(ggn.options.groups):
         for position, s in zip(group, _step(ggn, i, k, damping, method, zero_rtol, throw), strict=True):
             step[position] = s[0, ...]
-    return step
+    return named(network, tuple(range(len(step))), step)
 
 
 # --- one group ----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from ddnref._core.arrays import Array
 from ddnref._kernels.public import public
 from ddnref.curvature._gram import inverse_roots
 from ddnref.curvature.ggn import _spectrum
+from ddnref.curvature.ggn._network import named
 from ddnref.curvature.ggn._options import options
 from ddnref.curvature.ggn._state import Ggn, accumulated, apply
 
@@ -36,15 +37,15 @@ def ggn_eigvalsh(
 
     Parameters
     ----------
-    chain : Chain or Ggn
+    chain : Chain, object from `ddnref.interop.torch.ggn`, or Ggn
         The network and its loss; or what `ggn_reducer` made of them, then without any other argument.
     x, t : (N, ...) and (N,) or (N, C) arrays
         Samples and targets, as `Chain.loss` takes them.
     batches : iterable of (x, t), optional
         The data in several parts, in place of `x` and `t`: nothing but the shards' factors and the Gram matrix is held.
     groups : sequence of sequences of int, optional
-        Positions in ``chain.params``: the matrix is approximated by one diagonal block for each group. Parameters in
-        no group are constants. Default: one group of all.
+        Positions in ``chain.params``, or names of a module's parameters: the matrix is approximated by one diagonal
+        block for each group. Parameters in no group are constants. Default: one group of all.
     subsampling : iterable of int, optional
         Numbers of the samples to use, counted across all batches; the mean is over these. Default: all.
     mc_samples : int, optional
@@ -68,7 +69,7 @@ def ggn_eigvalsh(
     Raises
     ------
     TypeError
-        `chain` is not a Chain; arrays of another library, device or dtype; groups that are not positions.
+        `chain` is none of these; arrays of another library, device or dtype; groups that are not positions.
     ValueError
         Shapes that do not fit; no samples; a cross-entropy of one output; targets out of range; samples named twice or
         that do not exist; groups that overlap, are empty, or name parameters that do not exist.
@@ -145,8 +146,8 @@ def ggn_eigh(
     w : (k,) array
         Descending.
     v : list of arrays (k, \*shape)
-        Orthonormal eigenvectors, one array for each parameter of ``chain.params``. With `groups` a tuple of pairs
-        ``(w, v)``, v with one array for each parameter of the group.
+        Orthonormal eigenvectors, one array for each parameter of ``chain.params``; for a PyTorch module a dictionary
+        by the names of its parameters. With `groups` a tuple of pairs ``(w, v)``, v for the parameters of the group.
 
     Raises
     ------
@@ -173,9 +174,10 @@ def ggn_eigh(
     """
     ggn = resolve(chain, x, t, batches, progress, groups, subsampling, None, mc_samples, seed, False, throw)
 
-    def pairs(i: int) -> tuple[Array, list[Array]]:
+    def pairs(i: int) -> tuple[Array, Any]:
         w, u, scale = top(ggn, i, k, method, zero_rtol, throw)
-        return w * ggn.scale, apply(ggn, ggn.options.groups[i], u * scale)  # e = V ẽ / √λ
+        group = ggn.options.groups[i]
+        return w * ggn.scale, named(ggn.options.chain, group, apply(ggn, group, u * scale))  # e = V ẽ / √λ
 
     return each(ggn, pairs)
 

@@ -10,13 +10,13 @@ import array_api_compat
 import numpy as np
 
 from ddnref._core.arrays import Array
-from ddnref.networks._chain import Chain
+from ddnref.curvature.ggn._network import Network, network_of
 
 
 class Options(NamedTuple):
     """The data and options from which Gram matrices are computed."""
 
-    chain: Chain
+    chain: Network
     groups: tuple[tuple[int, ...], ...]
     grouped: bool  # whether the caller named groups, and gets a tuple of results
     subsampling: tuple[int, ...] | None
@@ -32,14 +32,10 @@ def options(
     gradient: bool, throw: bool,
 ) -> Options:  # fmt: skip
     """Check the options and gather them."""
-    if not isinstance(chain, Chain):
-        raise TypeError(
-            f"chain is a {type(chain).__name__}, expected a ddnref.networks.Chain: build one, or use Chain.from_torch; "
-            "for a factor from elsewhere there is ddnref.curvature.gram_eigh."
-        )
+    network = network_of(chain)
     return Options(
-        chain,
-        _groups(groups, len(chain.params)),
+        network,
+        _groups(groups, len(network.params), network.names),
         groups is not None,
         _indices("subsampling", subsampling),
         _indices("subsampling_gradient", subsampling_gradient),
@@ -50,7 +46,9 @@ def options(
     )
 
 
-def _groups(groups: Sequence[Sequence[int]] | None, n: int) -> tuple[tuple[int, ...], ...]:
+def _groups(
+    groups: Sequence[Sequence[int | str]] | None, n: int, names: tuple[str, ...] | None
+) -> tuple[tuple[int, ...], ...]:
     if groups is None:
         return (tuple(range(n)),)
     if not groups:
@@ -59,9 +57,9 @@ def _groups(groups: Sequence[Sequence[int]] | None, n: int) -> tuple[tuple[int, 
     named: dict[int, int] = {}
     chosen = []
     for i, group in enumerate(groups):
-        if isinstance(group, (int, np.integer)) or not hasattr(group, "__iter__"):
+        if isinstance(group, (int, str, np.integer)) or not hasattr(group, "__iter__"):
             raise TypeError(f"groups[{i}] is {group!r}, expected a list of positions in chain.params.")
-        positions = tuple(sorted(_position(i, p, n) for p in group))
+        positions = tuple(sorted(_position(i, p, n, names) for p in group))
         if not positions:
             raise ValueError(f"groups[{i}] has no parameters. Leave it out. A parameter in no group stays as it is.")
         for p in positions:
@@ -75,7 +73,14 @@ def _groups(groups: Sequence[Sequence[int]] | None, n: int) -> tuple[tuple[int, 
     return tuple(chosen)
 
 
-def _position(i: int, p: Any, n: int) -> int:
+def _position(i: int, p: Any, n: int, names: tuple[str, ...] | None) -> int:
+    if isinstance(p, str) and names is not None:
+        if p not in names:
+            raise ValueError(
+                f"groups[{i}] names the parameter {p!r}, which the module does not train. Its parameters are "
+                f"{', '.join(names)}."
+            )
+        return names.index(p)
     try:
         position = operator.index(p)
     except TypeError:

@@ -15,11 +15,11 @@ from ddnref._kernels.dense import hermitian_part
 from ddnref._kernels.gram import hadamard_gram
 from ddnref._kernels.public import guarded, public
 from ddnref.curvature._reducers import Reducer, assemble
-from ddnref.curvature.ggn._columns import AffineColumns, Columns, collect
+from ddnref.curvature.ggn._columns import AffineColumns, Columns
 from ddnref.curvature.ggn._options import Options, check_seen, chosen_here, options, rows, signs
 from ddnref.errors import NonFiniteError
 from ddnref.networks._checks import bad_targets, marked
-from ddnref.networks._losses import count
+from ddnref.networks._losses import Loss, count
 
 
 class Shard(NamedTuple):
@@ -220,10 +220,10 @@ def _shard(given: Options, x: Array, t: Array, start: int) -> Shard:
         raise ValueError("x holds no samples, and an empty batch has no curvature. Leave it out.")
     curved = chosen_here(given.subsampling, start, x.shape[0])
     sloped = chosen_here(given.subsampling_gradient, start, x.shape[0]) if given.gradient else []
-    loss, shard = given.chain.criterion, Shard()
+    shard = Shard()
     if curved != []:
-        y, targets, back = _forward(given, x, t, curved)
-        factors = _factors(given, y, targets, curved, start, x.shape[0])
+        y, targets, loss, back = _forward(given, x, t, curved)
+        factors = _factors(given, loss, y, targets, curved, start, x.shape[0])
         (m, n), xp = factors.shape[:2], array_api_compat.array_namespace(y)
         if curved == sloped:
             # The gradient is one more factor of the same samples: one pass for both.
@@ -232,7 +232,7 @@ def _shard(given: Options, x: Array, t: Array, start: int) -> Shard:
             return Shard(columns, gradient, m, n, n, *2 * (count(loss, y, targets),))
         shard = Shard(back(factors), (), m, n, divisor=count(loss, y, targets))
     if sloped != []:
-        y, targets, back = _forward(given, x, t, sloped)
+        y, targets, loss, back = _forward(given, x, t, sloped)
         gradient = back(loss.gradient(y, targets)[None, ...])
         shard = shard._replace(gradient=gradient, n_gradient=y.shape[0], divisor_gradient=count(loss, y, targets))
     return shard
@@ -240,19 +240,20 @@ def _shard(given: Options, x: Array, t: Array, start: int) -> Shard:
 
 def _forward(
     given: Options, x: Array, t: Array, chosen: list[int] | None
-) -> tuple[Array, Array, Callable[[Array], tuple[Columns, ...]]]:
-    """Return outputs and targets of the chosen samples, and the function from cotangents ``(M, N, C)`` to columns."""
-    chain, t = given.chain, rows(t, chosen)
-    y, saved = chain.forward(rows(x, chosen), 1)
-    bad = bad_targets(chain.criterion, "sum", y, t, given.throw)
-    params = chain.split(chain.params)
-    return y, t, lambda y_bar: collect(chain.layers, params, saved, marked(y_bar, bad))[0]
+) -> tuple[Array, Array, Loss, Callable[[Array], tuple[Columns, ...]]]:
+    """Return outputs, targets and loss of the chosen samples, and the function from cotangents to columns."""
+    t = rows(t, chosen)
+    y, loss, back = given.chain.linearised(rows(x, chosen))
+    bad = bad_targets(loss, "sum", y, t, given.throw)
+    return y, t, loss, lambda y_bar: back(marked(y_bar, bad))
 
 
-def _factors(given: Options, y: Array, t: Array, chosen: list[int] | None, start: int, n: int) -> Array:
+def _factors(
+    given: Options, loss: Loss, y: Array, t: Array, chosen: list[int] | None, start: int, n: int
+) -> Array:
     """Return the columns of S_n, ``(M, N, C)``, or random combinations of them; n samples from `start` were given."""
     xp = array_api_compat.array_namespace(y)
-    s = given.chain.criterion.hessian_sqrt(y, t)  # (N, C, r)
+    s = loss.hessian_sqrt(y, t)  # (N, C, r)
     r, m = s.shape[-1], given.mc_samples
     if r == 0:
         raise ValueError(
