@@ -102,7 +102,7 @@ def _shapes(module: Any, x: Tensor) -> dict[Any, Shapes]:
         shapes = tuple(tuple(_shape(leaf) for leaf in leaves) for leaves in (inputs, results))
         found.setdefault(part, []).append(shapes)  # type: ignore[arg-type]
 
-    with hooks(module.modules(), hook):
+    with hooks([part for part in module.modules() if any(p.requires_grad for p in part.parameters())], hook):
         module(x)
     return found
 

@@ -269,18 +269,17 @@ class _Graph(NamedTuple):
         """Return the columns of cotangents ``(M, N, C)``, one block for each linear map or other parameter."""
         with _recording():
             y_bar = y_bar.clone() if y_bar.is_inference() else y_bar
-            found = self._blocks(y_bar)
-            wrong = self._checked(found, y_bar)
+            c = _coefficients(y_bar)
+            found = self._blocks(*self._deltas(y_bar, c))
+            wrong = self._disagreeing(found, y_bar, c)
             if wrong:
                 exact = self._one_sample_at_a_time(wrong, y_bar)
                 found |= {id(p): ExplicitColumns((columns,)) for p, columns in zip(wrong, exact, strict=True)}
         # One block after the other, in the order of the parameters; a linear map has one for weight and bias.
         return tuple({id(block): block for block in (found[id(p)] for p in self.trained.values())}.values())
 
-    def _blocks(self, y_bar: Tensor) -> dict[int, Columns]:
+    def _blocks(self, m: int, n: int, deltas: list[tuple[Call, list[Tensor]]]) -> dict[int, Columns]:
         """Return the block of each parameter."""
-        deltas = self._deltas(y_bar)
-        m, n = y_bar.shape[:2]
         shared = _shared(self.owners)
         found: dict[int, Columns] = {}
         terms: dict[int, list[Tensor]] = {}
@@ -296,78 +295,66 @@ class _Graph(NamedTuple):
         for p in self.trained.values():
             if id(p) not in found:
                 # Parameters that were not used have columns of zeros, which take no memory.
-                own_terms = terms.get(id(p)) or [p.new_zeros(()).expand(m, n, *p.shape)]
+                own_terms = terms.get(id(p)) or [p.detach().new_zeros(()).expand(m, n, *p.shape)]
                 found[id(p)] = ExplicitColumns((reduce(add, own_terms),))
         return found
 
-    def _deltas(self, y_bar: Tensor) -> list[tuple[Call, list[Tensor]]]:
-        """Return the calls that the output depends on, each with the cotangents ``(M, *shape)`` of its outputs."""
-        edges = [out.edge for call in self.calls for out in call.outputs if out.edge is not None]
-        bars = iter(self._gradient(edges, y_bar, batched=True))
-        found = []
-        for call in self.calls:
-            own = [None if out.edge is None else next(bars) for out in call.outputs]
-            if any(bar is not None for bar in own):
-                zeros = (y_bar.new_zeros(()).expand(y_bar.shape[0], *out.shape) for out in call.outputs)
-                found.append((call, [z if bar is None else bar for bar, z in zip(own, zeros, strict=True)]))
-        return found
+    def _deltas(self, y_bar: Tensor, c: Tensor) -> tuple[int, int, list[tuple[Call, list[Tensor]]]]:
+        """Return the calls that the output depends on, each with the cotangents ``(M, *shape)`` of its outputs.
 
-    def _gradient(self, inputs: list[Any], y_bar: Tensor, batched: bool) -> tuple[Tensor | None, ...]:
-        if not inputs:
-            return ()
-        bar = y_bar.reshape(*y_bar.shape[: y_bar.ndim - 2], *self.y.shape)
-        return torch.autograd.grad(
-            self.y, inputs, bar, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
-
-    def _checked(self, found: dict[int, Columns], y_bar: Tensor) -> list[Tensor]:
-        """Raise for samples that depend on each other, and return parameters that were used where no hook saw it.
-
-        Of the latter, columns with random coefficients do not add up to PyTorch's gradient.
+        One more cotangent, of every other sample alone, must leave the rest at zero: else samples depend on each other.
         """
         m, n, _ = y_bar.shape
-        rng = np.random.default_rng(0)
-        draws = rng.uniform(0.5, 1.5, (m, n)) * rng.choice([-1.0, 1.0], (m, n))
-        c = torch.asarray(draws, dtype=y_bar.dtype, device=y_bar.device)
-        mixed = (c[..., None] * y_bar).sum(0)
-        # The second cotangent belongs to every other sample alone.
-        half = mixed * (torch.arange(n, device=y_bar.device) % 2 == 0)[:, None]
-        edges = [(call, out) for call in self.calls for out in call.outputs if out.edge is not None and out.axis]
-        params = list(self.trained.values())
-        bars = self._gradient([*params, *(out.edge for _, out in edges)], torch.stack([mixed, half]), batched=True)
-        eps = torch.finfo(y_bar.dtype).eps
-        # NaN compares as false: samples that are not finite are named later.
-        crossing = [torch.zeros((), dtype=torch.bool, device=y_bar.device)]
-        for (_, out), bar in zip(edges, bars[len(params) :], strict=True):
-            by_sample = out.axis.apart(y_bar.new_zeros(out.shape) if bar is None else bar[1]).flatten(1)
-            size = by_sample.abs().amax(1) if by_sample.shape[1] else by_sample.sum(1)
-            others = size[1::2].max() if n > 1 else size.new_zeros(())
-            crossing.append(others > eps * size.max())
-        gap, own = [], []
-        blocks = {id(block): block for block in found.values()}.values()
-        sums = {}
-        for block in blocks:
-            mine = [p for p in params if found[id(p)] is block]
-            vectors = block.apply(c[None], range(block.n_params))
-            sums |= {id(p): v[0] for p, v in zip(mine, vectors, strict=True)}
-        for p, bar in zip(params, bars[: len(params)], strict=True):
-            gradient = torch.zeros_like(p) if bar is None else bar[0]
-            gap.append((sums[id(p)] - gradient).norm())
-            own.append(gradient.norm())
-        lengths = torch.stack(own)
-        bad = torch.stack(gap) > eps**0.5 * lengths + ROUNDING * eps * lengths.norm()
-        # One transfer to the host for all flags.
-        flags = torch.cat([torch.stack(crossing), bad]).tolist()
-        if any(flags[: len(crossing)]):
-            last = max(i for i, flag in enumerate(flags[: len(crossing)]) if flag) - 1
-            part = edges[last][0].module
+        half = (c[..., None] * y_bar).sum(0) * (torch.arange(n, device=y_bar.device) % 2 == 0)[:, None]
+        edges = [out.edge for call in self.calls for out in call.outputs if out.edge is not None]
+        bars = iter(self._gradient(edges, torch.cat([y_bar, half[None]]), batched=True))
+        found, crossing = [], []
+        for call in self.calls:
+            own = [None if out.edge is None else next(bars) for out in call.outputs]
+            if all(bar is None for bar in own):
+                continue
+            zeros = y_bar.new_zeros(())
+            filled = [
+                zeros.expand(m + 1, *out.shape) if bar is None else bar
+                for out, bar in zip(call.outputs, own, strict=True)
+            ]
+            found.append((call, [bar[:m] for bar in filled]))
+            crossing.append(_reaches_others(call, [bar[m] for bar in filled]))
+        flags = torch.stack(crossing).tolist() if n > 1 and crossing else []
+        if any(flags):
+            last = max(i for i, flag in enumerate(flags) if flag)
+            part = found[last][0].module
             where = next(name for name, other in self.module.named_modules() if other is part)
             raise ValueError(
                 f"Samples depend on each other behind {type(part).__name__} {where!r}: its output for one sample changes "
                 "the outputs of others. The most likely cause is a statistic of the batch, or a sum over the axis of "
                 "samples. Only a module that treats samples one by one has a Gram matrix of samples."
             )
-        return [p for p, flag in zip(params, flags[len(crossing) :], strict=True) if flag]
+        return m, n, found
+
+    def _gradient(self, inputs: list[Any], y_bar: Tensor, batched: bool) -> tuple[Tensor | None, ...]:
+        """Return the cotangents of tensors, or edges of the graph, from those of the outputs."""
+        bar = y_bar.reshape(*y_bar.shape[: y_bar.ndim - 2], *self.y.shape)
+        return torch.autograd.grad(
+            self.y, inputs, bar, retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )
+
+    def _disagreeing(self, found: dict[int, Columns], y_bar: Tensor, c: Tensor) -> list[Tensor]:
+        """Return the parameters whose columns, with coefficients ``(M, N)``, do not add up to PyTorch's gradient."""
+        params = list(self.trained.values())
+        sums = {}
+        for block in {id(block): block for block in found.values()}.values():
+            mine = [p for p in params if found[id(p)] is block]
+            vectors = block.apply(c[None], range(block.n_params))
+            sums |= {id(p): v[0] for p, v in zip(mine, vectors, strict=True)}
+        bars = self._gradient(params, (c[..., None] * y_bar).sum(0), batched=False)
+        gradients = [torch.zeros_like(p) if bar is None else bar for p, bar in zip(params, bars, strict=True)]
+        gap = torch.stack([(sums[id(p)] - g).norm() for p, g in zip(params, gradients, strict=True)])
+        own = torch.stack([g.norm() for g in gradients])
+        eps = torch.finfo(own.dtype).eps
+        # NaN compares as false: samples that are not finite are named later.
+        bad = gap > eps**0.5 * own + ROUNDING * eps * own.norm()
+        return [p for p, flag in zip(params, bad.tolist(), strict=True) if flag]
 
     def _one_sample_at_a_time(self, params: list[Tensor], y_bar: Tensor) -> list[Tensor]:
         """Return columns by the whole graph: one batched gradient for each sample."""
@@ -379,6 +366,24 @@ class _Graph(NamedTuple):
             zeros = (y_bar.new_zeros((y_bar.shape[0], *p.shape)) for p in params)
             columns.append([z if bar is None else bar for bar, z in zip(bars, zeros, strict=True)])
         return [torch.stack(samples, 1) for samples in zip(*columns, strict=True)]
+
+
+def _coefficients(y_bar: Tensor) -> Tensor:
+    """Return fixed random coefficients ``(M, N)`` of both signs, none near zero."""
+    rng, (m, n, _) = np.random.default_rng(0), y_bar.shape
+    draws = rng.uniform(0.5, 1.5, (m, n)) * rng.choice([-1.0, 1.0], (m, n))
+    return torch.asarray(draws, dtype=y_bar.dtype, device=y_bar.device)
+
+
+def _reaches_others(call: Call, bars: list[Tensor]) -> Tensor:
+    """Return whether the outputs of samples 1, 3, … have a cotangent, though the loss is of samples 0, 2, … alone."""
+    crossing = bars[0].new_zeros((), dtype=torch.bool)
+    for out, bar in zip(call.outputs, bars, strict=True):
+        if out.axis is not None and bar.numel():
+            size = out.axis.apart(bar).flatten(1).abs().amax(1)
+            # NaN compares as false.
+            crossing = crossing | (size[1::2] > torch.finfo(bar.dtype).eps * size.max()).any()
+    return crossing
 
 
 def _shared(owners: dict[Any, dict[str, Tensor]]) -> set[int]:

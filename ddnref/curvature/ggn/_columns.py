@@ -193,14 +193,14 @@ def _cross_positions(v: AffineColumns, w: AffineColumns) -> Array:
     """Return ``Σ_pp' (u_npᵀ u_n'p') (δ_mnpᵀ δ_m'n'p')``."""
     xp = array_api_compat.array_namespace(v.u)
     (m, n), (m_, n_) = v.delta.shape[:2], w.delta.shape[:2]
+    # The factors of each position as matrices with contiguous rows
+    left, right = ([(_matrix(c.delta[..., p]), c.u[..., p]) for p in range(c.u.shape[-1])] for c in (v, w))
 
-    def pair(p: int, q: int) -> Array:
-        outputs = _matrix(v.delta[..., p]) @ adjoint(_matrix(w.delta[..., q]))
-        inputs = v.u[..., p] @ adjoint(w.u[..., q])
+    def pair(one: tuple[Array, Array], other: tuple[Array, Array]) -> Array:
+        outputs, inputs = one[0] @ adjoint(other[0]), one[1] @ adjoint(other[1])
         return xp.reshape(outputs, (m, n, m_, n_)) * inputs[:, None, :]
 
-    k = reduce(add, starmap(pair, product(range(v.u.shape[-1]), range(w.u.shape[-1]))))
-    return xp.reshape(k, (m * n, m_ * n_))
+    return xp.reshape(reduce(add, starmap(pair, product(left, right))), (m * n, m_ * n_))
 
 
 def _cross_channels(v: AffineColumns, w: AffineColumns) -> Array:
