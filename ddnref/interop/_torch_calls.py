@@ -6,7 +6,7 @@ second counts samples, with w rows for each. No length of the user's data can be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -32,6 +32,28 @@ class Axis(NamedTuple):
         return x.unflatten(place, (-1, self.width)).movedim(place, lead)
 
 
+class Output(NamedTuple):
+    """A tensor that a module returned, or was given."""
+
+    shape: tuple[int, ...]
+    axis: Axis | None
+    edge: Any
+    """Its place in the graph; ``None`` without a derivative. What is done to the tensor in place later leaves it."""
+
+
+class Inner(NamedTuple):
+    """A call of a part with trained parameters inside the call of another one, where a repetition of the latter cuts."""
+
+    module: Any
+    inputs: tuple[tuple[int, Output], ...]
+    """The places and tensors of its arguments that have a derivative."""
+    results: tuple[Any, ...]
+    """What it returned, flat; tensors are detached."""
+    structure: Any
+    axes: tuple[Axis | None, ...]
+    """The axis of each result that counts samples."""
+
+
 class Call(NamedTuple):
     """One call of a module."""
 
@@ -42,17 +64,10 @@ class Call(NamedTuple):
     """How they are given back to the module."""
     axes: tuple[Axis | None, ...]
     """The axis of each argument that counts samples."""
-    outputs: tuple[Any, ...]
-    """For each tensor of its output: shape, axis, and its place in the graph, or ``None`` for one without derivative."""
-
-
-class Output(NamedTuple):
-    """A tensor that a module returned."""
-
-    shape: tuple[int, ...]
-    axis: Axis | None
-    edge: Any
-    """Its place in the graph; ``None`` without a derivative. What is done to the tensor in place later leaves it."""
+    outputs: tuple[Output, ...]
+    """The tensors that it returned."""
+    inner: tuple[Inner, ...]
+    """The calls inside it, without those inside of these."""
 
 
 Shapes = list[tuple[tuple[tuple[int, ...] | None, ...], tuple[tuple[int, ...] | None, ...]]]
@@ -112,39 +127,97 @@ def _shape(leaf: Any) -> tuple[int, ...] | None:
 
 
 @contextmanager
-def hooks(modules: Any, hook: Callable[..., None]) -> Iterator[None]:
-    """Call `hook` after each call of some modules, and remove it at the end, whatever happens."""
-    handles = [part.register_forward_hook(hook, with_kwargs=True) for part in modules]
+def hooks(parts: Iterable[Any], after: Callable[..., None], before: Callable[..., Any] | None = None) -> Iterator[None]:
+    """Call functions before and after each call of some modules, and remove the hooks at the end, whatever happens."""
+    handles = []
     try:
+        for part in parts:
+            handles.append(part.register_forward_hook(after, with_kwargs=True))
+            if before is not None:
+                handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def record(module: Any, x: Tensor, parts: Any, known: Layout) -> tuple[Any, list[Call]]:
-    """Run a module, and return its output and the calls of some of its parts."""
+def record(module: Any, x: Tensor, owners: Container[Any], known: Layout) -> tuple[Any, list[Call]]:
+    """Run a module, and return its output and the calls of the parts that own parameters."""
     calls: list[Call] = []
     counts: dict[Any, int] = {}
+    n = x.shape[0]
+    # For each call that is running: its module, its inner calls, and its inputs where its caller owns parameters.
+    frames: list[tuple[Any, list[Inner], list[tuple[int, Any]]]] = []
 
-    def hook(part: Any, args: Any, kwargs: Any, output: Any) -> None:
+    def before(part: Any, args: Any, kwargs: Any) -> Any:
+        cut: list[tuple[int, Any]] = []
+        inside = bool(frames) and frames[-1][0] in owners
+        frames.append((part, [], cut))
+        if not inside:
+            return None
+        # A view of each argument has a derivative by this call alone, whatever else its caller does with the argument.
         leaves, structure = pytree.tree_flatten((args, kwargs))
-        results = [leaf for leaf in pytree.tree_leaves(output)]
+        views: dict[int, Any] = {}
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                if id(leaf) not in views:
+                    views[id(leaf)] = leaf.view_as(leaf)
+                    cut.append((i, get_gradient_edge(views[id(leaf)])))
+                leaves[i] = views[id(leaf)]
+        return pytree.tree_unflatten(leaves, structure)
+
+    def after(part: Any, args: Any, kwargs: Any, output: Any) -> None:
+        _, inner, cut = frames.pop()
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        results, shape_of_results = pytree.tree_flatten(output)
         # The axes of the call with the same number; where a branch led elsewhere, the leading axis.
         number = counts[part] = counts.get(part, -1) + 1
         axes, out = (known.axes.get(part, [])[number : number + 1] or [((), ())])[0]
-        axes = axes if _fit(axes, leaves, x.shape[0]) else tuple(_leading(leaf, x.shape[0]) for leaf in leaves)
-        out = out if _fit(out, results, x.shape[0]) else tuple(_leading(leaf, x.shape[0]) for leaf in results)
-        outputs = tuple(
-            Output(tuple(leaf.shape), axis, get_gradient_edge(leaf) if leaf.requires_grad else None)
-            for leaf, axis in zip(results, out, strict=True)
-            if isinstance(leaf, torch.Tensor)
-        )
-        detached = tuple(leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
-        calls.append(Call(part, detached, structure, axes, outputs))
+        axes = axes if _fit(axes, leaves, n) else tuple(_leading(leaf, n) for leaf in leaves)
+        out = out if _fit(out, results, n) else tuple(_leading(leaf, n) for leaf in results)
+        if frames and frames[-1][0] in owners:
+            inputs = tuple((i, Output(tuple(leaves[i].shape), axes[i], edge)) for i, edge in cut)
+            frames[-1][1].append(Inner(part, inputs, _detached(results), shape_of_results, out))
+        if part in owners:
+            outputs = tuple(
+                Output(tuple(leaf.shape), axis, get_gradient_edge(leaf) if leaf.requires_grad else None)
+                for leaf, axis in zip(results, out, strict=True)
+                if isinstance(leaf, torch.Tensor)
+            )
+            calls.append(Call(part, _detached(leaves), structure, axes, outputs, tuple(inner)))
 
-    with hooks(parts, hook):
+    parts = [part for part in module.modules() if part in owners or known.carries_samples(part)]
+    with hooks(parts, after, before):
         return module(x), calls
+
+
+def _detached(leaves: list[Any]) -> tuple[Any, ...]:
+    return tuple(leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+
+
+@contextmanager
+def replaced(inner: Sequence[Inner], results: Sequence[Sequence[Any]], inputs: list[Any]) -> Iterator[None]:
+    """Let inner calls return given results instead of computing them, and put their inputs into a list."""
+    calls = iter(zip(inner, results, strict=True))
+
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        for call, result in calls:
+            leaves = pytree.tree_leaves((args, kwargs))
+            inputs.extend(leaves[i] for i, _ in call.inputs)
+            return pytree.tree_unflatten(result, call.structure)
+        raise RuntimeError("There are more calls than before.")
+
+    parts = list(dict.fromkeys(call.module for call in inner))
+    own = [part.__dict__.get("forward") for part in parts]
+    try:
+        for part in parts:
+            part.__dict__["forward"] = answer
+        yield
+    finally:
+        for part, forward in zip(parts, own, strict=True):
+            del part.__dict__["forward"]
+            if forward is not None:
+                part.__dict__["forward"] = forward
 
 
 def _fit(axes: tuple[Axis | None, ...], leaves: list[Any], n: int) -> bool:

@@ -14,7 +14,7 @@ with PyTorch's gradient. Where a parameter is used in a way that no hook sees, i
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import reduce
 from operator import add
@@ -30,7 +30,7 @@ from ddnref._core.arrays import namespace
 from ddnref._core.checks import check_dtypes, check_real
 from ddnref.curvature.ggn._columns import AffineColumns, Columns, ExplicitColumns
 from ddnref.curvature.ggn._network import Linearised
-from ddnref.interop._torch_calls import Axis, Call, Layout, layout, record
+from ddnref.interop._torch_calls import Axis, Call, Layout, Output, layout, record, replaced
 from ddnref.networks._from_torch import loss_from
 from ddnref.networks._losses import Loss, name_of, over_positions
 from ddnref.networks._losses import resolve as resolve_loss
@@ -161,7 +161,7 @@ class ModuleGgn:
             x = x.clone() if x.is_inference() else x.detach()
             known = layout(self.module, x)
             owners = _owners(self.module, trained, known)
-            y, calls = record(self.module, x, list(dict.fromkeys((*owners, self.module))), known)
+            y, calls = record(self.module, x, owners, known)
         flat, criterion = _outputs(y, x.shape[0], self.params[0].dtype, self.criterion)
         graph = _Graph(self.module, trained, owners, calls, y)
         return Linearised(flat, criterion, graph.columns)
@@ -306,20 +306,22 @@ class _Graph(NamedTuple):
         """
         m, n, _ = y_bar.shape
         half = (c[..., None] * y_bar).sum(0) * (torch.arange(n, device=y_bar.device) % 2 == 0)[:, None]
-        edges = [out.edge for call in self.calls for out in call.outputs if out.edge is not None]
+        # δ behind each call, and the cotangents of what its inner calls take
+        tensors = [[*call.outputs, *(tensor for part in call.inner for _, tensor in part.inputs)] for call in self.calls]
+        edges = [tensor.edge for own in tensors for tensor in own if tensor.edge is not None]
         bars = iter(self._gradient(edges, torch.cat([y_bar, half[None]]), batched=True))
         found, crossing = [], []
-        for call in self.calls:
-            own = [None if out.edge is None else next(bars) for out in call.outputs]
-            if all(bar is None for bar in own):
+        for call, own in zip(self.calls, tensors, strict=True):
+            given = [None if tensor.edge is None else next(bars) for tensor in own]
+            if all(bar is None for bar in given):
                 continue
             zeros = y_bar.new_zeros(())
             filled = [
-                zeros.expand(m + 1, *out.shape) if bar is None else bar
-                for out, bar in zip(call.outputs, own, strict=True)
+                zeros.expand(m + 1, *tensor.shape) if bar is None else bar
+                for tensor, bar in zip(own, given, strict=True)
             ]
             found.append((call, [bar[:m] for bar in filled]))
-            crossing.append(_reaches_others(call, [bar[m] for bar in filled]))
+            crossing.append(_reaches_others(own, [bar[m] for bar in filled]))
         flags = torch.stack(crossing).tolist() if n > 1 and crossing else []
         if any(flags):
             last = max(i for i, flag in enumerate(flags) if flag)
@@ -375,12 +377,12 @@ def _coefficients(y_bar: Tensor) -> Tensor:
     return torch.asarray(draws, dtype=y_bar.dtype, device=y_bar.device)
 
 
-def _reaches_others(call: Call, bars: list[Tensor]) -> Tensor:
-    """Return whether the outputs of samples 1, 3, … have a cotangent, though the loss is of samples 0, 2, … alone."""
+def _reaches_others(tensors: list[Output], bars: list[Tensor]) -> Tensor:
+    """Return whether tensors of samples 1, 3, … have a cotangent, though the loss is of samples 0, 2, … alone."""
     crossing = bars[0].new_zeros((), dtype=torch.bool)
-    for out, bar in zip(call.outputs, bars, strict=True):
-        if out.axis is not None and bar.numel():
-            size = out.axis.apart(bar).flatten(1).abs().amax(1)
+    for tensor, bar in zip(tensors, bars, strict=True):
+        if tensor.axis is not None and bar.numel():
+            size = tensor.axis.apart(bar).flatten(1).abs().amax(1)
             # NaN compares as false.
             crossing = crossing | (size[1::2] > torch.finfo(bar.dtype).eps * size.max()).any()
     return crossing
@@ -459,33 +461,51 @@ def _factors(part: Any, call: Call, delta: Tensor) -> tuple[Tensor, Tensor]:
 # --- every other part -----------------------------------------------------------------------------------------------
 
 
-def _by_sample(call: Call, deltas: Iterable[Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+def _by_sample(call: Call, deltas: list[Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the columns ``(M, N, *shape)`` of a part's parameters, by vector-Jacobian products for each sample.
 
-    None are returned for a part that cannot be mapped over samples.
+    Inner calls are held at what they returned: what depends on the parameters is the output and what these take. None
+    are returned for a part that cannot be mapped over samples.
     """
     params = {name: p.detach() for name, p in own.items()}
-    places = [i for i, axis in enumerate(call.axes) if axis is not None]
-    apart = [call.axes[i].apart(call.leaves[i]) for i in places]  # type: ignore[union-attr]
-    kept = [i for i, out in enumerate(call.outputs) if out.axis is not None]
-    bars = [out.axis.apart(bar, 1) for out, bar in zip(call.outputs, deltas, strict=True) if out.axis is not None]
+    arguments = _Sliced(call.leaves, call.axes)
+    results = [_Sliced(part.results, part.axes) for part in call.inner]
+    tensors = [*call.outputs, *(tensor for part in call.inner for _, tensor in part.inputs)]
+    kept = [i for i, tensor in enumerate(tensors) if tensor.axis is not None]
+    bars = [tensors[i].axis.apart(deltas[i], 1) for i in kept]  # type: ignore[union-attr]
 
-    def of_sample(own_leaves: list[Tensor], own_bars: list[Tensor]) -> dict[str, Tensor]:
-        leaves = list(call.leaves)
-        for i, leaf in zip(places, own_leaves, strict=True):
-            leaves[i] = leaf
-
+    def of_sample(slices: list[Tensor], inner: list[list[Tensor]], own_bars: list[Tensor]) -> dict[str, Tensor]:
         def outputs(parameters: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            args, kwargs = pytree.tree_unflatten(leaves, call.structure)
-            result = torch.func.functional_call(call.module, parameters, args, kwargs)
-            tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-            return tuple(tensors[i] for i in kept)
+            args, kwargs = pytree.tree_unflatten(arguments.whole(slices), call.structure)
+            inputs: list[Tensor] = []
+            with replaced(call.inner, [r.whole(i) for r, i in zip(results, inner, strict=True)], inputs):
+                result = torch.func.functional_call(call.module, parameters, args, kwargs)
+            found = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)] + inputs
+            return tuple(found[i] for i in kept)
 
         pull = torch.func.vjp(outputs, params)[1]
         return torch.func.vmap(lambda *bar: pull(bar)[0])(*own_bars)  # type: ignore[no-any-return]
 
     try:
-        return torch.func.vmap(of_sample, (0, 1), 1)(apart, bars)  # type: ignore[no-any-return]
+        return torch.func.vmap(of_sample, (0, 0, 1), 1)(  # type: ignore[no-any-return]
+            arguments.slices(), [result.slices() for result in results], bars
+        )
     except RuntimeError:
         # A branch that depends on data, or a kernel that vmap does not know: without these columns the check fails.
         return {}
+
+
+class _Sliced(NamedTuple):
+    """A flat list of values, some of which are tensors of samples."""
+
+    leaves: tuple[Any, ...]
+    axes: tuple[Axis | None, ...]
+
+    def slices(self) -> list[Tensor]:
+        """Return the tensors of samples, each with the samples first."""
+        return [axis.apart(leaf) for leaf, axis in zip(self.leaves, self.axes, strict=True) if axis is not None]
+
+    def whole(self, slices: list[Tensor]) -> list[Any]:
+        """Return the list of one sample."""
+        own = iter(slices)
+        return [leaf if axis is None else next(own) for leaf, axis in zip(self.leaves, self.axes, strict=True)]

@@ -141,7 +141,8 @@ class ExplicitColumns(NamedTuple):
         return ExplicitColumns(tuple(array[rows, ...] for array in self.arrays))
 
     def cross(self, other: ExplicitColumns, chosen: Sequence[int]) -> Array:
-        return reduce(add, (_matrix(self.arrays[i]) @ adjoint(_matrix(other.arrays[i])) for i in chosen))
+        own = ((_matrix(self.arrays[i]), i) for i in chosen)
+        return reduce(add, (a @ adjoint(a if other is self else _matrix(other.arrays[i])) for a, i in own))
 
     def apply(self, c: Array, chosen: Sequence[int]) -> Params:
         xp = array_api_compat.array_namespace(c)
@@ -194,7 +195,8 @@ def _cross_positions(v: AffineColumns, w: AffineColumns) -> Array:
     xp = array_api_compat.array_namespace(v.u)
     (m, n), (m_, n_) = v.delta.shape[:2], w.delta.shape[:2]
     # The factors of each position as matrices with contiguous rows
-    left, right = ([(_matrix(c.delta[..., p]), c.u[..., p]) for p in range(c.u.shape[-1])] for c in (v, w))
+    left = [(_matrix(v.delta[..., p]), v.u[..., p]) for p in range(v.u.shape[-1])]
+    right = left if w is v else [(_matrix(w.delta[..., p]), w.u[..., p]) for p in range(w.u.shape[-1])]
 
     def pair(one: tuple[Array, Array], other: tuple[Array, Array]) -> Array:
         outputs, inputs = one[0] @ adjoint(other[0]), one[1] @ adjoint(other[1])
@@ -211,7 +213,8 @@ def _cross_channels(v: AffineColumns, w: AffineColumns) -> Array:
 
     def some(start: int) -> Array:
         channels = slice(start, min(start + step, count))
-        a, b = (_matrix(c.delta[..., channels, :] @ xp.matrix_transpose(c.u)) for c in (v, w))
+        a = _matrix(v.delta[..., channels, :] @ xp.matrix_transpose(v.u))
+        b = a if w is v else _matrix(w.delta[..., channels, :] @ xp.matrix_transpose(w.u))
         return a @ adjoint(b)
 
     return reduce(add, map(some, range(0, count, step)))
