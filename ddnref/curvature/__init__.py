@@ -12,6 +12,7 @@ from ddnref.curvature._gram import (
 )
 from ddnref.curvature._reducers import GramState, Reducer, SumState, gram_reducer, sum_reducer
 from ddnref.curvature.ggn._directional import DirectionalDerivatives, ggn_damped_newton, ggn_directional_derivatives
+from ddnref.curvature.ggn._factors import gram_from_factors
 from ddnref.curvature.ggn._functions import ggn_eigh, ggn_eigvalsh
 from ddnref.curvature.ggn._state import Ggn, GgnState, ggn_reducer
 from ddnref.curvature.hessian._diagonal import hessian_diagonal, hessian_trace
@@ -55,6 +56,7 @@ __all__ = [
     "gram_eigvalsh_fwd",
     "gram_eigvalsh_jvp",
     "gram_eigvalsh_vjp",
+    "gram_from_factors",
     "gram_reducer",
     "hessian_diagonal",
     "hessian_eigval_count",

@@ -307,7 +307,9 @@ class _Graph(NamedTuple):
         m, n, _ = y_bar.shape
         half = (c[..., None] * y_bar).sum(0) * (torch.arange(n, device=y_bar.device) % 2 == 0)[:, None]
         # δ behind each call, and the cotangents of what its inner calls take
-        tensors = [[*call.outputs, *(tensor for part in call.inner for _, tensor in part.inputs)] for call in self.calls]
+        tensors = [
+            [*call.outputs, *(tensor for part in call.inner for _, tensor in part.inputs)] for call in self.calls
+        ]
         edges = [tensor.edge for own in tensors for tensor in own if tensor.edge is not None]
         bars = iter(self._gradient(edges, torch.cat([y_bar, half[None]]), batched=True))
         found, crossing = [], []
@@ -337,9 +339,7 @@ class _Graph(NamedTuple):
     def _gradient(self, inputs: list[Any], y_bar: Tensor, batched: bool) -> tuple[Tensor | None, ...]:
         """Return the cotangents of tensors, or edges of the graph, from those of the outputs."""
         bar = y_bar.reshape(*y_bar.shape[: y_bar.ndim - 2], *self.y.shape)
-        return torch.autograd.grad(
-            self.y, inputs, bar, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
+        return torch.autograd.grad(self.y, inputs, bar, retain_graph=True, allow_unused=True, is_grads_batched=batched)
 
     def _disagreeing(self, found: dict[int, Columns], y_bar: Tensor, c: Tensor) -> list[Tensor]:
         """Return the parameters whose columns, with coefficients ``(M, N)``, do not add up to PyTorch's gradient."""

@@ -205,8 +205,20 @@ def curvature_targets() -> list[Target]:
         xp = array_api_compat.array_namespace(found.w)
         return found.w, xp.abs(found.first), found.second
 
+    def factors(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
+        return normal(rng, (4, m)), normal(rng, (4, 3, 2)), normal(rng, (2, 4, 3)), normal(rng, (2, 4, 3, m))
+
     seeds = {"seed": "seed"}
     return [
+        target(
+            curvature.gram_from_factors,
+            factors,
+            "us us deltas deltas",
+            lambda u, v, delta, epsilon: curvature.gram_from_factors([u, v], [delta, epsilon]),
+            like=lambda: None,
+            name="gram_from_factors",
+            items=False,
+        ),
         of(curvature.ggn_eigvalsh, curvature.ggn_eigvalsh, options={**seeds, "mc_samples": "check_every"}),
         of(
             curvature.ggn_eigh,

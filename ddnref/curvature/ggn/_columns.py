@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import reduce
-from itertools import product, starmap
+from itertools import combinations, product, starmap
 from operator import add
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -196,13 +196,20 @@ def _cross_positions(v: AffineColumns, w: AffineColumns) -> Array:
     (m, n), (m_, n_) = v.delta.shape[:2], w.delta.shape[:2]
     # The factors of each position as matrices with contiguous rows
     left = [(_matrix(v.delta[..., p]), v.u[..., p]) for p in range(v.u.shape[-1])]
-    right = left if w is v else [(_matrix(w.delta[..., p]), w.u[..., p]) for p in range(w.u.shape[-1])]
 
     def pair(one: tuple[Array, Array], other: tuple[Array, Array]) -> Array:
         outputs, inputs = one[0] @ adjoint(other[0]), one[1] @ adjoint(other[1])
-        return xp.reshape(outputs, (m, n, m_, n_)) * inputs[:, None, :]
+        return xp.reshape(xp.reshape(outputs, (m, n, m_, n_)) * inputs[:, None, :], (m * n, m_ * n_))
 
-    return xp.reshape(reduce(add, starmap(pair, product(left, right))), (m * n, m_ * n_))
+    if w is not v:
+        right = [(_matrix(w.delta[..., p]), w.u[..., p]) for p in range(w.u.shape[-1])]
+        return reduce(add, starmap(pair, product(left, right)))
+    # The pair (q, p) adds the transpose of what (p, q) adds.
+    k = reduce(add, (pair(one, one) for one in left))
+    if len(left) == 1:
+        return k
+    above = reduce(add, starmap(pair, combinations(left, 2)))
+    return k + above + adjoint(above)
 
 
 def _cross_channels(v: AffineColumns, w: AffineColumns) -> Array:

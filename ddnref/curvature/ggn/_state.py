@@ -248,9 +248,7 @@ def _forward(
     return y, t, loss, lambda y_bar: back(marked(y_bar, bad))
 
 
-def _factors(
-    given: Options, loss: Loss, y: Array, t: Array, chosen: list[int] | None, start: int, n: int
-) -> Array:
+def _factors(given: Options, loss: Loss, y: Array, t: Array, chosen: list[int] | None, start: int, n: int) -> Array:
     """Return the columns of S_n, ``(M, N, C)``, or random combinations of them; n samples from `start` were given."""
     xp = array_api_compat.array_namespace(y)
     s = loss.hessian_sqrt(y, t)  # (N, C, r)
