@@ -1,4 +1,4 @@
-"""The calls of a module's parts during one forward pass, recorded by hooks, and which axes of their tensors count samples.
+"""The calls of a module's parts during one forward pass, recorded by hooks, and which axes count samples.
 
 Two passes over two and over three samples tell the axes: one that has a length of 2 w in the first and of 3 w in the
 second counts samples, with w rows for each. No length of the user's data can be mistaken for it.
@@ -42,7 +42,7 @@ class Output(NamedTuple):
 
 
 class Inner(NamedTuple):
-    """A call of a part with trained parameters inside the call of another one, where a repetition of the latter cuts."""
+    """A call of a part with trained parameters inside the call of another one, which is not repeated with that one."""
 
     module: Any
     inputs: tuple[tuple[int, Output], ...]
@@ -68,6 +68,10 @@ class Call(NamedTuple):
     """The tensors that it returned."""
     inner: tuple[Inner, ...]
     """The calls inside it, without those inside of these."""
+
+    def tensors(self) -> list[Output]:
+        """Return its outputs, and then the arguments of inner calls: all that its own parameters act on."""
+        return [*self.outputs, *(tensor for part in self.inner for _, tensor in part.inputs)]
 
 
 Shapes = list[tuple[tuple[tuple[int, ...] | None, ...], tuple[tuple[int, ...] | None, ...]]]

@@ -192,8 +192,8 @@ def _outputs(y: Any, n: int, dtype: Any, criterion: Loss) -> tuple[Tensor, Loss]
         raise TypeError(f"module returns {y.dtype}, its parameters are {dtype}: both must be the same.")
     if y.ndim not in (2, 3) or y.shape[0] != n:
         raise ValueError(
-            f"module returns shape {tuple(y.shape)} for N = {n} samples, expected (N, C), or (N, T, C) with the outputs "
-            "of each position last."
+            f"module returns shape {tuple(y.shape)} for N = {n} samples, expected (N, C), or (N, T, C) with the "
+            "outputs of each position last."
         )
     if not y.requires_grad:
         raise ValueError("The output of module does not depend on its parameters: none of them has a derivative.")
@@ -307,9 +307,7 @@ class _Graph(NamedTuple):
         m, n, _ = y_bar.shape
         half = (c[..., None] * y_bar).sum(0) * (torch.arange(n, device=y_bar.device) % 2 == 0)[:, None]
         # δ behind each call, and the cotangents of what its inner calls take
-        tensors = [
-            [*call.outputs, *(tensor for part in call.inner for _, tensor in part.inputs)] for call in self.calls
-        ]
+        tensors = [call.tensors() for call in self.calls]
         edges = [tensor.edge for own in tensors for tensor in own if tensor.edge is not None]
         bars = iter(self._gradient(edges, torch.cat([y_bar, half[None]]), batched=True))
         found, crossing = [], []
@@ -330,21 +328,21 @@ class _Graph(NamedTuple):
             part = found[last][0].module
             where = next(name for name, other in self.module.named_modules() if other is part)
             raise ValueError(
-                f"Samples depend on each other behind {type(part).__name__} {where!r}: its output for one sample changes "
-                "the outputs of others. The most likely cause is a statistic of the batch, or a sum over the axis of "
-                "samples. Only a module that treats samples one by one has a Gram matrix of samples."
+                f"Samples depend on each other behind {type(part).__name__} {where!r}: its output for one sample "
+                "changes the outputs of others. The most likely cause is a statistic of the batch, or a sum over the "
+                "axis of samples. Only a module that treats samples one by one has a Gram matrix of samples."
             )
         return m, n, found
 
     def _gradient(self, inputs: list[Any], y_bar: Tensor, batched: bool) -> tuple[Tensor | None, ...]:
         """Return the cotangents of tensors, or edges of the graph, from those of the outputs."""
         bar = y_bar.reshape(*y_bar.shape[: y_bar.ndim - 2], *self.y.shape)
-        return torch.autograd.grad(self.y, inputs, bar, retain_graph=True, allow_unused=True, is_grads_batched=batched)
+        return torch.autograd.grad(self.y, inputs, bar, retain_graph=True, allow_unused=True, is_grads_batched=batched)  # type: ignore[no-any-return]
 
     def _disagreeing(self, found: dict[int, Columns], y_bar: Tensor, c: Tensor) -> list[Tensor]:
         """Return the parameters whose columns, with coefficients ``(M, N)``, do not add up to PyTorch's gradient."""
         params = list(self.trained.values())
-        sums = {}
+        sums: dict[int, Tensor] = {}
         for block in {id(block): block for block in found.values()}.values():
             mine = [p for p in params if found[id(p)] is block]
             vectors = block.apply(c[None], range(block.n_params))
@@ -470,7 +468,7 @@ def _by_sample(call: Call, deltas: list[Tensor], own: dict[str, Tensor]) -> dict
     params = {name: p.detach() for name, p in own.items()}
     arguments = _Sliced(call.leaves, call.axes)
     results = [_Sliced(part.results, part.axes) for part in call.inner]
-    tensors = [*call.outputs, *(tensor for part in call.inner for _, tensor in part.inputs)]
+    tensors = call.tensors()
     kept = [i for i, tensor in enumerate(tensors) if tensor.axis is not None]
     bars = [tensors[i].axis.apart(deltas[i], 1) for i in kept]  # type: ignore[union-attr]
 

@@ -43,6 +43,7 @@ from ddnref.interop._held_options import FUNCTIONS, held_by, holding
 from ddnref.interop._torch_batched_grads import are_mapped, map_backward
 from ddnref.interop._torch_foreign_kernels import computed_by
 from ddnref.interop._torch_forward import in_forward_mode, pushing, refuse_graph
+from ddnref.interop._torch_ggn import ModuleGgn, ggn
 from ddnref.interop._torch_on_numpy import bound_on_numpy, on_numpy
 from ddnref.interop._torch_opaque import opaque
 from ddnref.interop._torch_second import first_order, linear_map, moves_saved
@@ -50,6 +51,8 @@ from ddnref.interop._torch_vmap import align_batch, align_held, mapped_axis_firs
 from ddnref.interop._torch_warnings import notify, with_warning
 from ddnref.linalg import linear_solve
 from ddnref.operators import LinearOperator
+
+__all__ = ["ModuleGgn", "differentiable", "ggn"]
 
 Tensor: TypeAlias = Any  # torch is optional, so that types must not depend on it
 

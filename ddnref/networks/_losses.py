@@ -348,9 +348,9 @@ def over_positions(loss: Loss, positions: int) -> Loss:
         c = y.shape[-1] // positions
         if tuple(t.shape) not in ((y.shape[0], positions), (y.shape[0], positions, c)):
             raise ValueError(
-                f"t has shape {tuple(t.shape)}, expected {(y.shape[0], positions)} or {(y.shape[0], positions, c)}: the "
-                f"outputs have shape {(y.shape[0], positions, c)}, with the C = {c} outputs of each position last. "
-                "Transpose outputs (N, C, T)."
+                f"t has shape {tuple(t.shape)}, expected {(y.shape[0], positions)} or {(y.shape[0], positions, c)}: "
+                f"outputs of shape {(y.shape[0], positions, c)} have {positions} positions, and the C = {c} outputs "
+                "of each come last. Transpose outputs (N, C, T)."
             )
         if loss.check is not None:
             loss.check(*flat(y, t))

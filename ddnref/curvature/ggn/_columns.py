@@ -67,7 +67,7 @@ class AffineColumns(NamedTuple):
     @property
     def is_dense(self) -> bool:
         """Whether a column is ``δ uᵀ`` and δ, without a sum over positions."""
-        return self.u.ndim == 2
+        return bool(self.u.ndim == 2)
 
     def part(self, rows: slice) -> AffineColumns:
         return self._replace(delta=self.delta[rows, ...])
