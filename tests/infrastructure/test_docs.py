@@ -147,6 +147,7 @@ def public() -> set[str]:
     modules = [module.name for module in pkgutil.iter_modules(interop.__path__)]
     bridges = {f"ddnref.interop.{name}" for name in modules if not name.startswith("_")}
     maps = {f"ddnref.interop.dask.{name}" for name in ("map_items", "map_gradients", "reduce_blocks")}
+    maps |= {f"ddnref.interop.torch.{name}" for name in ("ggn", "ModuleGgn")}
     return names | bridges | {f"{bridge}.differentiable" for bridge in bridges - {"ddnref.interop.dask"}} | maps
 
 
