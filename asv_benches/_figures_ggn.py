@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from _figures import MARGIN, Row, Size, Sizes, at_least, at_most, or_skipped, ratio_row, value_row, written
 from benchmarks import _ggn_cases as ggn_cases
+from benchmarks import _module_cases as module_cases
 from benchmarks._common import Case, alternating, interleaved
 
 GGN_BARS = {"eigvalsh": (1.1, 1.3), "eigh": (0.55, 0.55), "derivatives": (0.15, 0.15), "newton": (0.15, 0.15)}
@@ -29,6 +30,13 @@ def ggn_rows(sizes: Sizes) -> Iterator[Row]:
         yield at_most(figure, ratio.median, 0.2, written(ratio), MARGIN)
         figure = f"GGN eigenvalues against vivit's, {net} float32: largest difference / largest eigenvalue"
         yield or_skipped(figure, value_row, 1e-5, ggn_cases.difference, net)
+
+    for name in ("vit", "resnet"):
+        peer = Case("module_curvlinops", {"name": name}), Case("module", {"name": name})
+        figure = f"GGN eigh of a PyTorch module, curvlinops with eigsh / ddnref, {name} float32, two processes"
+        yield or_skipped(figure, ratio_row, 5.0, at_least, alternating, *peer)
+        figure = f"GGN eigenvalues of a PyTorch module against curvlinops', {name} float32: difference / the largest"
+        yield or_skipped(figure, value_row, 1e-5, module_cases.difference, name)
 
 
 def growth_row(figure: str, bar: float, *cases: Case) -> Row:

@@ -13,7 +13,7 @@ from typing import Any
 import ddnref
 from ddnref import reference
 
-from . import _ggn_cases, _polar_cases
+from . import _ggn_cases, _module_cases, _polar_cases
 from ._common import Call, load, load_jax, problem
 
 
@@ -105,6 +105,9 @@ GGN: dict[str, Callable[..., Call]] = {
     "ggn": _ggn_cases.ours,
     "vivit": _ggn_cases.vivit,
     "curvlinops": _ggn_cases.curvlinops,
+    "module": _module_cases.ours,
+    "module_chain": _module_cases.chain,
+    "module_curvlinops": _module_cases.curvlinops,
 }
 POLAR: dict[str, Callable[..., Call]] = {
     name: getattr(_polar_cases, name) for name in ("polar_both", "polar_torch", "lstsq_both", "lstsq_torch")

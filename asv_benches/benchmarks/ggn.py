@@ -1,8 +1,9 @@
-"""``ddnref.ggn_*``: time, ratios to vivit and curvlinops in separate processes, memory, agreement."""
+"""``ddnref.ggn_*``: time, ratios to vivit and curvlinops in separate processes, memory, agreement; PyTorch modules."""
 
 from __future__ import annotations
 
 from . import _ggn_cases as cases
+from . import _module_cases as modules
 from ._common import Case, alternating, interleaved, load, pin_threads
 
 
@@ -66,3 +67,51 @@ class GgnErrors:
 
     def track_difference_to_vivit(self, net: str) -> float:
         return cases.difference(net)
+
+
+class GgnModule:
+    """The ten largest eigenpairs of PyTorch modules by hooks, float32."""
+
+    params = (modules.MODULES,)
+    param_names = ("module",)
+
+    def setup(self, module: str) -> None:
+        load("torch")
+        self.call = modules.ours(module)
+
+    def time_call(self, *_: object) -> None:
+        self.call()
+
+
+class GgnModuleOverChain:
+    """Hooks over a `Chain` of the same convolutions."""
+
+    unit = "ratio"
+
+    def setup(self) -> None:
+        load("torch")
+
+    def track_time_over_chain(self) -> float:
+        options = {"name": "cnn"}
+        return alternating(Case("module", options), Case("module_chain", options)).median
+
+
+class GgnModuleRatio:
+    """Hooks over curvlinops with SciPy's eigsh."""
+
+    params = (("vit", "resnet"),)
+    param_names = ("module",)
+
+    def setup(self, *_: object) -> None:
+        load("curvlinops")
+
+    def track_time_over_curvlinops(self, module: str) -> float:
+        options = {"name": module}
+        return alternating(Case("module", options), Case("module_curvlinops", options)).median
+
+    track_time_over_curvlinops.unit = "ratio"  # type: ignore[attr-defined]
+
+    def track_difference_to_curvlinops(self, module: str) -> float:
+        return modules.difference(module)
+
+    track_difference_to_curvlinops.unit = "relative error"  # type: ignore[attr-defined]

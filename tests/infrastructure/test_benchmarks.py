@@ -130,6 +130,13 @@ def test_benchmark_runs(
         with pytest.raises(NotImplementedError, match="vivit is not installed"):
             run(cls, method, parameters)
         return
+    ggn = benchmarks["ggn"]
+    if cls in (ggn.GgnModule, ggn.GgnModuleOverChain):
+        need(request.config, "torch")
+    if cls is ggn.GgnModuleRatio and importlib.util.find_spec("curvlinops") is None:
+        with pytest.raises(NotImplementedError, match="curvlinops is not installed"):
+            run(cls, method, parameters)
+        return
     value = run(cls, method, parameters)
     if method.startswith("track_"):
         assert np.isfinite(value)
