@@ -14,6 +14,7 @@ from ddnref.curvature._reducers import GramState, Reducer, SumState, gram_reduce
 from ddnref.curvature.ggn._directional import DirectionalDerivatives, ggn_damped_newton, ggn_directional_derivatives
 from ddnref.curvature.ggn._factors import gram_from_factors
 from ddnref.curvature.ggn._functions import ggn_eigh, ggn_eigvalsh
+from ddnref.curvature.ggn._laplace import Laplace, ggn_laplace
 from ddnref.curvature.ggn._state import Ggn, GgnState, ggn_reducer
 from ddnref.curvature.hessian._diagonal import hessian_diagonal, hessian_trace
 from ddnref.curvature.hessian._solve import (
@@ -41,12 +42,14 @@ __all__ = [
     "HessianFactor",
     "HessianSolveInfo",
     "Inertia",
+    "Laplace",
     "Reducer",
     "SumState",
     "ggn_damped_newton",
     "ggn_directional_derivatives",
     "ggn_eigh",
     "ggn_eigvalsh",
+    "ggn_laplace",
     "ggn_reducer",
     "gram_eigh",
     "gram_eigh_fwd",

@@ -48,7 +48,7 @@ class Inner(NamedTuple):
     inputs: tuple[tuple[int, Output], ...]
     """The places and tensors of its arguments that have a derivative."""
     results: tuple[Any, ...]
-    """What it returned, flat; tensors are detached."""
+    """Its results, flat; tensors are detached."""
     structure: Any
     axes: tuple[Axis | None, ...]
     """The axis of each result that counts samples."""

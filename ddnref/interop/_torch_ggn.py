@@ -4,7 +4,7 @@ Hooks record what goes into each part. One batched gradient of the outputs, with
 cotangents, gives δ behind all parts at once. Then each part has its own columns, by the inputs and δ alone:
 
 - a linear map, also at many positions (tokens, the pixels of a convolution): the factors themselves;
-- every other part, such as a normalisation, an embedding, an attention block or a module with parameters of its own:
+- every other part, such as a normalisation, an embedding, an attention block or a module that holds parameters itself:
   the vector-Jacobian products of that part for each sample, by ``torch.func``, stored.
 
 Which parts those are is found out, not declared, and so the sum of all columns with random coefficients is compared
@@ -67,8 +67,8 @@ def ggn(module: Any, loss: Any = "cross_entropy", *, reduction: str | None = Non
     Raises
     ------
     TypeError
-        Not a module; a loss that is not known; parameters of several dtypes or devices. When used: an output that is no
-        tensor, or of another dtype.
+        Not a module; a loss that is not known; parameters of several dtypes or devices. When used: an output that is
+        not a tensor, or of another dtype.
     ValueError
         No parameter is trained. When used: a part that computes statistics of the batch or drops units at random
         (``module.eval()`` helps); samples that depend on each other in another way; outputs of the wrong shape.

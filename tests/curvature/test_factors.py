@@ -43,7 +43,7 @@ def test_it_is_that_of_a_chain(rng):
 
 @pytest.mark.framework("jax")
 def test_taps_of_a_function_in_jax():
-    """As the page on the Gauss–Newton matrix shows it; the oracle is the explicit Jacobian."""
+    """The example on the page on the Gauss–Newton matrix; the oracle is the explicit Jacobian."""
     import jax
     import jax.numpy as jnp
 

@@ -233,6 +233,11 @@ def curvature_targets() -> list[Target]:
             {"k": 2, "damping": 0.5},
             options={"damping": "damping"},
         ),
+        of(
+            curvature.ggn_laplace,
+            lambda c, x, t, **o: curvature.ggn_laplace(c, x, t, **{"precision": 2.0, "x_new": x, **o}),
+            options={"precision": "positive"},
+        ),
         of(curvature.ggn_reducer, reduced, options=seeds),
         of(curvature.ggn_reducer, reduced, name="Ggn", functions=("Ggn", "GgnState")),
         of(

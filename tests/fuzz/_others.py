@@ -32,6 +32,7 @@ VALUES = (
     "HessianSolveInfo",
     "Inertia",
     "IterationInfo",
+    "Laplace",
     "LeastSquaresInfo",
     "NodeInfo",
     "OperatorCheck",

@@ -104,7 +104,7 @@ class Text(nn.Module):
 
 
 class Branches(nn.Module):
-    """Control flow that depends on data, a layer that is called several times, and a parameter of its own."""
+    """Control flow that depends on data, a layer that is called several times, and a parameter outside of layers."""
 
     def __init__(self):
         super().__init__()

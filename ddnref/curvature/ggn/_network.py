@@ -1,4 +1,4 @@
-"""What the functions of the GGN ask of a network, and the `Chain` that answers."""
+"""The protocol of networks whose GGN can be taken, and a `Chain` as one of them."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ def _finalise(given: Options, state: GgnState) -> Ggn:
     check_seen("subsampling_gradient", given.subsampling_gradient, state.first, state.end)
     grams = tuple(assemble(blocks) for blocks in state.blocks)
     if given.throw:
-        _refuse_non_finite(grams[0], state.shards)
+        refuse_non_finite_samples(grams[0], state.shards)
     n, n_gradient = (
         sum(counts) for counts in zip(*((s.divisor, s.divisor_gradient) for s in state.shards), strict=True)
     )
@@ -191,7 +191,7 @@ def _finalise(given: Options, state: GgnState) -> Ggn:
     return Ggn(given, grams, state.shards, given.chain.scale(n), given.chain.scale(n_gradient if sloped else 1))
 
 
-def _refuse_non_finite(gram: Array, shards: tuple[Shard, ...]) -> None:
+def refuse_non_finite_samples(gram: Array, shards: tuple[Shard, ...]) -> None:
     """Raise, naming the samples whose columns are not finite, which shows on the diagonal of the Gram matrix."""
     xp = array_api_compat.array_namespace(gram)
     # Column norms are on the diagonal: NaN or infinity there names the sample.
