@@ -72,6 +72,7 @@ def public_names() -> set[str]:
         names |= {f"{module.__name__}.{name}" for name in module.__all__}
     bridges = {f"ddnref.interop.{module.name}" for module in pkgutil.iter_modules(interop.__path__)}
     names |= {f"ddnref.interop.dask.{name}" for name in ("map_items", "map_gradients", "reduce_blocks")}
+    names |= {"ddnref.interop.torch.ggn", "ddnref.interop.torch.ModuleGgn"}
     return names | bridges | {f"{bridge}.differentiable" for bridge in bridges} | {"ddnref.interop", "ddnref.reference"}
 
 

@@ -103,9 +103,9 @@ def test_no_code_is_forgotten():
     assert {page.stem for page in pages_with("tensorflow")} == {"frameworks"}
     assert {page.stem for page in pages_with("dask")} == {"scale-out"}
     assert {page.stem for page in pages_with("torch")} == {
-        "custom", "forward-mode", "frameworks", "migration", "networks", "operators",
+        "custom", "forward-mode", "frameworks", "ggn", "migration", "networks", "operators",
     }  # fmt: skip
-    assert {page.stem for page in pages_with("jax")} == {"custom", "forward-mode", "frameworks", "migration"}
+    assert {page.stem for page in pages_with("jax")} == {"custom", "forward-mode", "frameworks", "ggn", "migration"}
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         found = blocks(text)
