@@ -48,7 +48,7 @@ def test_against_dense_matrices(loss, precision, rng, monkeypatch):
 
 
 def test_the_evidence_of_a_linear_model_is_exact(rng):
-    """Of Gaussians of variance 1/2, where the approximation is the posterior, by the density of the targets."""
+    """Compare with the density of the targets: of Gaussians of variance 1/2 the approximation is the posterior."""
     w, x = rng.standard_normal((1, 3)), rng.standard_normal((6, 3))
     t, precision = rng.standard_normal((6, 1)), 0.7
     h = 2 * x.T @ x + precision * np.eye(3)
