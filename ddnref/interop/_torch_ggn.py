@@ -83,7 +83,7 @@ def ggn(module: Any, loss: Any = "cross_entropy", *, reduction: str | None = Non
     The Gram matrix ``VᵀV`` of the columns :math:`J_n^T S_n` is a sum over the parts of the module. A linear map with
     inputs u and backpropagated factors δ adds the products of inner products of both; a part of another kind stores its
     columns, N M times the number of its parameters. Cost: three passes forward and about M + 2 backward, two of them to
-    compare the columns with PyTorch's gradient, for which one flag is read on the host.
+    compare the columns with PyTorch's gradient, for which two flags are read on the host.
 
     Parameters whose uses no hook sees, such as a weight that another module multiplies with too, are found by that
     comparison. Their columns are computed by the whole module, once for each sample and factor, which takes about as
