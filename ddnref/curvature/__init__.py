@@ -11,6 +11,12 @@ from ddnref.curvature._gram import (
     gram_eigvalsh_vjp,
 )
 from ddnref.curvature._reducers import GramState, Reducer, SumState, gram_reducer, sum_reducer
+from ddnref.curvature._trust_region import (
+    TrustRegionInfo,
+    TrustRegionVjpInfo,
+    trust_region_step,
+    trust_region_step_vjp,
+)
 from ddnref.curvature.ggn._directional import DirectionalDerivatives, ggn_damped_newton, ggn_directional_derivatives
 from ddnref.curvature.ggn._factors import gram_from_factors
 from ddnref.curvature.ggn._functions import ggn_eigh, ggn_eigvalsh
@@ -45,6 +51,8 @@ __all__ = [
     "Laplace",
     "Reducer",
     "SumState",
+    "TrustRegionInfo",
+    "TrustRegionVjpInfo",
     "ggn_damped_newton",
     "ggn_directional_derivatives",
     "ggn_eigh",
@@ -69,4 +77,6 @@ __all__ = [
     "hessian_solve_vjp",
     "hessian_trace",
     "sum_reducer",
+    "trust_region_step",
+    "trust_region_step_vjp",
 ]

@@ -10,7 +10,7 @@ With the outputs ``y(θ)``, ``J = ∂y/∂θ`` and the loss ``Σ_n ℓ(y_n)`` (t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby, pairwise
 from typing import Any, Self
 
@@ -20,12 +20,13 @@ import numpy as np
 from ddnref._core.arrays import Array, namespace
 from ddnref._core.checks import check_dtypes, check_real
 from ddnref._kernels.public import guarded, public
-from ddnref.networks import _checks, _from_torch, _losses, _protocol
+from ddnref.networks import _checks, _from_torch, _losses, _operators, _protocol
 from ddnref.networks._activations import Activation
 from ddnref.networks._blocks import Frozen, Residual
 from ddnref.networks._layers import Dense
 from ddnref.networks._losses import Loss
 from ddnref.networks._protocol import AnyLayer, LayerDerivatives, Params
+from ddnref.operators import LinearOperator
 
 
 class Chain:
@@ -253,28 +254,86 @@ class Chain:
         """Multiply the Hessian of the loss with one or several vectors."""
         v = list(v)
         _checks.like_params("v", v, self.params, leading=True)
+        return self.products(x, t, "hessian", throw)(v)
+
+    def products(self, x: Array, t: Array, curvature: str, throw: bool) -> Callable[[list[Array]], list[Array]]:
+        """Return the product with "hessian" or "ggn", of lists that are not checked; all share one pass forward."""
+        return (self._hessian_products if curvature == "hessian" else self._ggn_products)(x, t, throw)
+
+    def _hessian_products(self, x: Array, t: Array, throw: bool) -> Callable[[list[Array]], list[Array]]:
+        """Return ``v -> H v``; the pass that does not depend on v is made once."""
         y, saved, y_bar, bad = self._reverse(x, t, 2, throw)
-        # Tangent forward: ẏ = J v.
-        parts, v_parts = self._parts, self.split(v)
-        y_dot, saved_dot = _protocol.forward_dot(self._layers, parts, saved, v_parts)
-        # Tangent of the outputs' cotangent: ∇²ℓ ẏ.
-        y_bar_dot = self._curved(y, t, y_dot, bad)
-        # Tangent of the backward pass: d(Jᵀ ∇ℓ) along v.
-        dots = _protocol.vjp_dot(self._layers, parts, saved, y_bar, v_parts, saved_dot, y_bar_dot, wrt="params")
-        return _protocol.joined(dots[0])
+        parts, layers = self._parts, self._layers
+
+        def product(v: list[Array]) -> list[Array]:
+            # Tangent forward: ẏ = J v.
+            v_parts = _protocol.split(layers, v)
+            y_dot, saved_dot = _protocol.forward_dot(layers, parts, saved, v_parts)
+            # Tangent of the outputs' cotangent: ∇²ℓ ẏ.
+            y_bar_dot = self._curved(y, t, y_dot, bad)
+            # Tangent of the backward pass: d(Jᵀ ∇ℓ) along v.
+            dots = _protocol.vjp_dot(layers, parts, saved, y_bar, v_parts, saved_dot, y_bar_dot, wrt="params")
+            return _protocol.joined(dots[0])
+
+        return product
 
     @public
     def ggnvp(self, x: Array, t: Array, v: Sequence[Array], *, throw: bool = True) -> list[Array]:
         """Multiply the generalised Gauss–Newton matrix with one or several vectors."""
         v = list(v)
         _checks.like_params("v", v, self.params, leading=True)
+        return self.products(x, t, "ggn", throw)(v)
+
+    def _ggn_products(self, x: Array, t: Array, throw: bool) -> Callable[[list[Array]], list[Array]]:
+        """Return ``v -> G v``; the pass that does not depend on v is made once."""
         y, saved = self.forward(x, 1)
         bad = _checks.bad_targets(self._criterion, self._reduction, y, t, throw)
-        parts = self._parts
-        # G v = Jᵀ ∇²ℓ J v: tangent forward, Hessian of the loss, backward.
-        y_dot, _ = _protocol.forward_dot(self._layers, parts, saved, self.split(v))
-        bars, _ = _protocol.vjp(self._layers, parts, saved, self._curved(y, t, y_dot, bad), wrt="params")
-        return _protocol.joined(bars)
+        parts, layers = self._parts, self._layers
+
+        def product(v: list[Array]) -> list[Array]:
+            # G v = Jᵀ ∇²ℓ J v: tangent forward, Hessian of the loss, backward.
+            y_dot, _ = _protocol.forward_dot(layers, parts, saved, _protocol.split(layers, v))
+            bars, _ = _protocol.vjp(layers, parts, saved, self._curved(y, t, y_dot, bad), wrt="params")
+            return _protocol.joined(bars)
+
+        return product
+
+    def hessian_operator(self, x: Array, t: Array, *, throw: bool = True) -> LinearOperator:
+        """Return the Hessian of the loss as a self-adjoint operator on vectors ``(..., p)`` of all p parameters.
+
+        A vector holds the arrays of `params` one after the other, each in C order, as `flatten` joins them. The
+        operator's ``params`` are those of the chain, and it follows them when they change in place. A solver makes the
+        pass through the network that all products share once (`LinearOperator.prepared`). There is no gradient with
+        respect to the parameters, because it would take third derivatives of the network. Targets out of range raise
+        here, or make products NaN with ``throw=False``.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> chain = ddnref.networks.Chain.mlp(3, 4, 2, 2)
+        >>> x, t = np.ones((5, 3)), np.asarray([0, 1, 0, 1, 1])
+        >>> h = chain.hessian_operator(x, t)
+        >>> (w, _), _ = ddnref.eigsh(h, 1)
+        >>> h.shape, w.shape
+        ((26, 26), (1,))
+        """
+        return _operators.curvature(self, x, t, "hessian", throw)
+
+    def ggn_operator(self, x: Array, t: Array, *, throw: bool = True) -> LinearOperator:
+        """Return the generalised Gauss–Newton matrix as an operator, like `hessian_operator`."""
+        return _operators.curvature(self, x, t, "ggn", throw)
+
+    def flatten(self, v: Sequence[Array]) -> Array:
+        """Join a list like `params`, or k of them with one leading axis, to vectors ``(p,)`` or ``(k, p)``."""
+        v = list(v)
+        _checks.like_params("v", v, self.params, leading=True)
+        lead = (v[0].shape[0],) if v[0].ndim > self.params[0].ndim else ()
+        xp = array_api_compat.array_namespace(v[0])
+        return xp.concat([xp.reshape(entry, (*lead, -1)) for entry in v], axis=-1)
+
+    def unflatten(self, vectors: Array) -> list[Array]:
+        """Split vectors ``(p,)`` or ``(k, p)`` into a list like `params`: the inverse of `flatten`."""
+        return _operators.lists(vectors, self.params)
 
     def _reverse(
         self, x: Array, t: Array, order: int, throw: bool, scaled: bool = True

@@ -85,7 +85,7 @@ def least_squares_on_sphere(a: Array, b: Array, /, *, radius: float = 1.0, throw
     w, v = dense.eigh(dense.hermitian_product(a_t, a_t))
     c = dense.matvec(xp.matrix_transpose(v), dense.matvec(a_t, b)) / (radius * size / size_b)[..., None]
     delta = w - w[..., :1]
-    mu = _secular(c, delta)
+    mu = secular(c, delta)
     z = c / nan_where(~(delta + mu > 0), delta + mu)
     # The hard case: μ is lost in rounding, and the components with a definite quotient do not reach the sphere.
     hard = ~(xp.abs(safe_norm(z) - 1) <= 1e3 * eps(xp, z.dtype))
@@ -257,7 +257,7 @@ def _on_sphere(y: Array, a: Array, b: Array, radius: float) -> _OnSphere:
     return _OnSphere(y, a, b, unit, size, stated)
 
 
-def _secular(c: Array, delta: Array) -> Array:
+def secular(c: Array, delta: Array) -> Array:
     """The root μ ≥ 0 of ``‖c / (δ + μ)‖ = 1``, (..., 1), by a fixed number of Newton steps from below."""
     xp = namespace_of(c)
     # Start from the best bound that a single component gives.

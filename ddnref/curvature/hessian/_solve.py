@@ -16,13 +16,14 @@ from ddnref._kernels.dense import eigvalsh
 from ddnref._kernels.public import public
 from ddnref._kernels.singularity import HESSIAN_AMPLIFICATION
 from ddnref._kernels.vectors import norm_of_pieces
-from ddnref.curvature.hessian import _methods
+from ddnref.curvature.hessian import _methods, _operator
 from ddnref.curvature.hessian._active import NotDefiniteError
 from ddnref.curvature.hessian._expansion import Blocks, NetworkHessian, combine, exact_copy, hessian_of
 from ddnref.curvature.hessian._joint import count_below
 from ddnref.errors import ConvergenceError, NonFiniteError, SingularError
 from ddnref.networks._chain import Chain
 from ddnref.networks._checks import like_params
+from ddnref.operators import LinearOperator
 
 REFINEMENTS = 8  # most refinement steps that "auto" takes
 ZERO = 3e-10  # eigenvalues of H + εI below this, relative to ‖H‖, count as zero
@@ -204,7 +205,36 @@ class HessianFactor:
 
     def inverse(self, g: Blocks) -> Blocks:
         """Return ``(H + εI)⁻¹`` of blocks, refined as `solve` does, whether converged or not."""
-        return self._best(g, norm_of_pieces(g, 2), "auto").x
+        return self.solved(g).x
+
+    def solved(self, g: Blocks) -> _Solution:
+        """Return the solution that `inverse` returns with its residual and its backward error."""
+        return self._best(g, norm_of_pieces(g, 2), "auto")
+
+    def as_operator(self, *, inverse: bool = False) -> LinearOperator:
+        """Return ``H + εI``, or its inverse, as a self-adjoint operator on vectors ``(..., p)`` of all p parameters.
+
+        A vector holds the arrays of the chain's parameters one after the other, as `Chain.flatten` joins them, in their
+        dtype. The inverse is refined as `solve` does, whether converged or not: pass it to `eigsh` for
+        eigenvalues near −ε, or to a solver as a preconditioner. There is no gradient with respect to the parameters.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> chain = ddnref.networks.Chain.mlp(8, 8, 3, 10)
+        >>> x, t = np.ones((1, 8)), np.asarray([2])
+        >>> factor = ddnref.curvature.hessian_factor(chain, x, t, damping=0.1)
+        >>> v = np.ones(factor.total)
+        >>> a = factor.as_operator()
+        >>> bool(np.allclose(a(factor.as_operator(inverse=True)(v)), v))
+        True
+        """
+        return _operator.operator(self, inverse)
+
+    def product(self, v: Blocks) -> Blocks:
+        """Return ``(H + εI) v`` of blocks, by an exact product."""
+        epsilon = self.damping if isinstance(self.damping, float) else self.damping[None]
+        return combine(self._hessian.product(v), epsilon, v)
 
     def _best(self, g: Blocks, size_g: Array, refine: str | int) -> _Solution:
         """Solve by the first path, then by the stable ones while the backward error is too large."""
@@ -240,8 +270,7 @@ class HessianFactor:
     def _measured(self, x: Blocks, g: Blocks, size_g: Array, path: str) -> _Solution:
         """Measure the backward error of a solution by an exact product."""
         xp = self._xp
-        epsilon = self.damping if isinstance(self.damping, float) else self.damping[None]
-        hx = combine(self._hessian.product(x), epsilon, x)
+        hx = self.product(x)
         # ‖r‖ / (‖H‖ ‖x‖ + ‖g‖) with r = g − (H + εI) x; infinite where anything is not finite
         r = [a - b for a, b in zip(g, hx, strict=True)]
         size_x, size_r = norm_of_pieces(x, 2), norm_of_pieces(r, 2)

@@ -1,0 +1,253 @@
+r"""The quadratic model of a trust region on a small space, and its minimum for any radius without further products.
+
+On a space with the orthonormal basis Q let ``S = Qᵀ H Q = U diag(θ) Uᵀ`` and ``c = Uᵀ Qᵀ g``. With ``p = Q U y``
+
+    min gᵀp + ½ pᵀHp,  ‖p‖ ≤ r      is      min Σ c_i y_i + ½ Σ θ_i y_i²,  ‖y‖ ≤ r,
+    y = −c / (θ + ε),   ε ≥ max(0, −θ_1),   ‖y‖ = r or ε = 0.
+
+The saddle-free model has |θ| in place of θ. Three kinds of space give θ and c:
+
+- vectors of a Krylov space of H, from g and, if wanted, from a random start;
+- those of the inverse of a factored ``H + ε₀ I``, in which H itself is projected by exact products;
+- the whole range of a Gauss–Newton matrix ``G = V Vᵀ``, from its Gram matrix, and the part of g outside of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import array_api_compat
+
+from ddnref._core.arrays import Array, eps, full, namespace_of
+from ddnref._core.noise import noise
+from ddnref._kernels import singularity
+from ddnref._kernels.dense import eigh, hermitian_part, infinity
+from ddnref._kernels.vectors import norm, norm_of_pieces, normalised, put_row, safe_norm
+from ddnref.curvature._gram import zero_tolerance
+from ddnref.curvature.ggn import _state
+from ddnref.curvature.hessian._expansion import flat
+from ddnref.curvature.hessian._solve import HessianFactor
+from ddnref.nodes._least_squares import secular
+from ddnref.operators._blocks import SelfAdjoint, inner, without
+
+ROUNDING = 64  # · eps · ‖g‖: what is left of a component of g that is zero
+OUTSIDE = 0.5  # power of eps: a part of g outside the range of G, relative to ‖g‖, from which on it counts
+
+
+class Rows(NamedTuple):
+    """Orthonormal vectors, their products with H, and the eigenvectors of the projection."""
+
+    q: Array  # (..., k, n)
+    hq: Array  # (..., k, n): rows H q
+    u: Array  # (..., k, k)
+    g: Array  # (..., *shape), whose shape is that of a step
+
+    def step(self, y: Array) -> Array:
+        """Return ``p = Q U y``."""
+        xp = namespace_of(y)
+        return xp.reshape(_combined(self.u, y, self.q), self.g.shape)
+
+    def outside(self, y: Array) -> Array:
+        """Return the length of the part of ``H p`` outside of the space, which the model does not see."""
+        return norm(without(_combined(self.u, y, self.hq)[..., None, :], self.q))[..., 0]
+
+
+class Lists(NamedTuple):
+    """Vectors of all parameters in double precision, for a network whose step is a list like its parameters."""
+
+    rows: Rows
+    factor: HessianFactor
+
+    def step(self, y: Array) -> list[Array]:
+        """Return ``p = Q U y`` as a list."""
+        hessian = self.factor._hessian
+        return [entry[0, ...] for entry in hessian.params(hessian.from_rows(self.rows.step(y)[None, :]))]
+
+    def outside(self, y: Array) -> Array:
+        """Return the length of the part of ``H p`` outside of the space."""
+        return self.rows.outside(y)
+
+
+class GramSpace(NamedTuple):
+    """The range of ``G = V Vᵀ`` with eigenvectors ``V ẽ / √λ``, and one vector outside of it."""
+
+    ggn: _state.Ggn
+    u: Array  # (n, n): columns ẽ / √λ, zero for λ = 0
+    rest: list[Array]  # like the parameters: the unit vector along the part of g outside of the range
+
+    def step(self, y: Array) -> list[Array]:
+        """Return the step as a list, by one product with V."""
+        inside = _state.apply(self.ggn, self.ggn.options.groups[0], (self.u @ y[:-1])[:, None])
+        return [a[0, ...] + y[-1] * b for a, b in zip(inside, self.rest, strict=True)]
+
+    def outside(self, y: Array) -> Array:
+        """Return zero: G maps this space to itself."""
+        return namespace_of(y).zeros_like(y[..., 0])
+
+
+Basis: TypeAlias = Rows | Lists | GramSpace
+
+
+class Space(NamedTuple):
+    """The quadratic model on a space."""
+
+    theta: Array  # (..., k): curvatures of the model, absolute values for the saddle-free one
+    c: Array  # (..., k): components of g
+    size: Array  # (...): ‖g‖
+    lambda_min: Array  # (...): the smallest eigenvalue of the projection
+    indefinite: Array  # (...) bool: whether the model has negative curvature
+    n_products: int
+    basis: Basis
+
+
+class Minimum(NamedTuple):
+    """The minimum of the model in the coordinates of the space."""
+
+    y: Array
+    damping: Array
+    predicted: Array
+    boundary: Array
+    hard: Array
+
+
+def minimum(space: Space, radius: Array) -> Minimum:
+    """Minimise the model for one radius for each item, ``(...)``."""
+    xp, c, radius = namespace_of(space.c), space.c, radius[..., None]
+    zero, unit = full((), 0.0, c), eps(xp, c.dtype)
+    # The damping is ε = ε₀ + μ with the smallest possible ε₀; curvatures δ = θ + ε₀ of rounding size count as zero.
+    lowest = xp.min(space.theta, axis=-1, keepdims=True)
+    least = xp.maximum(-lowest, zero * lowest)
+    delta = space.theta + least
+    tol = singularity.SINGULAR * unit * xp.max(xp.abs(space.theta), axis=-1, keepdims=True)
+    rounded = delta <= tol
+    c = xp.where(rounded & (xp.abs(c) <= ROUNDING * unit * space.size[..., None]), zero * c, c)
+    # The step without further damping. Where it leaves the region, or has no length, the secular equation gives μ.
+    floor = xp.where(rounded, tol + zero * delta, delta)
+    z = xp.where(floor > 0, c / xp.where(floor > 0, floor, xp.ones_like(floor)), xp.where(c == 0, c, infinity(c)))
+    inside = safe_norm(z)[..., None] <= radius
+    mu = secular(c / radius, delta)
+    d = delta + mu
+    outer = xp.where(c == 0, c, c / xp.where(d > 0, d, xp.ones_like(d)))
+    y = -xp.where(inside, z, outer)
+    # The hard case: the model falls along the lowest eigenvector, of which g has no part, up to the boundary.
+    hard = inside & space.indefinite[..., None]
+    index = xp.arange(c.shape[-1], device=array_api_compat.device(c))
+    first = index == xp.argmin(space.theta, axis=-1, keepdims=True)
+    others = xp.where(first, zero * y, y)
+    rest = safe_norm(others)[..., None] / radius
+    tau = radius * xp.sqrt(xp.maximum((1 - rest) * (1 + rest), zero * rest))
+    y = xp.where(hard & first, xp.where(c > 0, -tau, tau), y)
+    damping = xp.where(inside, xp.where(hard, least, zero * least), least + mu)[..., 0]
+    predicted = -xp.sum(y * (space.c + space.theta * y / 2), axis=-1)
+    return Minimum(y, damping, predicted, (~inside | hard)[..., 0], hard[..., 0])
+
+
+# --- the spaces -------------------------------------------------------------------------------------------------------
+
+
+def krylov_space(a: SelfAdjoint, g: Array, k: int, probes: int, absolute: bool) -> Space:
+    """Build the Krylov space of H and g by Lanczos' method with full orthogonalisation."""
+    k, probes = min(k, a.m), max(0, min(probes, a.m - k))
+    xp = namespace_of(g)
+    rows = xp.reshape(g, (*a.batch, 1, a.m))
+    return _projected(a.apply, None, rows, g, k, probes, absolute)
+
+
+def inverse_space(factor: HessianFactor, g: list[Array], k: int, probes: int, absolute: bool) -> Space:
+    """Build the Krylov space of the factored inverse and g, and project H on it by exact products."""
+    hessian = factor._hessian
+    rows = flat(hessian.blocks([entry[None, ...] for entry in g]))
+    k, probes = min(k, hessian.total), max(0, min(probes, hessian.total - k))
+
+    def product(rows: Array) -> Array:
+        return flat(hessian.product(hessian.from_rows(rows)))
+
+    def inverse(rows: Array) -> Array:
+        return flat(factor.inverse(hessian.from_rows(rows)))
+
+    space = _projected(product, inverse, rows, rows[0, :], k, probes, absolute)
+    return space._replace(basis=Lists(space.basis, factor))  # type: ignore[arg-type]
+
+
+def _projected(
+    product: Callable[[Array], Array],
+    inverse: Callable[[Array], Array] | None,
+    rows: Array,
+    g: Array,
+    k: int,
+    probes: int,
+    absolute: bool,
+) -> Space:
+    """Build orthonormal rows by repeated products, or solves, and project H on them."""
+    xp, m = namespace_of(rows), rows.shape[-1]
+    unit, size = eps(xp, rows.dtype), safe_norm(rows)
+    start = noise(1, m, rows)
+    # A gradient of zero leaves the start to chance, and the smallest eigenvalue is still found.
+    following = xp.where(size[..., None] > 0, normalised(rows, size), start + full((), 0.0, rows) * rows)
+    q = full((*rows.shape[:-2], k + probes, m), 0.0, rows)
+    hq = full((*rows.shape[:-2], k + probes, m), 0.0, rows)
+    for j in range(k + probes):
+        if j == k:  # probes begin with a random vector
+            following = start + full((), 0.0, rows) * rows
+        if j:
+            # Noise of rounding size leaves an invariant space in a random direction. Twice is enough.
+            basis, length = q[..., :j, :], norm(following)[..., None]
+            following = without(following, basis)
+            length = xp.where(length > 0, length, xp.ones_like(length))
+            following = without(following + unit * length * _shifted(start, j), basis)
+            following = normalised(following, norm(following))
+        image = product(following)
+        q, hq = put_row(q, j, following), put_row(hq, j, image)
+        following = image if inverse is None else inverse(following)
+    theta, u = eigh(hermitian_part(inner(hq, q)))
+    c = size * u[..., 0, :]  # Q starts with g / ‖g‖
+    scale = xp.max(xp.abs(theta), axis=-1)
+    negative = theta[..., 0] < -singularity.SINGULAR * unit * scale
+    return Space(
+        xp.abs(theta) if absolute else theta,
+        c,
+        size[..., 0],
+        theta[..., 0],
+        negative & (not absolute),
+        k + probes,
+        Rows(q, hq, u, g),
+    )
+
+
+def gram_space(ggn: _state.Ggn, g: list[Array]) -> Space:
+    """Describe the whole range of a Gauss–Newton matrix by its Gram matrix; both models are the same."""
+    group = ggn.options.groups[0]
+    w, e = eigh(ggn.grams[0])
+    xp = namespace_of(w)
+    # e_i = V ẽ_i / √λ_i, without directions whose λ is rounding
+    zero = w <= zero_tolerance(xp, w, None) * w[-1:]
+    roots = xp.sqrt(xp.where(zero, xp.ones_like(w), w))
+    u = xp.where(zero, xp.zeros_like(w), 1 / roots) * e
+    lead = [entry[None, ...] for entry in g]
+    c = (xp.matrix_transpose(u) @ _state.adjoint(ggn, group, lead))[:, 0]
+    # The part of g outside of the range has no curvature; rounding is left out.
+    inside = _state.apply(ggn, group, (u @ c)[:, None])
+    rest = [a[0, ...] - b[0, ...] for a, b in zip(lead, inside, strict=True)]
+    axes = [entry[None, ...] for entry in rest]
+    size = norm_of_pieces([xp.reshape(entry, (1, -1)) for entry in lead], 1)
+    left = norm_of_pieces([xp.reshape(entry, (1, -1)) for entry in axes], 1)
+    left = xp.where(left > eps(xp, w.dtype) ** OUTSIDE * size, left, full((), 0.0, left) * left)
+    safe = xp.where(left > 0, left, xp.ones_like(left))
+    theta = xp.concat([xp.where(zero, xp.zeros_like(w), w) * ggn.scale, full((1,), 0.0, w)])
+    basis = GramSpace(ggn, u, [entry / safe[0] for entry in rest])
+    return Space(theta, xp.concat([c, left]), size[0], xp.min(theta), xp.min(theta) < 0, 0, basis)
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _combined(u: Array, y: Array, rows: Array) -> Array:
+    """Return ``Σ (U y)_i rows_i``."""
+    return ((u @ y[..., None])[..., 0][..., None, :] @ rows)[..., 0, :]
+
+
+def _shifted(v: Array, j: int) -> Array:
+    """Return the entries of a vector in another order, for another direction in each step."""
+    xp, j = namespace_of(v), j % v.shape[-1]
+    return xp.concat([v[j:], v[:j]])
