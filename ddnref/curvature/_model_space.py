@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeAlias
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, eps, full, namespace_of
+from ddnref._core.arrays import Array, eps, full, namespace_of, nan_where
 from ddnref._core.noise import noise
 from ddnref._kernels import singularity
 from ddnref._kernels.dense import eigh, hermitian_part, infinity
@@ -31,6 +31,7 @@ from ddnref.curvature.hessian._solve import HessianFactor
 from ddnref.nodes._least_squares import secular
 from ddnref.operators._blocks import SelfAdjoint, inner, without
 
+NOISE = 2**10  # · eps: part of a random direction in each vector, which is all that is left of an invariant space
 ROUNDING = 64  # · eps · ‖g‖: what is left of a component of g that is zero
 OUTSIDE = 0.5  # power of eps: a part of g outside the range of G, relative to ‖g‖, from which on it counts
 
@@ -50,7 +51,7 @@ class Rows(NamedTuple):
 
     def outside(self, y: Array) -> Array:
         """Return the length of the part of ``H p`` outside of the space, which the model does not see."""
-        return norm(without(_combined(self.u, y, self.hq)[..., None, :], self.q))[..., 0]
+        return safe_norm(without(_combined(self.u, y, self.hq)[..., None, :], self.q))[..., 0]
 
 
 class Lists(NamedTuple):
@@ -100,6 +101,9 @@ class Space(NamedTuple):
     n_products: int
     basis: Basis
 
+    def __repr__(self) -> str:
+        return f"Space({self.theta.shape[-1]} dimensions)"  # not the numbers of all its vectors
+
 
 class Minimum(NamedTuple):
     """The minimum of the model in the coordinates of the space."""
@@ -138,6 +142,7 @@ def minimum(space: Space, radius: Array) -> Minimum:
     rest = safe_norm(others)[..., None] / radius
     tau = radius * xp.sqrt(xp.maximum((1 - rest) * (1 + rest), zero * rest))
     y = xp.where(hard & first, xp.where(c > 0, -tau, tau), y)
+    y = nan_where(~(radius > 0), y)
     damping = xp.where(inside, xp.where(hard, least, zero * least), least + mu)[..., 0]
     predicted = -xp.sum(y * (space.c + space.theta * y / 2), axis=-1)
     return Minimum(y, damping, predicted, (~inside | hard)[..., 0], hard[..., 0])
@@ -191,11 +196,12 @@ def _projected(
         if j == k:  # probes begin with a random vector
             following = start + full((), 0.0, rows) * rows
         if j:
-            # Noise of rounding size leaves an invariant space in a random direction. Twice is enough.
-            basis, length = q[..., :j, :], norm(following)[..., None]
-            following = without(following, basis)
+            # A little noise leaves an invariant space in a random direction. At rounding size, what is left of it
+            # after two passes would not be orthogonal.
+            basis, length = q[..., :j, :], safe_norm(following)[..., None]
             length = xp.where(length > 0, length, xp.ones_like(length))
-            following = without(following + unit * length * _shifted(start, j), basis)
+            following = without(following / length, basis) + NOISE * unit * _shifted(start, j)
+            following = without(following, basis)
             following = normalised(following, norm(following))
         image = product(following)
         q, hq = put_row(q, j, following), put_row(hq, j, image)
@@ -236,7 +242,8 @@ def gram_space(ggn: _state.Ggn, g: list[Array]) -> Space:
     safe = xp.where(left > 0, left, xp.ones_like(left))
     theta = xp.concat([xp.where(zero, xp.zeros_like(w), w) * ggn.scale, full((1,), 0.0, w)])
     basis = GramSpace(ggn, u, [entry / safe[0] for entry in rest])
-    return Space(theta, xp.concat([c, left]), size[0], xp.min(theta), xp.min(theta) < 0, 0, basis)
+    lowest = w[0] * ggn.scale
+    return Space(theta, xp.concat([c, left]), size[0], lowest, xp.min(theta) < 0, 0, basis)
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------

@@ -37,10 +37,12 @@ from ddnref._core.arrays import (
     with_axes,
 )
 from ddnref._core.checks import check_precision, check_real
+from ddnref._core.loops import WhileLoop
 from ddnref._kernels.dense import eigh, hermitian_part, matvec, outer
 from ddnref._kernels.public import guarded, public
 from ddnref._kernels.vectors import norm_of_pieces, safe_norm
 from ddnref.curvature import _model_space
+from ddnref.curvature._gram import not_negative
 from ddnref.curvature._model_space import Space
 from ddnref.curvature.ggn._state import Ggn
 from ddnref.curvature.hessian._expansion import flat
@@ -202,8 +204,9 @@ def trust_region_step(
     """
     if model not in MODELS:
         raise ValueError(f'model is {model!r}, expected "exact" or "absolute".')
-    if k < 1:
-        raise ValueError(f"k is {k}, expected at least 1.")
+    for name, value, least in (("k", k, 1), ("probes", probes, 0)):
+        if value < least:
+            raise ValueError(f"{name} is {value}, expected at least {least}.")
     absolute = model == "absolute"
     if isinstance(a, HessianFactor):
         _single("g", a, g, throw)
@@ -255,6 +258,7 @@ def trust_region_step_vjp(
     rtol: float | None = None,
     maxiter: int | None = None,
     throw: bool = True,
+    while_loop: WhileLoop | None = None,
 ) -> tuple[tuple[Any, ...], TrustRegionVjpInfo]:
     r"""Gradient of a loss of `trust_region_step` with the exact model.
 
@@ -272,6 +276,8 @@ def trust_region_step_vjp(
         rounding allows, and at least to ``sqrt(eps)``. Arrays and factors are solved directly.
     throw : bool, default True
         Raise what is below, reading flags; with ``False`` the gradients of such items are NaN.
+    while_loop : callable, optional
+        ``jax.lax.while_loop`` under ``jax.jit`` (with ``throw=False``), for an operator.
 
     Returns
     -------
@@ -333,7 +339,7 @@ def trust_region_step_vjp(
     if is_array:
         solved = _by_eigenvectors(h.params[0], both, point.damping)
     else:
-        solved = _by_iteration(h, both, point, rows, rtol, maxiter)
+        solved = _by_iteration(h, both, point, rows, {"rtol": rtol, "maxiter": maxiter, "while_loop": while_loop})
     u, mu, info = _adjoint(point, rows(solved.x), solved, throw)
     u = xp.reshape(u, p.shape)
     a_bar = -hermitian_part(outer(u, p)) if is_array else tuple(a.params_vjp(a.params, -u, p))
@@ -420,17 +426,13 @@ def _by_eigenvectors(h: Array, both: Array, damping: Array) -> _Solved:
     return _Solved(x, residual, count, singular, d[..., 0] < -(unit**0.5) * scale)
 
 
-def _by_iteration(
-    h: LinearOperator, both: Array, point: _Point, rows: Any, rtol: float | None, maxiter: int | None
-) -> _Solved:
+def _by_iteration(h: LinearOperator, both: Array, point: _Point, rows: Any, options: dict[str, Any]) -> _Solved:
     """Solve with an operator by conjugate gradients, which notice that A is not positive definite."""
     xp, axes = namespace_of(both), len(h.domain_shape)
     shift = diagonal(xp.broadcast_to(with_axes(point.damping, axes), both.shape[1:]), h.domain_shape)
-    unit = eps(xp, both.dtype)
-    x, info = cg(
-        add(h, shift, positive_definite=True), both, rtol=SOLVED * unit if rtol is None else rtol, maxiter=maxiter,
-        throw=False,
-    )  # fmt: skip
+    if options["rtol"] is None:
+        options["rtol"] = SOLVED * eps(xp, both.dtype)
+    x, info = cg(add(h, shift, positive_definite=True), both, **options, throw=False)
     singular = _amplified(rows(x), safe_norm(rows(both)), point.scale)
     return _Solved(x, info.residual_norm, xp.max(info.n_iter, axis=0), singular, xp.any(info.status == 2, axis=0))
 
@@ -533,7 +535,7 @@ def _of_ggn(ggn: Ggn, g: Any, throw: bool) -> Space:
             f"a is a Ggn whose Gram matrix has the eigenvalue {float(space.lambda_min):.1e}, but V V' has no negative "
             "one. The most likely cause is a matrix that was changed after ggn_reducer made it."
         )
-    return space
+    return space._replace(lambda_min=not_negative(space.lambda_min))
 
 
 def _conform(a: Any, **vectors: Any) -> None:

@@ -51,36 +51,35 @@ def smoothed(activation: str | Activation, width: float) -> Activation:
 
     Parameters
     ----------
-        activation : str or Activation
-            With a kink: ``"relu"``, ``"leaky_relu"``, or one that states its `Activation.kinks`. Smoothing again replaces
-            the width.
-        width : float, positive
-            How far a kink is seen, in units of the pre-activation: about as much as a step changes that. 0.2 suits
-            pre-activations of unit size; `Chain.smoothed` takes one for each layer.
+    activation : str or Activation
+        With a kink: ``"relu"``, ``"leaky_relu"``, or one of your own that states its `kinks`. To smooth again replaces
+        the width.
+    width : float, positive
+        How far a kink is seen, in units of the pre-activation: about as much as a step changes that. 0.2 suits
+        pre-activations of unit size; `Chain.smoothed` takes one for each layer.
 
     Raises
     ------
-        ValueError
-            The activation states no kink, or the width is not positive and finite.
+    ValueError
+        The activation states no kink, or the width is not positive and finite.
 
     Notes
     -----
-        A kink at a, where the slope jumps by J, adds a triangle of width w and area J to the second derivative,
+    A kink at a, where the slope jumps by J, adds a triangle of width w and area J to the second derivative,
 
-        .. math:: arphi_w''(s) = arphi''(s) + rac Jw \max\left(0,\; 1 - rac{|s - a|}w
-    ight) .
+    .. math:: \varphi_w''(s) = \varphi''(s) + \frac Jw \max\left(0,\; 1 - \frac{|s - a|}w\right) .
 
-        For a piecewise linear activation this is the second difference
-        :math:`(arphi(s + w) - 2 arphi(s) + arphi(s - w)) / w^2`, the curvature that a step of that size meets.
-        Without it the second derivative is zero almost everywhere and says nothing about the kinks.
+    For a piecewise linear activation with one kink this is the second difference
+    :math:`(\varphi(s + w) - 2 \varphi(s) + \varphi(s - w)) / w^2`, the curvature that a step of that size meets.
+    Without it the second derivative is zero almost everywhere and says nothing about the kinks.
 
     Examples
     --------
-        >>> import numpy as np
-        >>> phi = ddnref.networks.smoothed("relu", 0.5)
-        >>> z = np.asarray([-1.0, -0.25, 0.0, 2.0])
-        >>> phi.value(z), phi.curvature(z)
-        (array([0., 0., 0., 2.]), array([0., 1., 2., 0.]))
+    >>> import numpy as np
+    >>> phi = ddnref.networks.smoothed("relu", 0.5)
+    >>> z = np.asarray([-1.0, -0.25, 0.0, 2.0])
+    >>> phi.value(z), phi.curvature(z)
+    (array([0., 0., 0., 2.]), array([0., 1., 2., 0.]))
     """
     phi = resolve(activation)
     if not phi.kinks:

@@ -20,7 +20,7 @@ import numpy as np
 from ddnref._core.arrays import Array, namespace
 from ddnref._core.checks import check_dtypes, check_real
 from ddnref._kernels.public import guarded, public
-from ddnref.networks import _checks, _from_torch, _losses, _operators, _protocol
+from ddnref.networks import _checks, _from_torch, _losses, _operators, _protocol, _smoothing
 from ddnref.networks._activations import Activation
 from ddnref.networks._blocks import Frozen, Residual
 from ddnref.networks._layers import Dense
@@ -167,6 +167,46 @@ class Chain:
         parts = _protocol.split(self._layers, params)
         layers = [layer.with_params(p) for layer, p in zip(self._layers, parts, strict=True)]
         return type(self)(layers, self._criterion, self._reduction)
+
+    def smoothed(self, width: float | Sequence[float], x: Array | None = None) -> Self:
+        r"""Return a chain of the same arrays whose kinks count as curvature, as `networks.smoothed` says.
+
+        Outputs, loss and gradient are the same; `hvp` and everything made of it, a factored Hessian too, see the kinks
+        that a step may cross. Make it anew for each step.
+
+        Parameters
+        ----------
+        width : float, or a sequence of one for each layer whose activation has kinks
+            Of the bump that takes the place of a kink.
+        x : (N, ...) array, optional
+            Samples: widths are then relative to the root mean square of the layer's pre-activations on these, which is
+            read on the host. ``chain.smoothed(0.2, x)`` is what the page on trust regions found to train well.
+
+        Raises
+        ------
+        ValueError
+            No activation has kinks; as many widths as layers with kinks are expected, positive and finite.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> chain = ddnref.networks.Chain.mlp(3, 4, 2, 3, activation="relu")
+        >>> x, t = np.ones((1, 3)), np.asarray([1])
+        >>> smooth = chain.smoothed(0.2, x)
+        >>> bool(smooth.loss(x, t) == chain.loss(x, t)), [type(layer.activation).__name__ for layer in smooth.layers]
+        (True, ['Activation', 'Activation', 'str'])
+        """
+        kinked = _smoothing.kinked(self.layers)
+        widths = [float(width)] * len(kinked) if isinstance(width, (int, float)) else [float(w) for w in width]
+        if not kinked or len(widths) != len(kinked):
+            raise ValueError(
+                f"width has {len(widths)} entries for {len(kinked)} layers whose activation has kinks; expected one "
+                'number, or one for each. Kinks are those of "relu", "leaky_relu" and of Activation(..., kinks=).'
+            )
+        if x is not None:
+            sizes = _smoothing.sizes(self.layers, self.forward(x, 1)[1])
+            widths = [w * size for w, size in zip(widths, sizes, strict=True)]
+        return type(self)(_smoothing.replaced(self.layers, iter(widths)), self.criterion, self.reduction)
 
     def split(self, params: Sequence[Array]) -> list[Params]:
         """Split a list like `params` into one tuple for each layer."""

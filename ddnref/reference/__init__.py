@@ -13,6 +13,7 @@ from ddnref.reference.network import network_ggn, network_hessian, network_jacob
 from ddnref.reference.polar import lstsq_normal_equations, polar_through_gram, polar_vjp_through_gram
 from ddnref.reference.svd import svd_gram, svd_vjp_squares
 from ddnref.reference.tall_skinny import LayerMatrices, tall_skinny_derivatives, tall_skinny_product, tall_skinny_solve
+from ddnref.reference.trust_region import trust_region_dense
 
 __all__ = [
     "LayerMatrices",
@@ -42,4 +43,5 @@ __all__ = [
     "tall_skinny_product",
     "tall_skinny_solve",
     "thomas_solve",
+    "trust_region_dense",
 ]
