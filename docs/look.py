@@ -84,6 +84,7 @@ PAGES = {  # page: whether it has mathematics
     "auto_gallery/plot_low_rank": True,
     "auto_gallery/plot_marimba": True,
     "auto_gallery/plot_newton": True,
+    "auto_gallery/plot_trust_region": True,
     "auto_gallery/plot_procrustes": True,
     "auto_gallery/plot_repeated_eigenvalues": True,
     "auto_gallery/plot_robust_pooling": True,

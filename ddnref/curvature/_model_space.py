@@ -196,12 +196,11 @@ def _projected(
         if j == k:  # probes begin with a random vector
             following = start + full((), 0.0, rows) * rows
         if j:
-            # A little noise leaves an invariant space in a random direction. At rounding size, what is left of it
-            # after two passes would not be orthogonal.
+            # A little noise leaves an invariant space in a random direction. At rounding size, what two passes leave of
+            # it would not be orthogonal; and with one pass errors grow threefold with each such vector.
             basis, length = q[..., :j, :], safe_norm(following)[..., None]
-            length = xp.where(length > 0, length, xp.ones_like(length))
-            following = without(following / length, basis) + NOISE * unit * _shifted(start, j)
-            following = without(following, basis)
+            following = without(following / xp.where(length > 0, length, xp.ones_like(length)), basis)
+            following = without(following + NOISE * unit * _shifted(start, j), basis)
             following = normalised(following, norm(following))
         image = product(following)
         q, hq = put_row(q, j, following), put_row(hq, j, image)

@@ -62,7 +62,7 @@ LOST = 2**12  # · eps: reciprocal amplification from which on a derivative has 
 
 
 class TrustRegionInfo(NamedTuple):
-    """What a step is, with one entry for each item of the batch, and the model, to step again with another radius."""
+    """Facts about a step, with one entry for each item of the batch, and the model, for steps of another radius."""
 
     converged: Array
     """(...) bool: whether `residual_norm` is at most `rtol` (by default ``sqrt(eps)``, which raises nothing)."""

@@ -675,8 +675,8 @@ def test_an_option_that_is_ignored_is_noticed(rng):
             assert np.linalg.norm(p - q) > 1e-6
 
 
-def test_the_two_orthogonalisations_are_both_needed(rng, monkeypatch):
-    """Mutation control: with one, vectors lose their orthogonality, and the answer its digits."""
+def test_both_orthogonalisations_are_needed(rng, monkeypatch):
+    """Mutation control: with one, vectors lose their orthogonality, where products are almost parallel to them."""
     h, _ = matrix(rng, 10.0 ** np.linspace(-6, 6, 80))
     g = rng.standard_normal(80)
     exact = trust_region_step(h, g, 1.0, k=80)[1]

@@ -84,6 +84,12 @@ def network_targets() -> list[Target]:
         layers = [networks.Frozen(networks.Dense(w, b, "gelu")), networks.Dense(v)]
         return networks.Chain(layers, "mse").gradient(x, t, throw=throw)
 
+    def smoothed(w: Any, b: Any, v: Any, x: Any, t: Any, throw: bool = True) -> Any:
+        kinked = networks.Activation(*SQUARE[:3], kinks=((0.1, 1.0),))
+        layers = [networks.Dense(w, b, networks.smoothed(kinked, 0.5)), networks.Dense(v)]
+        c = networks.Chain(layers, "mse")
+        return c.hvp(x, t, [p + 0 for p in c.params], throw=throw)
+
     def weighted(w: Any, b: Any, v: Any, c: Any, x: Any, t: Any, throw: bool = True) -> Any:
         loss = networks.cross_entropy(weight=c, label_smoothing=0.1)
         return networks.Chain([networks.Dense(w, b, "tanh"), networks.Dense(v)], loss).loss_and_gradient(
@@ -129,6 +135,7 @@ def network_targets() -> list[Target]:
         of("Flatten", convolved, _images, "weight bias x t"),
         *(of(name, residual, square, theirs=("t",)) for name in ("Residual", "Activation", "Loss")),
         of("cross_entropy", weighted, classes, "weight bias weight weight_ x t", optional=("bias", "weight_")),
+        of("smoothed", smoothed),
         of("Frozen", frozen, aliases={"weight": ("constants", "params"), "bias": ("constants", "params")}),
         of(
             "Layer",
@@ -208,6 +215,17 @@ def curvature_targets() -> list[Target]:
     def factors(rng: Any, batch: Any, m: int, is_complex: bool) -> tuple[Any, ...]:
         return normal(rng, (4, m)), normal(rng, (4, 3, 2)), normal(rng, (2, 4, 3)), normal(rng, (2, 4, 3, m))
 
+    def stepped(c: Any, x: Any, t: Any, radius: Any = 0.5, **options: Any) -> Any:
+        g = c.flatten(c.gradient(x, t))
+        p, info = curvature.trust_region_step(c.ggn_operator(x, t), g, radius, **options)
+        return p, info.damping, info.predicted
+
+    def stepped_back(c: Any, x: Any, t: Any, **options: Any) -> Any:
+        g = c.gradient(x, t)
+        factor = curvature.hessian_factor(c, x, t, damping=5.0)
+        p, _ = curvature.trust_region_step(factor, g, 1e-3, k=100)
+        return curvature.trust_region_step_vjp(g, p, factor, g, 1e-3, **options)[0]
+
     seeds = {"seed": "seed"}
     return [
         target(
@@ -219,6 +237,8 @@ def curvature_targets() -> list[Target]:
             name="gram_from_factors",
             items=False,
         ),
+        of(curvature.trust_region_step, stepped, options={"radius": "radius", "k": "check_every"}),
+        of(curvature.trust_region_step_vjp, stepped_back),
         of(curvature.ggn_eigvalsh, curvature.ggn_eigvalsh, options={**seeds, "mc_samples": "check_every"}),
         of(
             curvature.ggn_eigh,

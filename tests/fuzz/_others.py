@@ -42,6 +42,8 @@ VALUES = (
     "SinkhornInfo",
     "SinkhornVjpInfo",
     "SolveInfo",
+    "TrustRegionInfo",
+    "TrustRegionVjpInfo",
 )
 """Public names that compute nothing: errors, what functions return, and a module."""
 
