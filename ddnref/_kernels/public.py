@@ -196,7 +196,7 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "sigma": _finite,
     "on_failure": _failure,
     "gap": _positive,
-    **dict.fromkeys(("maxiter", "n_iter", "seed", "equalities"), _from(0)),
+    **dict.fromkeys(("maxiter", "n_iter", "seed", "equalities", "probes"), _from(0)),
     **dict.fromkeys(("check_every", "restart", "directions", "mc_samples"), _from(1)),
     **dict.fromkeys(("k", "n", "basis"), _integer),
     **dict.fromkeys(("v0", "x0", "y0", "reference"), _array),

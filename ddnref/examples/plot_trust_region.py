@@ -22,7 +22,7 @@ from ddnref.examples import BLUE, GREEN, GREY, ORANGE, settings
 
 GOAL = 1e-5
 STEPS = 60 if settings.full else 45  # of the trust region
-DEEP_GAIN = 1.0  # of the weights of 100 layers
+DEEP_GAIN = 1.1  # of the weights of 100 layers
 FIRST = 1000 if settings.full else 300  # of first-order methods
 NEWTON = 60 if settings.full else 5
 

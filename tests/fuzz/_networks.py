@@ -237,7 +237,11 @@ def curvature_targets() -> list[Target]:
             name="gram_from_factors",
             items=False,
         ),
-        of(curvature.trust_region_step, stepped, options={"radius": "radius", "k": "check_every"}),
+        of(
+            curvature.trust_region_step,
+            stepped,
+            options={"radius": "positive", "k": "check_every", "probes": "count", "model": "name"},
+        ),
         of(curvature.trust_region_step_vjp, stepped_back),
         of(curvature.ggn_eigvalsh, curvature.ggn_eigvalsh, options={**seeds, "mc_samples": "check_every"}),
         of(

@@ -39,6 +39,7 @@ MODULES = (
     "scale_out",
     "startup",
     "svd",
+    "trust_region",
 )
 PREFIXES = ("time_", "peakmem_", "track_")
 
