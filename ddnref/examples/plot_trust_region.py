@@ -194,8 +194,8 @@ told("ReLU, 768-24x7-10", relu)
 # %%
 # 100 layers
 # ----------
-# Sixteen units in each layer, and eight patches, averaged to 4 x 4 grey pixels. A product with the Hessian goes through
-# all layers twice, and so a step takes about as long as a hundred gradients.
+# Sixteen units in each layer, and eight patches, averaged to 4 x 4 grey pixels. A step takes about
+# as long as forty gradients.
 
 x, t = patches(8, seed=0)
 x = x.reshape(8, 4, 4, 4, 4, 3).mean(axis=(2, 4, 5)).reshape(8, 16)
@@ -229,8 +229,9 @@ plt.show()
 # %%
 # What this shows, and what it does not
 # -------------------------------------
-# On the tanh network the trust region with |H| reaches 1e-5 in some thirty steps, SciPy's in twice as many. Each step
-# costs about as much as fifty gradients; in the time of thirty steps, SGD and Adam take more than a thousand. On the
-# ReLU network everything depends on the kinks. On the deep one all methods are slow, and none is near the goal in the
-# time that this page takes. A fixed batch learned by heart is no test of generalisation, and with a new batch at every
-# step the model of one says little about the next.
+# On the tanh network the trust region with |H| reaches 1e-5 in about thirty steps. A step costs about as much as fifty
+# gradients, so that Adam takes more than a thousand steps in that time. SciPy's minimiser takes fewer products and a
+# fraction of the time for each step, and more steps. A damped Newton step with the exact Hessian is too expensive here,
+# and too short. On the ReLU network everything depends on the kinks. On the deep network no method is near the goal in
+# the time that this page takes. A fixed batch learned by heart is no test of generalisation, and with a new batch at
+# every step the model of one says little about the next.
