@@ -74,7 +74,7 @@ class TrustRegionInfo(NamedTuple):
     damping: Array
     """(...): ε."""
     predicted: Array
-    """(...): the decrease ``−gᵀp − ½ pᵀHp`` that the model expects, with |H| in the absolute one."""
+    """(...): the decrease ``−gᵀp − ½ pᵀHp`` that the model expects, with ``|H|`` in the absolute one."""
     boundary: Array
     """(...) bool: whether the step ends on the boundary."""
     hard: Array
@@ -130,7 +130,7 @@ def trust_region_step(
         The gradient; a list like ``chain.params`` for a `HessianFactor` or a `Ggn`.
     radius : float, or (...) array, positive
     model : {"exact", "absolute"}
-        H itself, or |H|, the saddle-free model [2]_: negative curvature counts as positive, and the step leaves a
+        H itself, or ``|H|``, the saddle-free model [2]_: negative curvature counts as positive, and the step leaves a
         saddle point along it. "absolute" took the fewest steps in training deep networks.
     k : int, default 30
         Dimensions of the Krylov space in which the model is minimised, at most n. Each costs one product. 20 to 30
