@@ -179,7 +179,7 @@ def trust_region_step(
 
     On the space H is a small matrix. One eigendecomposition gives the whole curve p(ε), and Newton's method for
     :math:`1/r - 1/\|p(\varepsilon)\|` the root, at no cost that matters: so a rejected step costs nothing. Lanczos'
-    vectors are orthogonalised twice against all before. Cost: k products, ``12 k² n`` flops, ``2 k n`` numbers of
+    vectors are orthogonalised twice against all before. Cost: k products, ``6 k² n`` flops, ``2 k n`` numbers of
     memory. A `HessianFactor` takes k solves and k products. Where the spectrum of H is wide, its space is better than
     Lanczos' of the same size, but a solve costs as much as about ten products. A `Ggn` costs one eigendecomposition of
     its Gram matrix, and three products with V.
