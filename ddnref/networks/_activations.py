@@ -10,6 +10,7 @@ from typing import NamedTuple
 import array_api_compat
 
 from ddnref._core.arrays import Array
+from ddnref._kernels.public import public
 from ddnref._kernels.special import erf
 
 Jet = tuple[Array, Array | None, Array | None]
@@ -46,6 +47,7 @@ class Activation(NamedTuple):
     kinks: tuple[tuple[float, float], ...] = ()
 
 
+@public
 def smoothed(activation: str | Activation, width: float) -> Activation:
     r"""Return an activation whose kinks count as curvature; its value and its slope do not change.
 
