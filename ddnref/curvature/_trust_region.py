@@ -131,7 +131,7 @@ def trust_region_step(
     radius : float, or (...) array, positive
     model : {"exact", "absolute"}
         H itself, or ``|H|``, the saddle-free model [2]_: negative curvature counts as positive, and the step leaves a
-        saddle point along it. "absolute" took the fewest steps in training deep networks.
+        saddle point along it. Training took about half of the steps with it.
     k : int, default 30
         Dimensions of the Krylov space in which the model is minimised, at most n. Each costs one product. 20 to 30
         suffice for training. With ``k >= n`` the minimum is exact, also in the hard case. A `Ggn` needs none.
@@ -181,7 +181,7 @@ def trust_region_step(
     :math:`1/r - 1/\|p(\varepsilon)\|` the root, at no cost that matters: so a rejected step costs nothing. Lanczos'
     vectors are orthogonalised twice against all before. Cost: k products, ``6 k² n`` flops, ``2 k n`` numbers of
     memory. A `HessianFactor` takes k solves and k products. Where the spectrum of H is wide, its space is better than
-    Lanczos' of the same size, but a solve costs as much as about ten products. A `Ggn` costs one eigendecomposition of
+    Lanczos' of the same size, but a solve costs as much as 20 to 40 products. A `Ggn` costs one eigendecomposition of
     its Gram matrix, and three products with V.
 
     References

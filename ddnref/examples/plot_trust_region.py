@@ -1,6 +1,6 @@
 """
-A trust region for deep networks: with |H|, and with kinks that count
-======================================================================
+A trust region for deep networks, and kinks that count
+======================================================
 
 Second-order methods have a bad name in deep learning: they stall where plain gradients go on. Two things help. One is a
 trust region, with the absolute values of the curvatures along which a step goes: `ddnref.curvature.trust_region_step`.
@@ -229,7 +229,7 @@ plt.show()
 # %%
 # What this shows, and what it does not
 # -------------------------------------
-# On the tanh network the trust region with |H| reaches 1e-5 in about thirty steps. A step costs about as much as fifty
+# On the tanh network the trust region with ``|H|`` reaches 1e-5 in about thirty steps. A step costs as much as fifty
 # gradients, so that Adam takes more than a thousand steps in that time. SciPy's minimiser takes fewer products and a
 # fraction of the time for each step, and more steps. A damped Newton step with the exact Hessian is too expensive here,
 # and too short. On the ReLU network everything depends on the kinks. On the deep network no method is near the goal in
