@@ -53,7 +53,11 @@ def patches(n, seed):
 # %%
 # The methods
 # -----------
-# The loop around the step is the textbook's: the radius is quartered where the loss falls by less than a quarter of
+# With the gradient g, the Hessian H and the radius r a step is
+#
+# .. math:: p = \operatorname*{arg\,min}_{\|p\| \leq r}\; g^T p + \tfrac12\, p^T |H|\, p .
+#
+# The loop around it is the textbook's: the radius is quartered where the loss falls by less than a quarter of
 # what the model predicts, and doubled where it falls by more than three quarters and the step ended on the boundary.
 # A step takes 30 Hessian-vector products.
 
