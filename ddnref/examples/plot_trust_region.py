@@ -53,9 +53,9 @@ def patches(n, seed):
 # %%
 # The methods
 # -----------
-# With the gradient g, the Hessian H and the radius r a step is
+# With the gradient g, the Hessian H and the radius r a step p solves
 #
-# .. math:: p = \operatorname*{arg\,min}_{\|p\| \leq r}\; g^T p + \tfrac12\, p^T |H|\, p .
+# .. math:: \min_{\|p\| \leq r}\; g^T p + \tfrac12 p^T |H| p .
 #
 # The loop around it is the textbook's: the radius is quartered where the loss falls by less than a quarter of
 # what the model predicts, and doubled where it falls by more than three quarters and the step ended on the boundary.
