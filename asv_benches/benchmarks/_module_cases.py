@@ -34,7 +34,7 @@ def ours(name: str) -> Call:
 
 
 def chain(name: str) -> Call:
-    """The same through a `Chain`, which knows a Sequential of convolutions."""
+    """Return the eigenpairs by a `Chain`, which takes a Sequential of convolutions."""
     module, x, t = problem(name)
     return partial(ddnref.curvature.ggn_eigh, ddnref.networks.Chain.from_torch(module), x, t, k=K)
 

@@ -57,8 +57,7 @@ def _factor_and_judge(a: Array) -> tuple[Array, Array, Array]:
 def packed(a: Array) -> tuple[Array, Array]:
     """Return packed factors and pivots by the library's own function, on NumPy of one matrix."""
     if array_api_compat.is_numpy_array(a):
-        getrf: Any = scipy.linalg.get_lapack_funcs("getrf", (a,))
-        return getrf(a)[:2]  # type: ignore[no-any-return]
+        return lapack_functions(a.dtype)[0](a)[:2]  # type: ignore[no-any-return]
     if array_api_compat.is_torch_array(a):
         from ddnref._kernels import torch as _torch
 
@@ -278,7 +277,7 @@ def _factor_and_screen(a: Any, rows: Any) -> tuple[Any, Any, Any]:
         lu, pivots, regular = factor_one(a[0], rows.sum())
         return lu.T[None].mT, pivots[None], np.asarray([regular])
     lu, pivots = _getrf(a)
-    start, limit = _start(a.dtype, n)
+    start, limit = probe_and_limit(a.dtype, n)
     x = np.empty((items, 1, n), a.dtype)
     x[...] = start
     x = _getrs(lu, pivots, x, False)
@@ -300,7 +299,7 @@ def _factor_and_screen(a: Any, rows: Any) -> tuple[Any, Any, Any]:
 def factor_one(a: Any, square: Any) -> tuple[Any, Any, bool]:
     """`_factor_and_screen` for one matrix of squared norm `square`, by LAPACK and numbers, which cost the least."""
     getrf, getrs, length = lapack_functions(a.dtype)
-    start, limit = _start(a.dtype, len(a))
+    start, limit = probe_and_limit(a.dtype, len(a))
     lu, pivots, _ = getrf(transposed(a).T, overwrite_a=True)
     x = getrs(lu, pivots, start)[0]
     before = length(x)
@@ -321,7 +320,7 @@ def lapack_functions(dtype: Any) -> tuple[Any, Any, Any]:
 
 
 @lru_cache(maxsize=64)
-def _start(dtype: Any, n: int) -> tuple[Any, float]:
+def probe_and_limit(dtype: Any, n: int) -> tuple[Any, float]:
     """Return the vector with which `_factor_and_screen` starts, and the square of the condition that it accepts."""
     limit = 1 / (MARGIN * singularity.SINGULAR * float(np.finfo(dtype).eps))
     return singularity.probe(np.empty(n, dtype)), limit**2

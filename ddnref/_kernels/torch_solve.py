@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddnref._kernels import singularity
-from ddnref._kernels.lu import MARGIN, factor_one, in_one_unit, lapack_functions
+from ddnref._kernels.lu import factor_one, in_one_unit, lapack_functions, probe_and_limit
 from ddnref._kernels.torch import ALONE
 
 Solved: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -116,6 +115,6 @@ def _square(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _start(dtype: torch.dtype, n: int) -> tuple[Tensor, float]:
-    """Return the vector with which inverse iteration starts, and the square of the condition that is accepted."""
-    limit = 1 / (MARGIN * singularity.SINGULAR * torch.finfo(dtype).eps)
-    return torch.tensor(singularity.probe(np.empty(n)), dtype=dtype), limit**2
+    """Return what `probe_and_limit` does, with a tensor."""
+    probe, limit = probe_and_limit(np.dtype(DTYPES[dtype]), n)
+    return torch.tensor(probe), limit

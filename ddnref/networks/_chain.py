@@ -180,7 +180,7 @@ class Chain:
             Of the bump that takes the place of a kink.
         x : (N, ...) array, optional
             Samples: widths are then relative to the root mean square of the layer's pre-activations on these, which is
-            read on the host. ``chain.smoothed(0.2, x)`` is what the page on trust regions found to train well.
+            read on the host. ``chain.smoothed(0.2, x)`` trained well on the page of trust regions.
 
         Raises
         ------

@@ -337,7 +337,7 @@ def test_a_block_that_is_not_definite(xp):
 
 @pytest.mark.parametrize(("method", "precision"), [("active", "double"), ("cholesky", "single")])
 def test_every_library(xp, method, precision):
-    """The same numbers as NumPy, whose own are held to the dense matrix above.
+    """Every library gives the numbers of NumPy, whose own are held to the dense matrix above.
 
     Few shapes, because JAX compiles every operation for every shape.
     """

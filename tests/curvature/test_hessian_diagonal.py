@@ -136,7 +136,7 @@ def test_bad_input(rng):
 
 
 def test_every_library(xp):
-    """The same numbers as NumPy, whose own are held to the dense matrix above."""
+    """Every library gives the numbers of NumPy, whose own are held to the dense matrix above."""
     found = []
     for asarray, numpy in ((np.asarray, np.asarray), (xp.asarray, xp.numpy)):
         for activation in ("tanh", "relu"):

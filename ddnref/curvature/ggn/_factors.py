@@ -17,8 +17,8 @@ from ddnref.curvature.ggn._state import cross
 def gram_from_factors(us: Sequence[Array], deltas: Sequence[Array], /, *, bias: bool | Sequence[bool] = True) -> Array:
     r"""Return the Gram matrix ``VᵀV`` of the columns of linear maps, from their inputs and backpropagated factors.
 
-    This is what the functions of the GGN compute for a `Chain`, for networks whose inputs and factors come from
-    elsewhere, such as a function in JAX.
+    The functions of the GGN compute this matrix for a `Chain`. Here inputs and factors come from elsewhere, such as a
+    function in JAX.
 
     Parameters
     ----------

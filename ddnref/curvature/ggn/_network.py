@@ -19,7 +19,7 @@ class Linearised(NamedTuple):
     criterion: Loss
     """The loss of one sample, for outputs of this shape."""
     back: Callable[[Array], tuple[Columns, ...]]
-    """From cotangents ``(M, N, C)`` to the columns of all parameters, in the order of `Network.params`."""
+    """Turn cotangents ``(M, N, C)`` into the columns of all parameters, in the order of `Network.params`."""
 
 
 class Network(Protocol):
