@@ -154,10 +154,21 @@ def test_a_shift_below_zero_is_not_definite_where_weights_are_free(rng):
     check(q, -q.w[0] / 2, "cholesky")
 
 
-def test_singular_to_working_precision_is_not_definite(rng):
-    q = problem(rng, 3, 5, 9, "relu")
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_the_verdict_near_zero(activation, rng):
+    """The sign of an eigenvalue is known a hundred roundings from zero; at zero the amplification shows."""
+    q = problem(rng, 3, 5, 9, activation)
+    rounding = np.finfo(np.float64).eps * len(q.w) * np.max(np.abs(q.w))
+    call = partial(hessian_factor, q.chain, q.x, q.t, method="cholesky")
+    call(damping=float(-q.w[0] + 100 * rounding))
     with pytest.raises(ddnref.SingularError, match="not positive definite"):
-        hessian_factor(q.chain, q.x, q.t, damping=float(-q.w[0]), method="cholesky")
+        call(damping=float(-q.w[0] - 100 * rounding))
+    try:
+        factor = call(damping=float(-q.w[0]))
+    except ddnref.SingularError:
+        return
+    _, info = factor.solve(q.chain.unflatten(rng.standard_normal(len(q.w))), throw=False)
+    assert info.amplification > 1e11
 
 
 def test_counts_between_edges(rng):

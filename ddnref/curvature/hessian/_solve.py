@@ -413,8 +413,9 @@ def hessian_factor(
         Weights or data are not finite.
     SingularError
         `damping` is zero and some weights have no influence: more inputs than samples. With ``method="cholesky"`` the
-        matrix is not positive definite, or singular to working precision; for ``precision="single"`` this is decided
-        again in double precision, but an eigenvalue within 1e-5 ‖H‖ below zero may go unnoticed.
+        matrix is not positive definite. Rounding decides where an eigenvalue is within about p eps ‖H‖ of zero, for p
+        parameters, and `solve` then reports the amplification. With ``precision="single"`` the verdict is checked in
+        double precision, but an eigenvalue within 1e-5 ‖H‖ below zero may go unnoticed.
     TypeError, ValueError
         Mixed libraries or dtypes, shapes that do not fit, a damping that is complex or not finite, unknown options,
         an empty batch, a layer that the sweeps do not take, tensors that require grad.
