@@ -278,7 +278,7 @@ def test_finite_differences(method, is_symmetric, n, xp, rng):
         gap=0.5,
         symmetrises=is_symmetric,
         tangent="symmetric" if is_symmetric else "dense",
-        directions=3,
+        directions=3 if xp.name == "numpy" else 1,
     )
     assert report.error <= 1e-9, report
 
@@ -421,7 +421,7 @@ def bad_batch(rng):
 @pytest.mark.parametrize("name", ["power", "simultaneous"])
 def test_a_bad_item_has_a_status_and_harms_no_other(name, xp, rng):
     solve = ddnref.power_iteration if name == "power" else partial(ddnref.simultaneous_iteration, n=1)
-    solve = partial(solve, while_loop=xp.while_loop)
+    solve = partial(solve, while_loop=xp.while_loop, maxiter=200)
     x = bad_batch(rng)
     (w, v), info = solve(xp.asarray(x), throw=False)
     assert list(xp.numpy(info.converged)) == [True, False, False, False, False, True]

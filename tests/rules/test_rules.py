@@ -100,13 +100,17 @@ def checked(rule: Rule, sample, backend: Backend, check=assert_vjp, vjp=None, **
 @domains
 @pytest.mark.parametrize(("batch", "m"), [((), 1), ((), 5), ((3,), 5), ((2, 2), 3)])
 def test_vjp_agrees_with_finite_differences(rule, is_complex, batch, m, xp, rng, cell):
-    """In many directions on NumPy; elsewhere in few, and the gradient is NumPy's to rounding, which is stricter."""
+    """On NumPy by differences; elsewhere the forward and the VJP give the gradient of NumPy's, which is stricter."""
     sample = TRIALS[rule.name].sample(np.asarray, rng, batch, m, is_complex)
-    report = checked(rule, sample, xp, directions=8 if xp.name == "numpy" else 1)
-    assert report.error <= 1e-9, report
     _, kept, bars, vjp = solve(rule, sample, NUMPY)
-    _, theirs = lifted(rule, sample, xp)
-    assert relative(flat(theirs(*bars, *kept)), flat(vjp(*bars, *kept))) <= rounding(rule, sample)
+    if xp.name == "numpy":
+        report = checked(rule, sample, xp, directions=8)
+        assert report.error <= 1e-9, report
+    else:
+        _, theirs, their_bars, their_vjp = solve(rule, sample, xp)
+        expected = flat(vjp(*bars, *kept))
+        assert relative(flat(their_vjp(*their_bars, *theirs)), expected) <= 1e-9
+        assert relative(flat(their_vjp(*bars, *kept)), expected) <= rounding(rule, sample)
     if xp.name in matrix.LIBRARIES:
         cell(matrix.PAIR, f"{matrix.LIBRARIES[xp.name]}{', batched' if batch else ''}", rule.name)
 
