@@ -520,7 +520,7 @@ def test_jvp_of_eigenvalues(m, n, is_complex, xp, rng):
     jvp = xp.jit(partial(curvature.gram_eigvalsh_jvp, throw=False))
     w_dot = xp.numpy(jvp(xp.asarray(v_dot), w, *saved, xp.asarray(v)))
     w_bar = rng.standard_normal(w_dot.shape)
-    v_bar = xp.numpy(curvature.gram_eigvalsh_vjp(xp.asarray(w_bar), w, *saved, xp.asarray(v)))
+    v_bar = xp.numpy(xp.derivative(curvature.gram_eigvalsh_vjp, xp.asarray(w_bar), w, *saved, xp.asarray(v)))
     assert abs(np.vdot(w_bar, w_dot) - np.vdot(v_bar, v_dot).real) <= 1e-12 * np.linalg.norm(w_bar) * np.linalg.norm(
         w_dot
     )
@@ -580,7 +580,9 @@ def test_jvp_of_the_projector_of_equal_and_close_eigenvalues(gap, is_complex, n,
     assert relative(half + adjoint(half), projector_gradient(left, full, inside, x_dot)) <= 1e-12
     np.testing.assert_allclose(w_dot[1:].sum(), 0, atol=1e-11)
     values, saved = curvature.gram_eigvalsh_fwd(xp.asarray(v))
-    values_dot = xp.numpy(curvature.gram_eigvalsh_jvp(xp.asarray(v_dot), values, *saved, xp.asarray(v), throw=False))
+    values_dot = xp.numpy(
+        xp.derivative(curvature.gram_eigvalsh_jvp, xp.asarray(v_dot), values, *saved, xp.asarray(v), throw=False)
+    )
     np.testing.assert_allclose(values_dot[:4], w_dot, atol=1e-12)
     np.testing.assert_allclose(values_dot[4:], 0, atol=1e-6)  # rounding of the square root of zero
 
@@ -591,8 +593,10 @@ def test_splitting_directions_of_a_factor_are_refused(xp, rng):
     w, saved = curvature.gram_eigvalsh_fwd(v)
     with pytest.raises(GaugeError, match=r"splits equal eigenvalues \(items 0, 1 of 2\), those at 1, by.*Gram matrix"):
         curvature.gram_eigvalsh_jvp(v_dot, w, *saved, v)
-    assert np.all(np.isnan(xp.numpy(curvature.gram_eigvalsh_jvp(v_dot, w, *saved, v, throw=False))))
-    assert np.all(np.isfinite(xp.numpy(curvature.gram_eigvalsh_jvp(v_dot, w, *saved, v, gauge_rtol=np.inf))))
+    assert np.all(np.isnan(xp.numpy(xp.derivative(curvature.gram_eigvalsh_jvp, v_dot, w, *saved, v, throw=False))))
+    assert np.all(
+        np.isfinite(xp.numpy(xp.derivative(curvature.gram_eigvalsh_jvp, v_dot, w, *saved, v, gauge_rtol=np.inf)))
+    )
     for k in (2, 4):  # the second one cuts them
         (w, e), saved = curvature.gram_eigh_fwd(v, k)
         with pytest.raises(GaugeError, match=r"splits equal eigenvalues .*those at 1, by"):
@@ -613,7 +617,7 @@ def test_splitting_directions_of_a_factor_are_refused(xp, rng):
     left = np.linalg.qr(rng.standard_normal((9, 9)))[0]
     v, v_dot = xp.asarray(left[:, :4] @ rotation(rng, 4)), xp.asarray(left[:, 4:8] @ rng.standard_normal((4, 4)))
     w, saved = curvature.gram_eigvalsh_fwd(v)
-    np.testing.assert_allclose(xp.numpy(curvature.gram_eigvalsh_jvp(v_dot, w, *saved, v)), 0, atol=1e-13)
+    np.testing.assert_allclose(xp.numpy(xp.derivative(curvature.gram_eigvalsh_jvp, v_dot, w, *saved, v)), 0, atol=1e-13)
 
 
 @pytest.mark.parametrize("is_complex", [False, True])

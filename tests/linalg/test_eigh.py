@@ -119,7 +119,7 @@ def test_the_error_does_not_depend_on_the_scale(scale, xp, rng):
     inside = np.asarray([False, False, True, False, False])
     lam, v = ddnref.eigh(xp.asarray(scale * with_spectrum(q, w)))
     v_bar = np.where(inside, 2 * c @ xp.numpy(v), 0.0)
-    x_bar = xp.numpy(ddnref.eigh_vjp(None, xp.asarray(v_bar), lam, v))
+    x_bar = xp.numpy(xp.derivative(ddnref.eigh_vjp, None, xp.asarray(v_bar), lam, v))
     assert relative(x_bar * scale, projector_gradient(q, w, inside, c)) <= 1e-12
 
 
@@ -162,7 +162,7 @@ def test_symmetric_functions_of_a_cluster_are_exact(xp, rng):
     """``Σ λ_i³`` inside a cluster has gradient ``3 X²``; nothing there depends on an order."""
     x = with_spectrum(rotation(rng, 6), TRIPLE)
     w, v = ddnref.eigh(xp.asarray(x))
-    x_bar = xp.numpy(ddnref.eigh_vjp(3 * w * w, None, w, v))
+    x_bar = xp.numpy(xp.derivative(ddnref.eigh_vjp, 3 * w * w, None, w, v))
     assert relative(x_bar, 3 * x @ x) <= 1e-13
 
 
@@ -287,7 +287,7 @@ def test_a_large_component_along_the_vector_itself_hides_nothing(m, xp, rng):
     w[1] = w[0] + 1e-6
     v_bar = np.diag(np.full(m, 1e18))
     v_bar[1, 0] = 1.0
-    x_bar = xp.numpy(ddnref.eigh_vjp(None, *map(xp.asarray, (v_bar, w, np.eye(m)))))
+    x_bar = xp.numpy(xp.derivative(ddnref.eigh_vjp, None, *map(xp.asarray, (v_bar, w, np.eye(m)))))
     assert x_bar[0, 1] == x_bar[1, 0] == 0.5 / (w[0] - w[1])
 
 
@@ -298,7 +298,7 @@ def test_couplings_above_rounding_stay_at_small_gaps(xp, rng):
     k = q.T @ v_bar
     gap = w[None, :] - w[:, None]
     expected = q @ np.divide(k - k.T, 2 * gap, where=gap != 0, out=np.zeros((4, 4))) @ q.T
-    assert relative(xp.numpy(ddnref.eigh_vjp(None, *map(xp.asarray, (v_bar, w, q)))), expected) <= 1e-14
+    assert relative(xp.numpy(xp.derivative(ddnref.eigh_vjp, None, *map(xp.asarray, (v_bar, w, q)))), expected) <= 1e-14
 
 
 # --- where no gradient exists ---------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def test_gauge_dependent_losses_are_refused(kind, xp, rng):
     assert np.all(xp.numpy(ddnref.gauge_residual(*args, **options)) > 0.01)
     x_bar = xp.numpy(xp.jit(lambda *a: ddnref.eigh_vjp(*a, **options, throw=False))(*args))
     assert np.all(np.isnan(x_bar))
-    accepted = xp.numpy(ddnref.eigh_vjp(*args, **options, gauge_rtol=float("inf")))
+    accepted = xp.numpy(xp.derivative(ddnref.eigh_vjp, *args, **options, gauge_rtol=float("inf")))
     assert np.all(np.isfinite(accepted))
 
 
@@ -339,9 +339,9 @@ def test_only_the_item_without_a_gradient_is_nan(xp, rng):
     spectra = np.stack([np.arange(6.0), TRIPLE, np.arange(6.0) ** 2])
     w, v = ddnref.eigh(xp.asarray(with_spectrum(rotation(rng, 6, (3,)), spectra)))
     v_bar = xp.asarray(rng.standard_normal((3, 6, 6)))
-    x_bar = xp.numpy(ddnref.eigh_vjp(None, v_bar, w, v, throw=False))
+    x_bar = xp.numpy(xp.derivative(ddnref.eigh_vjp, None, v_bar, w, v, throw=False))
     assert [bool(np.all(np.isnan(g))) for g in x_bar] == [False, True, False]
-    alone = xp.numpy(ddnref.eigh_vjp(None, v_bar[2, ...], w[2, ...], v[2, ...]))
+    alone = xp.numpy(xp.derivative(ddnref.eigh_vjp, None, v_bar[2, ...], w[2, ...], v[2, ...]))
     assert relative(x_bar[2], alone) <= 1e-13
 
 
@@ -356,7 +356,7 @@ def test_a_nan_item_is_no_gauge_error(rng):
 
 def test_zero_matrix_is_one_cluster(xp):
     w, v = ddnref.eigh(xp.asarray(np.zeros((3, 3))))
-    assert np.array_equal(xp.numpy(ddnref.eigh_vjp(xp.asarray(np.ones(3)), None, w, v)), np.eye(3))
+    assert np.array_equal(xp.numpy(xp.derivative(ddnref.eigh_vjp, xp.asarray(np.ones(3)), None, w, v)), np.eye(3))
 
 
 def test_gauge_residual_is_small_for_invariant_losses(xp, rng):
@@ -380,12 +380,12 @@ def test_index_equals_zeros_elsewhere(index, is_complex, xp, rng):
     full_w, full_v = np.zeros((2, 5)), np.zeros((2, 5, 5), dtype)
     full_w[:, list(index)], full_v[..., list(index)] = w_bar, v_bar
     options = {"gauge_rtol": float("inf")}  # random complex cotangents depend on the phase
-    expected = xp.numpy(ddnref.eigh_vjp(xp.asarray(full_w), xp.asarray(full_v), w, v, **options))
+    expected = xp.numpy(xp.derivative(ddnref.eigh_vjp, xp.asarray(full_w), xp.asarray(full_v), w, v, **options))
     for some_w, some_v in [(w_bar, v_bar), (None, v_bar), (w_bar, None)]:
         arrays = [None if a is None else xp.asarray(a) for a in (some_w, some_v)]
         full = [None if a is None else xp.asarray(b) for a, b in ((some_w, full_w), (some_v, full_v))]
-        expected = xp.numpy(ddnref.eigh_vjp(*full, w, v, **options))
-        got = xp.numpy(ddnref.eigh_vjp(*arrays, w, v, index=index, **options))
+        expected = xp.numpy(xp.derivative(ddnref.eigh_vjp, *full, w, v, **options))
+        got = xp.numpy(xp.derivative(ddnref.eigh_vjp, *arrays, w, v, index=index, **options))
         assert relative(got, expected) <= 1e-13
         assert np.array_equal(got, adjoint(got))
 
@@ -437,7 +437,7 @@ def test_the_jvp_is_the_adjoint_of_the_vjp_at_every_gap(m, dtype, xp, rng):
     dots = [xp.numpy(a) for a in ddnref.eigh_jvp(xp.asarray(x_dot), w, v, throw=False)]
     for v_bar in (np.where(inside, 2 * c @ xp.numpy(v), 0), draw(rng, v.shape, dtype)):
         v_bar = v_bar.astype(dtype)
-        x_bar = xp.numpy(ddnref.eigh_vjp(None, xp.asarray(v_bar), w, v, gauge_rtol=float("inf")))
+        x_bar = xp.numpy(xp.derivative(ddnref.eigh_vjp, None, xp.asarray(v_bar), w, v, gauge_rtol=float("inf")))
         left, bound = pairing((v_bar,), (dots[1],))
         right, _ = pairing((x_bar,), (x_dot,))
         assert np.all(np.abs(left - right) <= 60 * unit * bound)

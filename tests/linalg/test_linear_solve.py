@@ -418,7 +418,7 @@ def test_the_jvp_in_single_precision(xp, rng):
     exact = np.linalg.solve(a, b_dot - a_dot @ np.linalg.solve(a, b))
     a, b, a_dot, b_dot = (xp.asarray(y.astype(np.float32)) for y in (a, b, a_dot, b_dot))
     x, _ = ddnref.linear_solve(a, b)
-    x_dot = xp.numpy(ddnref.linear_solve_jvp(a_dot, b_dot, x, a, b)[0])
+    x_dot = xp.numpy(xp.derivative(ddnref.linear_solve_jvp, a_dot, b_dot, x, a, b)[0])
     assert x_dot.dtype == np.float32
     assert relative(x_dot, exact) <= 1e-5
 

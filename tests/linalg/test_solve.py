@@ -189,7 +189,7 @@ def test_the_jvp_of_right_hand_sides_that_broadcast(a_shape, b_shape, xp, rng):
         right = given[1] * dots[1] - given[0] * (dots[0] @ solution[..., None])[..., 0]
         expected = np.linalg.solve(a, right[..., None])[..., 0] if size else np.zeros(solution.shape)
         for more in ((), (xp.asarray(b),)):
-            x_dot = xp.numpy(ddnref.solve_jvp(a_dot, b_dot, x, *saved, *more))
+            x_dot = xp.numpy(xp.derivative(ddnref.solve_jvp, a_dot, b_dot, x, *saved, *more))
             assert x_dot.shape == solution.shape
             np.testing.assert_allclose(x_dot, expected, atol=1e-12)
 
@@ -234,7 +234,7 @@ def test_the_jvp_in_single_precision(xp, rng):
     exact = ddnref.solve_jvp(a_dot, b_dot, x, *saved)
     a, b, a_dot, b_dot = (xp.asarray(y.astype(np.float32)) for y in (a, b, a_dot, b_dot))
     x, saved = ddnref.solve_fwd(a, b)
-    x_dot = xp.numpy(ddnref.solve_jvp(a_dot, b_dot, x, *saved, b))
+    x_dot = xp.numpy(xp.derivative(ddnref.solve_jvp, a_dot, b_dot, x, *saved, b))
     assert x_dot.dtype == np.float32
     assert relative(x_dot, exact) <= 1e-4
 
@@ -250,7 +250,7 @@ def test_the_jvp_of_a_singular_matrix_raises_or_is_nan_alone(xp, rng):
     with pytest.raises(ddnref.SingularError, match=r"2 of 4.*\(items 1, 2\)"):
         ddnref.solve_jvp(None, zero, x, *saved)
     for dots in ((ones, None), (None, zero), (ones, zero)):
-        missing = np.isnan(xp.numpy(ddnref.solve_jvp(*dots, x, *saved, throw=False)))
+        missing = np.isnan(xp.numpy(xp.derivative(ddnref.solve_jvp, *dots, x, *saved, throw=False)))
         assert missing.all(axis=-1).tolist() == missing.any(axis=-1).tolist() == [False, True, True, True]
 
 
@@ -263,7 +263,7 @@ def test_the_jvp_of_rows_in_units(xp, rng):
     units = np.asarray([1e-30, 1.0, 1e12, 1e30])
     a, a_dot, b, b_dot = map(xp.asarray, (a * units[:, None], a_dot * units[:, None], b * units, b_dot * units))
     x, saved = ddnref.solve_fwd(a, b)
-    np.testing.assert_allclose(xp.numpy(ddnref.solve_jvp(a_dot, b_dot, x, *saved)), expected, rtol=1e-12)
+    np.testing.assert_allclose(xp.numpy(xp.derivative(ddnref.solve_jvp, a_dot, b_dot, x, *saved)), expected, rtol=1e-12)
 
 
 def test_static_errors_of_the_jvp(rng):

@@ -142,8 +142,8 @@ def test_top_k_is_the_full_one_of_these_columns(shape, is_complex, xp, rng):
     bars = loss[1](*map(xp.numpy, outputs))
     full = [np.zeros(a.shape, dtype) for a, dtype in zip(saved, (x.dtype, float, x.dtype), strict=True)]
     full[0][..., :k], full[1][..., :k], full[2][..., :k, :] = bars
-    expected = xp.numpy(ddnref.svd_vjp(*map(xp.asarray, full), *saved))
-    got = xp.numpy(ddnref.svd_topk_vjp(*map(xp.asarray, bars), *outputs, *saved))
+    expected = xp.numpy(xp.derivative(ddnref.svd_vjp, *map(xp.asarray, full), *saved))
+    got = xp.numpy(xp.derivative(ddnref.svd_topk_vjp, *map(xp.asarray, bars), *outputs, *saved))
     assert relative(got, expected) <= 1e-13
     x_dot = xp.asarray(draw(rng, x.shape, is_complex))
     jvp = xp.jit(partial(ddnref.svd_topk_jvp, throw=False))
@@ -160,7 +160,7 @@ def test_none_is_zero(shape, xp, rng):
     for given in [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2)]:
         nones = [bar if i in given else None for i, bar in enumerate(bars)]
         zeros = [bar if i in given else 0 * bar for i, bar in enumerate(bars)]
-        got, wanted = (xp.numpy(ddnref.svd_vjp(*some, u, s, vh)) for some in (nones, zeros))
+        got, wanted = (xp.numpy(xp.derivative(ddnref.svd_vjp, *some, u, s, vh)) for some in (nones, zeros))
         assert relative(got, wanted) <= 1e-14
 
 
@@ -214,7 +214,7 @@ def test_losses_of_spaces_are_exact_at_a_triple_zero(shape, is_complex, xp, rng)
         inner[..., m:, m:] = 0
     more_u, more_vh = cotangents(inner, xp.numpy(u), xp.numpy(vh), ZEROS == 0)
     u_bar, vh_bar = u_bar + 2 * more_u, vh_bar + 2 * more_vh
-    x_bar = xp.numpy(ddnref.svd_vjp(xp.asarray(u_bar), None, xp.asarray(vh_bar), u, s, vh))
+    x_bar = xp.numpy(xp.derivative(ddnref.svd_vjp, xp.asarray(u_bar), None, xp.asarray(vh_bar), u, s, vh))
     for i in range(200):
         exact = exact_gradient(left[i], right[i], ZEROS, lambda w: w == 1.1, e[i])
         exact = exact + exact_gradient(left[i], right[i], ZEROS, lambda w: w == 0, inner[i])
@@ -226,7 +226,7 @@ def test_symmetric_functions_of_a_cluster_are_exact(xp, rng):
     for values in (TRIPLE, ZEROS):
         x = with_values(*bases(rng, (8, 6), (), True), values)
         u, s, vh = ddnref.svd(xp.asarray(x))
-        x_bar = xp.numpy(ddnref.svd_vjp(None, 4 * s**3, None, u, s, vh))
+        x_bar = xp.numpy(xp.derivative(ddnref.svd_vjp, None, 4 * s**3, None, u, s, vh))
         assert relative(x_bar, 4 * x @ adjoint(x) @ x) <= 1e-13
 
 
@@ -269,7 +269,7 @@ def test_losses_of_a_group_are_exact_at_every_gap(shape, dtype, xp, rng):
     u, s, vh = ddnref.svd(xp.asarray((scales[0] * with_values(left, right, s_exact)).astype(dtype)))
     chosen = (np.arange(k) >= k // 2) & (np.arange(k) < k // 2 + 3)
     bars = [xp.asarray((scales[1] * bar).astype(dtype)) for bar in cotangents(e, xp.numpy(u), xp.numpy(vh), chosen)]
-    x_bar = xp.numpy(ddnref.svd_vjp(bars[0], None, bars[1], u, s, vh, throw=False))
+    x_bar = xp.numpy(xp.derivative(ddnref.svd_vjp, bars[0], None, bars[1], u, s, vh, throw=False))
     if xp.name == "numpy":  # each alone, because nothing is equal to rounding in most of them
         alone = [
             ddnref.svd_vjp(*(None if a is None else a[i] for a in (bars[0], None, bars[1], u, s, vh)))
@@ -354,7 +354,7 @@ def test_spaces_of_small_values_are_exact_at_every_size(shape, dtype, xp, rng):
     e = e.astype(dtype)
     u, s, vh = ddnref.svd(xp.asarray(with_values(left, right, s_exact).astype(dtype)))
     u_bar, vh_bar = cotangents(2 * e, xp.numpy(u), xp.numpy(vh), np.arange(6) >= 3)
-    x_bar = xp.numpy(ddnref.svd_vjp(xp.asarray(u_bar), None, xp.asarray(vh_bar), u, s, vh))
+    x_bar = xp.numpy(xp.derivative(ddnref.svd_vjp, xp.asarray(u_bar), None, xp.asarray(vh_bar), u, s, vh))
     for i, size in enumerate(GAPS):
         exact = exact_gradient(left[i], right[i], s_exact[i], lambda w: np.abs(w) < 0.2, e[i].astype(left.dtype))
         assert relative(x_bar[i], exact) <= 60 * unit * max(shape) ** 0.5, size
@@ -365,7 +365,7 @@ def test_couplings_above_rounding_stay_at_small_gaps(xp, rng):
     s, (left, right) = np.asarray([1.0, 0.5 + 1e-9, 0.5, 0.1]), bases(rng, (4, 4))
     u_bar, vh_bar = rng.standard_normal((2, 4, 4))
     expected = svd_vjp_squares(u_bar, 0 * s, vh_bar, left, s, right.T)
-    got = xp.numpy(ddnref.svd_vjp(*map(xp.asarray, (u_bar, 0 * s, vh_bar, left, s, right.T.copy()))))
+    got = xp.numpy(xp.derivative(ddnref.svd_vjp, *map(xp.asarray, (u_bar, 0 * s, vh_bar, left, s, right.T.copy()))))
     assert relative(got, expected) <= 1e-6  # the other form has lost half of its digits
 
 
@@ -419,7 +419,7 @@ def test_losses_without_a_gradient_are_refused(kind, xp, rng):
     x_bar = xp.numpy(xp.jit(partial(ddnref.svd_vjp, throw=False))(*arrays))
     assert np.all(np.isnan(x_bar[1]))
     assert np.all(np.isfinite(x_bar[[0, 2]]))
-    assert np.all(np.isfinite(xp.numpy(ddnref.svd_vjp(*arrays, gauge_rtol=float("inf")))))
+    assert np.all(np.isfinite(xp.numpy(xp.derivative(ddnref.svd_vjp, *arrays, gauge_rtol=float("inf")))))
 
 
 def test_the_phase_between_u_and_v_is_no_gauge(rng):

@@ -83,7 +83,7 @@ def test_jvp(m, n, is_complex, xp, rng):
     s_dot = xp.numpy(jvp(xp.asarray(a_dot), s, *saved))
     assert relative(s_dot, numerical_jvp(ddnref.svdvals, a, a_dot, gap=0.3)) <= 1e-9
     s_bar = rng.standard_normal((2, min(m, n)))
-    a_bar = xp.numpy(ddnref.svdvals_vjp(xp.asarray(s_bar), s, *saved))
+    a_bar = xp.numpy(xp.derivative(ddnref.svdvals_vjp, xp.asarray(s_bar), s, *saved))
     error = abs(np.vdot(a_bar, a_dot).real - np.vdot(s_bar, s_dot))
     assert error <= 1e-12 * np.linalg.norm(s_bar) * np.linalg.norm(s_dot)
 
@@ -109,17 +109,17 @@ def test_directions_at_equal_values(xp, rng):
     block = np.asarray([[0.1, 0.2, 0.3, 0.4], [1.0, 5.0, 2.0, 0.2], [0.3, -2.0, 5.0, 0.1], [0.2, 0.3, 0.4, 0.5]])
     together = xp.asarray(u @ block @ adjoint(w))
     np.testing.assert_allclose(
-        xp.numpy(ddnref.svdvals_jvp(together, s, *saved)), [[0.1, 5.0, 5.0, 0.5]] * 3, rtol=1e-13
+        xp.numpy(xp.derivative(ddnref.svdvals_jvp, together, s, *saved)), [[0.1, 5.0, 5.0, 0.5]] * 3, rtol=1e-13
     )
     aside = xp.asarray(
         1e8 * (np.eye(6) - u @ adjoint(u)) @ rng.standard_normal(a.shape)
     )  # only rounding is left of it in the space of U
-    np.testing.assert_allclose(xp.numpy(ddnref.svdvals_jvp(aside, s, *saved)), 0, atol=1e-6)
+    np.testing.assert_allclose(xp.numpy(xp.derivative(ddnref.svdvals_jvp, aside, s, *saved)), 0, atol=1e-6)
     direction = xp.asarray(rng.standard_normal(a.shape))
     with pytest.raises(ddnref.GaugeError, match=r"splits equal singular values \(items 0, 1, 2 of 3\), those at 2, by"):
         ddnref.svdvals_jvp(direction, s, *saved)
-    assert np.all(np.isnan(xp.numpy(ddnref.svdvals_jvp(direction, s, *saved, throw=False))))
-    sums = xp.numpy(ddnref.svdvals_jvp(direction, s, *saved, gauge_rtol=np.inf))
+    assert np.all(np.isnan(xp.numpy(xp.derivative(ddnref.svdvals_jvp, direction, s, *saved, throw=False))))
+    sums = xp.numpy(xp.derivative(ddnref.svdvals_jvp, direction, s, *saved, gauge_rtol=np.inf))
     expected = np.trace(adjoint(u) @ xp.numpy(direction) @ w, axis1=-2, axis2=-1)
     assert relative(np.sum(sums, axis=-1), expected) <= 1e-13
 
@@ -129,15 +129,17 @@ def test_directions_at_zero_values(xp, rng):
     s, saved = ddnref.svdvals_fwd(xp.asarray(a))
     # Factors of rank two stay of rank two along this direction, while the second item is left alone.
     direction = np.stack([a[0] @ rng.standard_normal((4, 4)), 0 * a[0]])
-    s_dot = xp.numpy(ddnref.svdvals_jvp(xp.asarray(direction), s, *saved))
+    s_dot = xp.numpy(xp.derivative(ddnref.svdvals_jvp, xp.asarray(direction), s, *saved))
     np.testing.assert_allclose(s_dot[:, 2:], 0, atol=1e-14)
     direction[1] = np.outer(*(xp.numpy(part)[1][:, 3] for part in (saved[0], saved[2])))  # the last one alone
     with pytest.raises(ddnref.SingularError, match=r"moves a singular value that is zero .*item 1 of 2"):
         ddnref.svdvals_jvp(xp.asarray(direction), s, *saved)
-    s_dot = xp.numpy(ddnref.svdvals_jvp(xp.asarray(direction), s, *saved, throw=False))
+    s_dot = xp.numpy(xp.derivative(ddnref.svdvals_jvp, xp.asarray(direction), s, *saved, throw=False))
     assert np.all(np.isfinite(s_dot[0]))
     assert np.all(np.isnan(s_dot[1]))
-    assert np.all(np.isfinite(xp.numpy(ddnref.svdvals_jvp(xp.asarray(direction), s, *saved, gauge_rtol=np.inf))))
+    assert np.all(
+        np.isfinite(xp.numpy(xp.derivative(ddnref.svdvals_jvp, xp.asarray(direction), s, *saved, gauge_rtol=np.inf)))
+    )
 
 
 def test_bad_input_of_the_jvp(host_reads, rng):

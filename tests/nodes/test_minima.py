@@ -312,7 +312,7 @@ def errors_of_regression_tangents(xp, rng, a, b, weights, ridge=None, bias=True)
     errors = []
     for i, (expected, size) in enumerate(exact_regression_tangents(a, b, weights, ridge, bias, [*dots, 0.0])):
         some = [xp.asarray(dots[i]) if i == j else None for j in range(4)]
-        y_dot = xp.numpy(nodes.weighted_least_squares_jvp(*some, y, *map(xp.asarray, given), bias=bias))
+        y_dot = xp.numpy(xp.derivative(nodes.weighted_least_squares_jvp, *some, y, *map(xp.asarray, given), bias=bias))
         assert y_dot.dtype == a.dtype
         errors.append(np.linalg.norm(y_dot[:n] - expected) / size)
     return errors
@@ -499,7 +499,7 @@ def test_singular_weighted_least_squares(xp):
         nodes.weighted_least_squares_vjp(y, y, *arrays)
     with pytest.raises(SingularError):
         nodes.weighted_least_squares_jvp(*arrays, None, y, *arrays)
-    y_dot = xp.numpy(nodes.weighted_least_squares_jvp(*arrays, None, y, *arrays, throw=False))
+    y_dot = xp.numpy(xp.derivative(nodes.weighted_least_squares_jvp, *arrays, None, y, *arrays, throw=False))
     assert np.array_equal(np.isnan(y_dot), [[True, True], [False, False]])
     for bar in nodes.weighted_least_squares_vjp(y, y, *arrays, throw=False)[:3]:
         assert np.all(np.isnan(xp.numpy(bar)[0]))
