@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import inspect
 import re
 import sys
 from collections import Counter
@@ -232,7 +233,8 @@ class Backend:
         """Call a derivative that is not refused; JAX compiles it as a whole, and a refusal would be NaN."""
         if self.name != "jax":
             return function(*arrays, **options)
-        return self.jit(partial(function, **{"throw": False, **options}))(*arrays)
+        quiet = {"throw": False} if "throw" in inspect.signature(function).parameters else {}
+        return self.jit(partial(function, **(quiet | options)))(*arrays)
 
     def lift(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, compiled, from NumPy arrays to NumPy arrays: what a test computes around it stays on NumPy."""

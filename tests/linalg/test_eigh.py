@@ -276,7 +276,7 @@ def test_projectors_of_random_clusters(seed, xp):
     w, v = ddnref.eigh(xp.asarray(with_spectrum(q, w_exact)))
     v_bar = sum(np.where(mask, 2 * c @ xp.numpy(v), 0) for mask, c in zip(masks, cs, strict=True))
     expected = sum(projector_gradient(q, w_exact, mask, c) for mask, c in zip(masks, cs, strict=True))
-    x_bar = ddnref.eigh_vjp(None, xp.asarray(v_bar), w, v, throw=False)
+    x_bar = xp.derivative(ddnref.eigh_vjp, None, xp.asarray(v_bar), w, v, throw=False)
     assert relative(xp.numpy(x_bar), expected) <= 60 * 2.0**-52 * m**0.5
 
 
@@ -416,7 +416,9 @@ def test_the_jvp_is_the_adjoint_of_the_vjp(index, is_complex, xp, rng):
     dtype, k = "complex128" if is_complex else "float64", 5 if index is None else len(tuple(index))
     w, v = ddnref.eigh(xp.asarray(symmetric(rng, 5, (3,), is_complex)))
     x_dot, w_bar, v_bar = draw(rng, (3, 5, 5), dtype), rng.standard_normal((3, k)), draw(rng, (3, 5, k), dtype)
-    x_bar = ddnref.eigh_vjp(xp.asarray(w_bar), xp.asarray(v_bar), w, v, index=index, gauge_rtol=float("inf"))
+    x_bar = xp.derivative(
+        ddnref.eigh_vjp, xp.asarray(w_bar), xp.asarray(v_bar), w, v, index=index, gauge_rtol=float("inf")
+    )
     jvp = xp.jit(lambda *a: ddnref.eigh_jvp(*a, index=index, throw=False))
     dots = [xp.numpy(a) for a in jvp(xp.asarray(x_dot), w, v)]
     assert (dots[0].dtype, dots[1].dtype) == (np.dtype("float64"), np.dtype(dtype))
@@ -434,7 +436,7 @@ def test_the_jvp_is_the_adjoint_of_the_vjp_at_every_gap(m, dtype, xp, rng):
     q, c = (f(rng, m, (len(spectra),), is_complex) for f in (rotation, symmetric))
     w, v = ddnref.eigh(xp.asarray(with_spectrum(q, spectra).astype(dtype)))
     x_dot = draw(rng, v.shape, dtype)
-    dots = [xp.numpy(a) for a in ddnref.eigh_jvp(xp.asarray(x_dot), w, v, throw=False)]
+    dots = [xp.numpy(a) for a in xp.derivative(ddnref.eigh_jvp, xp.asarray(x_dot), w, v, throw=False)]
     for v_bar in (np.where(inside, 2 * c @ xp.numpy(v), 0), draw(rng, v.shape, dtype)):
         v_bar = v_bar.astype(dtype)
         x_bar = xp.numpy(xp.derivative(ddnref.eigh_vjp, None, xp.asarray(v_bar), w, v, gauge_rtol=float("inf")))
@@ -485,7 +487,7 @@ def test_masked_tangents_of_cluster_functions_are_exact(is_complex, scale, xp, r
     """Triple eigenvalues, any direction, against perturbation theory with the known rotation."""
     q, x_dot = rotation(rng, 6, (50,), is_complex), symmetric(rng, 6, (50,), is_complex)
     w, v = ddnref.eigh(xp.asarray(scale * with_spectrum(q, TRIPLE)))
-    w_dot, v_dot = ddnref.eigh_jvp(xp.asarray(x_dot), w, v, gauge_rtol=float("inf"))
+    w_dot, v_dot = xp.derivative(ddnref.eigh_jvp, xp.asarray(x_dot), w, v, gauge_rtol=float("inf"))
     p_dot, sum_dot = invariant_tangents(*(xp.numpy(a) for a in (w, v, w_dot, v_dot)), INSIDE)
     p = np.where(INSIDE, q, 0) @ adjoint(q)
     for i in range(50):
@@ -502,7 +504,7 @@ def test_tangents_of_projectors_of_close_eigenvalues(m, dtype, half, xp, rng):
     q, x_dot = rotation(rng, m, (len(GAPS),), is_complex), symmetric(rng, m, (len(GAPS),), is_complex)
     x_dot = x_dot - q @ np.where(inside[:, None] & inside, adjoint(q) @ x_dot @ q, 0) @ adjoint(q)
     w, v = ddnref.eigh(xp.asarray(with_spectrum(q, spectra).astype(dtype)))
-    w_dot, v_dot = ddnref.eigh_jvp(xp.asarray(x_dot.astype(dtype)), w, v, throw=False)
+    w_dot, v_dot = xp.derivative(ddnref.eigh_jvp, xp.asarray(x_dot.astype(dtype)), w, v, throw=False)
     p_dot, _ = invariant_tangents(
         *(xp.numpy(a).astype(q.dtype) for a in (w, v)), *map(xp.numpy, (w_dot, v_dot)), inside
     )
@@ -542,7 +544,7 @@ def test_directions_that_split_equal_eigenvalues_are_refused(kind, xp, rng):
         ddnref.eigh_jvp(*args, index=index)
     dots = xp.jit(lambda *a: ddnref.eigh_jvp(*a, index=index, throw=False))(*args)
     assert all(np.all(np.isnan(xp.numpy(a))) for a in dots)
-    dots = ddnref.eigh_jvp(*args, index=index, gauge_rtol=float("inf"))
+    dots = xp.derivative(ddnref.eigh_jvp, *args, index=index, gauge_rtol=float("inf"))
     assert all(np.all(np.isfinite(xp.numpy(a))) for a in dots)
 
 
@@ -668,7 +670,7 @@ def test_host_reads_of_the_jvp(host_reads, xp_strict, rng):
 @pytest.mark.parametrize("shape", [(0, 3, 3), (0, 0), (2, 0, 0), (1, 1), (2, 3, 4, 4)])
 def test_shapes_of_tangents(shape, xp, rng):
     w, v = ddnref.eigh(xp.asarray(rng.standard_normal(shape)))
-    w_dot, v_dot = ddnref.eigh_jvp(xp.asarray(rng.standard_normal(shape)), w, v)
+    w_dot, v_dot = xp.derivative(ddnref.eigh_jvp, xp.asarray(rng.standard_normal(shape)), w, v)
     assert (tuple(w_dot.shape), tuple(v_dot.shape)) == (shape[:-1], shape)
 
 

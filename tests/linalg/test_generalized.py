@@ -190,7 +190,7 @@ def test_symmetric_functions_of_a_cluster_are_exact(xp, rng):
     """``Σ λ_i³`` is ``tr (B⁻¹ A)³``; nothing there depends on an order."""
     a, b = pencil(basis(rng, 6), TRIPLE)
     w, v = ddnref.eigh_generalized(xp.asarray(a), xp.asarray(b))
-    a_bar, b_bar = map(xp.numpy, ddnref.eigh_generalized_vjp(3 * w * w, None, w, v))
+    a_bar, b_bar = map(xp.numpy, xp.derivative(ddnref.eigh_generalized_vjp, 3 * w * w, None, w, v))
     x = np.linalg.solve(b, a)
     inverse = np.linalg.inv(b)
     assert relative(a_bar, 3 * x @ x @ inverse) <= 1e-12
@@ -233,7 +233,9 @@ def test_couplings_above_rounding_stay_at_small_gaps(xp, rng):
     gap = w[None, :] - w[:, None]
     t = np.divide(m_ - m_.T, 2 * gap, where=gap != 0, out=np.zeros((4, 4)))
     expected = v @ t @ v.T, -v @ ((t * w + w[:, None] * t) / 2 + (m_ + m_.T) / 4) @ v.T
-    for x, y in zip(ddnref.eigh_generalized_vjp(None, *map(xp.asarray, (v_bar, w, v))), expected, strict=True):
+    for x, y in zip(
+        xp.derivative(ddnref.eigh_generalized_vjp, None, *map(xp.asarray, (v_bar, w, v))), expected, strict=True
+    ):
         assert relative(xp.numpy(x), y) <= 1e-14
 
 
@@ -251,15 +253,15 @@ def test_directions_at_a_triple_eigenvalue(is_complex, xp, rng):
     p = r + (q * TRIPLE + TRIPLE[:, None] * q) / 2
     dots = [xp.asarray(left @ x @ adjoint(left)) for x in (p, q)]
     for index in (None, (1, 2, 3), (2, 4), range(2, 5)):
-        w_dot, _ = map(xp.numpy, ddnref.eigh_generalized_jvp(*dots, w, v, index=index))
+        w_dot, _ = map(xp.numpy, xp.derivative(ddnref.eigh_generalized_jvp, *dots, w, v, index=index))
         columns = list(range(6) if index is None else index)
         expected = np.real(np.diagonal(r, axis1=-2, axis2=-1))[..., columns]
         np.testing.assert_allclose(w_dot, expected, atol=1e-12)
     # The projector of the cluster moves as the transpose says.
     c = symmetric(rng, 6, (3,), is_complex)
-    _, v_dot = map(xp.numpy, ddnref.eigh_generalized_jvp(*dots, w, v))
+    _, v_dot = map(xp.numpy, xp.derivative(ddnref.eigh_generalized_jvp, *dots, w, v))
     v_bar = np.where(INSIDE, 2 * c @ xp.numpy(v), 0)
-    bars = map(xp.numpy, ddnref.eigh_generalized_vjp(None, xp.asarray(v_bar), w, v))
+    bars = map(xp.numpy, xp.derivative(ddnref.eigh_generalized_vjp, None, xp.asarray(v_bar), w, v))
     moved = sum(np.vdot(x, xp.numpy(y)).real for x, y in zip(bars, dots, strict=True))
     assert abs(np.vdot(v_bar, v_dot).real - moved) <= 1e-12 * np.linalg.norm(v_bar) * np.linalg.norm(v_dot)
 
@@ -360,7 +362,7 @@ def test_an_indefinite_item_is_named_and_spoils_no_other(kind, xp, rng):
     for x, y in zip(found, alone, strict=True):
         assert np.all(np.isnan(xp.numpy(x)[2]))
         assert np.array_equal(xp.numpy(x)[[0, 1, 3]], y[[0, 1, 3]])
-    gradients = ddnref.eigh_generalized_vjp(found[0], None, *found)
+    gradients = xp.derivative(ddnref.eigh_generalized_vjp, found[0], None, *found)
     for x in gradients:
         assert np.all(np.isnan(xp.numpy(x)[2]))
         assert np.all(np.isfinite(xp.numpy(x)[[0, 1, 3]]))

@@ -147,7 +147,7 @@ def test_top_k_is_the_full_one_of_these_columns(shape, is_complex, xp, rng):
     assert relative(got, expected) <= 1e-13
     x_dot = xp.asarray(draw(rng, x.shape, is_complex))
     jvp = xp.jit(partial(ddnref.svd_topk_jvp, throw=False))
-    dots, (u_dot, s_dot, vh_dot) = jvp(x_dot, *outputs, *saved), ddnref.svd_jvp(x_dot, *saved)
+    dots, (u_dot, s_dot, vh_dot) = jvp(x_dot, *outputs, *saved), xp.derivative(ddnref.svd_jvp, x_dot, *saved)
     for got, expected in zip(dots, (u_dot[..., :k], s_dot[..., :k], vh_dot[..., :k, :]), strict=True):
         assert relative(xp.numpy(got), xp.numpy(expected)) <= 1e-13
 
@@ -192,7 +192,9 @@ def test_losses_of_a_cluster_are_exact_at_a_triple_value(shape, is_complex, xp, 
     ddnref.svd_vjp(xp.asarray(u_bar), None, xp.asarray(vh_bar), u, s, vh)  # the check does not object
     saved = u, s, vh
     outputs = u[..., :5], s[..., :5], vh[..., :5, :]
-    top = ddnref.svd_topk_vjp(xp.asarray(u_bar[..., :5]), None, xp.asarray(vh_bar[..., :5, :]), *outputs, *saved)
+    top = xp.derivative(
+        ddnref.svd_topk_vjp, xp.asarray(u_bar[..., :5]), None, xp.asarray(vh_bar[..., :5, :]), *outputs, *saved
+    )
     assert max(relative(xp.numpy(top)[i], exact[i]) for i in range(200)) <= 1e-12
 
 
@@ -471,7 +473,7 @@ def test_directions_at_equal_values(shape, xp, rng):
     turned = left.T @ free @ right
     turned[2:5, 2:5] = 3 * np.eye(3) + (np.triu(turned[2:5, 2:5], 1) - np.triu(turned[2:5, 2:5], 1).T)
     direction = left @ turned @ right.T
-    u_dot, s_dot, vh_dot = map(xp.numpy, ddnref.svd_jvp(xp.asarray(direction), u, s, vh))
+    u_dot, s_dot, vh_dot = map(xp.numpy, xp.derivative(ddnref.svd_jvp, xp.asarray(direction), u, s, vh))
     np.testing.assert_allclose(s_dot[2:5], 3.0, rtol=1e-12)
     e = symmetric(rng, sum(shape))
     u_bar, vh_bar = cotangents(e, xp.numpy(u), xp.numpy(vh), TRIPLE == 0.5)
