@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeAlias
 
 import array_api_compat
 
-from ddnref._core.arrays import Array, eps, full, namespace_of, nan_where
+from ddnref._core.arrays import Array, eps, full, is_true, namespace_of, nan_where
 from ddnref._core.noise import noise
 from ddnref._kernels import singularity
 from ddnref._kernels.dense import eigh, hermitian_part, infinity
@@ -28,11 +28,12 @@ from ddnref.curvature._gram import zero_tolerance
 from ddnref.curvature.ggn import _state
 from ddnref.curvature.hessian._expansion import flat
 from ddnref.curvature.hessian._solve import HessianFactor
-from ddnref.nodes._least_squares import secular
+from ddnref.nodes._least_squares import NEWTON_STEPS, secular
 from ddnref.operators._blocks import SelfAdjoint, inner, without
 
 NOISE = 2**10  # · eps: part of a random direction in each vector, which is all that is left of an invariant space
 ROUNDING = 64  # · eps · ‖g‖: what is left of a component of g that is zero
+GUESS = 8  # Newton steps for ε where the space may still grow: too small an ε means too large a residual
 OUTSIDE = 0.5  # power of eps: a part of g outside the range of G, relative to ‖g‖, from which on it counts
 
 
@@ -100,6 +101,7 @@ class Space(NamedTuple):
     indefinite: Array  # (...) bool: whether the model has negative curvature
     n_products: int
     basis: Basis
+    rtol: float | None = None  # residual that counts as converged, ``sqrt(eps)`` by default
 
     def __repr__(self) -> str:
         return f"Space({self.theta.shape[-1]} dimensions)"  # not the numbers of all its vectors
@@ -115,7 +117,7 @@ class Minimum(NamedTuple):
     hard: Array
 
 
-def minimum(space: Space, radius: Array) -> Minimum:
+def minimum(space: Space, radius: Array, steps: int = NEWTON_STEPS) -> Minimum:
     """Minimise the model for one radius for each item, ``(...)``."""
     xp, c, radius = namespace_of(space.c), space.c, radius[..., None]
     zero, unit = full((), 0.0, c), eps(xp, c.dtype)
@@ -130,7 +132,7 @@ def minimum(space: Space, radius: Array) -> Minimum:
     floor = xp.where(rounded, tol + zero * delta, delta)
     z = xp.where(floor > 0, c / xp.where(floor > 0, floor, xp.ones_like(floor)), xp.where(c == 0, c, infinity(c)))
     inside = safe_norm(z)[..., None] <= radius
-    mu = secular(c / radius, delta)
+    mu = secular(c / radius, delta, steps)
     d = delta + mu
     outer = xp.where(c == 0, c, c / xp.where(d > 0, d, xp.ones_like(d)))
     y = -xp.where(inside, z, outer)
@@ -148,22 +150,60 @@ def minimum(space: Space, radius: Array) -> Minimum:
     return Minimum(y, damping, predicted, (~inside | hard)[..., 0], hard[..., 0])
 
 
+def residual(space: Space, found: Minimum) -> Array:
+    """Return ``‖(I − QQᵀ) H p‖ / max(‖g‖, ε ‖p‖)``; zero for a step of zero."""
+    xp = namespace_of(space.c)
+    size = xp.maximum(space.size, found.damping * safe_norm(found.y))
+    return space.basis.outside(found.y) / xp.where(size > 0, size, xp.ones_like(size))
+
+
 # --- the spaces -------------------------------------------------------------------------------------------------------
 
 
-def krylov_space(a: SelfAdjoint, g: Array, k: int, probes: int, absolute: bool) -> Space:
-    """Build the Krylov space of H and g by Lanczos' method with full orthogonalisation."""
-    k, probes = min(k, a.m), max(0, min(probes, a.m - k))
+class Extent(NamedTuple):
+    """How large a Krylov space becomes."""
+
+    k: int
+    """Dimensions at most."""
+    probes: int
+    """Further ones from a random start."""
+    rtol: float | None
+    """Residual of the step that ends the Krylov space; 0 for k dimensions without a look at it. By default 0 where k
+    dimensions are all, which finds the hard case, and ``sqrt(eps)`` elsewhere."""
+    check_every: int
+    """Dimensions between two looks."""
+
+    def within(self, n: int, unit: float) -> tuple[int, int, float]:
+        """Return `k`, `probes` and `rtol` in n dimensions."""
+        k = min(self.k, n)
+        rtol = self.rtol if self.rtol is not None else unit**0.5 if k < n else 0.0
+        return k, min(self.probes, n - k), rtol
+
+
+def first(g: Array, axes: int = 1) -> Array:
+    """Return ``g / ‖g‖``, or random directions for gradients of zero, whose last axes are those of one vector."""
     xp = namespace_of(g)
-    rows = xp.reshape(g, (*a.batch, 1, a.m))
-    return _projected(a.apply, None, rows, g, k, probes, absolute)
+    rows = xp.reshape(g, (*tuple(g.shape)[: g.ndim - axes], -1))
+    size = safe_norm(rows)
+    # Zero leaves the start to chance, and the smallest eigenvalue is still found.
+    start = noise(1, rows.shape[-1], rows) + full((), 0.0, rows) * rows
+    return xp.reshape(xp.where(size[..., None] > 0, normalised(rows, size), start), g.shape)
 
 
-def inverse_space(factor: HessianFactor, g: list[Array], k: int, probes: int, absolute: bool) -> Space:
+def krylov_space(a: SelfAdjoint, g: Array, image: Array | None, radius: Array, extent: Extent, absolute: bool) -> Space:
+    """Build the Krylov space of H and g by Lanczos' method with full orthogonalisation.
+
+    `image` is the product of the first vector, `first`, if it is known.
+    """
+    xp, shape = namespace_of(g), (*a.batch, 1, a.m)
+    image = None if image is None else xp.reshape(image, shape)
+    return _projected(a.apply, None, xp.reshape(g, shape), image, g, radius, extent, absolute)
+
+
+def inverse_space(factor: HessianFactor, g: list[Array], radius: Array, extent: Extent, absolute: bool) -> Space:
     """Build the Krylov space of the factored inverse and g, and project H on it by exact products."""
     hessian = factor._hessian
     rows = flat(hessian.blocks([entry[None, ...] for entry in g]))
-    k, probes = min(k, hessian.total), max(0, min(probes, hessian.total - k))
 
     def product(rows: Array) -> Array:
         return flat(hessian.product(hessian.from_rows(rows)))
@@ -171,7 +211,7 @@ def inverse_space(factor: HessianFactor, g: list[Array], k: int, probes: int, ab
     def inverse(rows: Array) -> Array:
         return flat(factor.inverse(hessian.from_rows(rows)))
 
-    space = _projected(product, inverse, rows, rows[0, :], k, probes, absolute)
+    space = _projected(product, inverse, rows, None, rows[0, :], radius, extent, absolute)
     return space._replace(basis=Lists(space.basis, factor))  # type: ignore[arg-type]
 
 
@@ -179,45 +219,64 @@ def _projected(
     product: Callable[[Array], Array],
     inverse: Callable[[Array], Array] | None,
     rows: Array,
+    image: Array | None,
     g: Array,
-    k: int,
-    probes: int,
+    radius: Array,
+    extent: Extent,
     absolute: bool,
 ) -> Space:
     """Build orthonormal rows by repeated products, or solves, and project H on them."""
     xp, m = namespace_of(rows), rows.shape[-1]
     unit, size = eps(xp, rows.dtype), safe_norm(rows)
+    k, probes, rtol = extent.within(m, unit)
     start = noise(1, m, rows)
-    # A gradient of zero leaves the start to chance, and the smallest eigenvalue is still found.
-    following = xp.where(size[..., None] > 0, normalised(rows, size), start + full((), 0.0, rows) * rows)
-    q = full((*rows.shape[:-2], k + probes, m), 0.0, rows)
-    hq = full((*rows.shape[:-2], k + probes, m), 0.0, rows)
-    for j in range(k + probes):
-        if j == k:  # probes begin with a random vector
-            following = start + full((), 0.0, rows) * rows
+    noises = NOISE * unit * xp.concat([start, start])  # a part of it is another direction in each step
+    shape, device = (*rows.shape[:-2], k + probes, m), array_api_compat.device(rows)
+    q, hq = (xp.zeros(shape, dtype=rows.dtype, device=device) for _ in range(2))  # rows that stay empty take no memory
+
+    def described(j: int) -> Space:
+        """Return the model on the first j rows."""
+        theta, u = eigh(hermitian_part(inner(hq[..., :j, :], q[..., :j, :])))
+        negative = theta[..., 0] < -singularity.SINGULAR * unit * xp.max(xp.abs(theta), axis=-1)
+        return Space(
+            theta=xp.abs(theta) if absolute else theta,
+            c=size * u[..., 0, :],  # Q starts with g / ‖g‖
+            size=size[..., 0],
+            lambda_min=theta[..., 0],
+            indefinite=negative & (not absolute),
+            n_products=j,
+            basis=Rows(q[..., :j, :], hq[..., :j, :], u, g),
+        )
+
+    def is_enough(j: int) -> bool:
+        """Return whether the minimum on the first j rows solves the equations of the whole problem."""
+        space = described(j)
+        found = minimum(space, radius, GUESS)
+        # A step of zero says nothing: a gradient of zero may hide negative curvature. NaN does not get better.
+        solved = (residual(space, found) <= rtol) & (safe_norm(found.y) > 0)
+        return is_true(xp.all(solved | ~xp.isfinite(safe_norm(found.y))))
+
+    def extended(j: int, following: Array) -> Array:
+        """Store row j and its product, and return the direction that follows."""
+        nonlocal q, hq
         if j:
             # A little noise leaves an invariant space in a random direction. At rounding size, what two passes leave of
             # it would not be orthogonal; and with one pass errors grow threefold with each such vector.
             basis, length = q[..., :j, :], safe_norm(following)[..., None]
             following = without(following / xp.where(length > 0, length, xp.ones_like(length)), basis)
-            following = without(following + NOISE * unit * _shifted(start, j), basis)
+            following = without(following + noises[j % m : j % m + m], basis)
             following = normalised(following, norm(following))
-        image = product(following)
-        q, hq = put_row(q, j, following), put_row(hq, j, image)
-        following = image if inverse is None else inverse(following)
-    theta, u = eigh(hermitian_part(inner(hq, q)))
-    c = size * u[..., 0, :]  # Q starts with g / ‖g‖
-    scale = xp.max(xp.abs(theta), axis=-1)
-    negative = theta[..., 0] < -singularity.SINGULAR * unit * scale
-    return Space(
-        xp.abs(theta) if absolute else theta,
-        c,
-        size[..., 0],
-        theta[..., 0],
-        negative & (not absolute),
-        k + probes,
-        Rows(q, hq, u, g),
-    )
+        h_following = product(following) if j or image is None else image
+        q, hq = put_row(q, j, following), put_row(hq, j, h_following)
+        return h_following if inverse is None else inverse(following)
+
+    following, j = first(rows), 0
+    while j < k and not (rtol and j and j % extent.check_every == 0 and is_enough(j)):
+        following, j = extended(j, following), j + 1
+    following = start + full((), 0.0, rows) * rows  # NaN where g is
+    for i in range(j, j + probes):
+        following = extended(i, following)
+    return described(j + probes)
 
 
 def gram_space(ggn: _state.Ggn, g: list[Array]) -> Space:
@@ -251,9 +310,3 @@ def gram_space(ggn: _state.Ggn, g: list[Array]) -> Space:
 def _combined(u: Array, y: Array, rows: Array) -> Array:
     """Return ``Σ (U y)_i rows_i``."""
     return ((u @ y[..., None])[..., 0][..., None, :] @ rows)[..., 0, :]
-
-
-def _shifted(v: Array, j: int) -> Array:
-    """Return the entries of a vector in another order, for another direction in each step."""
-    xp, j = namespace_of(v), j % v.shape[-1]
-    return xp.concat([v[j:], v[:j]])

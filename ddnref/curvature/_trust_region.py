@@ -43,7 +43,7 @@ from ddnref._kernels.public import guarded, public
 from ddnref._kernels.vectors import norm_of_pieces, safe_norm
 from ddnref.curvature import _model_space
 from ddnref.curvature._gram import not_negative
-from ddnref.curvature._model_space import Space
+from ddnref.curvature._model_space import Extent, Space
 from ddnref.curvature.ggn._state import Ggn
 from ddnref.curvature.hessian._expansion import flat
 from ddnref.curvature.hessian._solve import HessianFactor
@@ -56,6 +56,7 @@ from ddnref.operators._blocks import self_adjoint
 from ddnref.operators._operator import check_ending, cotangent
 
 MODELS = ("exact", "absolute")
+CHECK_EVERY = 4  # products; a look takes as long as one or two of them
 INDEFINITE = 1e3  # · eps · λ_max: a Gram matrix with an eigenvalue below minus this is none
 SOLVED = 2**8  # · eps: residual to which the systems of the derivative are solved where rounding allows it
 LOST = 2**12  # · eps: reciprocal amplification from which on a derivative has no digits worth having
@@ -69,8 +70,8 @@ class TrustRegionInfo(NamedTuple):
     n_iter: int
     """Dimensions of the space; 0 for a `Ggn`, whose space is everything."""
     residual_norm: Array
-    """(...): the part of ``H p`` outside of the space, ``‖(I − QQᵀ) H p‖ / (‖g‖ + ‖H‖ ‖p‖)``. In the exact model this
-    is the residual of ``(H + ε I) p = −g``."""
+    """(...): the part of ``H p`` outside of the space, ``‖(I − QQᵀ) H p‖ / max(‖g‖, ε ‖p‖)``. In the exact model this
+    is the residual of ``(H + ε I) p = −g``, and about the relative error of p. In the absolute model it is neither."""
     damping: Array
     """(...): ε."""
     predicted: Array
@@ -83,7 +84,7 @@ class TrustRegionInfo(NamedTuple):
     lambda_min: Array
     """(...): the smallest eigenvalue of H in the space, which the smallest eigenvalue of H does not exceed."""
     n_products: int
-    """Products of H with a vector."""
+    """Products of H with a vector, the one that shows the batch axes included."""
     space: Any
     """The model on the space."""
 
@@ -100,8 +101,11 @@ class TrustRegionInfo(NamedTuple):
 
     @guarded
     def retry(self, radius: Array | float, *, throw: bool = True) -> tuple[Any, TrustRegionInfo]:
-        """Return the step for another radius, and its `TrustRegionInfo`, from the same model, without products."""
-        p, info = _step(self.space, _radius(radius, self.damping), None, throw)
+        """Return the step for another radius, and its `TrustRegionInfo`, from the same space, without products.
+
+        A larger radius may need a larger space than the first one took. Then ``converged`` is false, or `rtol` raises.
+        """
+        p, info = _step(self.space, _radius(radius, self.damping), throw)
         return p, info._replace(n_products=0)
 
 
@@ -116,6 +120,7 @@ def trust_region_step(
     k: int = 30,
     probes: int = 0,
     rtol: float | None = None,
+    check_every: int = CHECK_EVERY,
     throw: bool = True,
 ) -> tuple[Any, TrustRegionInfo]:
     r"""Minimum of ``gᵀp + ½ pᵀHp`` subject to ``‖p‖₂ ≤ radius``, for any symmetric H, indefinite or singular ones too.
@@ -133,17 +138,22 @@ def trust_region_step(
         H itself, or ``|H|``, the saddle-free model [2]_: negative curvature counts as positive, and the step leaves a
         saddle point along it. Training took about half of the steps with it.
     k : int, default 30
-        Dimensions of the Krylov space in which the model is minimised, at most n. Each costs one product. 20 to 30
-        suffice for training. With ``k >= n`` the minimum is exact, also in the hard case. A `Ggn` needs none.
+        Largest dimension of the Krylov space in which the model is minimised. Each costs one product. A `Ggn` needs
+        none.
     probes : int, default 0
         Further dimensions from a random start, which find directions of negative curvature that g has no part in.
         Without them, and with k < n, the hard case is recognised only for ``g = 0``.
     rtol : float, optional
-        Raise if ``info.residual_norm`` is larger. By default the minimum on the space is taken as it is, because a step
-        that is a little off does no harm in training.
+        The exact model takes no more products once ``info.residual_norm`` is at most this, and raises if it is larger
+        in the end; 0.1 is enough for training. With 0 it takes all k. By default it stops at ``sqrt(eps)``, raises
+        nothing, and with ``k >= n`` takes all n, which gives the exact minimum, also in the hard case. The absolute
+        model always takes k products, because the residual does not tell its error.
+    check_every : int, default 4
+        Products between two looks at the residual. A look takes as long as one product with a small network, and reads
+        one flag.
     throw : bool, default True
         Raise for what is not finite and for `rtol`, reading a few flags; with ``False`` items that are not finite, or
-        whose radius is not positive, are NaN.
+        whose radius is not positive, are NaN. With ``rtol=0`` too nothing is read, as under ``jax.jit``.
 
     Returns
     -------
@@ -160,8 +170,8 @@ def trust_region_step(
     ConvergenceError
         `rtol` was not reached: k is too small.
     ValueError
-        A radius that is not positive and finite; an unknown model; k below 1; shapes that do not fit; an operator that
-        is not self-adjoint; a Gram matrix that is not semidefinite, or of several groups.
+        A radius that is not positive and finite; an unknown model; k or check_every below 1; shapes that do not
+        fit; an operator that is not self-adjoint; a Gram matrix that is not semidefinite, or of several groups.
     TypeError
         Mixed libraries or dtypes, complex arrays.
 
@@ -179,8 +189,9 @@ def trust_region_step(
 
     On the space H is a small matrix. One eigendecomposition gives the whole curve p(ε), and Newton's method for
     :math:`1/r - 1/\|p(\varepsilon)\|` the root, at no cost that matters: so a rejected step costs nothing. Lanczos'
-    vectors are orthogonalised twice against all before. Cost: k products, ``6 k² n`` flops, ``2 k n`` numbers of
-    memory. A `HessianFactor` takes k solves and k products. Where the spectrum of H is wide, its space is better than
+    vectors are orthogonalised twice against all before. Cost for j ≤ k dimensions: j products, ``6 j² n`` flops,
+    ``2 j n`` numbers of memory. A batch goes on until all its items have converged. A `HessianFactor` takes j solves
+    and j products. Where the spectrum of H is wide, its space is better than
     Lanczos' of the same size, but a solve costs as much as 20 to 40 products. A `Ggn` costs one eigendecomposition of
     its Gram matrix, and three products with V.
 
@@ -204,30 +215,36 @@ def trust_region_step(
     """
     if model not in MODELS:
         raise ValueError(f'model is {model!r}, expected "exact" or "absolute".')
-    for name, value, least in (("k", k, 1), ("probes", probes, 0)):
-        if value < least:
-            raise ValueError(f"{name} is {value}, expected at least {least}.")
+    if k < 1:
+        raise ValueError(f"k is {k}, expected at least 1.")
     absolute = model == "absolute"
+    # The residual of the absolute model says too little about the step to end the space.
+    extent = Extent(k, probes, 0.0 if absolute else rtol, check_every)
     if isinstance(a, HessianFactor):
         _single("g", a, g, throw)
-        space = _model_space.inverse_space(a, list(g), k, probes, absolute)
+        size = full((), 0.0, a._hessian.like)
+        space = _model_space.inverse_space(a, list(g), _radius(radius, size), extent, absolute)
     elif isinstance(a, Ggn):
         space = _of_ggn(a, g, throw)
     else:
         _conform(a, g=g)
         refuse_recording("trust_region_step", **named_arrays(a=a, g=g))
         prepared = a.prepared() if isinstance(a, LinearOperator) else a
-        adapted = self_adjoint(prepared, "trust_region_step", g)
+        # The product that shows the batch axes is the first of the space.
+        start = _model_space.first(g, len(prepared.domain_shape) if isinstance(a, LinearOperator) else 1)
+        adapted = self_adjoint(prepared, "trust_region_step", start)
+        image = adapted.like if isinstance(a, LinearOperator) else None
         xp = namespace_of(adapted.like)
         # An image in every item shows the batch axes of both.
         g = xp.broadcast_to(g, (*adapted.batch, *adapted.shape))
-        space = _model_space.krylov_space(adapted, g, k, probes, absolute)
+        size = full(adapted.batch, 0.0, g)
+        space = _model_space.krylov_space(adapted, g, image, _radius(radius, size), extent, absolute)
     if throw and not is_true(namespace_of(space.c).all(_finite(space))):
         raise NonFiniteError(
             f"g or H is not finite{among(~_finite(space))}. The most likely cause is a diverged step before this call, "
             "or activations that overflow. Take a smaller radius there, or pass throw=False to get NaN."
         )
-    return _step(space, _radius(radius, space.size), rtol, throw)
+    return _step(space._replace(rtol=rtol), _radius(radius, space.size), throw)
 
 
 class TrustRegionVjpInfo(NamedTuple):
@@ -497,23 +514,21 @@ def _raise(point: _Point, wrong: Array, singular: Array) -> NoReturn:
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
-def _step(space: Space, radius: Array, rtol: float | None, throw: bool) -> tuple[Any, TrustRegionInfo]:
+def _step(space: Space, radius: Array, throw: bool) -> tuple[Any, TrustRegionInfo]:
     """Minimise the model on the space."""
-    xp, unit = namespace_of(space.c), eps(namespace_of(space.c), space.c.dtype)
+    xp, unit, rtol = namespace_of(space.c), eps(namespace_of(space.c), space.c.dtype), space.rtol
     valid = (radius > 0) & xp.isfinite(radius)
     if throw and not is_true(xp.all(valid)):
         raise ValueError(f"radius is not a positive finite number{among(~valid)}. Pass throw=False to get NaN there.")
     radius = nan_where(~valid, radius)
     found = _model_space.minimum(space, radius)
-    # What H p has outside of the space
-    size = space.size + xp.max(xp.abs(space.theta), axis=-1) * safe_norm(found.y)
-    residual = space.basis.outside(found.y) / xp.where(size > 0, size, xp.ones_like(size))
+    residual = _model_space.residual(space, found)
     converged = residual <= (unit**0.5 if rtol is None else rtol)
     if throw and rtol is not None and not is_true(xp.all(converged)):
         raise ConvergenceError(
             f"The step has the residual {float(xp.max(residual)):.1e}, above rtol {rtol:.1e}, on a space of "
-            f"{space.c.shape[-1]} dimensions{among(~converged)}. Pass a larger k, or throw=False to get the step as it "
-            "is."
+            f"{space.c.shape[-1]} dimensions{among(~converged)}. Pass a larger k, call trust_region_step instead of "
+            "retry for a larger radius, or pass throw=False to get the step as it is."
         )
     info = TrustRegionInfo(
         converged, 0 if isinstance(space.basis, _model_space.GramSpace) else space.c.shape[-1], residual,

@@ -257,19 +257,20 @@ def _on_sphere(y: Array, a: Array, b: Array, radius: float) -> _OnSphere:
     return _OnSphere(y, a, b, unit, size, stated)
 
 
-def secular(c: Array, delta: Array) -> Array:
+def secular(c: Array, delta: Array, steps: int = NEWTON_STEPS) -> Array:
     """The root μ ≥ 0 of ``‖c / (δ + μ)‖ = 1``, (..., 1), by a fixed number of Newton steps from below."""
     xp = namespace_of(c)
     # Start from the best bound that a single component gives.
     mu = xp.max(xp.abs(c) - delta, axis=-1, keepdims=True)
     zero = full((), 0.0, c)
     mu = xp.where(mu > 0, mu, zero * mu)
-    for _ in range(NEWTON_STEPS):  # none overshoots, because ``1 / ‖y(μ)‖`` is concave
+    for _ in range(steps):  # none overshoots, because ``1 / ‖y(μ)‖`` is concave
         d = delta + mu
         safe = xp.where(d > 0, d, xp.ones_like(d))
         z = xp.where(d > 0, c / safe, zero)  # where d = 0 so is c, or μ would be larger
-        length = safe_norm(z)[..., None]
-        slope = xp.sum(z * z / safe, axis=-1, keepdims=True)
+        z = z * z  # at most 1, by the choice of the first μ
+        length = xp.sum(z, axis=-1, keepdims=True) ** 0.5
+        slope = xp.sum(z / safe, axis=-1, keepdims=True)
         step = (length - 1) * length * length / xp.where(slope > 0, slope, xp.ones_like(slope))
         # Multiplied by μ, zero is NaN for items that are NaN.
         mu = xp.maximum(mu + step, zero * mu)

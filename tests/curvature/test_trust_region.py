@@ -157,10 +157,10 @@ def test_a_small_space_approaches_the_minimum_and_says_how_far_it_is(rng):
     exact, _, _ = trust_region_dense(h, g, 1.0)
     errors = []
     for k in (5, 10, 20, 40):
-        p, info = trust_region_step(h, g, 1.0, k=k)
+        p, info = trust_region_step(h, g, 1.0, k=k, rtol=0, throw=False)
         errors.append(np.linalg.norm(p - exact))
         damped = h @ p + info.damping * p + g
-        size = np.linalg.norm(g) + np.max(np.abs(info.space.theta)) * np.linalg.norm(p)
+        size = max(np.linalg.norm(g), info.damping * np.linalg.norm(p))
         assert abs(float(info.residual_norm) - np.linalg.norm(damped) / size) <= 1e-13
         assert info.n_iter == k
         assert abs(np.linalg.norm(p) - 1) <= 1e-13
@@ -177,21 +177,125 @@ def test_products_are_counted_and_a_retry_takes_none(rng):
     a, count = counted(h)
     for model in ("exact", "absolute"):
         for k, probes in ((12, 0), (12, 5), (100, 0)):
-            _, info = trust_region_step(a, g, 1.0, k=k, probes=probes, model=model)
-            shape = count[0]
+            options = {"k": k, "probes": probes, "model": model, "rtol": 0, "throw": False}
+            _, info = trust_region_step(a, g, 1.0, **options)
+            assert info.n_products == count[0] == min(k, 60) + (probes if k < 60 else 0)
             count[0] = 0
-            assert info.n_products == min(k, 60) + (probes if k < 60 else 0)
-            assert shape == info.n_products + 1  # one more shows the batch axes
             for radius in (1e-2, 0.3, 1.0, 30.0):
-                again, repeated = info.retry(radius)
+                again, repeated = info.retry(radius, throw=False)
                 assert count[0] == 0
                 assert repeated.n_products == 0
-                fresh, once = trust_region_step(a, g, radius, k=k, probes=probes, model=model)
+                fresh, once = trust_region_step(a, g, radius, **options)
                 count[0] = 0
                 assert np.array_equal(again, fresh)
                 assert (repeated.kind, float(repeated.damping)) == (once.kind, float(once.damping))
     with pytest.raises(ValueError, match="radius is -1"):
         info.retry(-1.0)
+
+
+@pytest.mark.parametrize("radius", [0.1, 1.0, 10.0, 1e3])
+@pytest.mark.parametrize("lowest", [-1.0, 0.5])
+def test_products_end_where_the_residual_is_small(lowest, radius, rng):
+    h, _ = matrix(rng, np.linspace(lowest, 20.0, 200))
+    g = rng.standard_normal(200)
+    exact, _, kind = trust_region_dense(h, g, radius)
+    a, count = counted(h)
+    fixed = [trust_region_step(h, g, radius, k=k, rtol=0, throw=False)[1] for k in range(1, 101)]
+    assert all(info.n_iter == k for k, info in enumerate(fixed, 1))
+    for rtol in (1e-1, 1e-3, 1e-6, None):
+        count[0] = 0
+        p, info = trust_region_step(a, g, radius, k=150, rtol=rtol)
+        limit = 2.0**-26 if rtol is None else rtol
+        first_k = next(k for k, other in enumerate(fixed, 1) if other.residual_norm <= limit)
+        # No later than at the next look, and no earlier than it must
+        assert first_k <= info.n_iter < first_k + 4
+        assert info.n_products == count[0] == info.n_iter
+        assert info.converged
+        assert info.residual_norm <= limit
+        if rtol != 1e-1:
+            assert info.kind == kind
+            condition = 20.0 / (lowest + info.damping)
+            assert np.linalg.norm(p - exact) <= condition * limit * np.linalg.norm(exact)
+    with pytest.raises(ddnref.ConvergenceError, match="space of 2 dimensions"):
+        trust_region_step(h, g, radius, k=2, rtol=1e-3)
+
+
+def test_the_space_of_one_radius_may_be_too_small_for_a_larger_one(rng):
+    h, _ = matrix(rng, np.linspace(0.1, 20.0, 200))
+    g = rng.standard_normal(200)
+    _, info = trust_region_step(h, g, 0.05, rtol=1e-4)
+    for radius in (0.01, 0.05):
+        assert info.retry(radius)[1].converged
+    with pytest.raises(ddnref.ConvergenceError, match="instead of retry"):
+        info.retry(20.0)
+    p, again = info.retry(20.0, throw=False)
+    assert not again.converged
+    assert again.residual_norm > 1e-4
+    fresh, larger = trust_region_step(h, g, 20.0, k=100, rtol=1e-4)
+    assert larger.n_products > info.n_products
+    assert value(h, g, fresh) < value(h, g, p)
+
+
+def test_flags_are_read_every_few_products(host_reads, rng):
+    import array_api_strict as strict
+
+    arrays = [strict.asarray(z) for z in (np.diag(np.linspace(1.0, 9.0, 60)), rng.standard_normal(60))]
+    for every in (1, 4, 7):
+        host_reads.clear()
+        _, info = trust_region_step(*arrays, 1.0, k=40, check_every=every, throw=False)
+        assert 8 < info.n_iter < 30
+        assert info.n_iter % every == 0
+        assert host_reads == ["__bool__"] * (info.n_iter // every)
+        host_reads.clear()
+        for options in ({"rtol": 0}, {"model": "absolute"}):
+            assert trust_region_step(*arrays, 1.0, k=25, check_every=every, throw=False, **options)[1].n_iter == 25
+        assert host_reads == []
+
+
+def test_a_batch_goes_on_until_the_last_item_has_converged(rng):
+    h = np.stack([np.diag(np.linspace(1.0, 2.0, 80)), np.diag(np.linspace(1.0, 100.0, 80))])
+    g = rng.standard_normal((2, 80))
+    alone = [trust_region_step(h[i], g[i], 0.5, k=60, rtol=1e-6)[1].n_iter for i in range(2)]
+    p, info = trust_region_step(h, g, 0.5, k=60, rtol=1e-6)
+    assert alone[0] < alone[1] == info.n_iter
+    for i in range(2):
+        assert np.linalg.norm(p[i] - trust_region_dense(h[i], g[i], 0.5)[0]) <= 1e-5
+    g[1, 0] = np.nan  # never converges, and is not waited for
+    assert trust_region_step(h, g, 0.5, k=60, rtol=1e-6, throw=False)[1].n_iter == alone[0]
+
+
+def test_a_small_residual_does_not_hide_the_hard_case(rng):
+    """With all dimensions, with probes, and for a gradient of zero."""
+    w = np.concatenate([[-1.0], np.linspace(3.0, 4.0, 79)])
+    h, v = matrix(rng, w)
+    g = v @ np.concatenate([[0.0], np.ones(79)])
+    exact, damping, kind = trust_region_dense(h, g, 30.0)
+    assert kind == "hard"
+    for options in ({"k": 80}, {"probes": 15}, {"probes": 15, "rtol": 1e-6}):
+        p, info = trust_region_step(h, g, 30.0, **options)
+        assert info.kind == "hard"
+        assert abs(info.damping - damping) <= 1e-6
+        assert abs(value(h, g, p) - value(h, g, exact)) <= 1e-6 * abs(value(h, g, exact))
+    assert info.n_iter < 30
+    # Without them the step is that of a model which g does not see to be indefinite.
+    blind, info = trust_region_step(h, g, 30.0)
+    assert (info.kind, bool(info.converged)) == ("interior", True)
+    assert value(h, g, blind) > value(h, g, exact) + 100
+    _, info = trust_region_step(h, 0 * g, 2.0, rtol=1e-3)
+    assert info.kind == "hard"
+    assert abs(info.predicted - 2.0) <= 1e-5
+    definite = h + 2 * np.eye(80)
+    assert trust_region_step(definite, 0 * g, 2.0)[1].n_iter == 30  # nothing says that the search may end
+
+
+def test_a_residual_that_is_too_small_is_noticed(rng, monkeypatch):
+    """Mutation control: without the part of H p outside of the space the tests above fail."""
+    h, _ = matrix(rng, np.linspace(-1.0, 20.0, 200))
+    g = rng.standard_normal(200)
+    exact, _, _ = trust_region_dense(h, g, 1.0)
+    assert np.linalg.norm(trust_region_step(h, g, 1.0, rtol=1e-6)[0] - exact) <= 1e-5
+    monkeypatch.setattr(_model_space.Rows, "outside", lambda _, y: 0 * y[..., 0])
+    assert np.linalg.norm(trust_region_step(h, g, 1.0, rtol=1e-6)[0] - exact) > 1e-2
 
 
 def test_probes_find_negative_curvature_that_the_gradient_does_not_see():
@@ -510,7 +614,7 @@ def problem(rng, dtype=float):
 
 
 def everything(h, g, radius, p_bar):
-    p, info = trust_region_step(h, g, radius, k=5, throw=False)
+    p, info = trust_region_step(h, g, radius, k=5, rtol=0, throw=False)
     q, absolute = trust_region_step(h, g, radius, model="absolute", throw=False)
     s, _ = info.retry(radius / 3, throw=False)
     full, _ = trust_region_step(h, g, radius, throw=False)

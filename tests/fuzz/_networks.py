@@ -240,7 +240,14 @@ def curvature_targets() -> list[Target]:
         of(
             curvature.trust_region_step,
             stepped,
-            options={"radius": "positive", "k": "check_every", "probes": "count", "model": "name"},
+            options={
+                "radius": "positive",
+                "k": "check_every",
+                "probes": "count",
+                "model": "name",
+                "rtol": "tolerance",
+                "check_every": "check_every",
+            },
         ),
         of(curvature.trust_region_step_vjp, stepped_back),
         of(curvature.ggn_eigvalsh, curvature.ggn_eigvalsh, options={**seeds, "mc_samples": "check_every"}),
