@@ -1,8 +1,10 @@
-"""Two directives and a role for the pages: the capability table, Markdown files, and single backticks that link."""
+"""Directives and a role for the pages: the cheat sheet, Markdown files, and single backticks that link."""
 
 from __future__ import annotations
 
+import itertools
 import pkgutil
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,37 +17,67 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 import ddnref
-from ddnref import curvature, implicit, interop, krylov, networks, operators, reference, testing
+from ddnref import curvature, examples, implicit, interop, krylov, networks, operators, reference, testing
 from ddnref._rules import table as _rules
-from ddnref._rules.texts import capability_table
+
+GROUPS = {  # tables of the cheat sheet: the pages whose operations they show
+    "Eigenpairs and singular values": ("eigen", "eigsh", "generalized", "iterations", "svd", "ggn"),
+    "Functions of a matrix": ("spectral", "polar"),
+    "Linear systems and factorisations": ("linear", "factorisations"),
+    "Nodes": ("nodes",),
+}
+HEAD = ("operation", "function", "no gradient", "cost of the VJP", "page", "example")
+ON_THE_PAGE = "on its page"
 
 
-def list_table(markdown: str) -> str:
-    """Write a Markdown table as a reStructuredText list table; the default role turns single backticks into links."""
-    rows = [line.strip().strip("|").split("|") for line in markdown.strip().splitlines()]
-    del rows[1]  # the line of dashes
-    lines = [".. list-table::", "   :header-rows: 1", "   :class: capabilities", ""]
+def cheat_sheet(group: str) -> str:
+    """Return the table of one group as reStructuredText, from the table of rules and the sources of the gallery."""
+    rows = [HEAD]
+    for name, texts in _rules.TEXTS.items():
+        if texts.page in GROUPS[group]:
+            links = [f":doc:`{story.replace('_', ' ')} <auto_gallery/plot_{story}>`" for story in stories_with(name)]
+            example = ", ".join(links) or ON_THE_PAGE
+            rows.append((texts.docs, f"`{name}`", texts.singular, texts.cost, f":doc:`{texts.page}`", example))
+    lines = [".. list-table::", "   :header-rows: 1", "   :class: cheat-sheet", ""]
     for row in rows:
-        lines += [f"   {'* -' if i == 0 else '  -'} {cell.strip()}" for i, cell in enumerate(row)]
+        lines += [f"   {'* -' if i == 0 else '  -'} {cell}".rstrip() for i, cell in enumerate(row)]
     return "\n".join(lines)
 
 
-class CapabilityTable(SphinxDirective):
-    """Show ``ddnref._rules.texts.capability_table(...)`` as it is when the pages are built."""
+def stories_with(name: str) -> list[str]:
+    """Return the stories of the gallery that use an operation, at most two, those first that use it most."""
+    counts = {path.stem.removeprefix("plot_"): len(uses(name, path)) for path in STORIES}
+    return [story for story in sorted(counts, key=lambda story: -counts[story])[:2] if counts[story]]
+
+
+def uses(name: str, path: Path) -> list[str]:
+    """Return the places where a file uses an operation of ddnref, and not one of NumPy's that has the same name."""
+    module = r"(?:from ddnref[.\w]* import .*|\bddnref\.(?:linalg\.|nodes\.|curvature\.)?)"
+    return re.findall(rf"{module}\b{name}(?:_fwd|_vjp|_jvp|_second_derivative)?\b", path.read_text(encoding="utf-8"))
+
+
+class CheatSheet(SphinxDirective):
+    """Show one table of the cheat sheet as the table of rules is when the pages are built."""
+
+    required_arguments = 1
+    final_argument_whitespace = True
 
     def run(self) -> list[nodes.Node]:
         """Parse the table into nodes at the place of the directive."""
         self.env.note_dependency(str(Path(_rules.__file__)))
-        source = StringList(list_table(capability_table(_rules.TEXTS)).splitlines(), source="capability_table()")
+        source = StringList(cheat_sheet(self.arguments[0]).splitlines(), source="cheat_sheet()")
         return self.parse_text_to_nodes("\n".join(source))
 
 
 class MarkdownFile(SphinxDirective):
-    """Show a Markdown file or, if the file does not exist, the content of the directive."""
+    """Show a Markdown file, or a part of it, or, if the file does not exist, the content of the directive.
+
+    A part is what lies between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``.
+    """
 
     required_arguments = 1
     has_content = True
-    option_spec: ClassVar[dict[str, Any]] = {"class": directives.class_option}
+    option_spec: ClassVar[dict[str, Any]] = {"part": directives.unchanged_required}
 
     def run(self) -> list[nodes.Node]:
         """Convert the file without its first heading, because the page has one already."""
@@ -53,16 +85,39 @@ class MarkdownFile(SphinxDirective):
         self.env.note_dependency(str(path))
         if not path.exists():
             return self.parse_content_to_nodes()
-        html = markdown(path.read_text(encoding="utf-8"))
-        return [nodes.raw("", f'<div class="from-markdown">{html}</div>', format="html")]
+        text, kind = path.read_text(encoding="utf-8"), "figures"
+        if (part := self.options.get("part")) is not None:
+            text, kind = text.split(f"<!-- {part}: begin -->\n")[1].split(f"<!-- {part}: end -->")[0], "prose"
+        elif path.parent != Path(self.env.srcdir):
+            kind = "prose"
+        shown = to_pages(markdown(text), Path(self.env.srcdir))
+        return [nodes.raw("", f'<div class="from-markdown {kind}">{shown}</div>', format="html")]
 
 
 def markdown(text: str) -> str:
-    """Convert Markdown to HTML, without the first heading and with tables that can scroll sideways."""
+    """Convert Markdown to HTML, without the first heading, with tables whose cells know the head of their column."""
     first, _, rest = text.lstrip().partition("\n")
-    html: str = MarkdownIt("commonmark").enable("table").render(rest if first.startswith("# ") else text)
-    html = html.replace("<table>", '<div class="pst-scrollable-table-container"><table class="table">')
-    return html.replace("</table>", "</table></div>")
+    page = MarkdownIt("commonmark").enable("table").render(rest if first.startswith("# ") else text)
+    return re.sub(r"<table>.*?</table>", labelled, page, flags=re.DOTALL)
+
+
+def labelled(table: re.Match[str]) -> str:
+    """Return a table that can scroll sideways, and whose cells can be stacked under the names of their columns."""
+    heads = [re.sub(r"<.*?>", "", head) for head in re.findall(r"<th>(.*?)</th>", table[0], re.DOTALL)]
+    column = itertools.cycle(heads)
+    rows = re.sub(r"<td>", lambda _: f'<td data-column="{next(column)}">', table[0])
+    rows = rows.replace("<table>", '<table class="table">')
+    return f'<div class="pst-scrollable-table-container">{rows}</div>'
+
+
+def to_pages(text: str, folder: Path) -> str:
+    """Let links to files of the repository lead to the pages that show them."""
+
+    def page(match: re.Match[str]) -> str:
+        name = match[1].lower()
+        return f'href="{name if (folder / f"{name}.rst").exists() else name.partition("-")[0]}.html'
+
+    return re.sub(r'href="(?:docs/)?([\w-]+)\.(?:rst|md)', page, text)
 
 
 def public_names() -> set[str]:
@@ -94,14 +149,15 @@ class LinkOrLiteral(SphinxRole):
         return [literal], []
 
 
+STORIES = sorted(Path(examples.__file__).parent.glob("plot_*.py"))
 PUBLIC = public_names()
 # Short names of the library. The bridges share one name, and textbook forms are linked by their full names.
 BY_NAME = {name.rpartition(".")[2]: (name,) for name in PUBLIC if name.split(".")[1] not in ("interop", "reference")}
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Register the role and the two directives."""
+    """Register the role and the directives."""
     app.add_role("link-or-literal", LinkOrLiteral())
-    app.add_directive("capability-table", CapabilityTable)
+    app.add_directive("cheat-sheet", CheatSheet)
     app.add_directive("markdown-file", MarkdownFile)
     return {"version": "1", "parallel_read_safe": True}

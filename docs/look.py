@@ -44,6 +44,8 @@ FLAGS = (
 )  # fmt: skip
 PAGES = {  # page: whether it has mathematics
     "index": False,
+    "quickstart": False,
+    "cheat-sheet": False,
     "which-gradient": True,
     "forward-mode": True,
     "verify": True,

@@ -218,7 +218,7 @@ def _spectral(name: str, docs: str, singular: str, **options: Any) -> Operation:
     return Operation(
         _rule(linalg, name, "(m,m)->(m,m)->(m)r,(m,m)", **_EIGEN),
         Trial(partial(eigen.spectral, **options), products=lambda m, k: 4.0, **_SYMMETRIC),  # noqa: ARG005
-        Texts(docs, singular, "4 products"),
+        Texts(docs, singular, "4 products", "spectral"),
     )
 
 
@@ -227,7 +227,12 @@ def _iteration(name: str, signature: str, docs: str) -> Operation:
     return Operation(
         _rule(linalg, name, signature, outputs=2, needs=(0,), info=linalg.IterationInfo),
         Trial(getattr(eigen, name), is_complex=False),
-        Texts(f"{docs}; not only symmetric matrices", "repeated eigenvalues: `GaugeError`", "a factorisation per pair"),
+        Texts(
+            f"{docs}; not only symmetric matrices",
+            "repeated eigenvalues: `GaugeError`",
+            "a factorisation per pair",
+            "iterations",
+        ),
     )
 
 
@@ -238,13 +243,14 @@ _TABLE = (
         _rule(linalg, "eigh", "(m,m)->(m)r,(m,m)", outputs=2, **_EIGEN),
         Trial(eigen.eigh, products=lambda m, k: 3.0, **_SYMMETRIC),  # noqa: ARG005
         Texts("all eigenpairs; any subset of them with `index=`",
-              "losses that depend on a choice among equal eigenvalues, or on phases: `GaugeError`", "3 products"),
+              "losses that depend on a choice among equal eigenvalues, or on phases: `GaugeError`", "3 products",
+              "eigen"),
     ),
     Operation(
         _rule(linalg, "eigh_topk", "(m,m)->(k)r,(m,k)->(m)r,(m,m)", outputs=2, **_EIGEN),
         Trial(eigen.eigh_topk, products=lambda m, k: 3.0 * k / m, **_SYMMETRIC),
         Texts("k largest or smallest eigenpairs", "as `eigh`; a cluster cut by the k-th eigenvalue: `GaugeError`",
-              "3 k/m products"),
+              "3 k/m products", "eigen"),
     ),
     Operation(
         _rule(linalg, "eigh_generalized", "(m,m),(m,m)->(m)r,(m,m)", outputs=2, undefined=_repeated,
@@ -252,7 +258,7 @@ _TABLE = (
         Trial(eigen.eigh_generalized, tangent=("symmetric", "symmetric"), symmetrises=True,
               products=lambda m, k: 5.0),  # noqa: ARG005
         Texts("all eigenpairs of A v = w B v, or a subset with `index=`: both matrices",
-              "as `eigh`; B not positive definite: `SingularError`", "5 products"),
+              "as `eigh`; B not positive definite: `SingularError`", "5 products", "generalized"),
     ),
     Operation(
         _rule(linalg, "eigsh", "(m,m)->(k)r,(m,k)->->()b,()i,(k)r,()b,()i->()b,(k)i,(k)r,()b", outputs=2, needs=(0,),
@@ -261,7 +267,7 @@ _TABLE = (
               undefined=has_repeated_in_eigsh, refusal=_MASKED_OR_CUT),
         Trial(eigen.eigsh, **_SYMMETRIC),
         Texts("k largest, smallest or largest-in-magnitude eigenpairs, matrix-free", "as `eigh_topk`",
-              "k systems by conjugate gradients"),
+              "k systems by conjugate gradients", "eigsh"),
     ),
     Operation(
         _rule(linalg, "eigsh_generalized",
@@ -270,34 +276,35 @@ _TABLE = (
         Trial(eigen.eigsh_generalized, tangent=("symmetric", "symmetric"), symmetrises=True),
         Texts("k eigenpairs of A v = w B v, by shift and invert, matrix-free: both matrices or operators",
               "as `eigsh`; a shift that is an eigenvalue: `SingularError`",
-              "k systems by conjugate gradients, preconditioned by the factorisation"),
+              "k systems by conjugate gradients, preconditioned by the factorisation", "generalized"),
     ),
     Operation(
         _rule(curvature, "gram_eigvalsh", "(m,n)->(k)r->(n)r,(n,n)", **_GRAM),
         Trial(eigen.gram_eigvalsh),
         Texts("eigenvalues of V Vᵀ for a tall factor V, through VᵀV",
-              "losses that depend on a choice among equal eigenvalues: `GaugeError`", "2 D n² + 2 n³ flops"),
+              "losses that depend on a choice among equal eigenvalues: `GaugeError`", "2 D n² + 2 n³ flops", "ggn"),
     ),
     Operation(
         _rule(linalg, "svd", "(m,n)->(m,k),(k)r,(k,n)", outputs=3, undefined=_repeated_in_svd, refusal=_MASKED_TRIPLES),
         Trial(eigen.svd),
         Texts("thin singular value decomposition of a matrix of any shape",
               "losses that depend on a choice among equal ones, or on phases: `GaugeError`; on zero: `SingularError`",
-              "8 m n² flops"),
+              "8 m n² flops", "svd"),
     ),
     Operation(
         _rule(linalg, "svd_topk", "(m,n)->(m,k),(k)r,(k,n)->(m,l),(l)r,(l,n)", outputs=3, saved_vjp=_saved_svd_vjp,
               saved_jvp=_saved_svd_jvp, undefined=_repeated_in_svd, refusal=_MASKED_TRIPLES),
         Trial(eigen.svd_topk),
         Texts("k largest singular triples", "as `svd`; a cluster cut by the k-th value: `GaugeError`",
-              "14 m n k flops"),
+              "14 m n k flops", "svd"),
     ),
     Operation(
         _rule(linalg, "svdvals", "(m,n)->(k)r->(m,k),(k)r,(n,k)", saved_vjp=saved_svdvals_vjp,
               saved_jvp=saved_svdvals_jvp, undefined=_repeated_in_svdvals, refusal=_MASKED_TRIPLES),
         Trial(eigen.svdvals),
         Texts("singular values, small ones included",
-              "losses that depend on a choice among equal ones: `GaugeError`; zero: `SingularError`", "2 m n² flops"),
+              "losses that depend on a choice among equal ones: `GaugeError`; zero: `SingularError`", "2 m n² flops",
+              "svd"),
     ),
     Operation(
         _rule(linalg, "svds", "(m,n)->(m,k),(k)r,(k,n)->->()b,()i,(k)r,()b,()i->()b,(k)i,(k)r,()b", outputs=3,
@@ -306,13 +313,13 @@ _TABLE = (
               refusal=_MASKED_OR_CUT.replace("eigsh", "svds").replace("eigenvalues", "singular values")),
         Trial(eigen.svds),
         Texts("k largest singular triples, matrix-free", "as `eigsh`; singular value zero: `GaugeError`",
-              "k systems by conjugate gradients"),
+              "k systems by conjugate gradients", "eigsh"),
     ),
     Operation(
         _rule(curvature, "gram_eigh", "(m,n)->(k)r,(m,k)->(n)r,(n,n)", outputs=2, **_GRAM),
         Trial(eigen.gram_eigh),
         Texts("k largest eigenpairs of V Vᵀ for a tall factor V", "as `eigh_topk`; eigenvalue zero: `SingularError`",
-              "8 D n k flops"),
+              "8 D n k flops", "ggn"),
     ),
     # Functions of the singular value decomposition that need no gap.
     Operation(
@@ -320,14 +327,14 @@ _TABLE = (
               solves_by=_POLAR_SYSTEMS, undefined=is_undetermined, refusal=_UNDETERMINED),
         Trial(eigen.polar),
         Texts("closest matrix with orthonormal columns or rows, or closest rotation, and the Hermitian factor",
-              "zero singular values that the loss depends on: `SingularError`", "4 m n k + 8 k³ flops"),
+              "zero singular values that the loss depends on: `SingularError`", "4 m n k + 8 k³ flops", "polar"),
     ),
     Operation(
         _rule(linalg, "pinv", "(m,n)->(n,m)->(m,k),(k)r,(k)r,(k,n)", needs=(0,), undefined=_noise_in_pinv,
               refusal=_NOISE),
         Trial(eigen.tall),
         Texts("pseudo-inverse of any rank, along directions that keep it",
-              "a rank that rounding decides, a direction that changes it: `SingularError`", "20 m n k flops"),
+              "a rank that rounding decides, a direction that changes it: `SingularError`", "20 m n k flops", "polar"),
     ),
     # Functions of a symmetric matrix; the first needs an example.
     _spectral("spectral_function", "any real function of the matrix", "where `f` has none: `SingularError`",
@@ -344,56 +351,57 @@ _TABLE = (
         _rule(linalg, "qr", "(m,n)->(m,n),(n,n)", outputs=2),
         Trial(eigen.tall),
         Texts("orthonormal and triangular factor of a tall matrix", "dependent columns: `SingularError`",
-              "6 m n² flops"),
+              "6 m n² flops", "factorisations"),
     ),
     Operation(
         _rule(linalg, "cholesky", "(m,m)->(m,m)"),
         Trial(linear.definite, **_SYMMETRIC),
         Texts("triangular factor of a positive definite matrix",
-              "matrices that are not positive definite: `SingularError`", "4 m³ flops"),
+              "matrices that are not positive definite: `SingularError`", "4 m³ flops", "factorisations"),
     ),
     Operation(
         _rule(linalg, "logdet", "(m,m)->()r->(m,m)", saved_vjp=saved_logdet_vjp, saved_jvp=saved_logdet_jvp),
         Trial(linear.definite, **_SYMMETRIC),
         Texts("log-determinant of a positive definite matrix",
-              "matrices that are not positive definite: `SingularError`", "2 m³ flops, from the factor of the forward"),
+              "matrices that are not positive definite: `SingularError`", "2 m³ flops, from the factor of the forward",
+              "factorisations"),
     ),
     Operation(
         _rule(linalg, "slogdet", "(m,m)->(),()r->(m,m),(m)i", outputs=2, saved_vjp=saved_slogdet_vjp,
               saved_jvp=saved_slogdet_jvp),
         Trial(linear.square),
         Texts("sign and log-determinant of any square matrix", "singular matrices: `SingularError`",
-              "2 m³ flops, from the factors of the forward"),
+              "2 m³ flops, from the factors of the forward", "factorisations"),
     ),
     # Declarative nodes.
     Operation(
         _rule(nodes, "project_sphere", "(m)->(m)", needs=(0,)),
         Trial(node_samples.sphere, is_complex=False),
         Texts("nearest point on the L1, L2 or L∞ sphere",
-              "points that are not unique (the centre, ties): `SingularError`", "O(m)"),
+              "points that are not unique (the centre, ties): `SingularError`", "O(m)", "nodes"),
     ),
     Operation(
         _rule(nodes, "project_ball", "(m)->(m)", needs=(0,)),
         Trial(node_samples.sphere, is_complex=False),
         Texts("nearest point in the L1, L2 or L∞ ball", "the sphere itself, where a one-sided derivative is returned",
-              "O(m)"),
+              "O(m)", "nodes"),
     ),
     Operation(
         _rule(nodes, "project_simplex", "(m)->(m)"),
         Trial(node_samples.simplex, is_complex=False),
         Texts("nearest point of the probability simplex",
-              "changes of the support, where a one-sided derivative is returned", "O(m)"),
+              "changes of the support, where a one-sided derivative is returned", "O(m)", "nodes"),
     ),
     Operation(
         _rule(nodes, "least_squares_on_sphere", "(m,n),(m)->(n)", needs=(0, 1)),
         Trial(node_samples.least_squares_on_sphere, is_complex=False),
-        Texts("least squares under ‖y‖ = r", "minima that are not unique: `SingularError`", "a factorisation"),
+        Texts("least squares under ‖y‖ = r", "minima that are not unique: `SingularError`", "a factorisation", "nodes"),
     ),
     Operation(
         _rule(nodes, "weighted_least_squares", "(m,n),(m),(m),()->(p)", needs=(0, 1, 2, 3)),
         Trial(node_samples.weighted_least_squares, is_complex=False),
         Texts("weighted least squares with ridge and bias", "dependent columns without a ridge: `SingularError`",
-              "a factorisation"),
+              "a factorisation", "nodes"),
     ),
     Operation(
         _rule(nodes, "sinkhorn", "(n,m),(n),(m),()->(n,m)->->()b,()i,()r,()r,()i,()i,()b->()b,()r,()r,()i",
@@ -402,13 +410,13 @@ _TABLE = (
         Trial(node_samples.sinkhorn, tangent=("dense", "zero-sum", "zero-sum", "dense"), is_complex=False),
         Texts("entropic optimal transport: cost, both marginals and ε",
               "between blocks of the plan that exchange no mass, those of the marginals: one gauge per block",
-              "a factorisation of the smaller side"),
+              "a factorisation of the smaller side", "nodes"),
     ),
     Operation(
         _rule(nodes, "robust_pool", "(m)->()->->()b,()i,()r", needs=(0,), info=nodes.RobustPoolInfo),
         Trial(node_samples.robust_pool, is_complex=False),
         Texts("robust mean: quadratic, Huber, pseudo-Huber, Welsch, truncated",
-              "no curvature, all outliers: `SingularError`", "O(m)"),
+              "no curvature, all outliers: `SingularError`", "O(m)", "nodes"),
     ),
     # Linear systems.
     Operation(
@@ -416,7 +424,7 @@ _TABLE = (
               saved_jvp=saved_solve_jvp, item_axes=(2, 1)),
         Trial(linear.solve),
         Texts("dense linear systems, many right-hand sides", "singular matrices: `SingularError`",
-              "2 n² flops, from the factors of the forward"),
+              "2 n² flops, from the factors of the forward", "linear"),
     ),
     Operation(
         _rule(linalg, "lstsq", "(m,n),(m)->(n)->(n,m),(m,k),(k)r,(k)r,(k,n)", needs=(0, 1), saved_vjp=saved_lstsq_vjp,
@@ -424,25 +432,26 @@ _TABLE = (
         Trial(linear.lstsq),
         Texts("least squares, the shortest solution, any rank, many right-hand sides",
               "a rank that rounding decides, a direction that changes it: `SingularError`",
-              "16 m n flops, from the pseudo-inverse of the forward"),
+              "16 m n flops, from the pseudo-inverse of the forward", "polar"),
     ),
     Operation(
         _rule(linalg, "solve_triangular", "(n,n),(n)->(n)", needs=(0, 1), item_axes=(2, 1)),
         Trial(linear.triangular),
-        Texts("triangular systems, many right-hand sides", "a zero on the diagonal: `SingularError`", "2 n² flops"),
+        Texts("triangular systems, many right-hand sides", "a zero on the diagonal: `SingularError`", "2 n² flops",
+              "factorisations"),
     ),
     Operation(
         _rule(linalg, "solve_tridiagonal", "(p),(n),(p),(n)->(n)", needs=(0, 1, 2, 3), item_axes=(1, 1, 1, 1)),
         Trial(linear.tridiagonal),
         Texts("tridiagonal systems: the three bands and the right-hand side", "singular matrices: `SingularError`",
-              "O(n), one system"),
+              "O(n), one system", "factorisations"),
     ),
     Operation(
         _rule(linalg, "solve_block_tridiagonal", "(p,k,k),(n,k,k),(p,k,k),(n,k)->(n,k)", needs=(0, 1, 2, 3),
               item_axes=(3, 3, 3, 2)),
         Trial(linear.block_tridiagonal),
         Texts("block tridiagonal systems: the three bands and the right-hand side",
-              "singular matrices: `SingularError`", "O(n k³), one system"),
+              "singular matrices: `SingularError`", "O(n k³), one system", "factorisations"),
     ),
     Operation(
         _rule(linalg, "linear_solve", f"(m,n),(m)->(n)->->{_SOLVE_INFO}->{_SOLVE_INFO}", needs=(0, 1),
@@ -450,7 +459,7 @@ _TABLE = (
         Trial(linear.linear_solve),
         Texts("linear systems and least squares with operators, matrix-free: the right-hand side and every parameter",
               "singular operators, which no solver converges on: `ConvergenceError`",
-              "one solve of the adjoint system"),
+              "one solve of the adjoint system", "linear"),
     ),
 )
 # fmt: on
