@@ -1,8 +1,9 @@
 """Look at the built pages in headless Chromium: ``python docs/look.py`` after the build.
 
 For each main page: a screenshot that must not be blank, no error on the console, and, where the page has mathematics,
-all of it rendered by KaTeX. Some of them at a phone's width too, which nothing may exceed. For every page and style
-sheet: nothing is fetched from a network. Exit code 0: fine, 1: a page is not, 2: no Chromium or no pages.
+all of it rendered by KaTeX. At the width of a desktop and of a phone no page scrolls sideways, no text is cut off, and
+every formula can be read whole and does not run into its number. For every page and style sheet: nothing is fetched
+from a network. Exit code 0: fine, 1: a page is not, 2: no Chromium or no pages.
 
 - ``--html DIR``: the built pages, default ``docs/_build/html``;
 - ``--history DIR``: in their place the grid, the list and a graph of ``asv_benches/history.py site --offline``;
@@ -13,12 +14,13 @@ sheet: nothing is fetched from a network. Exit code 0: fine, 1: a page is not, 2
 from __future__ import annotations
 
 import argparse
+import html
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,16 +29,49 @@ from matplotlib.image import imread
 
 HERE = Path(__file__).parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-DESKTOP, PHONE = (1280, 2000), (390, 2000)
-FRAME = """<!doctype html><body style="margin:0"><script>
-function measure(page) {{
-  const all = [...page.querySelectorAll("h1, h2, h3, p, li, figure")];
-  const cut = all.filter(e => getComputedStyle(e).display !== "inline" && e.scrollWidth > e.clientWidth + 1);
-  document.body.dataset.width = page.documentElement.scrollWidth;
-  document.body.dataset.cut = cut.map(e => e.textContent.trim().slice(0, 30)).join(" | ");
+DESKTOP, PHONE = (1400, 2000), (390, 2000)
+AT_ONCE = 8  # pages that one run of Chromium measures
+FRAME = """<!doctype html><body style="margin:0">{frames}<script>
+function visible(e) {{ return e.getClientRects().length && getComputedStyle(e).visibility !== "hidden"; }}
+function scroller(e) {{
+  for (let up = e; up; up = up.parentElement)
+    if (["auto", "scroll"].includes(up.ownerDocument.defaultView.getComputedStyle(up).overflowX)) return up;
+  return null;
 }}
-</script><iframe src="{page}" width="{width}" height="{height}" style="border:0"
-onload="measure(this.contentDocument)"></iframe>"""
+function wrong(page, width) {{
+  const found = [];
+  const say = (what, e) => found.push(what + ": " + e.textContent.trim().replace(/\\s+/g, " ").slice(0, 40));
+  if (page.documentElement.scrollWidth > width) {{
+    found.push(`is ${{page.documentElement.scrollWidth}} pixels wide`);
+    const out = [...page.querySelectorAll(".bd-article *")].filter(e =>
+      visible(e) && e.getBoundingClientRect().right > width + 1 && !scroller(e) && !e.closest(".katex-mathml"));
+    const inner = out.filter(e => !out.some(other => e !== other && e.contains(other)));
+    for (const e of inner.slice(0, 3)) say("sticks out", e);
+  }}
+  for (const e of page.querySelectorAll("h1, h2, h3, p, li, dt, dd, figure, td, th"))
+    if (visible(e) && getComputedStyle(e).display !== "inline" && e.scrollWidth > e.clientWidth + 1) say("cut off", e);
+  for (const display of page.querySelectorAll(".katex-display")) {{
+    const parts = [...display.querySelectorAll(".base, .tag")].map(e => e.getBoundingClientRect());
+    const left = Math.min(...parts.map(r => r.left)), right = Math.max(...parts.map(r => r.right));
+    const box = scroller(display), room = (box || page.querySelector(".bd-article")).getBoundingClientRect();
+    if (left < room.left - 1) say("formula cut off at the left", display);
+    if (right > room.right + 1 && (!box || width > 1000)) say("formula does not fit", display);
+    const number = display.closest("div.math")?.querySelector(".eqno");
+    if (number && visible(number) && parts.some(r => r.right > number.getBoundingClientRect().left
+        && r.bottom > number.getBoundingClientRect().top && r.top < number.getBoundingClientRect().bottom))
+      say("formula runs into its number", display);
+  }}
+  return found;
+}}
+onload = () => {{
+  for (const frame of document.querySelectorAll("iframe"))
+    for (const what of wrong(frame.contentDocument, frame.width))
+      document.body.append(Object.assign(document.createElement("pre"),
+        {{textContent: `${{frame.dataset.page}} at ${{frame.width}}: ${{what}}`}}));
+  document.body.dataset.measured = document.querySelectorAll("iframe").length;
+}};
+</script>"""
+ONE = '<iframe data-page="{page}" src="{url}" width="{width}" height="{height}" style="border:0"></iframe>'
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
     "--disable-sync", "--no-first-run", "--hide-scrollbars", "--disable-dev-shm-usage", "--enable-logging=stderr",
@@ -147,20 +182,22 @@ def main() -> int:
         found = list(looks())
         print(f"{'WRONG' if found else 'fine ':<5} {page}")
         wrong += [f"{page}: {what}" for what in found]
+    if arguments.history is None:
+        wrong += measured(arguments, [page for page in pages if (folder / f"{page}.html").exists()])
     for what in wrong:
         print(f"look.py: {what}", file=sys.stderr)
     print(f"{len(pages)} pages, {len(wrong)} problems; screenshots in {arguments.out}")
     return 1 if wrong else 0
 
 
-def fetched(html: Path) -> Iterator[str]:
+def fetched(folder: Path) -> Iterator[str]:
     """Yield everything that a built page or style sheet would fetch from a network."""
-    for path in sorted(html.rglob("*.html")):
+    for path in sorted(folder.rglob("*.html")):
         for match in FETCHED.findall(path.read_text(encoding="utf-8")):
-            yield f"{path.relative_to(html)} fetches {''.join(match)}"
-    for path in sorted(html.rglob("*.css")):
+            yield f"{path.relative_to(folder)} fetches {''.join(match)}"
+    for path in sorted(folder.rglob("*.css")):
         for url in FETCHED_BY_CSS.findall(path.read_text(encoding="utf-8")):
-            yield f"{path.relative_to(html)} fetches {url}"
+            yield f"{path.relative_to(folder)} fetches {url}"
 
 
 def look(arguments: argparse.Namespace, page: str, mathematics: bool) -> Iterator[str]:
@@ -170,7 +207,7 @@ def look(arguments: argparse.Namespace, page: str, mathematics: bool) -> Iterato
         yield "was not built"
         return
     url = path.resolve().as_uri()
-    dom, console = chromium(arguments.chromium, url, "--dump-dom", "--window-size=1280,2000")
+    dom, console = chromium(arguments.chromium, url, "--dump-dom", "--window-size=1400,2000")
     yield from (f"console: {error}" for error in ERRORS.findall(console))
     formulas = path.read_text(encoding="utf-8").count('class="math')
     rendered = dom.count('class="katex"')
@@ -196,18 +233,34 @@ def history(arguments: argparse.Namespace, name: str, view: str, wanted: str) ->
     yield from screenshot(arguments, f"history-{name}", url, "desktop", "--window-size=1280,1400")
 
 
+def batched(items: Sequence[str], size: int) -> Iterable[Sequence[str]]:
+    """Cut a sequence into parts of at most `size`."""
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def measured(arguments: argparse.Namespace, pages: Sequence[str]) -> Iterator[str]:
+    """Yield what is cut off at either width, in frames because headless Chromium makes no narrow window."""
+    with tempfile.TemporaryDirectory(prefix="ddnref-look-") as folder:
+        frame = Path(folder) / "frame.html"
+        for some in batched(pages, AT_ONCE):
+            sizes = [(page, *size) for page in some for size in (DESKTOP, PHONE)]
+            frames = "".join(
+                ONE.format(page=page, url=(arguments.html / f"{page}.html").resolve().as_uri(), width=w, height=h)
+                for page, w, h in sizes
+            )
+            frame.write_text(FRAME.format(frames=frames), encoding="utf-8")
+            dom = chromium(arguments.chromium, frame.as_uri(), "--dump-dom", "--window-size=1400,2000")[0]
+            if f'data-measured="{len(sizes)}"' not in dom:
+                yield f"{', '.join(some)}: cannot be measured in frames"
+            yield from (html.unescape(what) for what in re.findall(r"<pre>(.*?)</pre>", dom, re.DOTALL))
+
+
 def on_a_phone(arguments: argparse.Namespace, page: str, url: str) -> Iterator[str]:
-    """Yield what sticks out on a phone, in a frame because headless Chromium makes no window that narrow."""
+    """Take a screenshot of a phone's width, in a frame because headless Chromium makes no window that narrow."""
     width, height = PHONE
     with tempfile.TemporaryDirectory(prefix="ddnref-look-") as folder:
         frame = Path(folder) / "frame.html"
-        frame.write_text(FRAME.format(page=url, width=width, height=height), encoding="utf-8")
-        dom = chromium(arguments.chromium, frame.as_uri(), "--dump-dom", f"--window-size={max(width, 500)},{height}")[0]
-        found = re.search(r'data-width="(\d+)" data-cut="([^"]*)"', dom)
-        if found is None:
-            yield "cannot be measured in a frame of a phone's width"
-        elif int(found[1]) > width or found[2]:
-            yield f"is {found[1]} pixels wide on a phone of {width}; cut off: {found[2] or 'nothing'}"
+        frame.write_text(ONE.format(page=page, url=url, width=width, height=height), encoding="utf-8")
         yield from screenshot(arguments, page, frame.as_uri(), "phone", f"--window-size={max(width, 500)},{height}")
 
 

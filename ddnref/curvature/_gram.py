@@ -449,9 +449,11 @@ def gram_eigh_vjp(
 
     .. math::
 
+       \begin{gathered}
        \bar V = A \, \mathrm{diag}(\sqrt\lambda) \, U_K^H
-              + E \left( F^H U^H + 2 \, \mathrm{diag}(\bar\lambda \sqrt\lambda) \, U_K^H \right), \qquad
+              + E \left( F^H U^H + 2 \, \mathrm{diag}(\bar\lambda \sqrt\lambda) \, U_K^H \right), \\
        A = \left( \bar E + V U T \right) \mathrm{diag}(\lambda)^{-1},
+       \end{gathered}
 
     where T is F, and :math:`-M_{ji} / \lambda_j` inside a cluster: the component of :math:`\bar e_i` outside the range
     of V sees the eigenvalue 0 of :math:`V V^H`, those inside a cluster see nothing. Exact at repeated eigenvalues for

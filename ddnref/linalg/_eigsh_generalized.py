@@ -477,9 +477,11 @@ def eigsh_generalized_vjp(
     -----
     .. math::
 
-        (\lambda_j B - A) u_j = \bar v_j - B V M_j, \quad V^H B u_j = 0, \quad M = V^H \bar V, \qquad
-        \bar A = \mathrm{sym}(U V^H) + V T V^H, \qquad
+        \begin{gathered}
+        (\lambda_j B - A) u_j = \bar v_j - B V M_j, \quad V^H B u_j = 0, \quad M = V^H \bar V, \\
+        \bar A = \mathrm{sym}(U V^H) + V T V^H, \\
         \bar B = -\mathrm{sym}(U \Lambda V^H) - V (\tfrac12 (T \Lambda + \Lambda T) + \tfrac14 (M + M^H)) V^H
+        \end{gathered}
 
     with T as in `eigh_generalized_vjp`. The systems are solved by conjugate gradients in the inner product of B, each
     step of which takes k solves with the matrix that the forward factorises. With `w_bar` alone nothing is solved.
@@ -600,8 +602,12 @@ def eigsh_generalized_jvp(
     -----
     With R and Q of `eigh_generalized_jvp` for the k vectors,
 
-    .. math:: (\lambda_j B - A) u_j = (I - B V V^H)(\dot A - \lambda_j \dot B) v_j, \qquad
+    .. math::
+
+        \begin{gathered}
+        (\lambda_j B - A) u_j = (I - B V V^H)(\dot A - \lambda_j \dot B) v_j, \\
         \dot\lambda = \mathrm{diag}(R), \qquad \dot V = V (F \circ R - \tfrac12 Q) + U
+        \end{gathered}
 
     Examples
     --------

@@ -200,8 +200,10 @@ def eigh_generalized_vjp(
 
     .. math::
 
-        T = \mathrm{diag}(\bar\lambda) + \tfrac12 F \circ (M - M^H), \qquad \bar A = V T V^H, \qquad
+        \begin{gathered}
+        T = \mathrm{diag}(\bar\lambda) + \tfrac12 F \circ (M - M^H), \qquad \bar A = V T V^H, \\
         \bar B = -V \left( \tfrac12 (T \Lambda + \Lambda T) + \tfrac14 (M + M^H) \right) V^H
+        \end{gathered}
 
     Cost: five products of m×m matrices (10 m³ flops real), six m×m arrays; with `index` 14 m²k flops; with `w_bar`
     alone two products. Neither matrix is needed.

@@ -156,8 +156,10 @@ def svd_vjp(
 
     .. math::
 
-       \bar X = U \left( \mathrm{diag}(\bar s) + P + Q \right) V^H
-       + (I - U U^H)\, \bar U\, \mathrm{diag}(1/s)\, V^H + U\, \mathrm{diag}(1/s)\, \bar V^H (I - V V^H)
+       \begin{aligned}
+       \bar X = {} & U \left( \mathrm{diag}(\bar s) + P + Q \right) V^H \\
+       & + (I - U U^H)\, \bar U\, \mathrm{diag}(1/s)\, V^H + U\, \mathrm{diag}(1/s)\, \bar V^H (I - V V^H)
+       \end{aligned}
 
     Cost: four products of m×m matrices of a square one (8 m³ flops real), ``8 m n²`` flops of a tall or wide one with
     n the smaller side. With `s_bar` alone ``2 m n²``.
@@ -246,9 +248,11 @@ def svd_jvp(
 
     .. math::
 
-       \dot s = \mathrm{Re}\, \mathrm{diag}(S), \qquad
-       \dot U = \tfrac12 U (P + Q) + (I - U U^H)\, \dot X\, V\, \mathrm{diag}(1/s), \qquad
-       \dot V = \tfrac12 V (P - Q) + (I - V V^H)\, \dot X^H\, U\, \mathrm{diag}(1/s)
+       \begin{aligned}
+       \dot s &= \mathrm{Re}\, \mathrm{diag}(S), \\
+       \dot U &= \tfrac12 U (P + Q) + (I - U U^H)\, \dot X\, V\, \mathrm{diag}(1/s), \\
+       \dot V &= \tfrac12 V (P - Q) + (I - V V^H)\, \dot X^H\, U\, \mathrm{diag}(1/s)
+       \end{aligned}
 
     The adjoint of `svd_vjp` for the pairing :math:`\mathrm{Re} \sum \mathrm{conj}(\bar y)\,\dot y`. Cost: four products
     of m×m matrices of a square one. P and Q are exactly anti-Hermitian, so that derivatives of functions of the space

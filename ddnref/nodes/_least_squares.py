@@ -376,9 +376,12 @@ def weighted_least_squares_vjp(
     -----
     With ``z = Ã u`` and the residual ``r = b − Ã y``,
 
-    .. math:: (\tilde A^T W \tilde A + \rho D)\, u = \bar y, \quad
-              \bar b = W z, \quad \bar\omega = z \circ r, \quad \bar\rho = -u^T D y, \quad
-              \bar{\tilde A} = (W r) u^T - (W z) y^T
+    .. math::
+
+       \begin{gathered}
+       (\tilde A^T W \tilde A + \rho D)\, u = \bar y, \qquad \bar{\tilde A} = (W r) u^T - (W z) y^T, \\
+       \bar b = W z, \qquad \bar\omega = z \circ r, \qquad \bar\rho = -u^T D y
+       \end{gathered}
 
     The system is solved as the forward pass solves its own, with the same factors, computed again. Cost: that of the
     forward pass and 6 m n flops.

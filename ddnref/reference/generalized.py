@@ -37,9 +37,12 @@ def eigh_generalized_vjp_cholesky(
 
     .. math::
 
+        \begin{gathered}
         \bar C = Y (\mathrm{diag}(\bar\lambda) + \tfrac12 F \circ (Y^H \bar Y - \bar Y^H Y)) Y^H, \quad
-        \bar A = L^{-H} \bar C L^{-1}, \quad \bar L = -V \bar Y^H - 2 L^{-H} \bar C C, \quad
+        \bar A = L^{-H} \bar C L^{-1}, \\
+        \bar L = -V \bar Y^H - 2 L^{-H} \bar C C, \quad
         \bar B = \mathrm{sym}(L^{-H} \Phi(L^H \bar L) L^{-1})
+        \end{gathered}
 
     References
     ----------

@@ -78,8 +78,10 @@ def ggn_laplace(
     -----
     .. math::
 
-       \log p(t) = -\sum_n \ell_n - \tfrac{\delta}{2} |\theta|^2 - \tfrac12 \sum_i \log(1 + \lambda_i / \delta), \qquad
+       \begin{gathered}
+       \log p(t) = -\sum_n \ell_n - \tfrac{\delta}{2} |\theta|^2 - \tfrac12 \sum_i \log(1 + \lambda_i / \delta), \\
        \Sigma = \tfrac1\delta \left( J J^T - J V (V^T V + \delta I)^{-1} V^T J^T \right)
+       \end{gathered}
 
     with the eigenvalues λ of :math:`V^T V`. Both are exact for the Gauss–Newton matrix of all D parameters, and no D×D
     matrix is formed. The covariance has an absolute error of eps times that of the prior, :math:`J J^T / \delta`.
