@@ -7,6 +7,7 @@ import importlib
 import io
 import pkgutil
 import re
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,6 +113,16 @@ def test_no_code_is_forgotten():
         found = blocks(text)
         assert len(found) == text.count(".. code-block:: python"), page.name
         assert {kind for kind, _ in found} <= {"", *FRAMEWORKS}, page.name
+
+
+def test_code_fits_on_a_page():
+    """A column of the pages is about 88 characters wide."""
+    for page in [*PAGES, ROOT / "README.md"]:
+        text = page.read_text(encoding="utf-8")
+        found = [match["body"] for match in BLOCK.finditer(text)] + re.findall(r"```\w+\n(.*?)```", text, re.DOTALL)
+        for body in found:
+            for line in textwrap.dedent(body).splitlines():
+                assert len(line) <= 88, f"{page.name}: {line}"
 
 
 def test_a_wrong_output_is_noticed(tmp_path):
