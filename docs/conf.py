@@ -86,6 +86,8 @@ def reset_matplotlib(gallery_conf: dict[str, Any], name: str) -> None:  # noqa: 
 sphinx_gallery_conf = {
     "examples_dirs": "../ddnref/examples",
     "gallery_dirs": "auto_gallery",
+    "backreferences_dir": "auto_gallery/backreferences",  # for the groups of gallery.rst
+    "thumbnail_size": (600, 420),
     "filename_pattern": r"/plot_",
     "ignore_pattern": r"^_",
     "within_subsection_order": "ExampleTitleSortKey",

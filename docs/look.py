@@ -112,6 +112,7 @@ PAGES = {  # page: whether it has mathematics
     "figures": False,
     "api": False,
     "generated/ddnref.eigh_vjp": True,
+    "gallery": False,
     "auto_gallery/index": False,
     "auto_gallery/plot_deblurring": True,
     "auto_gallery/plot_discriminant": True,
@@ -140,7 +141,10 @@ HISTORY = {  # name: the view, and what is in it once it is drawn
     "list": ("#summarylist", r"[\d.]+(?:e-\d+)? relative error"),
     "graph": ("#eigh.EighErrors.track_projector_of_triple_eigenvalue", 'class="flot-base"'),
 }
-ON_A_PHONE = ("index", "systems", "which-gradient", "eigen", "migration", "figures", "auto_gallery/plot_ladder")
+ON_A_PHONE = (
+    "index", "quickstart", "cheat-sheet", "faq", "gallery", "which-gradient", "eigen", "figures",
+    "auto_gallery/plot_ladder",
+)  # fmt: skip
 ERRORS = re.compile(
     r'CONSOLE[:(\d)]*\].*?"((?:Uncaught|Error|Failed|Access|Refused|Mixed|ParseError|KaTeX).*?)", source'
 )

@@ -13,6 +13,8 @@ are learned here from one photograph whose sharp version is at hand, by followin
 error through the solver. `ddnref.linear_solve_vjp` solves one more system of the same kind and stores no iterate.
 """
 
+# sphinx_gallery_thumbnail_number = 3
+
 import array_api_compat
 import matplotlib.pyplot as plt
 import numpy as np

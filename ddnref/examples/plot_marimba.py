@@ -11,6 +11,8 @@ and the third 10 times. Frequencies and modes are eigenpairs of two matrices, st
 and `ddnref.eigh_generalized_vjp` says how they depend on every entry of both. So a few Newton steps carve the bar.
 """
 
+# sphinx_gallery_thumbnail_number = 2
+
 import matplotlib.pyplot as plt
 import numpy as np
 

@@ -11,6 +11,8 @@ This story aligns two descriptions of handwritten digits, improves one of them b
 shows where that gradient comes from: of `ddnref.polar`, not of singular vectors.
 """
 
+# sphinx_gallery_thumbnail_number = 2
+
 import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.datasets import load_digits

@@ -7,6 +7,8 @@ penalty makes another pooling. Its output is a minimum too, so that the gradient
 derivative at the solution, whatever found it.
 """
 
+# sphinx_gallery_thumbnail_number = 2
+
 import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.datasets import load_sample_image

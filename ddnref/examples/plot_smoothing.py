@@ -8,6 +8,8 @@ out say how good a smoother is, and one more system of equations says how to imp
 system in time linear in its size, `ddnref.solve_tridiagonal` and `ddnref.solve_block_tridiagonal`.
 """
 
+# sphinx_gallery_thumbnail_number = 2
+
 import matplotlib.pyplot as plt
 import numpy as np
 from scipy.interpolate import make_smoothing_spline

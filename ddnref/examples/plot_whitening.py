@@ -7,6 +7,8 @@ derivative is exact at any degeneracy. This story uses three of them on handwrit
 inverse square root, the logarithm and the exponential.
 """
 
+# sphinx_gallery_thumbnail_number = 2
+
 import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.datasets import load_digits, load_sample_image

@@ -170,11 +170,17 @@ def test_every_public_name_is_in_the_reference():
 
 def test_every_page_can_be_reached():
     entries = []
-    for name in ("index", "systems", "practice"):
+    for name in ("index", "systems", "practice", "gallery"):
         text = (DOCS / f"{name}.rst").read_text(encoding="utf-8")
         tree = re.search(r"\.\. toctree::\n   :hidden:\n\n((?:   .+\n)+)", text)
         entries += re.findall(r"<(.+)>", tree[1])
     assert sorted(entries) == sorted({page.stem for page in PAGES if page.stem != "index"} | {"auto_gallery/index"})
+
+
+def test_the_gallery_shows_every_story_once():
+    text = (DOCS / "gallery.rst").read_text(encoding="utf-8")
+    shown = re.findall(r"^   \.\./ddnref/examples/(plot_\w+\.py)$", text, re.MULTILINE)
+    assert sorted(shown) == sorted(path.name for path in (ROOT / "ddnref/examples").glob("plot_*.py"))
 
 
 def test_shown_lines_of_code_exist():
