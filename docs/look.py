@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -65,13 +65,23 @@ function wrong(page, width) {{
 }}
 onload = () => {{
   for (const frame of document.querySelectorAll("iframe"))
-    for (const what of wrong(frame.contentDocument, frame.width))
+    for (const what of wrong(frame.contentDocument, Number(frame.width)))
       document.body.append(Object.assign(document.createElement("pre"),
         {{textContent: `${{frame.dataset.page}} at ${{frame.width}}: ${{what}}`}}));
   document.body.dataset.measured = document.querySelectorAll("iframe").length;
 }};
 </script>"""
 ONE = '<iframe data-page="{page}" src="{url}" width="{width}" height="{height}" style="border:0"></iframe>'
+FAULTY = """<!doctype html><body><article class="bd-article">
+<p style="width: 200px; overflow: hidden; white-space: nowrap">a line that does not fit into two hundred pixels</p>
+<div style="width: 1500px">wide</div>
+<div class="math" style="position: relative"><span class="eqno" style="position: absolute; right: 0">(1)</span>
+<span class="katex-display" style="display: block"><span class="base" style="display: block">long</span></span></div>
+<div style="overflow-x: auto"><span class="katex-display" style="display: block; margin-left: -9px">
+<span class="base">left</span></span></div>
+<div style="overflow-x: auto; width: 100px"><span class="katex-display" style="display: block">
+<span class="base" style="display: block; width: 200px">right</span></span></div></article>"""
+FAULTS = {"cut off: a line", "sticks out: wide", "runs into its number: long", "at the left: left", "not fit: right"}
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
     "--disable-sync", "--no-first-run", "--hide-scrollbars", "--disable-dev-shm-usage", "--enable-logging=stderr",
@@ -187,6 +197,7 @@ def main() -> int:
         print(f"{'WRONG' if found else 'fine ':<5} {page}")
         wrong += [f"{page}: {what}" for what in found]
     if arguments.history is None:
+        wrong += controls(arguments)
         wrong += measured(arguments, [page for page in pages if (folder / f"{page}.html").exists()])
     for what in wrong:
         print(f"look.py: {what}", file=sys.stderr)
@@ -237,16 +248,19 @@ def history(arguments: argparse.Namespace, name: str, view: str, wanted: str) ->
     yield from screenshot(arguments, f"history-{name}", url, "desktop", "--window-size=1280,1400")
 
 
-def batched(items: Sequence[str], size: int) -> Iterable[Sequence[str]]:
-    """Cut a sequence into parts of at most `size`."""
-    return (items[i : i + size] for i in range(0, len(items), size))
+def controls(arguments: argparse.Namespace) -> Iterator[str]:
+    """Yield the faults of a faulty page that are not found."""
+    with tempfile.TemporaryDirectory(prefix="ddnref-look-") as folder:
+        (Path(folder) / "faulty.html").write_text(FAULTY, encoding="utf-8")
+        found = " ".join(measured(argparse.Namespace(html=Path(folder), chromium=arguments.chromium), ["faulty"]))
+    yield from (f"a planted fault was not found: {fault}" for fault in sorted(FAULTS) if fault not in found)
 
 
 def measured(arguments: argparse.Namespace, pages: Sequence[str]) -> Iterator[str]:
     """Yield what is cut off at either width, in frames because headless Chromium makes no narrow window."""
     with tempfile.TemporaryDirectory(prefix="ddnref-look-") as folder:
         frame = Path(folder) / "frame.html"
-        for some in batched(pages, AT_ONCE):
+        for some in (pages[i : i + AT_ONCE] for i in range(0, len(pages), AT_ONCE)):
             sizes = [(page, *size) for page in some for size in (DESKTOP, PHONE)]
             frames = "".join(
                 ONE.format(page=page, url=(arguments.html / f"{page}.html").resolve().as_uri(), width=w, height=h)
