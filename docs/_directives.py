@@ -38,7 +38,7 @@ def cheat_sheet(group: str) -> str:
             links = [f":doc:`{story.replace('_', ' ')} <auto_gallery/plot_{story}>`" for story in stories_with(name)]
             example = ", ".join(links) or ON_THE_PAGE
             rows.append((texts.docs, f"`{name}`", texts.singular, texts.cost, f":doc:`{texts.page}`", example))
-    lines = [".. list-table::", "   :header-rows: 1", "   :class: cheat-sheet", ""]
+    lines = [".. list-table::", "   :header-rows: 1", "   :class: cheat-sheet rules", ""]
     for row in rows:
         lines += [f"   {'* -' if i == 0 else '  -'} {cell}".rstrip() for i, cell in enumerate(row)]
     return "\n".join(lines)

@@ -75,7 +75,8 @@ picture("digits", fig,
 #    C_c(s) = \mathrm{diag}(s)\, C_c\, \mathrm{diag}(s), \qquad
 #    P_c = V_c V_c^T \text{ of its top } k \text{ eigenvectors},
 #
-#    u_n = \frac{s \circ x_n}{\| s \circ x_n \|}, \qquad a_{nc} = \| P_c u_n \|^2, \qquad
+#    u_n = \frac{s \circ x_n}{\| s \circ x_n \|}, \qquad a_{nc} = \| P_c u_n \|^2,
+#
 #    L = \mathrm{mean}_n \left( -\log \mathrm{softmax}_c (\tau a_{nc})[\text{label of } n] \right).
 #
 # The loss depends on the eigenvectors only through the projectors :math:`P_c`, so it has a gradient whatever the
