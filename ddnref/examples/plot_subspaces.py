@@ -75,7 +75,11 @@ picture("digits", fig,
 #    C_c(s) = \mathrm{diag}(s)\, C_c\, \mathrm{diag}(s), \qquad
 #    P_c = V_c V_c^T \text{ of its top } k \text{ eigenvectors},
 #
+# .. math::
+#
 #    u_n = \frac{s \circ x_n}{\| s \circ x_n \|}, \qquad a_{nc} = \| P_c u_n \|^2,
+#
+# .. math::
 #
 #    L = \mathrm{mean}_n \left( -\log \mathrm{softmax}_c (\tau a_{nc})[\text{label of } n] \right).
 #
