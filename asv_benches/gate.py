@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,59 +22,21 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from benchmarks import _accuracy as accuracy
 from benchmarks import _iteration as iteration
-
-from ddnref._rules import binding as _rule
-from ddnref._rules import table as _rules
+from benchmarks import _work as work
 
 RECORD = Path(__file__).with_name("gate.json")
-M = 320  # wide enough for tiles and block rows
-OTHERS = ("svd", "svd_topk", "svdvals", "polar", "qr")  # no stated limit, but products alone, of the sample's shape
 FACTORS = {"products": 1.05, "extra arrays": 1.1, "host reads": 1.0, "error": 10.0}
-
-
-class Counted(np.ndarray):
-    """An array that adds up the multiplications of every matrix product it takes part in."""
-
-    multiplications = 0
-
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: Any = None, **options: Any) -> Any:
-        if ufunc is np.matmul:
-            a, b = inputs
-            batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-            Counted.multiplications += int(np.prod(batch)) * a.shape[-2] * a.shape[-1] * b.shape[-1]
-        plain = [x.view(np.ndarray) if isinstance(x, Counted) else x for x in inputs]
-        if out is not None:
-            options["out"] = tuple(x.view(np.ndarray) if isinstance(x, Counted) else x for x in out)
-        result = getattr(ufunc, method)(*plain, **options)
-        return result.view(Counted) if isinstance(result, np.ndarray) and result.ndim else result
-
-
-def products(name: str, mode: str = "vjp") -> float:
-    """Matrix products in the VJP or the JVP of a rule, NumPy form, in units of m³ multiplications."""
-    rule = _rules.RULES[name]
-    sample = _rules.TRIALS[rule.name].sample(np.asarray, np.random.default_rng(0), (), M, False)
-    forward, options = _rule.options_of(rule, sample.options)
-    outputs, saved = rule.forward(*sample.inputs, **forward)
-    outputs = _rule.as_tuple(outputs)
-    moved = sample.inputs
-    if mode == "vjp":
-        moved = sample.loss[1](*outputs) if sample.loss else outputs
-    arrays = [np.ascontiguousarray(a).view(Counted) for a in (*moved, *outputs, *saved)]
-    Counted.multiplications = 0
-    getattr(rule, mode)(*arrays, **options)
-    return Counted.multiplications / M**3
 
 
 def figures() -> dict[str, tuple[str, Callable[[], float]]]:
     """Each figure by name: its kind, which sets the factor, and how to measure it."""
     measured: dict[str, tuple[str, Callable[[], float]]] = {
-        f"{name}_{mode}: products": ("products", partial(products, name, mode))
+        f"{name}_{mode}: products": ("products", partial(work.products, name, mode))
         for mode in ("vjp", "jvp")
-        for name, rule in _rules.RULES.items()
-        if _rules.TRIALS[rule.name].products or name in OTHERS
+        for name in work.names()
     }
     for dtype in ("float32", "float64"):
-        extra = partial(accuracy.extra_arrays_of_vjp, M, dtype)
+        extra = partial(accuracy.extra_arrays_of_vjp, work.M, dtype)
         measured[f"eigh_vjp: extra m×m arrays, {dtype}"] = ("extra arrays", extra)
     for throw in (False, True):
         measured[f"eigh_vjp: host reads, throw={throw}"] = ("host reads", partial(accuracy.host_reads, throw))

@@ -92,5 +92,9 @@ class CgMemory:
     def track_unrolled_error(self, steps: int) -> float:
         return cases.unrolled_error(steps)
 
+    track_unrolled_error.unit = "relative error"  # type: ignore[attr-defined]
+
     def track_implicit_error(self, steps: int) -> float:
         return cases.implicit_error(steps)
+
+    track_implicit_error.unit = "relative error"  # type: ignore[attr-defined]

@@ -89,6 +89,7 @@ class SinkhornRatio:
         plan, _ = solve(*inputs, eps=eps)
         return extra_arrays(partial(pull, plan, plan, *inputs, eps=eps), plan)
 
+    track_extra_arrays.unit = "n×n arrays"  # type: ignore[attr-defined]
     track_extra_arrays.version = "e14d5c14b7024f452f820e553ff60c061a676987495bda4c9824f2fe431a941b"  # type: ignore[attr-defined]
 
 

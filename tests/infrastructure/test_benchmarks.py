@@ -40,6 +40,7 @@ MODULES = (
     "startup",
     "svd",
     "trust_region",
+    "work",
 )
 PREFIXES = ("time_", "peakmem_", "track_")
 
