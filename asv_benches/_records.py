@@ -1,18 +1,27 @@
-"""Read the records of two commits and judge what changed between them; the command is history.py."""
+"""Read the records of commits, judge what changed between two of them, and find steps over all; see history.py."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import product
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise, product
+from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
-EXACT = ("reads", "matrices")  # counted: one more is worse
-ROUNDED = ("relative error", "backward error", "eps·‖A‖/gap")  # of the size of rounding, which another BLAS multiplies
-ROUNDING = 10.0  # by less than this, as gate.py has it
+Record = dict[str, Any]
+
+EXACT = ("reads", "matrices", "numbers")  # counted: one more is worse
+ROUNDED = ("relative error", "backward error", "relative residual", "relative", "eps·‖A‖/gap", "eps·condition")
+COUNTED = ("products", "m×m products", "steps", "share")  # a few more are none: rounding decides when a loop ends
+MEMORY = ("m×m arrays", "n×n arrays", "vectors", "blocks")
+UNTIMED = EXACT + ROUNDED + COUNTED + MEMORY
 TIMES = ("seconds", "µs")
+ROUNDING = 5.0  # by which an error may grow before it has lost a digit; reordered sums doubled a few
+SMALLEST = 1e-17  # an error below this is none
 
 
 class Figure(NamedTuple):
@@ -38,7 +47,7 @@ class Change(NamedTuple):
         return self.new / self.old if self.old else (math.inf if self.new else 1.0)
 
 
-def figures(result: dict[str, Any]) -> dict[str, Figure]:
+def figures(result: Record) -> dict[str, Figure]:
     """The figures of a record by benchmark and parameters."""
     found = {}
     for benchmark, row in result["results"].items():
@@ -50,20 +59,29 @@ def figures(result: dict[str, Any]) -> dict[str, Figure]:
     return found
 
 
+# --- two records ------------------------------------------------------------------------------------------------
+
+
+def allowed(old: float, unit: str, factor: float) -> float:
+    """The largest figure that is not worse than that one: lower is better."""
+    if unit in EXACT:
+        return old
+    if unit in ROUNDED:
+        return max(old, SMALLEST) * max(factor, ROUNDING)
+    return old * factor
+
+
 def judged(name: str, old: float, new: float | None, unit: str, factor: float) -> Change:
-    """Lower is better. Counts are exact, rounding errors get their own factor."""
-    allowed = 1.0 if unit in EXACT else max(factor, ROUNDING) if unit in ROUNDED else factor
     if new is None:
         return Change("gone", name, old, new, unit)
-    verdict = "worse" if new > old * allowed else "better" if new * allowed < old else "same"
-    return Change(verdict, name, old, new, unit)
+    worse, better = new > allowed(old, unit, factor), old > allowed(new, unit, factor)
+    return Change("worse" if worse else "better" if better else "same", name, old, new, unit)
 
 
-def changes(
-    old: dict[str, Any], new: dict[str, Any], units: dict[str, str], factor: float
-) -> tuple[list[Change], Counter[str]]:
+def changes(old: Record, new: Record, factor: float) -> tuple[list[Change], Counter[str]]:
     """Every figure that was measured before, worst first, and how many are not judged for which reason."""
     before, after = figures(old), figures(new)
+    units = {**old["units"], **new["units"]}
     found: list[Change] = []
     others: Counter[str] = Counter()
     for name, was in before.items():
@@ -80,15 +98,21 @@ def changes(
     return sorted(found, key=lambda change: (-change.ratio, change.name)), others
 
 
-def selected(name: str, benchmark: str, result: dict[str, Any]) -> bool:
+def selected(name: str, benchmark: str, result: Record) -> bool:
     """Whether that record was meant to contain the figure."""
     chosen = result.get("conditions", {}).get("bench", [])
     return not chosen or any(re.search(regex, text) for regex in chosen for text in (benchmark, name))
 
 
-def is_tracked(change: Change) -> bool:
-    """Whether it is judged: times, and differences of times, are comparable on one quiet machine only."""
-    return change.unit not in TIMES and change.name.split("(")[0].rsplit(".", 1)[-1].startswith("track_")
+def is_quick(*results: Record) -> bool:
+    """Whether one of them is a smoke test, which has no times that mean anything."""
+    return any(result.get("conditions", {}).get("quick", False) for result in results)
+
+
+def is_judged(change: Change, quick: bool) -> bool:
+    """Whether it can be compared: no time can, and a ratio of times only if both records took the time it needs."""
+    tracked = change.name.split("(")[0].rsplit(".", 1)[-1].startswith("track_")
+    return tracked and (change.unit in UNTIMED or (change.unit not in TIMES and not quick))
 
 
 def table(found: Sequence[Change]) -> Iterator[str]:
@@ -100,7 +124,7 @@ def table(found: Sequence[Change]) -> Iterator[str]:
         yield f"{change.verdict:6} {change.old:10.4g} {new:>10} {ratio:>7}  {change.name} [{change.unit}]{gone}"
 
 
-def differing(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+def differing(old: Record, new: Record) -> Iterator[str]:
     """Yield the conditions, other than the code, that differ between the two measurements."""
     before, after = ({**r.get("conditions", {})} for r in (old, new))
     before |= before.pop("versions", {})
@@ -108,5 +132,96 @@ def differing(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
     for key in sorted((before.keys() | after.keys()) - {"bench"}):
         if before.get(key) != after.get(key):
             yield f"note: {key} was {before.get(key)}, is {after.get(key)}"
-    if before.get("quick") or after.get("quick"):
+    if is_quick(old, new):
         yield "note: a record made with --quick is a smoke test; only its counts and errors mean anything"
+
+
+# --- all records ------------------------------------------------------------------------------------------------
+
+
+class Point(NamedTuple):
+    """One figure of one commit."""
+
+    record: Record
+    value: float
+
+
+class Step(NamedTuple):
+    """A commit from which on a figure has another level."""
+
+    record: Record
+    name: str
+    unit: str
+    old: float
+    new: float
+
+
+def read(folder: Path) -> list[tuple[Path, Record]]:
+    """Every record of a folder, the commits in their order."""
+    paths = [path for path in sorted(folder.glob("*/*.json")) if path.name != "machine.json"]
+    found = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    return sorted(found, key=lambda item: (item[1]["revision"], item[1]["commit_hash"], item[0].name))
+
+
+def curves(records: Iterable[Record]) -> dict[str, list[Point]]:
+    """Every figure by name, with its values in the order of the records, as the newest form of its benchmark has them.
+
+    A commit that was measured twice has one value, that of the later file.
+    """
+    found: dict[str, dict[str, tuple[str | None, Point]]] = {}
+    for record in records:
+        for name, figure in figures(record).items():
+            usable = not is_quick(record) or record["units"].get(figure.benchmark) in UNTIMED
+            if figure.value is not None and usable:
+                found.setdefault(name, {})[record["commit_hash"]] = figure.version, Point(record, figure.value)
+    series = {}
+    for name, by_commit in found.items():
+        newest = list(by_commit.values())[-1][0]
+        series[name] = [point for version, point in by_commit.values() if version == newest]
+    return series
+
+
+def levels(values: Sequence[float], penalty: float) -> list[int]:
+    """The places where a sequence changes its level, the first one included.
+
+    Of all piecewise constant sequences the one that minimises the sum of absolute differences plus `penalty` for each
+    step. So one value that stands out by less than twice the penalty is no step, and the last one counts from once it.
+    """
+    n = len(values)
+    best, last = [0.0] * (n + 1), [0] * (n + 1)
+    for end in range(1, n + 1):
+        costs = []
+        for start in range(end):
+            middle = median(values[start:end])
+            costs.append(best[start] + sum(abs(v - middle) for v in values[start:end]) + penalty * (start > 0))
+        last[end] = min(range(end), key=costs.__getitem__)
+        best[end] = costs[last[end]]
+    places, end = [], n
+    while end:
+        end = last[end]
+        places.append(end)
+    return places[::-1]
+
+
+def steps(series: dict[str, list[Point]], factor: float = 1.1) -> Iterator[Step]:
+    """Find the commits at which a figure took another level: counts exactly, all others on a logarithmic scale."""
+    for name, points in series.items():
+        unit = points[-1].record["units"].get(name.split("(")[0], "")
+        values = [point.value for point in points]
+        if unit in EXACT:
+            places = [0, *(i for i, (a, b) in enumerate(pairwise(values), 1) if a != b)]
+        else:
+            smallest = SMALLEST if unit in ROUNDED else 1e-9
+            digits = [math.log10(max(value, smallest)) for value in values]
+            if max(digits) - min(digits) <= math.log10(least(unit, factor)):
+                continue
+            places = levels(digits, math.log10(ROUNDING if unit in ROUNDED else 1.5))
+        middles = [median(values[a:b]) for a, b in pairwise([*places, len(values)])]
+        for place, (old, new) in zip(places[1:], pairwise(middles), strict=True):
+            if unit in EXACT or max(old, new) > least(unit, factor) * min(old, new):
+                yield Step(points[place].record, name, unit, old, new)
+
+
+def least(unit: str, factor: float) -> float:
+    """The smallest step that is reported: half a digit of an error."""
+    return 3.0 if unit in ROUNDED else factor

@@ -39,6 +39,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
     "sphinxcontrib.katex",
     "_directives",
+    "_history",
 ]
 source_suffix = {".rst": "restructuredtext"}
 templates_path = ["_templates"]

@@ -6,7 +6,6 @@ every formula can be read whole and does not run into its number. For every page
 from a network. Exit code 0: fine, 1: a page is not, 2: no Chromium or no pages.
 
 - ``--html DIR``: the built pages, default ``docs/_build/html``;
-- ``--history DIR``: in their place the grid, the list and a graph of ``asv_benches/history.py site --offline``;
 - ``--out DIR``: where screenshots go, default ``docs/_build/look``;
 - ``--chromium PATH``: the browser, default the first of chromium, chromium-browser, google-chrome on the path.
 """
@@ -20,8 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +118,7 @@ PAGES = {  # page: whether it has mathematics
     "migration": True,
     "versions": False,
     "figures": False,
+    "history": False,
     "api": False,
     "generated/ddnref.eigh_vjp": True,
     "gallery": False,
@@ -146,13 +145,8 @@ PAGES = {  # page: whether it has mathematics
     "auto_gallery/plot_subspaces": True,
     "auto_gallery/plot_whitening": True,
 }
-HISTORY = {  # name: the view, and what is in it once it is drawn
-    "grid": ("", 'class="flot-base"'),
-    "list": ("#summarylist", r"[\d.]+(?:e-\d+)? relative error"),
-    "graph": ("#eigh.EighErrors.track_projector_of_triple_eigenvalue", 'class="flot-base"'),
-}
 ON_A_PHONE = (
-    "index", "quickstart", "cheat-sheet", "faq", "gallery", "which-gradient", "eigen", "figures",
+    "index", "quickstart", "cheat-sheet", "faq", "gallery", "which-gradient", "eigen", "figures", "history",
     "auto_gallery/plot_ladder",
 )  # fmt: skip
 ERRORS = re.compile(
@@ -171,7 +165,6 @@ def main() -> int:
     """Look at every page and say what is wrong with it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--html", type=Path, default=HERE / "_build/html")
-    parser.add_argument("--history", type=Path, metavar="DIR", help="look at the site of the benchmarks' history")
     parser.add_argument("--out", type=Path, default=HERE / "_build/look")
     parser.add_argument("--chromium", default=next(filter(None, map(shutil.which, BROWSERS)), None))
     parser.add_argument("pages", nargs="*", metavar="PAGE", help="only these, such as eigen; default: all main pages")
@@ -179,26 +172,18 @@ def main() -> int:
     if arguments.chromium is None:
         print("look.py: Chromium is not installed; on Debian: apt-get install chromium", file=sys.stderr)
         return 2
-    folder, how = arguments.html, "see docs/conf.py"
-    if arguments.history is not None:
-        folder, how = arguments.history, "python asv_benches/history.py site --offline"
-    if not (folder / "index.html").exists():
-        print(f"look.py: no pages in {folder}; build them first, {how}", file=sys.stderr)
+    if not (arguments.html / "index.html").exists():
+        print(f"look.py: no pages in {arguments.html}; build them first, see docs/conf.py", file=sys.stderr)
         return 2
     arguments.out.mkdir(parents=True, exist_ok=True)
-    wrong = list(fetched(folder))
-    pages: dict[str, Callable[[], Iterator[str]]]
-    if arguments.history is not None:
-        pages = {f"history-{name}": partial(history, arguments, name, *view) for name, view in HISTORY.items()}
-    else:
-        pages = {page: partial(look, arguments, page, PAGES.get(page, False)) for page in arguments.pages or PAGES}
-    for page, looks in pages.items():
-        found = list(looks())
+    wrong = list(fetched(arguments.html))
+    pages = arguments.pages or [*PAGES]
+    for page in pages:
+        found = list(look(arguments, page, PAGES.get(page, False)))
         print(f"{'WRONG' if found else 'fine ':<5} {page}")
         wrong += [f"{page}: {what}" for what in found]
-    if arguments.history is None:
-        wrong += controls(arguments)
-        wrong += measured(arguments, [page for page in pages if (folder / f"{page}.html").exists()])
+    wrong += controls(arguments)
+    wrong += measured(arguments, [page for page in pages if (arguments.html / f"{page}.html").exists()])
     for what in wrong:
         print(f"look.py: {what}", file=sys.stderr)
     print(f"{len(pages)} pages, {len(wrong)} problems; screenshots in {arguments.out}")
@@ -236,16 +221,6 @@ def look(arguments: argparse.Namespace, page: str, mathematics: bool) -> Iterato
     yield from screenshot(arguments, page, url, "desktop", f"--window-size={width},{height}")
     if page in ON_A_PHONE:
         yield from on_a_phone(arguments, page, url)
-
-
-def history(arguments: argparse.Namespace, name: str, view: str, wanted: str) -> Iterator[str]:
-    """Yield everything that is wrong with one view of the history, which scripts draw into one page."""
-    url = f"{(arguments.history / 'index.html').resolve().as_uri()}{view}"
-    dom, console = chromium(arguments.chromium, url, "--dump-dom", "--window-size=1280,1400")
-    yield from (f"console: {error}" for error in ERRORS.findall(console))
-    if not re.search(wanted, dom):
-        yield f"nothing was drawn: no {wanted} in it"
-    yield from screenshot(arguments, f"history-{name}", url, "desktop", "--window-size=1280,1400")
 
 
 def controls(arguments: argparse.Namespace) -> Iterator[str]:

@@ -9,6 +9,7 @@ import pkgutil
 import re
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -242,6 +243,23 @@ def test_markdown_becomes_html(directives):
 
 def test_the_directives_know_all_public_names(directives):
     assert public() <= directives.PUBLIC
+
+
+def test_the_page_of_the_history_shows_curves(monkeypatch):
+    pytest.importorskip("sphinx", reason="the directive needs Sphinx")
+    monkeypatch.syspath_prepend(str(DOCS))
+    history = importlib.import_module("_history")
+    records = history.recorded()
+    for kind, longest in (("errors", 40), ("counts", 40), ("memory", 40)):
+        html = "".join(history.Curves.html(SimpleNamespace(arguments=[kind]), records))
+        curves = [points.split() for points in re.findall(r'<polyline points="([^"]+)"', html)]
+        assert max(map(len, curves)) >= longest
+        assert min(map(len, curves)) >= history.FEWEST
+        assert html.count("<circle") == sum(map(len, curves))
+    steps = "".join(history.Steps.html(SimpleNamespace(), records))
+    assert steps.count("<td>worse</td>") + steps.count("<td>better</td>") == steps.count("<code>") > 0
+    commits = "".join(history.Commits.html(SimpleNamespace(), records))
+    assert commits.count("<li>") == len({record["commit_hash"] for record in records}) >= 40
 
 
 def test_bridges_are_documented_without_their_frameworks():

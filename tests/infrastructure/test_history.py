@@ -1,16 +1,12 @@
-"""The history of the benchmarks: what is recorded names no machine, pages can be built from it, regressions show."""
+"""The history of the benchmarks: records name no machine and leave checkouts alone; regressions and steps show."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
 import json
 import math
 import re
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,6 @@ BENCHES = Path(__file__).parents[2] / "asv_benches"
 
 sys.path.insert(0, str(BENCHES))
 try:
-    import _offline
     import _records
     import history
 finally:
@@ -40,6 +35,8 @@ class A:
 
 
 class Missing:
+    unit = "reads"
+
     def setup(self):
         raise NotImplementedError("nolib is not installed")
 
@@ -48,6 +45,8 @@ class Missing:
 
 
 class Broken:
+    unit = "reads"
+
     def track_broken(self):
         raise ValueError("broken")
 """
@@ -76,16 +75,15 @@ class Clone:
         self.git("commit", "-q", "--allow-empty", "-m", message)
         return self.git("rev-parse", "HEAD")
 
-    def record(self, commit: str, figures: dict[str, Any], bench: tuple[str, ...] = ()) -> None:
-        conditions = {"bench": list(bench), "quick": False, "versions": {"torch": "1.0"}}
-        result = history.neutral(raw(commit, figures), "3.11") | {"conditions": conditions}
-        history.write(self.history / history.MACHINE / f"{commit[:8]}-existing-py3.11.json", result)
-        described = {
-            name: {"name": name, "unit": unit, "version": "v", "type": "track", "params": [], "param_names": [],
-                   "code": ""}
-            for name, unit in UNITS.items()
-        }  # fmt: skip
-        history.write(self.history / "benchmarks.json", {**described, "version": 2})
+    def record(
+        self, commit: str, figures: dict[str, Any], bench: tuple[str, ...] = (), quick: bool = False
+    ) -> dict[str, Any]:
+        conditions = {"bench": list(bench), "quick": quick, "versions": {"torch": "1.0"}}
+        lost = {"commit_hash": commit, "subject": "lost", "revision": 9, "date": 0}
+        known = lost if commit.startswith("dead") else history.of_commit(commit)
+        result = known | history.neutral(raw(commit, figures), UNITS) | {"conditions": conditions}
+        history.write(self.history / history.MACHINE / f"{commit[:8]}-{result['env_name']}.json", result)
+        return result
 
 
 def raw(commit: str, figures: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +124,7 @@ def run(clone: Clone, command: str, *arguments: str) -> int:
 
 
 def test_a_record_names_no_machine_user_or_folder() -> None:
-    text = json.dumps(history.neutral(raw("c0ffee", {READS: 1}), "3.11"))
+    text = json.dumps(history.neutral(raw("c0ffee", {READS: 1}), UNITS))
     for planted in ("ada", "home", "Z80", "6.1", "64", "SECRET", "profile"):
         assert planted in json.dumps(raw("c0ffee", {READS: 1}))
         assert planted not in text
@@ -134,28 +132,30 @@ def test_a_record_names_no_machine_user_or_folder() -> None:
     assert "[0.5]" in text, "the quartile of a timing stays"
 
 
-def test_ratios_are_judged_and_times_are_not() -> None:
+def test_times_are_never_judged_and_ratios_of_times_not_in_quick_records() -> None:
     judged = {
-        unit: _records.is_tracked(_records.Change("worse", "a.A.track_x", 1, 2, unit))
-        for unit in ("ratio", "µs", "seconds")
+        unit: [
+            _records.is_judged(_records.Change("worse", "a.A.track_x", 1, 2, unit), quick) for quick in (False, True)
+        ]
+        for unit in ("reads", "relative error", "ratio", "µs", "seconds")
     }
-    assert judged == {"ratio": True, "µs": False, "seconds": False}
+    assert judged == {
+        "reads": [True, True], "relative error": [True, True], "ratio": [True, False],
+        "µs": [False, False], "seconds": [False, False],
+    }  # fmt: skip
+    assert not _records.is_judged(_records.Change("worse", "a.A.time_x", 1, 2, "reads"), False)
 
 
 def test_the_committed_records_name_no_machine_user_or_folder() -> None:
-    machine, *paths = sorted(
-        (BENCHES / "history" / history.MACHINE).glob("*.json"), key=lambda p: p.name != "machine.json"
-    )
-    assert json.loads(machine.read_text(encoding="utf-8")) == {"machine": history.MACHINE, "version": 1}
-    assert paths
-    for path in (*paths, BENCHES / "history" / "benchmarks.json"):
+    found = _records.read(BENCHES / "history")
+    assert len(found) >= 40
+    assert sorted(path for path, _ in found) == sorted((BENCHES / "history").rglob("*.*"))
+    for path, result in found:
         assert not re.search(r'["_ ](/|[A-Z]:\\)\w|home|Users|/bin|/tmp', path.read_text(encoding="utf-8")), path
-    for path in paths:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        assert result["params"] == {"machine": history.MACHINE, "python": result["python"]}
-        assert re.fullmatch(r"3\.\d+", result["python"])
-        assert path.name == f"{result['commit_hash'][:8]}-existing-py{result['python']}.json"
-        assert (result["env_vars"], result["requirements"]) == ({}, {})
+        assert re.fullmatch(r"(existing|counted)-py3\.\d+", result["env_name"])
+        assert result["env_name"].endswith(f"py{result['python']}")
+        assert path.name == f"{result['commit_hash'][:8]}-{result['env_name']}.json"
+        assert result["units"].keys() == result["results"].keys()
 
 
 def test_record_runs_asv_on_head(
@@ -165,10 +165,10 @@ def test_record_runs_asv_on_head(
     (benches / "benchmarks").mkdir(parents=True)
     (benches / "benchmarks" / "__init__.py").touch()
     (clone.root / "measured.py").write_text("READS = 3")  # the clone's own, installed nowhere
-    (clone.root / ".gitignore").write_text("__pycache__/\n")
     (benches / "benchmarks" / "a.py").write_text(SUITE)
     (benches / "asv.conf.json").write_text((BENCHES / "asv.conf.json").read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(history, "HERE", benches)
+    (clone.root / ".gitignore").write_text("__pycache__/\n.asv/\n")
     missing = ["nolib is not installed"]
     monkeypatch.setattr(history, "conditions", lambda bench, quick: {"bench": list(bench), "missing": missing})
     monkeypatch.setenv("HOME", str(tmp_path))  # with no machine file in it
@@ -179,27 +179,37 @@ def test_record_runs_asv_on_head(
     assert "skipped: nolib is not installed" in out
     assert "failed: a.Broken.track_broken" in out
     assert "failed: a.Missing" not in out
-    (path,) = (clone.history / history.MACHINE).glob(f"{commit[:8]}-existing-py3.*.json")
+    assert clone.git("status", "--porcelain") == "", "nothing that a checkout could meet"
+    (path,) = (clone.root / ".asv" / "history" / history.MACHINE).glob(f"{commit[:8]}-existing-py3.*.json")
     found = _records.figures(json.loads(path.read_text(encoding="utf-8")))
     assert {name: figure.value for name, figure in found.items()} == {
         READS: 3, "a.Missing.track_missing": None, "a.Broken.track_broken": None
     }  # fmt: skip
     assert str(tmp_path) not in path.read_text(encoding="utf-8")
     assert not (tmp_path / ".asv-machine.json").exists()
-    history.refuse_dirty(clone.history)  # the record itself is no change
     assert run(clone, "record", "--bench", "Nothing") == 2
     assert "nothing was recorded" in capfd.readouterr().err
-    assert run(clone, "site", "--out", str(tmp_path / "site")) == 0
 
 
 @pytest.mark.parametrize(
     ("before", "after", "chosen"), [(["a"], ["b"], ["a", "b"]), ([], ["b"], []), (["a"], [], []), (["b"], ["b"], ["b"])]
 )
 def test_a_commit_can_be_recorded_in_parts(before: list[str], after: list[str], chosen: list[str]) -> None:
-    old = {"results": {READS: [1], RATIO: [2]}, "conditions": {"bench": before, "seconds": 1}, "date": 1}
-    new = {"results": {RATIO: [3], ERROR: [4]}, "conditions": {"bench": after, "seconds": 1}, "date": 2}
+    old = {
+        "units": {READS: "reads"},
+        "results": {READS: [1], RATIO: [2]},
+        "conditions": {"bench": before, "seconds": 1},
+        "date": 1,
+    }
+    new = {
+        "units": {ERROR: "x"},
+        "results": {RATIO: [3], ERROR: [4]},
+        "conditions": {"bench": after, "seconds": 1},
+        "date": 2,
+    }
     both = history.joined(old, new)
     assert both["results"] == {READS: [1], RATIO: [3], ERROR: [4]}
+    assert both["units"] == {ERROR: "x", READS: "reads"}
     assert both["conditions"] == {"bench": chosen, "seconds": 1}
     assert both["date"] == 2
 
@@ -221,105 +231,141 @@ def test_record_refuses_a_tree_that_is_not_head(
     assert "commit or stash first:\n?? changed.py" in capsys.readouterr().err
 
 
-def test_without_asv_record_and_site_say_what_to_install(
-    clone: Clone, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_without_asv_record_says_what_to_install(
+    clone: Clone, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clone.record(clone.commit("one"), {READS: 1})
+    clone.commit("one")
     monkeypatch.setattr(history.importlib.util, "find_spec", lambda name: None)
-    for command in (("record",), ("site", "--out", str(tmp_path / "site"))):
-        assert run(clone, *command) == 2
-        assert 'asv is not installed: python -m pip install -e ".[bench]"' in capsys.readouterr().err
-
-
-# --- site ---------------------------------------------------------------------------------------------------------
-
-
-def test_site_shows_merged_commits_and_leaves_out_lost_ones(
-    asv: None, clone: Clone, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    first = clone.commit("first")
-    clone.git("checkout", "-q", "-b", "work")
-    merged = clone.commit("on a branch")
-    clone.git("checkout", "-q", "main")
-    clone.commit("second")
-    clone.git("merge", "-q", "--no-ff", "-m", "merge", "work")
-    for commit, value in ((first, 1), (merged, 2), ("dead" * 10, 7)):
-        clone.record(commit, {READS: value})
-    out = tmp_path / "site"
-    assert run(clone, "site", "--out", str(out)) == 0
-    printed = capfd.readouterr().out
-    assert "left out: deaddead is not in the history of HEAD" in printed
-    assert "records shown: 2" in printed
-    assert (out / "index.html").exists()
-    index = json.loads((out / "index.json").read_text(encoding="utf-8"))
-    assert sorted(index["revision_to_hash"].values()) == sorted([first, merged])
-    values = {v for path in out.glob("graphs/**/a.A.track_reads.json") for _, v in json.loads(path.read_text())}
-    assert {1, 2} <= values
-
-
-@pytest.mark.parametrize("commit", [None, "dead" * 10])
-def test_site_without_a_usable_record_says_so(
-    clone: Clone, tmp_path: Path, capsys: pytest.CaptureFixture[str], commit: str | None
-) -> None:
-    clone.commit("first")
-    if commit:
-        clone.record(commit, {READS: 1})
-    assert run(clone, "site", "--out", str(tmp_path / "site")) == 2
-    assert ("git fetch --unshallow" if commit else "nothing is recorded") in capsys.readouterr().err
-
-
-PAGE = """<script src="https://cdn/lib-1.min.js" integrity="sha256-x" onerror="js_load_failure()"></script>
-<script src="own.js"></script><a href="https://example.org/page">a link</a>
-<link rel="stylesheet" href="https://cdn/lib.css" integrity="sha256-y">"""
-OFFLINE = """<script src="vendor/lib/dist/lib.js" onerror="js_load_failure()"></script>
-<script src="own.js"></script><a href="https://example.org/page">a link</a>
-<link rel="stylesheet" href="vendor/lib/dist/lib.css">"""
-
-
-def packed(files: dict[str, bytes]) -> bytes:
-    """An archive as npm's registry has it."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(f"package/{name}")
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-ARCHIVE = packed({"dist/lib.js": b"js", "dist/lib.css": b"css", "fonts/a.woff": b"woff", "README.md": b"not needed"})
-LIBRARY = _offline.Library(
-    "lib", "1", base64.b64encode(hashlib.sha512(ARCHIVE).digest()).decode(),
-    {"lib-1.min.js": "dist/lib.js", "lib.css": "dist/lib.css"}, ("fonts",),
-)  # fmt: skip
-
-
-def test_offline_pages_load_nothing_from_the_network(tmp_path: Path) -> None:
-    (tmp_path / "index.html").write_text(PAGE, encoding="utf-8")
-    asked: list[str] = []
-    _offline.make_offline(tmp_path, (LIBRARY,), lambda url: asked.append(url) or ARCHIVE)  # type: ignore[func-returns-value]
-    assert asked == ["https://registry.npmjs.org/lib/-/lib-1.tgz"]
-    assert (tmp_path / "index.html").read_text(encoding="utf-8") == OFFLINE
-    vendor = tmp_path / "vendor" / "lib"
-    found = {str(path.relative_to(vendor)): path.read_bytes() for path in vendor.rglob("*.*")}
-    assert found == {"dist/lib.js": b"js", "dist/lib.css": b"css", "fonts/a.woff": b"woff"}
+    assert run(clone, "record") == 2
+    assert 'asv is not installed: python -m pip install -e ".[bench]"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("library", "said"),
-    [(LIBRARY._replace(sha512="another"), "is not the archive"), (LIBRARY._replace(files={}), "does not know")],
+    ("arguments", "message"),
+    [
+        (("HEAD~1",), "only HEAD can be recorded with a clock"),
+        (("--no-clock", "--quick"), "--no-clock takes none"),
+        (("--no-clock", "nonsense"), "git rev-parse: fatal"),
+        (("--no-clock",), "git archive"),  # of a commit without a package
+    ],
 )
-def test_offline_pages_take_only_what_was_stated(tmp_path: Path, library: _offline.Library, said: str) -> None:
-    (tmp_path / "index.html").write_text(PAGE, encoding="utf-8")
-    with pytest.raises(_offline.Missing, match=said):
-        _offline.make_offline(tmp_path, (library,), lambda _: ARCHIVE)
-    assert (tmp_path / "index.html").read_text(encoding="utf-8") == PAGE
+def test_record_explains_bad_input(
+    clone: Clone, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    clone.commit("one")
+    clone.commit("two")
+    assert run(clone, "record", *arguments) == 2
+    assert message in capsys.readouterr().err
 
 
-def test_offline_pages_say_what_could_not_be_had(tmp_path: Path) -> None:
-    (tmp_path / "index.html").write_text(PAGE, encoding="utf-8")
-    with pytest.raises(_offline.Missing, match=r"nowhere.invalid"):
-        _offline.make_offline(tmp_path, (LIBRARY,), lambda _: _offline.fetched("https://nowhere.invalid/lib.tgz"))
+# --- without a clock ----------------------------------------------------------------------------------------------
+
+PACKAGE = "READS, ERROR, PRODUCTS = 3, 2e-15, 4\n"
+TWO_MODULES = """
+from ddnref import {name}
+import ddnref
+
+
+class A:
+    params = ("ours", "theirs")
+    unit = "reads"
+
+    def track_reads(self, name):
+        return ddnref.READS
+
+
+class B:
+    unit = "relative error"
+
+    def track_error(self):
+        return ddnref.ERROR
+
+    def track_products(self):
+        return ddnref.PRODUCTS
+
+    track_products.unit = "products"
+
+    def time_nothing(self):
+        raise AssertionError
+"""
+
+
+@pytest.fixture
+def measurable(asv: None, clone: Clone, monkeypatch: pytest.MonkeyPatch) -> Clone:
+    """A clone with a package of three figures, and benchmarks of which one module needs a name that comes later."""
+    benches = clone.root / "asv_benches"
+    (benches / "benchmarks").mkdir(parents=True)
+    (benches / "benchmarks" / "__init__.py").touch()
+    (benches / "benchmarks" / "early.py").write_text(TWO_MODULES.format(name="READS"))
+    (benches / "benchmarks" / "late.py").write_text(TWO_MODULES.format(name="LATER"))
+    (benches / "_measure.py").write_text((BENCHES / "_measure.py").read_text(encoding="utf-8"), encoding="utf-8")
+    (clone.root / ".gitignore").write_text("__pycache__/\n.asv/\n")
+    (clone.root / "ddnref").mkdir()
+    (clone.root / "ddnref" / "__init__.py").write_text(PACKAGE)
+    monkeypatch.setattr(history, "HERE", benches)
+    monkeypatch.setattr(history, "NO_CLOCK", (r"\.A\..*ours", r"\.B\."))
+    return clone
+
+
+def test_an_older_commit_is_recorded_without_a_checkout(measurable: Clone, capsys: pytest.CaptureFixture[str]) -> None:
+    first = measurable.commit("first")
+    package = measurable.root / "ddnref" / "__init__.py"
+    package.write_text(PACKAGE + "LATER = 1\n")
+    second = measurable.commit("second")
+    assert run(measurable, "record", "--no-clock", first, "HEAD") == 0
+    assert "not measured: late: cannot import name 'LATER'" in capsys.readouterr().out
+    assert measurable.git("status", "--porcelain") == ""
+    found = _records.read(measurable.root / ".asv" / "history")
+    assert [result["commit_hash"] for _, result in found] == [first, second]
+    assert [result["subject"] for _, result in found] == ["first", "second"]
+    figures = [_records.figures(result) for _, result in found]
+    early = {"early.A.track_reads('ours')": 3, "early.A.track_reads('theirs')": None,
+             "early.B.track_error": 2e-15, "early.B.track_products": 4}  # fmt: skip
+    assert {name: figure.value for name, figure in figures[0].items()} == early
+    assert len(figures[1]) == 2 * len(early)
+    assert found[0][1]["units"]["early.B.track_products"] == "products"
+    assert run(measurable, "record", "--no-clock", "--keep") == 0
+    assert [path.name for path, _ in _records.read(measurable.history)] == [found[1][0].name]
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        (("", ""), 0, "neither the package nor its benchmarks differ"),
+        (("PRODUCTS = 3, 2e-15, 4", "PRODUCTS = 3, 3e-15, 4  # rounding"), 0, "3 figures did not change"),
+        (("2e-15", "2e-14"), 1, r"worse +2e-15 +2e-14 +10.00  early.B.track_error \[relative error\]"),
+        (("= 3,", "= 4,"), 1, r"worse +3 +4 +1.33  early.A.track_reads\('ours'\) \[reads\]"),
+        ((", 4", ", 5"), 1, r"worse +4 +5 +1.25  early.B.track_products \[products\]"),
+        (("PRODUCTS = 3, 2e-15, 4", "LOST = 3, 2e-15, 4"), 1, "early.B.track_products .*: no longer measured"),
+    ],
+    ids=["nothing", "rounding", "one digit", "one read", "one product", "gone"],
+)
+def test_check_finds_what_was_planted(
+    measurable: Clone, capsys: pytest.CaptureFixture[str], change: tuple[str, str], code: int, said: str
+) -> None:
+    measurable.record(measurable.commit("base"), {READS: 1})
+    measurable.commit("the record")
+    package = measurable.root / "ddnref" / "__init__.py"
+    package.write_text(PACKAGE.replace(*change))
+    assert run(measurable, "check") == code
+    assert re.search(said, capsys.readouterr().out)
+
+
+def test_check_needs_a_base(measurable: Clone, capsys: pytest.CaptureFixture[str]) -> None:
+    commit = measurable.commit("base")
+    assert run(measurable, "check") == 2
+    assert "no commit before HEAD is recorded" in capsys.readouterr().err
+    assert run(measurable, "check", "--base", commit) == 0
+
+
+def test_what_is_measured_without_a_clock_needs_none() -> None:
+    """Each choice finds something, in units that no clock enters; a renamed benchmark would drop out in silence."""
+    newest = [result for _, result in _records.read(BENCHES / "history") if result["env_name"].startswith("counted")][
+        -1
+    ]
+    assert set(newest["units"].values()) <= set(_records.UNTIMED)
+    for regex in history.NO_CLOCK:
+        assert any(re.search(regex, name) for name in _records.figures(newest)), regex
 
 
 # --- compare ------------------------------------------------------------------------------------------------------
@@ -329,19 +375,21 @@ def test_offline_pages_say_what_could_not_be_had(tmp_path: Path) -> None:
     ("old", "new", "code", "said"),
     [
         ({RATIO: 1.0}, {RATIO: 1.2}, 1, r"worse +1 +1.2 +1.20  a.A.track_ratio \[ratio\]"),
-        ({RATIO: 1.0}, {RATIO: 1.05}, 0, "1 track_ figures did not change"),
+        ({RATIO: 1.0}, {RATIO: 1.05}, 0, "1 figures did not change"),
         ({RATIO: 1.0}, {RATIO: 0.5}, 0, r"better +1 +0.5 +0.50"),
         ({READS: 100}, {READS: 101}, 1, "worse"),
+        ({READS: 101}, {READS: 100}, 0, "better"),
+        ({ERROR: 0.0}, {ERROR: 4e-17}, 0, "1 figures did not change"),
         ({READS: 0}, {READS: 1}, 1, r"worse +0 +1 +inf"),
-        ({READS: 0}, {READS: 0}, 0, "1 track_ figures did not change"),
-        ({ERROR: 1e-15}, {ERROR: 5e-15}, 0, "1 track_ figures did not change"),
-        ({ERROR: 1e-15}, {ERROR: 5e-14}, 1, "worse"),
+        ({READS: 0}, {READS: 0}, 0, "1 figures did not change"),
+        ({ERROR: 1e-15}, {ERROR: 4e-15}, 0, "1 figures did not change"),
+        ({ERROR: 1e-15}, {ERROR: 1e-14}, 1, "worse"),
         ({RATIO: 1.0}, {RATIO: math.nan}, 1, r"gone .* a.A.track_ratio \[ratio\]: no longer measured"),
         ({RATIO: 1.0}, {RATIO: None}, 1, "no longer measured"),
         ({RATIO: 1.0, READS: 1}, {READS: 1}, 1, "no longer measured"),
         ({RATIO: math.nan}, {RATIO: 9.0}, 0, "1 figures measured for the first time"),
         ({READS: 1}, {READS: 1, RATIO: 9.0}, 0, "1 figures measured for the first time"),
-        ({TIME: 1.0}, {TIME: 9.0}, 0, "0 track_ figures did not change"),
+        ({TIME: 1.0}, {TIME: 9.0}, 0, "0 figures did not change"),
     ],
 )
 def test_compare(
@@ -364,6 +412,15 @@ def test_compare_options(clone: Clone, capsys: pytest.CaptureFixture[str]) -> No
     capsys.readouterr()
     assert run(clone, "compare", "--all") == 1
     assert re.search(r"Not judged[^\n]*\n.*\nworse +1 +9 +9.00  a.A.time_it", capsys.readouterr().out)
+
+
+def test_a_ratio_of_a_quick_record_is_not_judged(clone: Clone, capsys: pytest.CaptureFixture[str]) -> None:
+    clone.record(clone.commit("one"), {RATIO: 1.0, READS: 1})
+    clone.record(clone.commit("two"), {RATIO: 9.0, READS: 1}, quick=True)
+    assert run(clone, "compare") == 0
+    out = capsys.readouterr().out
+    assert RATIO not in out
+    assert "only its counts and errors mean anything" in out
 
 
 def test_the_worst_comes_first(clone: Clone, capsys: pytest.CaptureFixture[str]) -> None:
@@ -423,3 +480,42 @@ def test_compare_explains_bad_input(
     error = capsys.readouterr().err
     assert message in error
     assert commit[:8] in error or "is not recorded" not in error
+
+
+# --- steps --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "places"),
+    [
+        ([0.0] * 5, [0]),
+        ([0.0, 0.1, 0.0, -0.1, 0.0], [0]),
+        ([0.0, 0.0, 1.2, 0.0, 0.0], [0]),  # one that stands out
+        ([0.0, 0.0, 0.0, 0.0, 1.0], [0, 4]),  # the newest one counts
+        ([0.0, 0.0, 0.0, 0.4, 0.3, 0.4], [0, 3]),
+        ([2.0, 2.0, 0.0, 0.0, 1.0, 1.0], [0, 2, 4]),
+    ],
+)
+def test_levels(values: list[float], places: list[int]) -> None:
+    assert _records.levels(values, 0.7) == places
+
+
+def test_steps_of_errors_counts_and_times(clone: Clone, capsys: pytest.CaptureFixture[str]) -> None:
+    errors = [1e-15, 2e-15, 1e-15, 1.2e-14, 1e-14, 2e-14]
+    times = [1.0, 1.02, 1.5, 1.6, 1.55, 1.5]
+    for i, (error, time) in enumerate(zip(errors, times, strict=True)):
+        clone.record(clone.commit(f"commit {i}"), {ERROR: error, READS: int(i == 4), TIME: time, RATIO: 1.0})
+    assert run(clone, "steps") == 0
+    found = re.findall(r"(\S+) → (\S+) +a\.A\.(\w+) .*: commit (\d)", capsys.readouterr().out)
+    assert found == [
+        ("1.01", "1.52", "time_it", "2"), ("1e-15", "1.2e-14", "track_error", "3"),
+        ("0", "1", "track_reads", "4"), ("1", "0", "track_reads", "5"),
+    ]  # fmt: skip
+
+
+def test_a_curve_has_one_value_for_each_commit_of_the_newest_form_of_its_benchmark(clone: Clone) -> None:
+    found = [clone.record(clone.commit(str(i)), {READS: i, RATIO: i}, quick=i == 1) for i in range(4)]
+    found[0]["results"][READS][2] = "another form"
+    curves = _records.curves([*found, found[3]])
+    assert [point.value for point in curves[READS]] == [1, 2, 3]
+    assert [point.value for point in curves[RATIO]] == [0, 2, 3], "no ratio of a quick record"
