@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import ddnref
 from ddnref._rules.samples import eigen_loss
 from ddnref.operators import LinearOperator
 
-from ._common import Call
+from ._common import Call, kilobytes
 
 K = 4
 GRID = (100, 200)
@@ -174,5 +173,5 @@ def grid(shape: tuple[int, int] = GRID, k: int = 6, basis: int = 64, step: float
         return (f[0] - f[1]) / (2 * h)
 
     numerical = (4 * central(step / 2) - central(step)) / 3
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = kilobytes("VmHWM") / 2**20
     return Grid(float(np.max(info.residual_norm)), abs(numerical - size) / size, peak)

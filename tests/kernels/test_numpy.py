@@ -169,6 +169,7 @@ def test_threads_follow_pytorch(torch, monkeypatch):
         torch.set_num_threads(before)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows cannot fork")
 def test_a_forked_child_does_not_wait_for_the_parents_threads(rng):
     """The pool of the parent is dead in a child; a large batch there must still run."""
     code = (
