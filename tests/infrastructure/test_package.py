@@ -55,6 +55,21 @@ def test_python_versions_agree():
     assert classified[0] == stated
 
 
+def test_the_conda_recipe_asks_for_the_same():
+    recipe = (ROOT / "packaging/conda/recipe.yaml").read_text(encoding="utf-8")
+    assert re.search(r'^  version: "(.+)"$', recipe, re.MULTILINE)[1] == ddnref.__version__.removesuffix(".dev0")
+    host, run = (
+        {re.sub(r"^ *- ", "", line).replace(" ", "") for line in block.splitlines()}
+        for block in re.search(r"^  host:\n((?:    .+\n)+)  run:\n((?:    .+\n)+)", recipe, re.MULTILINE).groups()
+    )
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]
+    assert run == {f"python{PROJECT['requires-python']}", *PROJECT["dependencies"]}
+    assert host == {"python" + PROJECT["requires-python"].removeprefix(">=") + ".*", "pip", *build}
+    (command,) = [f"{name} = {target}" for name, target in PROJECT["scripts"].items()]
+    assert f"      - {command}\n" in recipe
+    assert f"license: {PROJECT['license']}\n" in recipe
+
+
 @pytest.mark.parametrize("command", re.findall(r"bash (\.ci/\w+)", VERSIONS + (ROOT / "CONTRIBUTING.md").read_text()))
 def test_commands_exist(command):
     assert (ROOT / command).is_file()
