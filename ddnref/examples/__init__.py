@@ -5,8 +5,7 @@ The names below are what a story uses to show its results in both places.
 """
 
 from ddnref.examples._look import BLUE, GREEN, GREY, ORANGE, image
-from ddnref.examples._peers import autograd_gradients
-from ddnref.examples._show import check, compare, headline, picture, settings, table, track
+from ddnref.examples._show import card, check, compare, picture, settings, table, track
 
-__all__ = ["BLUE", "GREEN", "GREY", "ORANGE", "autograd_gradients", "check", "compare", "headline", "image", "picture"]
-__all__ += ["settings", "table", "track"]
+__all__ = ["BLUE", "GREEN", "GREY", "ORANGE", "card", "check", "compare", "image", "picture", "settings", "table"]
+__all__ += ["track"]

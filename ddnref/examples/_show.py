@@ -37,11 +37,13 @@ class Picture(NamedTuple):
     rows: Sequence[Sequence[Cell]]
 
 
-class Headline(NamedTuple):
-    """One of the few results that a reader should take away."""
+class Card(NamedTuple):
+    """A story in a few words: the problem, a picture, what one writes and what comes out."""
 
-    label: str
-    values: tuple[str, ...]
+    problem: str
+    picture: Any
+    code: str
+    result: str
 
 
 class Check(NamedTuple):
@@ -114,12 +116,15 @@ def picture(name: str, figure: Any, caption: str, alt: str, columns: Sequence[st
         _recorder.add(Picture(name, figure, caption, alt, columns, rows))
 
 
-def headline(label: str, *values: str) -> None:
-    """State one of the few results that a reader should take away."""
+def card(problem: str, picture: Any, code: str, result: str) -> None:
+    """Say what a story is good for, to a stranger: the head of the report shows it.
+
+    The picture is a finished figure, or some of its axes, to which it is cropped.
+    """
     if _recorder is not None:
-        _recorder.add(Headline(label, values))
+        _recorder.add(Card(problem, picture, code, result))
     else:
-        print(f"{label}: {', '.join(values)}")
+        print(result)
 
 
 def check(label: str, error: float, limit: float) -> None:

@@ -19,7 +19,7 @@ from scipy.optimize import minimize
 from sklearn.datasets import load_digits
 
 import ddnref
-from ddnref.examples import check, compare, headline, image, picture, settings, table
+from ddnref.examples import check, compare, image, picture, settings, table
 
 # %%
 # The textbook, with weights
@@ -151,7 +151,7 @@ a, b = pencils(START, within, means)
 inverse = np.linalg.inv(b)
 lost, of_lost = missed(a, b)
 kept, of_kept = missed(a, b, columns=KEPT)
-headline("Separation that nine vectors miss", f"{lost / (lost + kept):.1%}")
+print(f"Separation that nine vectors miss: {lost / (lost + kept):.1%}")
 compare("missed separation, A: difference from the complement", of_lost[0], -of_kept[0], 1e-9)
 compare("missed separation, B: difference from the complement", of_lost[1],
         -of_kept[1] - inverse @ scatter @ inverse / FOLDS, 1e-9)  # fmt: skip
@@ -234,7 +234,7 @@ table("accuracy", "Losses, and the share of images that are nearest to the mean 
       ("choice", "loss, cross-validation", "loss, new images", "recognised"),
       [(name, loss_of_choices(choices[name])[0], *of[1:]) for name, of in results.items()], ".3f")  # fmt: skip
 before, after = results["textbook"], results["learned"]
-headline("Digits recognised in a plane", f"{before[2]:.1%} by the textbook", f"{after[2]:.1%} after learning")
+print(f"Digits recognised in a plane: {before[2]:.1%} by the textbook, {after[2]:.1%} after learning")
 check("loss of new images, over that of the textbook with its best ridge",
       after[1] / results["textbook, the best ridge"][1], 0.9)  # fmt: skip
 check("mistakes, over those of the textbook with its best ridge",

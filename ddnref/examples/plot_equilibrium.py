@@ -14,7 +14,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 import ddnref
-from ddnref.examples import BLUE, GREEN, GREY, ORANGE, check, headline, picture, settings, table, track
+from ddnref.examples import BLUE, GREEN, GREY, ORANGE, check, picture, settings, table, track
 
 convert, to_numpy = settings.backend.convert, settings.backend.to_numpy
 rng = np.random.default_rng(settings.seed)
@@ -134,7 +134,7 @@ for t in track(range(1, EPOCHS + 1), "epochs"):
         step = means[name] / (1 - 0.9**t) / (np.sqrt(squares[name] / (1 - 0.999**t)) + 1e-8)
         parameters[name] = parameters[name] - RATE * step
     scores.append(accuracy(parameters))
-headline("Digits read right by an equilibrium layer of 16 units", f"{100 * scores[-1]:.1f} % of {len(test)}")
+print(f"Digits read right by an equilibrium layer of 16 units: {100 * scores[-1]:.1f} % of {len(test)}")
 
 # %%
 # Stopping early

@@ -20,7 +20,8 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 import ddnref
-from ddnref.examples import BLUE, GREY, ORANGE, _peers, check, headline, picture, settings, track
+from ddnref.examples import BLUE, GREY, ORANGE, card, check, picture, settings, track
+from ddnref.examples._peers import figure, peers
 from ddnref.reference import network_ggn
 from ddnref.reference.ggn import flat, like_params
 from ddnref.testing import numerical_jvp
@@ -87,7 +88,7 @@ for step in track(range(LOOKS[-1] + 1), "Learning, and looking at the curvature"
 # fall again, and the gap closes.
 
 values = np.stack(spectra)
-fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+spectrum, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
 for i in range(40):
     left.plot(LOOKS, values[:, i], color=BLUE if i < 9 else GREY, linewidth=1.4 if i < 9 else 0.6)
 left.set_xscale("symlog", linthresh=10)
@@ -99,7 +100,7 @@ for i, colour in ((0, GREY), (len(LOOKS) // 2, BLUE), (-1, ORANGE)):
 right.axvline(9.5, color="black", linewidth=0.8, linestyle=":")
 right.set(xlabel="number, the largest first", title="all of them", ylim=(1e-9, None))
 right.legend(loc="lower left")
-picture("spectrum", fig,
+picture("spectrum", spectrum,
     "Eigenvalues while the network learns.",
     "Eigenvalues over the steps of training, and all of them at three steps",
     ("step", "number", "eigenvalue"),
@@ -133,7 +134,13 @@ gradient = {step: host(flat(each.gradient(x, t))) for step, each in chains.items
 slopes_error = np.max(np.abs(slopes - np.mean(host(derivatives[LATE].first)[:, :LEADING], axis=0)))
 slopes_error /= np.linalg.norm(gradient[LATE])
 check("slopes against finite differences, over the size of the gradient", slopes_error, 1e-7)
-headline("Curvature of a network: errors", f"eigenvalues {spectrum_error:.0e}", f"slopes {slopes_error:.0e}")
+card(
+    "In which directions does the loss of a network curve while it learns, and how strongly?",
+    spectrum,
+    "w, e = ddnref.curvature.ggn_eigh(chain, x, t, k=10)",
+    f"The {values.shape[1]} eigenvalues of a matrix of {len(e_flat[0])} rows that is never formed, to "
+    f"{spectrum_error:.0e} of the largest. Nine stand out at first, one less than there are digits.",
+)
 
 # %%
 # Which digits the curvature comes from
@@ -277,7 +284,8 @@ plt.show()
 # the module, and sees every later step of an optimiser. For the matrix itself, :func:`torch.func.jacrev`; the loss is
 # a mean over 4·3 squares, so that its second derivative by the outputs is 2/12 times the identity.
 
-if _peers.installed("torch"):
+
+def from_pytorch(_):
     import torch
     from torch import nn
 
@@ -293,4 +301,8 @@ if _peers.installed("torch"):
     jacobian = torch.func.jacrev(lambda p: torch.func.functional_call(module, p, (z,)))(weights)
     rows = torch.cat([j.reshape(12, -1) for j in jacobian.values()], dim=1)
     dense = torch.linalg.eigvalsh(2 / 12 * rows.T @ rows).flip(0)
-    check("eigenvalues against PyTorch's Jacobian", float(torch.max(torch.abs(w - dense[:3])) / dense[0]), 1e-13)
+    return torch.max(torch.abs(w - dense[:3])) / dense[0]
+
+
+error = figure("ggn: eigenvalues against the Jacobian", "PyTorch", from_pytorch)
+check(f"eigenvalues against the Jacobian of {peers()['PyTorch']}", error, 1e-13)

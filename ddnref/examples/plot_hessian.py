@@ -18,7 +18,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 import ddnref
-from ddnref.examples import BLUE, GREEN, GREY, ORANGE, check, headline, picture, settings, track
+from ddnref.examples import BLUE, GREEN, GREY, ORANGE, card, check, picture, settings, track
 from ddnref.reference import tall_skinny_derivatives, tall_skinny_solve
 
 backend = settings.backend
@@ -119,7 +119,13 @@ check("eigenvalues in another bin than the dense matrix puts them, after trainin
 negative = {k: sum(counts[:n]) for k, counts in spectra.items()}
 for k, count in negative.items():
     print(f"after {k} steps: {count} eigenvalues below {-SIZES[0]:g}, {uncertain[k]} too close to an edge to tell")
-headline(f"Hessian eigenvalues below {-SIZES[0]:g}, before and after learning", f"{negative[0]} to {negative[last]}")
+card(
+    "How many directions of negative curvature has the loss of a deep network, and where do they go while it learns?",
+    axes[-1, 0],
+    "counts, info = ddnref.curvature.hessian_eigval_count(chain, x, t, edges)",
+    f"{negative[0]} of {total} eigenvalues are below {-SIZES[0]:g} before learning, and {negative[last]} after (left "
+    "of the middle). The counts are exact, and the Hessian is never formed.",
+)
 
 # %%
 # Time against depth and width
@@ -238,4 +244,3 @@ picture("errors", fig,
 plt.show()
 worst = max(error for _, refined in errors.values() for error in refined)
 check("largest backward error, refined", worst, 1e-14)
-headline("Solve with the Hessian: largest backward error", f"ddnref {worst:.0e}")

@@ -14,9 +14,9 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 import ddnref
-from ddnref.examples import BLUE, GREEN, GREY, ORANGE, _measure, check, headline, image, picture, settings, table, track
+from ddnref.examples import BLUE, GREEN, GREY, ORANGE, _measure, card, check, image, picture, settings, table, track
 from ddnref.examples._passes import COTANGENTS, DISTRIBUTIONS, GIB, MEMORY, PASSES, expected_bytes, names
-from ddnref.examples._peers import versions
+from ddnref.examples._peers import peers, with_peers
 from ddnref.examples._precision import BATCH, DTYPES, SMALL, Key, precision
 
 images, labels = load_digits(return_X_y=True)
@@ -110,14 +110,14 @@ for steps in track(COUNTS, "Gradients of an iteration"):
         to_limit[method].append(float(np.linalg.norm(x_bar - limit) / np.linalg.norm(limit)))
         to_iterate[method].append(difference_of_the_iterate(x_bar, steps))
 
-fig, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
-for ax, errors, name in ((axes[0], to_limit, "eigenvectors"), (axes[1], to_iterate, "iterate")):
+fig, steps_axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+for ax, errors, name in ((steps_axes[0], to_limit, "eigenvectors"), (steps_axes[1], to_iterate, "iterate")):
     for method, style in METHODS.items():
         ax.loglog(COUNTS, errors[method], style, label=method, markersize=5)
     ax.loglog(COUNTS, residuals, "k:", label="residual of the span")
     ax.set(xlabel="steps", title=f"from the gradient of the {name}")
-axes[0].set_ylabel("relative error")
-axes[0].legend()
+steps_axes[0].set_ylabel("relative error")
+steps_axes[0].legend()
 picture("steps", fig,
     "Distance of three gradients from that of the eigenvectors and from that of the iterate.",
     "Errors of three methods against the number of steps, on logarithmic axes",
@@ -156,13 +156,20 @@ CALLS, REPEAT = (10, 0.1) if settings.full else (3, 0.03)
 COSTS = WIDTHS if settings.full else (SMALL,)  # the sizes at which time and memory are measured
 
 sizes = [(BATCH, m, n) for n in PAIRS for m in COSTS]
-missing = [name for name, version in versions().items() if version is None]
+torch = peers()["PyTorch"]
 seconds, peaks = {}, {}
-for source in track([PASSES[name] for name in PASSES if name not in missing], "Timing the tutorial's passes"):
+sources = [source for name, source in PASSES.items() if name != "PyTorch" or torch == "PyTorch"]
+for source in track(sources, "Timing the tutorial's passes"):
     timed = _measure.seconds(source, sizes, PATIENCE, least=CALLS, repeat=REPEAT)
     seconds |= timed
     peaks |= _measure.peaks(source, timed)
 seeds = range(settings.seed, settings.seed + SEEDS)
+at = (BATCH, SMALL, 1)
+relative = {(name, size): value / seconds["PI forward", at] for (name, size), value in seconds.items() if size == at}
+relative, peaks = (
+    with_peers(f"iteration: {what}", {"AT forward": "PyTorch", "AT": "PyTorch"}, [at], figures)
+    for what, figures in (("time", relative), ("peak memory", peaks))
+)
 found = precision(track(WIDTHS, "Precision of the tutorial's passes"), seeds, full=settings.full)
 
 
@@ -170,14 +177,19 @@ def state(name, size):
     """Say why there is no figure for a pass, or that there is one."""
     if (name, size) in seconds:
         return "measured"
-    if name.startswith("AT") and "PyTorch" in missing:
-        return "PyTorch not installed"
+    if name.startswith("AT") and torch != "PyTorch":
+        return "not recorded"
     if (needed := expected_bytes(name, size)) > MEMORY:
         return f"skipped: {needed / GIB:.3g} GiB expected"
     return f"skipped: {_measure.expected(name, size, seconds):.2g} s expected, {PATIENCE:g} s allowed"
 
 
-UNITS = {"ms": (seconds, 1e3), "MiB": (peaks, 2.0**-20)}
+UNITS = {"ms": (seconds, 1e3), "MiB": (peaks, 2.0**-20), "time": (relative, 1.0)}
+
+
+def label(name):
+    """The name of a pass, with version and date where it was recorded."""
+    return f"{name}, {torch}" if name.startswith("AT") and torch != "PyTorch" else name
 
 
 def cell(name, size, figures, factor):
@@ -195,17 +207,16 @@ for m, guess in found.skipped.items():
 
 key = Key("gaussian", SMALL, 1, "float32", "PI", "", "random")
 gradients = list(dict.fromkeys(k.quantity for k in found.errors if k[:3] == key[:3] and k.cotangent))
-at = (BATCH, SMALL, 1)
 rows = []
 for name in ["PI-Unroll, raw", *names(1)]:
     errors = [found.median(key._replace(dtype=dtype, quantity=name)) if name in gradients else "" for dtype in DTYPES]
-    costs = ["" if "raw" in name else cell(name, at, *unit) for unit in UNITS.values()]
-    rows.append((name, *errors, *costs))
+    costs = ["" if "raw" in name else cell(name, at, *UNITS[unit]) for unit in ("time", "MiB")]
+    rows.append((label(name), *errors, *costs))
 table(
     "passes",
     f"Every pass through one eigenvector at m = {SMALL}, b = {BATCH}: relative error of the gradient (medians of "
-    f"{SEEDS} seeds, random cotangents, eigenpairs from PI), time in ms and peak memory in MiB.",
-    ("pass", *DTYPES, *UNITS),
+    f"{SEEDS} seeds, random cotangents, eigenpairs from PI), time relative to PI's forward pass, peak memory in MiB.",
+    ("pass", *DTYPES, "time", "MiB"),
     rows,
     ".3g",
 )
@@ -214,7 +225,14 @@ for name in ("PI-Unroll", "PI-DDN-E, pinv", "PI-IFT-E", "fixed_point", "bordered
         error = found.median(key._replace(dtype=dtype, quantity=name))
         check(f"gradient by {name}, {dtype}", error, 200 * float(np.finfo(dtype).eps))
 bordered, ddn = (found.median(key._replace(quantity=name)) for name in ("bordered", "PI-DDN-E"))
-headline("Gradient of an eigenvector: error", f"ddnref bordered {bordered:.0e}", f"tutorial's DDN-E, solve {ddn:.1g}")
+card(
+    "An eigenvector is found step by step. Where the steps stop early, which gradient is right?",
+    steps_axes[0],
+    "(w, v), info = ddnref.simultaneous_iteration(x, n, symmetric=True)\n"
+    "x_bar = ddnref.simultaneous_iteration_vjp(None, v_bar, w, v, x, symmetric=True)",
+    "The picture shows how far three gradients are from that of the eigenvectors. Once the steps have converged, ours "
+    f"is wrong by {bordered:.0e} in float32. The equation of a declarative node, solved as it is, is off by {ddn:.1g}.",
+)
 
 # %%
 # By size:
@@ -332,6 +350,6 @@ if settings.full:
         plt.show()
         for n in PAIRS:
             some = [size for size in sizes if size[-1] == n]
-            cells = [(name, *(cell(name, size, figures, factor) for size in some)) for name in names(n)]
+            cells = [(label(name), *(cell(name, size, figures, factor) for size in some)) for name in names(n)]
             caption = f"{kind.capitalize()} in {unit}, n = {n}, by (b, m)."
             table(f"{kind}-{n}", caption, ("pass", *(str(size[:2]) for size in some)), cells, ".3g")

@@ -17,9 +17,9 @@ from sklearn.datasets import load_digits
 
 import ddnref
 from ddnref import reference
-from ddnref.examples import BLUE, GREY, ORANGE, _measure, compare, headline, picture, settings, table, track
+from ddnref.examples import BLUE, GREY, ORANGE, _measure, card, compare, picture, settings, table, track
 from ddnref.examples._passes import LADDER
-from ddnref.examples._peers import versions
+from ddnref.examples._peers import peers, with_peers
 
 # %%
 # The rungs
@@ -58,7 +58,8 @@ for name, x_bar in rungs.items():
 # ----
 # Now the cost, on random matrices. Each library is measured in its own process, because their thread pools disturb
 # each other: the median of repeated calls, on one thread, JAX compiled. A pass is skipped where one call is expected to
-# take too long, judging by its largest measured size and a growth of m⁴.
+# take too long, judging by its largest measured size and a growth of m⁴. Where PyTorch or JAX is not installed, its
+# times are read from a record, divided by the time of NumPy's forward pass on the machine that made it.
 
 SIZES = ((5, 32), (5, 64), (5, 128), (5, 256), (5, 512)) if settings.full else ((5, 32), (5, 64), (5, 128), (5, 256))
 PATIENCE = 20.0 if settings.full else 8.0  # seconds that one call may take
@@ -75,17 +76,21 @@ PASSES = {  # the library, the colours of edge and face; forward passes are outl
     "JAX": ("JAX", GREY, GREY),
 }
 BACKWARD = [name for name in PASSES if "forward" not in name]
+LABELS = {"NumPy": "NumPy"} | peers()
+BY_PEERS = {name: library for name, (library, *_) in PASSES.items() if library != "NumPy"}
 
-missing = [name for name, version in versions().items() if version is None]
-sources = [source for name, source in LADDER.items() if name not in missing]
+recorded = [library for library, label in LABELS.items() if label != library]
+sources = [source for library, source in LADDER.items() if library not in recorded]
 timed = [_measure.seconds(source, SIZES, PATIENCE, always=(UNIT,)) for source in track(sources, "Timing the ladder")]
 seconds = {key: value for found in timed for key, value in found.items()}
+relative = {(name, size): value / seconds[UNIT, size] for (name, size), value in seconds.items()}
+relative = with_peers("ladder: time", BY_PEERS, SIZES, relative)
 
 
 def state(name, size):
     """Say why there is no figure for a pass, or that there is one."""
-    if PASSES[name][0] in missing:
-        return "not installed"
+    if PASSES[name][0] in recorded:
+        return "recorded" if (name, size) in relative else "not recorded"
     if (name, size) in seconds:
         return "measured"
     return f"skipped: {_measure.expected(name, size, seconds):.0f} s expected"
@@ -97,38 +102,41 @@ for name in PASSES:
             print(f"{name} at {size} {state(name, size)}, {PATIENCE:g} s allowed")
 
 
-def draw(names, sizes, ratios, label, log):
+def label(name):
+    """The name of a pass, with version and date where it was recorded."""
+    library = PASSES[name][0]
+    return name.replace(library, LABELS[library])
+
+
+def draw(names, sizes, ratios, ylabel, log):
     """Draw bars in groups by size, with a note in place of a skipped bar, and return the figure."""
     fig, ax = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
-    shown = [name for name in names if PASSES[name][0] not in missing]
-    width = 0.86 / len(shown)
+    width = 0.86 / len(names)
     floor = 10.0 ** np.floor(np.log10(min(ratios.values()))) if log else 0.0
-    for k, name in enumerate(shown):
+    for k, name in enumerate(names):
         _, edge, face = PASSES[name]
         for i, size in enumerate(sizes):
-            place = i + (k - (len(shown) - 1) / 2) * width
+            place = i + (k - (len(names) - 1) / 2) * width
             if (name, size) in ratios:
                 ax.bar(place, ratios[name, size] - floor, 0.82 * width, bottom=floor, edgecolor=edge, facecolor=face)
             else:
-                ax.annotate(f"{name} skipped", (place, floor), (0, 3), textcoords="offset points", rotation=90,
-                            ha="center", va="bottom", fontsize=7.5, color=GREY)  # fmt: skip
+                ax.annotate(f"{name} {state(name, size).partition(':')[0]}", (place, floor), (0, 3), rotation=90,
+                            textcoords="offset points", ha="center", va="bottom", fontsize=7.5, color=GREY)  # fmt: skip
     if log:
         ax.set_yscale("log")
         ax.axhline(1, color=BLUE, linewidth=0.8, linestyle=":")
         ax.minorticks_off()
     ax.grid(visible=False, axis="x")
     ax.set_xticks(range(len(sizes)), map(str, sizes))
-    ax.set(xlabel="(b, m): b matrices, m×m, float32", ylabel=label)
+    ax.set(xlabel="(b, m): b matrices, m×m, float32", ylabel=ylabel)
     # The legend is made by hand, so that a pass without bars keeps its colour.
-    looks = [(f"{name}: not installed" if PASSES[name][0] in missing else name, *PASSES[name][1:]) for name in names]
-    handles = [Patch(label=text, edgecolor=edge, facecolor=face) for text, edge, face in looks]
-    fig.legend(handles=handles, loc="outside lower center", ncols=3)
+    handles = [Patch(label=label(name), edgecolor=PASSES[name][1], facecolor=PASSES[name][2]) for name in names]
+    fig.legend(handles=handles, loc="outside lower center", ncols=2 if recorded else 3, fontsize=9)
     return fig
 
 
-relative = {(name, size): value / seconds[UNIT, size] for (name, size), value in seconds.items()}
-fig = draw(PASSES, SIZES, relative, "time / NumPy forward pass", log=True)
-picture("time", fig,
+times = draw(PASSES, SIZES, relative, "time / NumPy forward pass", log=True)
+picture("time", times,
     "Time of forward passes (outlines) and backward passes (filled), divided by the time of NumPy's forward pass at "
     "the same size, ``ddnref.eigh``, on the machine that made this page. PyTorch and JAX may call another LAPACK than "
     "NumPy, so their own forward passes are shown too.",
@@ -143,7 +151,7 @@ picture("time", fig,
 
 def rows(names, sizes, ratios):
     """Return a row for every pass with a column for every size; where there is no figure, the reason."""
-    return [(n, *(ratios.get((n, s), state(n, s).partition(":")[0]) for s in sizes)) for n in names]
+    return [(label(n), *(ratios.get((n, s), state(n, s).partition(":")[0]) for s in sizes)) for n in names]
 
 
 table(
@@ -153,9 +161,16 @@ table(
     [(f"{UNIT}, in ms", *(1e3 * seconds[UNIT, size] for size in SIZES)), *rows(PASSES, SIZES, relative)],
     ".3g",
 )
-last = rows(("final", "PyTorch", "JAX"), SIZES[-1:], relative)
-said = [f"{n.replace('final', 'ddnref')} {r if isinstance(r, str) else format(r, '.2g')}" for n, r in last]
-headline(f"Time of the gradient of eigh, {SIZES[-1]}; 1 is eigh in NumPy", *said)
+(_, ours), *others = rows(("final", "PyTorch", "JAX"), SIZES[-1:], relative)
+b, m = SIZES[-1]
+said = [f"{ratio if isinstance(ratio, str) else format(ratio, '.2g')} in {name}" for name, ratio in others]
+card(
+    "An eigendecomposition takes its time. How much does the gradient add?",
+    times,
+    "x_bar = ddnref.eigh_vjp(None, v_bar, w, v)",
+    f"{ours:.2g} of the time of eigh itself, for {b} matrices of {m} rows; {' and '.join(said)}. The first two ways of "
+    "the textbook take many times as long.",
+)
 
 # %%
 # Memory
@@ -171,6 +186,7 @@ large = [size for size in SIZES if INPUTS[size] >= 64 * 1024]
 weighed = [{(n, s): t for (n, s), t in found.items() if n in BACKWARD and s in large} for found in timed]
 with ThreadPoolExecutor() as pool:  # unlike times, memory does not suffer from company
     peaks = {key: value for found in pool.map(_measure.peaks, sources, weighed) for key, value in found.items()}
+peaks = with_peers("ladder: peak memory", {n: BY_PEERS[n] for n in ("PyTorch", "JAX")}, large, peaks)
 in_inputs = {(name, size): value / INPUTS[size] for (name, size), value in peaks.items()}
 
 if peaks:

@@ -11,7 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import ddnref
-from ddnref.examples import BLUE, ORANGE, _peers, compare
+from ddnref.examples import BLUE, ORANGE, check, compare
+from ddnref.examples._peers import figure, peers
 from ddnref.reference import cg_unrolled, cg_unrolled_vjp
 
 LIMIT = 1e-12  # of the relative error
@@ -81,15 +82,20 @@ compare("ẋ: linear_solve_jvp", x_dot, np.tensordot(jacobian, direction, axes=2
 # Autograd through a direct solver, for comparison
 # ------------------------------------------------
 
-if _peers.installed("torch"):
+
+def by_autograd(_):
     import torch
 
     theta_t, b_t = torch.tensor(theta, requires_grad=True), torch.tensor(b, requires_grad=True)
     torch.linalg.solve(2 * theta_t, b_t).mean().backward()
-    compare("b: PyTorch", b_bar, b_t.grad.numpy(), LIMIT)
-    compare("θ: PyTorch", theta_bar, theta_t.grad.numpy(), LIMIT)
     by_torch = torch.autograd.functional.jacobian(lambda t: torch.linalg.solve(2 * t, torch.tensor(b)), theta_t)
-    compare("Jacobian: PyTorch", jacobian, by_torch.numpy(), LIMIT)
+    pairs = (b_bar, b_t.grad), (theta_bar, theta_t.grad), (jacobian, by_torch)
+    return [np.linalg.norm(ours - theirs.numpy()) / np.linalg.norm(theirs) for ours, theirs in pairs]
+
+
+differences = figure("linear solve: b, theta and the Jacobian", "PyTorch", by_autograd)
+for name, difference in zip(("b", "θ", "Jacobian"), differences, strict=True):
+    check(f"{name}: {peers()['PyTorch']}", difference, LIMIT)
 
 # %%
 # Why not through the iterations

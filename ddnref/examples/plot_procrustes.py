@@ -18,7 +18,8 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 import ddnref
-from ddnref.examples import BLUE, GREEN, GREY, ORANGE, _peers, check, headline, image, picture, settings, table
+from ddnref.examples import BLUE, GREEN, GREY, ORANGE, check, image, picture, settings, table
+from ddnref.examples._peers import figure, peers
 
 rng = np.random.default_rng(settings.seed)
 
@@ -95,7 +96,7 @@ for _ in range(200):
     weights -= 0.5 * slope
 weighted = (even * weights) @ v_even
 aligned = weighted @ ddnref.polar(weighted[:FIT].T @ b[:FIT])[0]
-headline("Distance of aligned descriptions", f"{distance(a @ w):.2f}", f"{distance(aligned):.2f} with learned weights")
+print(f"Distance of aligned descriptions: {distance(a @ w):.2f}, {distance(aligned):.2f} with learned weights")
 print(f"{accuracy(aligned):.0%} right with learned weights: closer as a whole, which is all that the loss asks for")
 
 fig, axes = plt.subplots(1, 4, figsize=(11, 2.9), layout="constrained", width_ratios=[1, 1, 1, 0.8])
@@ -148,32 +149,42 @@ def relative(found, expected):
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
-found = {"ddnref": []}
-for name, module in _peers.MODULES.items():
-    if _peers.installed(module):
-        found[name] = []
-for size in errors:
-    total, bar = rotations(size).sum(axis=0), rng.standard_normal((3, 3))
-    expected = by_construction(total, bar)
+def by_ddnref(total, bar):
     (w, h), saved = ddnref.polar_fwd(total, rotation=True)
-    found["ddnref"].append(relative(ddnref.polar_vjp(bar, None, w, h, *saved, rotation=True), expected))
-    if "PyTorch" in found:
-        import torch
+    return ddnref.polar_vjp(bar, None, w, h, *saved, rotation=True)
 
-        leaf = torch.tensor(total, requires_grad=True)
-        u, _, vh = torch.linalg.svd(leaf)
-        (torch.tensor(bar) * (u @ vh)).sum().backward()
-        found["PyTorch"].append(relative(leaf.grad.numpy(), expected))
-    if "JAX" in found:
-        import jax
 
-        jax.config.update("jax_enable_x64", True)
+def by_pytorch(total, bar):
+    import torch
 
-        def loss(x, bar=bar):
-            u, _, vh = jax.numpy.linalg.svd(x)
-            return (bar * (u @ vh)).sum()
+    leaf = torch.tensor(total, requires_grad=True)
+    u, _, vh = torch.linalg.svd(leaf)
+    (torch.tensor(bar) * (u @ vh)).sum().backward()
+    return leaf.grad.numpy()
 
-        found["JAX"].append(relative(np.asarray(jax.grad(loss)(jax.numpy.asarray(total))), expected))
+
+def by_jax(total, bar):
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+
+    def loss(x):
+        u, _, vh = jax.numpy.linalg.svd(x)
+        return (bar * (u @ vh)).sum()
+
+    return np.asarray(jax.grad(loss)(jax.numpy.asarray(total)))
+
+
+problems = [(rotations(size).sum(axis=0), rng.standard_normal((3, 3))) for size in errors]
+ways = {"ddnref": by_ddnref, "PyTorch": by_pytorch, "JAX": by_jax}
+
+
+def measure(name):
+    return [relative(ways[name](*problem), by_construction(*problem)) for problem in problems]
+
+
+found = {"ddnref": measure("ddnref")}
+found |= {label: figure("procrustes: average of rotations", name, measure) for name, label in peers().items()}
 
 fig, ax = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
 for (name, values), colour in zip(found.items(), (BLUE, ORANGE, GREEN), strict=False):

@@ -11,8 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import ddnref
-from ddnref.examples import BLUE, GREY, ORANGE, autograd_gradients, check, headline, picture, settings, table
-from ddnref.examples._peers import recorded
+from ddnref.examples import BLUE, GREY, ORANGE, card, check, picture, settings, table
+from ddnref.examples._peers import autograd_gradient, figure, peers
 
 # %%
 # Matrices with three eigenvalues that come together
@@ -68,7 +68,7 @@ def known_gradient(c, q, lam):
 # ------------------------------
 # `ddnref.eigh_vjp` as it is, without a tolerance, at all sizes, and the automatic differentiation of PyTorch and JAX
 # through their ``eigh`` at the smallest. Where one of them is not installed, its errors on the same matrices are read
-# from a file; the legend says when they were recorded.
+# from a file; the legend says when they were recorded, and with which version.
 
 
 def by_ddnref(x, c):
@@ -85,31 +85,33 @@ def loss(w, v, c):
 
 
 # At every gap, the largest finite error and the number of gradients that are NaN or infinite.
-worst, nans, labels = {dtype: {} for dtype in DTYPES}, {dtype: {} for dtype in DTYPES}, {}
+worst, nans = {dtype: {} for dtype in DTYPES}, {dtype: {} for dtype in DTYPES}
 
 
-def measure(name, dtype, gradient, truth):
-    """Keep the errors of one way under its name."""
+def errors(gradient, truth):
     error = np.linalg.norm(gradient - truth, axis=(-2, -1)) / np.linalg.norm(truth, axis=(-2, -1))
     finite = np.isfinite(error)
-    worst[dtype][name] = np.where(finite.any(axis=1), np.max(error, axis=1, where=finite, initial=0), np.nan)
-    nans[dtype][name] = np.sum(~finite, axis=1)
+    worst = np.where(finite.any(axis=1), np.max(error, axis=1, where=finite, initial=0), np.nan)
+    return worst, np.sum(~finite, axis=1)
 
 
 for m in reversed(COUNTS):
     x, c, q, lam = matrices(m)
     truth = known_gradient(c, q, lam)
     for dtype in DTYPES:
-        measure(f"ddnref, m = {m}", dtype, by_ddnref(x.astype(dtype), c.astype(dtype)), truth)
+        name = f"ddnref, m = {m}"
+        worst[dtype][name], nans[dtype][name] = errors(by_ddnref(x.astype(dtype), c.astype(dtype)), truth)
 
-# The loop ends with the smallest size, the one of the comparison.
+
+def by_autograd(name):
+    """The errors on the smallest matrices, with which the loop ended, in the present precision."""
+    return errors(autograd_gradient(name, loss, x.astype(dtype), c.astype(dtype)), truth)
+
+
 for dtype in DTYPES:
-    for name, gradient in autograd_gradients(loss, x.astype(dtype), c.astype(dtype)).items():
-        labels[name] = name
-        if gradient is not None:
-            measure(name, dtype, gradient, truth)
-        elif (found := recorded(name, settings.seed)) is not None:
-            labels[name], worst[dtype][name], nans[dtype][name] = found[0], *found[1][dtype]
+    for name in peers():
+        found = figure(f"repeated eigenvalues: worst errors and numbers of NaN, {dtype}", name, by_autograd)
+        worst[dtype][name], nans[dtype][name] = found
 
 # %%
 # Error against gap
@@ -123,7 +125,7 @@ LOOKS = {  # colour, marker, its size, and which curve lies above which
     "PyTorch": (ORANGE, "^", 7, 2),
     "JAX": (GREY, "v", 7, 3),
 }
-labels |= {name: name for name in LOOKS if name not in labels}
+labels = {name: name for name in LOOKS} | peers()
 place = np.asarray([-np.log10(gap) if gap else 17.0 for gap in GAPS])
 
 fig, axes = plt.subplots(1, 2, figsize=(9.6, 4.6), layout="constrained", sharey=True)
@@ -131,9 +133,6 @@ for ax, dtype in zip(axes, DTYPES, strict=True):
     for name, (colour, marker, size, order) in LOOKS.items():
         style = {"color": colour, "marker": marker, "markersize": size, "zorder": order}
         style |= {"markerfacecolor": "white"} if name == "ddnref, m = 64" else {}
-        if name not in worst[dtype]:
-            ax.plot([], [], label=f"{name}: not installed", **style)
-            continue
         ax.plot(place[:-1], worst[dtype][name][:-1], label=labels[name], **style)
         ax.plot(place[-1:], worst[dtype][name][-1:], **style)
         # The markers of two libraries for NaN at the same gap lie side by side.
@@ -154,12 +153,11 @@ columns, rows = ["gap"], [[f"{gap:.0e}" if gap else "0 (repeated)"] for gap in G
 for dtype in DTYPES:
     for name in LOOKS:
         columns += [f"{labels[name]}, {dtype}: worst error"]
-        if peer := name in ("PyTorch", "JAX"):
+        if peer := name in peers():
             columns += [f"NaN, of {MATRICES}"]
         for i, row in enumerate(rows):
-            there = name in worst[dtype]
-            row += [float(worst[dtype][name][i]) if there else "not installed"]
-            row += [int(nans[dtype][name][i]) if there else ""] if peer else []
+            row += [float(worst[dtype][name][i])]
+            row += [int(nans[dtype][name][i])] if peer else []
 picture("error", fig,
         "Worst relative error of the gradients at every gap, in both precisions. Open markers at the top say that some "
         "of them are NaN or infinite; the worst of the others is drawn too.",
@@ -179,17 +177,20 @@ for dtype in DTYPES:
         check(label, np.max(worst[dtype][f"ddnref, m = {m}"]) / (60 * np.finfo(dtype).eps * m**0.5), 1)
 
 
-def say(name, label):
-    if name not in worst["float64"]:
-        return f"{label} not installed"
+def say(name):
     count = nans["float64"][name][-1]
-    bad = f" ({count} of {MATRICES} NaN)" if count else ""
-    when = "".join(labels[name].partition(",")[1:]) if name in ("PyTorch", "JAX") else ""  # ", recorded …", or nothing
-    return f"{label} {worst['float64'][name][-1]:.1g}{bad}{when}"
+    bad = f" and NaN for {count:.0f} of {MATRICES} matrices" if count else ""
+    return f"{worst['float64'][name][-1]:.1g}{bad}"
 
 
-headline("Worst gradient error at exactly repeated eigenvalues",
-         say("ddnref, m = 6", "ddnref"), say("PyTorch", "PyTorch"), say("JAX", "JAX"))  # fmt: skip
+card(
+    "Equal eigenvalues are everyday: pixels that never change, symmetries, a ridge. Is a gradient through them right?",
+    axes[0],
+    "x_bar = ddnref.eigh_vjp(None, v_bar, w, v)",
+    f"Three eigenvalues come together, from right to left. Where they are equal, the gradient is wrong by "
+    f"{say('ddnref, m = 6')} (blue). Automatic differentiation is wrong by {say('PyTorch')} in {labels['PyTorch']} "
+    f"(orange), and by {say('JAX')} in {labels['JAX']} (grey).",
+)
 
 # %%
 # Why

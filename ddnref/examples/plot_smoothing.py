@@ -17,7 +17,7 @@ from scipy.optimize import minimize
 from sklearn.datasets import load_sample_image, load_wine
 
 import ddnref
-from ddnref.examples import BLUE, GREEN, GREY, ORANGE, check, compare, headline, picture, settings, table
+from ddnref.examples import BLUE, GREEN, GREY, ORANGE, check, compare, picture, settings, table
 
 convert, to_numpy = settings.backend.convert, settings.backend.to_numpy
 rng = np.random.default_rng(settings.seed)
@@ -111,7 +111,7 @@ errors = {name: np.sqrt(np.mean((x - clean) ** 2)) for name, x in signals.items(
 cv = {"noisy": np.nan, "equal weights": np.sqrt(blur.fun), "total variation": np.sqrt(found.fun)}
 table("numbers", "Distance from the row without noise, which no smoother saw, and from the pixels held out.",
       ("signal", "error", "held out"), [(name, errors[name], cv[name]) for name in signals], format=".4f")  # fmt: skip
-headline("Error of a row of pixels", *(f"{name} {error:.3f}" for name, error in errors.items()))
+print("Error of a row of pixels:", ", ".join(f"{name} {error:.3f}" for name, error in errors.items()))
 
 fig, axes = plt.subplots(2, 1, figsize=(8, 5), layout="constrained", sharex=True)
 axes[0].plot(noisy, ".", color=GREY, markersize=3, label="noisy")
@@ -194,7 +194,7 @@ best = minimize(spline_held_out, [0.0], jac=True, method="L-BFGS-B", bounds=[np.
 curve, _ = spline(count[-1], total[-1], best.x[0])
 theirs = make_smoothing_spline(t, total[-1] / count[-1], w=count[-1], lam=np.exp(best.x[0]))
 compare("spline: distance from SciPy's", curve, theirs(t), 1e-6)
-headline("Smoothing parameter of a spline, by cross-validation", f"{np.exp(best.x[0]):.3g}", f"{best.nfev} gradients")
+print(f"Smoothing parameter of a spline, by cross-validation: {np.exp(best.x[0]):.3g}, {best.nfev} gradients")
 
 grid = np.linspace(-9, 10, 25)
 scores = [np.sqrt(spline_held_out([p])[0]) for p in grid]

@@ -7,37 +7,47 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from ddnref.examples._show import Cell, Check, Picture, Table, shown
+from ddnref.examples._show import Card, Cell, Check, Picture, Table, shown
 from ddnref.report.narrative import html
 from ddnref.report.runner import DPI, Code, Narrative, Part, Printed, Told
 
 STYLE = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
 
-TITLE = "ddnref: derivatives of eigenvectors and solvers, checked on real data"
+TITLE = "ddnref: let a solver be part of something that learns"
 LEAD = (
-    "ddnref computes eigenvectors, functions of matrices and solutions of systems together with their derivatives, so "
-    "that they can be part of something that learns. This page shows what that is good for, and measures whether the "
-    "derivatives are right, on the machine where it was made."
+    "A program learns by following gradients. If it contains a solver (for eigenvectors, a function of a matrix, a "
+    "linear system, the curvature of a network), the solver needs a gradient too. ddnref has both. Here is what that "
+    "is good for, on real data: the problem, what you write, and what comes out. The links lead to the whole stories, "
+    "where every derivative is checked on the machine that made this page."
 )
 
 
-def page(stories: Sequence[Told], facts: Sequence[tuple[str, str]]) -> str:
-    """Return the whole page, with the versions and settings in `facts` at its end."""
-    headlines = "".join(
-        f"<div><dt>{escape(label)}</dt>{''.join(f'<dd>{escape(value)}</dd>' for value in values)}</div>"
-        for story in stories
-        for label, values in story.headlines
-    )
-    links = "".join(f'<li><a href="#{story.name}">{escape(story.title)}</a></li>' for story in stories)
+def page(stories: Sequence[Told], facts: Sequence[tuple[str, str]], note: str = "") -> str:
+    """Return the whole page, with a note at its head, and the versions and settings in `facts` at its end."""
+    cards = "".join(_card(story.name, story.title, story.card) for story in stories if story.card)
     made = "".join(f"{escape(name)} {escape(value)}<br>" for name, value in facts)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>ddnref report</title><style>{STYLE}</style></head><body>\n"
         f'<header><h1>{escape(TITLE)}</h1><p class="lead">{escape(LEAD)}</p>'
-        f"<dl>{headlines}</dl><nav><ol>{links}</ol></nav></header>\n"
+        f'<div class="cards">{cards}</div><p>{escape(note)}</p></header>\n'
         f"<main>{''.join(map(_chapter, stories))}</main>\n<footer><p>{made}</p></footer>\n</body></html>\n"
     )
+
+
+def _card(name: str, title: str, card: Card) -> str:
+    return (
+        f"<article><p><strong>{escape(card.problem)}</strong></p>{_image(card.picture, card.problem)}"
+        f"<pre>{escape(card.code)}</pre><p>{escape(card.result)}</p>"
+        f'<p><a href="#{name}">{escape(title)}</a></p></article>'
+    )
+
+
+def _image(png: bytes, alt: str) -> str:
+    data = base64.b64encode(png).decode("ascii")
+    width = int.from_bytes(png[16:20], "big") * 96 // DPI  # the size that its fonts were chosen for
+    return f'<img alt="{escape(alt)}" style="max-width: {width}px" src="data:image/png;base64,{data}">'
 
 
 def _chapter(story: Told) -> str:
@@ -60,13 +70,7 @@ def _part(part: Part, prefix: str) -> str:
         case Table():
             return _table(part)
         case Picture():
-            data = base64.b64encode(part.figure).decode("ascii")
-            width = int.from_bytes(part.figure[16:20], "big") * 96 // DPI  # the size that its fonts were chosen for
-            return (
-                f'<figure><img alt="{escape(part.alt)}" style="max-width: {width}px" '
-                f'src="data:image/png;base64,{data}">'
-                f"<figcaption>{html(part.caption)}</figcaption></figure>"
-            )
+            return f"<figure>{_image(part.figure, part.alt)}<figcaption>{html(part.caption)}</figcaption></figure>"
 
 
 def _table(table: Table) -> str:

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.transforms import Bbox
 
 import ddnref.examples
 from ddnref.examples._look import LOOK
-from ddnref.examples._show import Check, CheckError, Headline, Picture, Table, recording
+from ddnref.examples._show import Card, Check, CheckError, Picture, Table, recording
 from ddnref.verify._backends import Backend
 
 FOLDER = Path(ddnref.examples.__file__).parent
@@ -51,7 +53,7 @@ class Told(NamedTuple):
     name: str
     title: str
     parts: list[Part]
-    headlines: list[Headline]
+    card: Card | None
     failed: str
     """The message of the check that ended it, or an empty string."""
     namespace: dict[str, Any]
@@ -86,25 +88,38 @@ class Recorder:
 
     def __init__(self, track: Track) -> None:
         self.parts: list[Part] = []
-        self.headlines: list[Headline] = []
+        self.card: Card | None = None
         self.stdout = io.StringIO()
         self.track = track
 
-    def add(self, part: Part | Headline) -> None:
-        """Keep a part, below everything that was printed before it, or a result for the head of the page."""
+    def add(self, part: Part | Card) -> None:
+        """Keep a part, below everything that was printed before it, or the card for the head of the page."""
         if text := self.stdout.getvalue():
             self.parts.append(Printed(text))
             self.stdout.seek(0)
             self.stdout.truncate()
-        if isinstance(part, Headline):
-            self.headlines.append(part)
+        if isinstance(part, Card):
+            self.card = part._replace(picture=_png(part.picture))
             return
         if isinstance(part, Picture):
-            buffer = io.BytesIO()
-            # Without the name of the software, the same figure has the same bytes.
-            part.figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-            part = part._replace(figure=buffer.getvalue())
+            part = part._replace(figure=_png(part.figure))
         self.parts.append(part)
+
+
+def _png(shown: Any) -> bytes:
+    """Draw a figure, or the part of it that some axes take."""
+    figure, box, buffer = shown, None, io.BytesIO()
+    if not isinstance(shown, mpl.figure.Figure):
+        axes = np.ravel(shown)
+        figure = axes[0].figure
+        for legend in figure.legends:
+            legend.set_visible(False)  # it would move into the picture
+        figure.draw_without_rendering()  # so that the axes are where the layout puts them
+        box = Bbox.union([ax.get_tightbbox() for ax in axes])
+        box = box.transformed(figure.dpi_scale_trans.inverted()).padded(0.05)
+    # Without the name of the software, the same figure has the same bytes.
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None}, bbox_inches=box)
+    return buffer.getvalue()
 
 
 def run(
@@ -147,7 +162,7 @@ def run(
                 plt.close("all")
         recorder.add(Narrative(""))  # below what was printed last
     parts = [part for part in recorder.parts if part != Narrative("")]
-    return Told(name, title, parts, recorder.headlines, failed, namespace)
+    return Told(name, title, parts, recorder.card, failed, namespace)
 
 
 def _replace(tree: ast.Module, constants: Mapping[str, Any], story: str) -> ast.Module:

@@ -37,13 +37,20 @@ def _report(arguments: argparse.Namespace) -> int:
     # The report is a later layer: load it by name, and only now, because Matplotlib takes a second to import.
     build = importlib.import_module("ddnref.report.build").build
 
+    if arguments.record:
+        require("torch", "jax", extra="torch,jax", what="ddnref report --record")
+        if (arguments.backend, arguments.seed, arguments.full) != ("numpy", 0, False):
+            sys.stderr.write(
+                "ddnref: --record takes no --backend, --seed or --full: the record is of the default page\n"
+            )
+            return 2
     with backend(arguments.backend) as library:
         try:
             arguments.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             sys.stderr.write(f"ddnref: the folder for the report cannot be made: {error}\n")
             return 2
-        _, passed = build(library, arguments.out, arguments.seed, full=arguments.full)
+        _, passed = build(library, arguments.out, arguments.seed, full=arguments.full, record=arguments.record)
     return 0 if passed else 1
 
 
@@ -63,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
                         help="folder for the page, pictures and CSV files (default: %(default)s)")  # fmt: skip
     report.add_argument("--full", action="store_true",
                         help="the declarative section at the tutorial's sizes and seeds: takes hours")  # fmt: skip
+    report.add_argument("--record", action="store_true",
+                        help="for developers: keep the figures of PyTorch and JAX for other machines")  # fmt: skip
     report.set_defaults(command=_report)
     return parser
 

@@ -174,19 +174,35 @@ def test_all_passes_are_in_the_tables_and_skipped_is_named(monkeypatch):
     assert "v1 skipped" in [text.get_text() for text in figure.axes[0].texts]
 
 
-@pytest.mark.parametrize("module", ["torch", "jax"])
-def test_missing_peer_is_named(monkeypatch, module):
-    fake(monkeypatch, missing=module)
-    missing = {"torch": "PyTorch", "jax": "JAX"}[module]
-    told = story()
-    for table in tables(told).values():
-        assert table[missing] == ("not installed",) * len(table[missing])
-        assert not any("not installed" in row for name, row in table.items() if not name.startswith(missing))
-    assert f"{missing} not installed" in told.headlines[0].values
-    figure = told.namespace["draw"](LIBRARIES, SIZES, told.namespace["relative"], "", log=True)
+@pytest.mark.parametrize("missing", ["PyTorch", "JAX"])
+def test_missing_peer_is_recorded(monkeypatch, missing):
+    """Recorded figures are shown at the sizes of the page, and other sizes are said not to be recorded."""
+    fake(monkeypatch, missing=missing)
+    told = story(((5, 256), (1, 128)))
+    label = _peers.peers()[missing]
+    assert "recorded 20" in label
+    for name, table in tables(told).items():
+        values, absent = table[label]
+        key = f"ladder: {'time' if name == 'times' else 'peak memory'} of {missing} at (5, 256)"
+        scale = 1 if name == "times" else 5 * 256**2 * 4
+        assert values == _peers.recorded()["figures"][missing][key] / scale
+        assert absent == "not recorded"
+        assert not any("recorded" in str(row) for other, row in table.items() if not other.startswith(missing))
+    figure = told.namespace["draw"](LIBRARIES, ((5, 256), (1, 128)), told.namespace["relative"], "", log=True)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert f"{missing}: not installed" in labels
-    assert "final" in labels
+    assert {label, f"{label} forward", "final"} <= {*labels}
+    assert f"{missing} not recorded" in [text.get_text() for text in figure.axes[0].texts]
+    assert f"not recorded in {label}" in told.card.result
+
+
+def test_the_record_has_all_sizes_of_the_page(monkeypatch):
+    fake(monkeypatch)
+    monkeypatch.setattr(_peers, "installed", lambda name: False)
+    with backend("numpy") as library:
+        told = run("ladder", library)
+    for table in tables(told).values():
+        assert not any("not recorded" in cells for cells in table.values())
+        assert {label for label in table if "recorded" in label} >= {*_peers.peers().values()}
 
 
 def test_small_inputs_have_no_memory(monkeypatch):

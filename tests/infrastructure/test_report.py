@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import csv
+import importlib.util
 import io
 import math
 import re
 from html.parser import HTMLParser
+from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,9 +21,9 @@ from threadpoolctl import threadpool_limits
 import ddnref
 import ddnref.examples
 from ddnref.curvature import HessianFactor
-from ddnref.examples import _peers, check, headline, picture, settings, track
+from ddnref.examples import _peers, card, check, picture, settings, track
 from ddnref.examples import table as show_table
-from ddnref.examples._show import Check, CheckError, Headline, Table
+from ddnref.examples._show import Card, Check, CheckError, Table
 from ddnref.report import build, page, runner
 from ddnref.report.narrative import html
 from ddnref.report.runner import Code, Narrative, Printed, Told
@@ -96,7 +99,7 @@ def one_thread():
 @pytest.fixture
 def alone(monkeypatch):
     """Nothing to compare with, few steps, and nothing timed, because times differ from run to run."""
-    monkeypatch.setattr(_peers, "installed", lambda module: False)
+    monkeypatch.setattr(_peers, "installed", lambda name: False)
     brief = {name: value for name, value in SMALL.items() if name not in TIMED}
     use(monkeypatch, {**brief, "subspaces": LEARN_BRIEFLY, "deblurring": DEBLUR_BRIEFLY})
 
@@ -153,7 +156,7 @@ def test_page_is_self_contained(report):
     for link in found.links:
         assert link.startswith("data:image/png;base64,") or (link[0] == "#" and link[1:] in found.anchors)
     assert len(found.anchors) == len(set(found.anchors))
-    assert len(found.images) == len(list(out.glob("*.png")))
+    assert len(found.images) == len(list(out.glob("*.png"))) + len(SMALL)  # and one for each card
     assert all(len(image["alt"]) > 20 for image in found.images)
     prose = re.sub(r"data:image/png;base64,[^\"]*", "", text).replace("http://www.w3.org/1998/Math/MathML", "")
     for outside in ("http", "file:", "@import", "url(", "<script", "<link", str(out), str(Path.home()), "/tmp"):
@@ -171,8 +174,20 @@ def test_console_says_where_and_what(report):
     lines = printed.splitlines()
     assert lines[-1] == f"The page: {out / 'index.html'}"
     assert [line[:4] for line in lines[: len(SMALL)]] == [f"{i + 1}/{len(SMALL)} " for i in range(len(SMALL))]
-    assert any(line.startswith("Gradient through whitening: error  ") for line in lines)
+    assert max(map(len, lines[:-1])) <= 80  # the last has a path
+    assert "It reads " in printed
     assert printed.isascii()
+
+
+def test_cards_come_before_any_chapter(report):
+    """Every story says what it is good for: problem, picture, what one writes and what comes out."""
+    text, _ = parsed(report[0])
+    head, body = text.split("<main>")
+    assert head.count("<article>") == head.count("<img ") == head.count("<pre>") == len(SMALL)
+    assert "<article>" not in body
+    for article in head.split("<article>")[1:]:
+        assert re.search(r'<p><strong>[A-Z].*[.?]</strong></p><img .*<pre>.*ddnref\..*</pre><p>.*\.</p><p><a href="#',
+                         article, re.DOTALL)  # fmt: skip
 
 
 def test_learning_works(report):
@@ -246,11 +261,11 @@ def test_peers_are_really_there(report, name, module):
     out, _ = report
     rows = table(out / "repeated_eigenvalues-errors.csv")
     assert float(rows[0][f"{name}, float64: worst error"]) < 1e-12  # the same loss: right where the gap is wide
-    compared = next(row for row in table(out / "subspaces-gradients.csv") if row["gradient"].startswith(name))
+    compared = next(row for row in table(out / "subspaces-gradients.csv") if row["gradient"].startswith(f"{name},"))
     assert compared["NaN"].endswith("of 10")
     assert compared["error"] == "nan" or float(compared["error"]) < 1e-10
     text, _ = parsed(out)
-    assert f"{name} {_peers.versions()[name]}" in text
+    assert f"{name} {version(module)}" in text
 
 
 # --- options ------------------------------------------------------------------------------------------------------
@@ -260,7 +275,7 @@ def contents(out):
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-def test_same_seed_same_bytes_and_missing_peers_are_named(alone, tmp_path):
+def test_same_seed_same_bytes_and_peers_are_recorded(alone, tmp_path):
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         assert run(tmp_path / name, "--seed", seed)[0] == 0
     first, again, other = (contents(tmp_path / name) for name in "abc")
@@ -273,10 +288,13 @@ def test_same_seed_same_bytes_and_missing_peers_are_named(alone, tmp_path):
         "index.html",
     ):
         assert first[name] != other[name]
-    text, _ = parsed(tmp_path / "a")
-    for name in ("PyTorch", "JAX"):
-        assert f"{name} not installed" in text
-    assert "<td>not installed</td>" in text
+    for folder, seed in (("a", ""), ("c", " with seed 0")):
+        text, _ = parsed(tmp_path / folder)
+        assert "PyTorch and JAX are not installed here" in text
+        assert "python -m pip install torch jax" in text
+        for label in _peers.peers().values():
+            assert f"NaN for 7 of the ten digits in {label[:-1]}{seed})" in text
+        assert text.count("not installed") == 1
 
 
 @pytest.mark.parametrize("name", ["array-api-strict", *(
@@ -396,15 +414,16 @@ def test_known_gradient_is_the_gradient():
     assert abs(slope - np.sum(x_bar * d)) < 1e-9 * np.linalg.norm(x_bar) * np.linalg.norm(d)
 
 
-def test_nan_and_missing_are_drawn_and_told(monkeypatch):
-    """Some NaN at the last gap, nothing finite at the one before, and a library that is not there."""
+def test_nan_is_drawn_and_told(monkeypatch):
+    """Some NaN at the last gap, and nothing finite at the one before."""
 
-    def gradients(loss, x, c):
+    def gradient(name, loss, x, c):
         wrong = np.ones_like(x)
         wrong[-1, :4], wrong[-2] = math.nan, math.inf
-        return {"PyTorch": wrong, "JAX": None}
+        return wrong
 
-    monkeypatch.setattr(ddnref.examples, "autograd_gradients", gradients)
+    monkeypatch.setattr(_peers, "autograd_gradient", gradient)
+    monkeypatch.setattr(_peers, "installed", lambda name: True)
     told = story("repeated_eigenvalues", seed=1)
     worst, nans = (told.namespace[key]["float64"]["PyTorch"] for key in ("worst", "nans"))
     assert math.isfinite(worst[-1])
@@ -412,29 +431,59 @@ def test_nan_and_missing_are_drawn_and_told(monkeypatch):
     assert list(nans[-3:]) == [0, 50, 4]
     axes, top = told.namespace["axes"][0], told.namespace["NAN"]
     at_top = [line for line in axes.lines if len(line.get_xdata()) and np.all(line.get_ydata() == top)]
-    assert [len(line.get_xdata()) for line in at_top if len(line.get_xdata()) > 1] == [2]
-    (said,) = told.headlines
-    assert said.values[1:] == (f"PyTorch {worst[-1]:.1g} (4 of 50 NaN)", "JAX not installed")
+    assert [len(line.get_xdata()) for line in at_top if len(line.get_xdata()) > 1] == [2, 2]
+    assert f"wrong by {worst[-1]:.1g} and NaN for 4 of 50 matrices in PyTorch (orange)" in told.card.result
 
 
-def legend(told):
-    return [text.get_text() for text in told.namespace["fig"].legends[0].get_texts()]
+# --- figures of other frameworks ------------------------------------------------------------------------------------
 
 
-def test_recorded_errors_replace_those_of_missing_libraries(monkeypatch):
-    monkeypatch.setattr(_peers, "installed", lambda module: False)
-    told = story("repeated_eigenvalues")
-    assert legend(told)[:3] == [f"ddnref, m = {m}" for m in (6, 64, 256)]
-    for name, label in zip(("PyTorch", "JAX"), legend(told)[3:], strict=True):
-        assert re.fullmatch(rf"{name} \d+\.\d+, recorded \d{{4}}-\d\d-\d\d", label)
-        for dtype, exact in (("float64", 1e-12), ("float32", 1e-5)):
-            assert f"{label}, {dtype}: worst error" in told.namespace["columns"]
-            worst, nans = (told.namespace[key][dtype][name] for key in ("worst", "nans"))
-            assert len(worst) == len(nans) == 17
-            assert worst[0] < exact < 1e-2 < worst[-1] or nans[-1] > 0
-        assert any(value.startswith(f"{name} ") and "recorded" in value for value in told.headlines[0].values)
-    # Those of other matrices are not shown.
-    assert legend(story("repeated_eigenvalues", seed=1))[3:] == ["PyTorch: not installed", "JAX: not installed"]
+def test_recorded_and_measured_figures_take_the_same_path(monkeypatch, tmp_path):
+    """Measure, write the record, and read from it what was measured."""
+    measured = {"a": [[1.23456e-3, math.inf], [0, 50]], "b": math.nan, "c": 7}
+    monkeypatch.setattr(_peers, "RECORD", tmp_path / "recorded.json")
+    monkeypatch.setattr(_peers, "_measured", {"PyTorch": {}, "JAX": {}})
+    monkeypatch.setattr(_peers, "version", lambda module: "2.13.0+cpu")
+    monkeypatch.setattr(_peers, "installed", lambda name: True)
+    _peers.recorded.cache_clear()
+    here = {key: _peers.figure(key, "JAX", lambda name, value=value: value) for key, value in measured.items()}
+    assert _peers.figure("d", "JAX", lambda name: None) is None
+    assert _peers.peers() == {"PyTorch": "PyTorch", "JAX": "JAX"}
+    _peers.write_record()
+    monkeypatch.setattr(_peers, "installed", lambda name: name == "PyTorch")
+    there = {key: _peers.figure(key, "JAX", lambda name: 1 / 0) for key in measured}
+    for key in measured:
+        assert type(here[key]) is type(there[key])
+        assert np.allclose(here[key], there[key], rtol=1e-3, equal_nan=True)
+    assert _peers.figure("d", "JAX", lambda name: 1 / 0) is None
+    assert re.fullmatch(r"JAX 2\.13 \(recorded \d{4}-\d\d-\d\d\)", _peers.peers()["JAX"])
+    assert (tmp_path / "recorded.json").read_text().count("\n") == 18  # one line for each figure
+    _peers.recorded.cache_clear()
+
+
+def asked():
+    """Patterns of the keys that examples ask for, and whether of PyTorch alone, from their source."""
+    for path in runner.FOLDER.glob("plot_*.py"):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") in ("figure", "with_peers"):
+                key, second = call.args[:2]
+                parts = key.values if isinstance(key, ast.JoinedStr) else [key]
+                pattern = "".join(re.escape(p.value) if isinstance(p, ast.Constant) else ".+" for p in parts)
+                pattern += r" of .+ at \(.+\)" * (call.func.id == "with_peers")
+                source = ast.unparse(second)
+                yield pattern, "'PyTorch'" in source and "'JAX'" not in source
+
+
+def test_the_record_has_what_examples_ask_for_and_nothing_else():
+    """Whoever adds or renames a figure has to record it; test_profile.py has the sizes."""
+    patterns = list(asked())
+    assert len(patterns) >= 11
+    for name, figures in _peers.recorded()["figures"].items():
+        wanted = [pattern for pattern, of_pytorch in patterns if name == "PyTorch" or not of_pytorch]
+        for pattern in wanted:
+            assert any(re.fullmatch(pattern, key) for key in figures), (name, pattern)
+        for key in figures:
+            assert any(re.fullmatch(pattern, key) for pattern in wanted), (name, key)
 
 
 @pytest.mark.parametrize("name", [
@@ -444,31 +493,21 @@ def test_recorded_errors_replace_those_of_missing_libraries(monkeypatch):
 def test_recorded_errors_are_those_that_are_measured(name):
     """Up to the rounding of other machines, in the sizes where errors are not yet chance."""
     told = story("repeated_eigenvalues")
-    assert name in legend(told)
-    _, figures = _peers.recorded(name, 0)
+    assert told.namespace["labels"][name] == name
     for dtype, count in (("float64", 12), ("float32", 5)):
-        worst, nans = figures[dtype]
+        key = f"repeated eigenvalues: worst errors and numbers of NaN, {dtype}"
+        worst, nans = np.asarray(_peers.recorded()["figures"][name][key], dtype=float)
         assert np.all(nans[:count] == 0)
         assert np.all(np.abs(np.log10(told.namespace["worst"][dtype][name] / worst))[:count] < 1)
 
 
-def test_record_is_read_back(monkeypatch, tmp_path):
-    figures = {"worst": np.asarray([1e-3, np.nan]), "nans": np.asarray([0, 50])}
-    told = {key: {"float64": {"PyTorch": value, "JAX": value}} for key, value in figures.items()}
-    monkeypatch.setattr(_peers, "RECORD", tmp_path / "recorded.json")
-    monkeypatch.setattr(_peers.runpy, "run_module", lambda name: told)
-    monkeypatch.setattr(_peers, "version", lambda module: "2.13.0+cpu")
-    monkeypatch.setattr(_peers, "installed", lambda module: True)
-    _peers.record()
-    label, read = _peers.recorded("JAX", 0)
-    worst, nans = read["float64"]
-    assert label.startswith("JAX 2.13, recorded 20")
-    assert np.array_equal(worst, figures["worst"], equal_nan=True)
-    assert np.array_equal(nans, figures["nans"])
-    assert _peers.recorded("JAX", 1) is None
-    monkeypatch.setattr(_peers, "installed", lambda module: module == "torch")
-    with pytest.raises(RuntimeError, match="JAX': None"):
-        _peers.record()
+def test_recording_needs_the_frameworks(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("torch", "jax") else name)
+    assert main(["report", "--record", "--out", str(tmp_path)]) == 2
+    assert "needs torch and jax, which is not installed" in capsys.readouterr().err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert main(["report", "--record", "--seed", "1", "--out", str(tmp_path)]) == 2
+    assert "the record is of the default page" in capsys.readouterr().err
 
 
 # --- the runner -----------------------------------------------------------------------------------------------------
@@ -542,15 +581,18 @@ def test_mistake_in_a_narrative_is_an_error():
 
 def test_page_marks_nan_and_escapes():
     parts = [Table("t", "c", ("x<y", "z"), [("a&b", math.nan), ("c", 0.125)], ".1e"), Printed("1<2")]
-    text = page.page([Told("s", "T<", parts, [Headline("l<", ("v&",))], "", {})], [("F", "1<2")])
-    for part in ("x&lt;y", "a&amp;b", '<td class="bad">NaN</td>', "<td>1.2e-01</td>", "T&lt;", "1&lt;2", "l&lt;"):
+    card = Card("p<", b"\x89PNG" + bytes(20), "code<", "v&")
+    text = page.page([Told("s", "T<", parts, card, "", {})], [("F", "1<2")], "n<")
+    expected = ("x&lt;y", "a&amp;b", '<td class="bad">NaN</td>', "<td>1.2e-01</td>", "T&lt;", "1&lt;2", "p&lt;",
+                "code&lt;", "v&amp;", "n&lt;")  # fmt: skip
+    for part in expected:
         assert part in text
 
 
 def test_gallery_prints(capsys):
     """Without a runner the same calls print, and nothing is recorded."""
     show_table("t", "Numbers.", ("name", "value"), [("a", 0.5), ("long name", math.nan)])
-    headline("Result", "1", "2")
+    card("A problem.", plt, "code", "Result: 1, 2")
     check("error", 1e-9, 1e-8)
     picture("p", plt, "c", "a")
     assert list(track([1, 2], "label")) == [1, 2]

@@ -23,7 +23,7 @@ SHORT = {"DDN-J", "DDN-E", "DDN-E, pinv", "IFT-J", "IFT-E, B stored", "IFT-E"}
 OURS = {"fixed_point", "bordered"}
 
 
-def fake(monkeypatch, *, memory=True, installed=("torch", "jax")):
+def fake(monkeypatch, *, memory=True, installed=("PyTorch", "JAX")):
     """One second for every pass but PI-DDN-J, which is measured at the first size only."""
 
     def seconds(source, sizes, patience, *, least, repeat):
@@ -39,8 +39,7 @@ def fake(monkeypatch, *, memory=True, installed=("torch", "jax")):
     monkeypatch.setattr(_precision, "BATCH", 2)
     monkeypatch.setattr(_measure, "seconds", seconds)
     monkeypatch.setattr(_measure, "peaks", lambda source, timed: dict.fromkeys(timed, 2**20) if memory else {})
-    monkeypatch.setattr(_peers, "installed", lambda module: module in installed)
-    monkeypatch.setattr(_peers, "version", lambda module: "1")
+    monkeypatch.setattr(_peers, "installed", lambda name: name in installed)
 
 
 def story(*, full=True):
@@ -99,8 +98,8 @@ def test_one_table_and_one_picture_by_default(monkeypatch):
     assert name == "passes"
     forward = {"AT forward", "PI forward", "SI forward", "AT", "SI-Unroll", "PI-Unroll, raw"}
     assert set(shown) == {*named(1), "PI-Unroll", *forward}
-    assert shown["AT"] == ("", "", 1000.0, 1.0)
-    assert shown["bordered"][2:] == (1000.0, 1.0)
+    assert shown["AT"] == ("", "", 1.0, 1.0)
+    assert shown["bordered"][2:] == (1.0, 1.0)
     assert {size[1] for _, size in told.namespace["seconds"]} == {M}
     assert [part.name for part in told.parts if isinstance(part, Picture)] == ["eigen-digits", "steps", "gradients"]
 
@@ -114,8 +113,8 @@ def test_the_numbers_say_who_is_right(full):
     for name, errors in tables(full)["passes"].items():
         if name in shown:
             assert errors[:2] == (shown[name][1], shown[name][3])
-    assert full.headlines[0].values[0].startswith("ddnref bordered ")
-    assert full.headlines[0].values[1].startswith("tutorial's DDN-E, solve ")
+    error = tables(full)["passes"]["bordered"][0]
+    assert f"ours is wrong by {error:.0e} in float32" in full.card.result
 
 
 @pytest.mark.parametrize(("module", "name", "label"), [
@@ -139,13 +138,23 @@ def test_a_wrong_gradient_is_noticed(monkeypatch, module, name, label):
     assert all(part.error <= part.limit for part in before)
 
 
-def test_missing_torch_is_named(monkeypatch):
-    fake(monkeypatch, installed=("jax",))
+def test_missing_torch_is_recorded(monkeypatch):
+    """Recorded figures are shown at the size of the page, and other sizes are said not to be recorded."""
+    fake(monkeypatch, installed=("JAX",))
     shown = tables(story())
     for name in ("time-1", "time-4", "memory-1", "memory-4"):
         for label, cells in shown[name].items():
-            missing = ("PyTorch not installed",) * len(cells)
-            assert (cells == missing) == label.startswith("AT"), label
+            assert (cells == ("not recorded",) * len(cells)) == label.startswith("AT"), label
+    monkeypatch.setattr(_precision, "SMALL", 64)
+    monkeypatch.setattr(_precision, "BATCH", 5)
+    with backend("numpy") as library, threadpool_limits(1):
+        told = run(
+            "iteration_digits", library, constants={"STEPS": (1, 20), "COUNTS": (160,), "WIDTHS": (8,), "SEEDS": 1}
+        )
+    kept = _peers.recorded()["figures"]["PyTorch"]
+    assert tables(told)["passes"][f"AT, {_peers.peers()['PyTorch']}"] == (
+        "", "", kept["iteration: time of AT at (5, 64, 1)"], kept["iteration: peak memory of AT at (5, 64, 1)"] / 2**20,
+    )  # fmt: skip
 
 
 def test_no_memory_is_said(monkeypatch):
