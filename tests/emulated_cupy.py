@@ -354,6 +354,17 @@ class Stream:
         READS.append("synchronize")
 
 
+class Event:
+    """An event behind work that ends only when the host waits for it, by reading a value."""
+
+    def record(self, stream=None):
+        self.before = len(READS)
+
+    @property
+    def done(self):
+        return len(READS) > self.before
+
+
 class MemoryHook:
     """Hears of arrays that `full` and its relatives make: enough to see whether a hook adds up."""
 
@@ -397,8 +408,11 @@ def install():
         isdtype=np.isdtype, asnumpy=lambda x: x.get() if isinstance(x, ndarray) else np.asarray(x),
         __version__="14.emulated",
     )  # fmt: skip
-    _module("cupy.cuda", Device=Device, Stream=Stream, get_current_stream=Stream, MemoryHook=MemoryHook)
-    _module("cupy.cuda.runtime", getDeviceCount=lambda: 1, CUDARuntimeError=RuntimeError)
+    _module("cupy.cuda", Device=Device, Stream=Stream, get_current_stream=Stream, MemoryHook=MemoryHook, Event=Event)
+    properties = {"name": b"an emulation", "major": 0, "minor": 0, "totalGlobalMem": 2**30}
+    _module("cupy.cuda.runtime", getDeviceCount=lambda: 1, CUDARuntimeError=RuntimeError,
+            getDeviceProperties=lambda _: properties, runtimeGetVersion=lambda: 0,
+            driverGetVersion=lambda: 0)  # fmt: skip
     _module("cupy.cuda.device", Device=Device, get_cublas_handle=lambda: 0, get_cusolver_handle=lambda: 0)
     _module("cupy.cuda.cublas", CUBLAS_OP_N=0, CUBLAS_OP_T=1, CUBLAS_OP_C=2,
             **{f"{kind}getrsBatched": _getrs_batched(dtype) for kind, dtype in kinds.items()})  # fmt: skip

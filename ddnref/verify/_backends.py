@@ -100,6 +100,13 @@ def _cupy() -> Loaded:
             f"The backend cupy is installed but finds no usable GPU ({error}). It needs an NVIDIA GPU and a driver "
             "for the CUDA version of the wheel: ddnref[cuda12] or ddnref[cuda13]."
         ) from error
+    try:  # since CuPy 14 wheels have no CUDA libraries, and load those of the system at the first call
+        _ = cupy.cuda.cublas, cupy.cuda.cusolver
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"The backend cupy finds a GPU but not the libraries of CUDA ({error}). Install a CUDA toolkit, or its "
+            'libraries by pip install "cupy-cuda12x[ctk]" or "cupy-cuda13x[ctk]".'
+        ) from error
     return Backend("cupy", cupy.__version__, cupy.asarray, cupy.asnumpy), nullcontext()
 
 

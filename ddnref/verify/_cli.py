@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +55,21 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
+def _gpu_record(arguments: argparse.Namespace) -> int:
+    from ddnref.verify._gpu import record, shown
+
+    for path in arguments.show or ():
+        sys.stdout.write(shown(json.loads(path.read_text(encoding="utf-8"))))
+    if arguments.show:
+        return 0
+    try:
+        with backend("cupy") as library:
+            return 0 if record(library, arguments.out) else 1
+    except MissingDependencyError as error:
+        sys.stderr.write(f"ddnref: no GPU was found, so nothing is recorded. {error}\n")
+        return 2
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ddnref", description=ddnref.__doc__)
     parser.add_argument("--version", action="version", version=f"ddnref {ddnref.__version__}")
@@ -73,6 +89,14 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--record", action="store_true",
                         help="for developers: keep the figures of PyTorch and JAX for other machines")  # fmt: skip
     report.set_defaults(command=_report)
+
+    summary = "measure this GPU with CuPy (tests, errors, host reads, times, bridges), and write one JSON file to send"
+    gpu = commands.add_parser("gpu-record", help=summary, description=summary[0].upper() + summary[1:] + ".")
+    gpu.add_argument("--out", type=Path, default=Path("ddnref-gpu.json"), metavar="FILE",
+                     help="default: %(default)s")  # fmt: skip
+    gpu.add_argument("--show", type=Path, nargs="+", metavar="FILE",
+                     help="print these records as Markdown, and measure nothing")  # fmt: skip
+    gpu.set_defaults(command=_gpu_record)
     return parser
 
 

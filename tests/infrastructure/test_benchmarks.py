@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -397,3 +399,16 @@ from ddnref._rules.table import RULES, TRIALS
 assert ddnref.krylov.cg is old.cg and eigen_loss and binding is sys.modules["ddnref._rule"] and TRIALS is RULES
 """
     subprocess.run([sys.executable, "-c", code], cwd=BENCHES, check=True)
+
+
+@pytest.mark.parametrize("path", sorted((BENCHES / "benchmarks").glob("_[a-z]*.py")), ids=lambda path: path.stem)
+def test_asv_finds_nothing_in_private_modules(path, monkeypatch):
+    """It looks into them too, and would start a process for each parameter."""
+    monkeypatch.syspath_prepend(BENCHES)
+    classes = [c for name, c in vars(importlib.import_module(f"benchmarks.{path.stem}")).items()
+               if isinstance(c, type) and not name.startswith("_")]  # fmt: skip
+    assert [c for c in classes for name in dir(c) if name.startswith(PREFIXES)] == []
+
+
+def test_asv_starts_processes_that_cuda_survives():
+    assert json.loads((BENCHES / "asv.conf.json").read_text())["launch_method"] == "spawn"

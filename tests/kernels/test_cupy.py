@@ -1,6 +1,8 @@
 """The code for CuPy alone: collected with ``--backend cupy``, or ``emulated-cupy``, which needs no GPU."""
 
+import json
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +17,9 @@ from ddnref._kernels import dense as _linalg
 from ddnref._kernels import lu as _lu
 from ddnref._rules.binding import options_of, plain_forward, plain_vjp
 from ddnref._rules.table import RULES, TRIALS
+from ddnref.verify import _checks as checks
+from ddnref.verify import _gpu
+from ddnref.verify._cli import main
 
 
 def hermitian(rng, shape, dtype=np.float64):
@@ -203,21 +208,54 @@ def test_closed_forms_read_nothing_on_the_host(name, xp, rng):
         assert relative(xp.numpy(ours), expected) <= 1e-9
 
 
-def test_the_benchmarks_for_a_gpu_run(xp, monkeypatch):
-    from infrastructure.test_gpu_benchmarks import gpu
+def test_the_record_of_a_gpu(xp, monkeypatch, tmp_path, capsys):
+    """``ddnref gpu-record`` for a few rules at a small size; the array tests are those that run here."""
+    few = {name: RULES[name] for name in ("eigh", "solve")}
+    monkeypatch.setattr(_gpu, "RULES", few)
+    monkeypatch.setattr(_gpu, "SOLVERS", ("cg", "eigsh"))
+    if hasattr(pytest.importorskip("cupy"), "EMULATED"):
+        monkeypatch.setattr(_gpu, "find_spec", lambda name: None)  # test_gpu.py has the bridges
+    monkeypatch.setattr(_gpu, "BUSY", 8)
+    monkeypatch.setattr(_gpu, "SECONDS", 0.01)
+    monkeypatch.setattr(_gpu, "rules", partial(_gpu.rules, sizes=((2, 4),)))
+    monkeypatch.setattr(_gpu, "others", partial(_gpu.others, n=8, widths=(5, 4, 3, 3)))
+    monkeypatch.setattr(_gpu, "array_tests", lambda: {"summary": "2 passed", "failed": []})
+    monkeypatch.setattr(_gpu, "measure", lambda backend, dtypes, seed: [
+        outcome for case in checks.cases(backend, RULES["solve"], ("float64",))
+        for outcome in checks.run_case(backend, case, seed)
+    ])  # fmt: skip
+    assert main(["gpu-record", "--out", str(tmp_path / "gpu.json")]) == 0
+    kept = json.loads((tmp_path / "gpu.json").read_text())
+    assert kept["environment"]["device"]
+    assert all(row["passed"] for row in kept["verify"])
+    assert {row["rule"] for row in kept["rules"] if "rule" in row} == set(few)
+    assert {row.get("solver") or row["network"] for row in kept["solvers and networks"]} == {
+        *_gpu.SOLVERS, "gradient", "hvp", "ggn_eigh", "hessian_solve",
+    }  # fmt: skip
+    for row in kept["rules"]:
+        for part in [row] if "limit" in row else [row["forward"], row["vjp"]]:
+            assert part["ms"] > 0
+            assert part["MiB"] >= 0
+        if "rule" in row:
+            assert not row["forward"]["host waits"]
+            assert not row["vjp"]["host waits"]
+            assert row["VJP - NumPy's, relative"] < 100 * np.finfo(row["dtype"]).eps
+    assert all("skipped" in row or row["difference"] < 1e-12 for row in kept["bridges"])
+    capsys.readouterr()
+    assert main(["gpu-record", "--show", str(tmp_path / "gpu.json")]) == 0
+    page = capsys.readouterr().out
+    assert page.startswith("## ")
+    assert "Tests: 2 passed. Failures in all: 0." in page
+    assert page.count("| `eigh` | (2, 4) |") == 2
 
-    monkeypatch.setenv("DDNREF_BENCH_SECONDS", "0.01")
-    monkeypatch.setitem(gpu.network.__globals__["networks"].NETWORKS, "small", ((5, 4, 3), 6))
-    runs = [(gpu.GpuRules, (name, (2, 4), "float64")) for name in ("eigh", "sinkhorn", "solve")]
-    runs += [(gpu.GpuSolvers, (name, 8, "float32")) for name in gpu.SOLVERS]
-    runs += [(gpu.GpuNetworks, (name, "small", "float32")) for name in gpu.NETWORK]
-    for cls, parameters in [*runs, (gpu.GpuHessian, ((3, 4, 1),))]:
-        benchmark = cls()
-        benchmark.setup(*parameters)
-        for method in (name for name in dir(benchmark) if name.startswith("track_")):
-            value = getattr(benchmark, method)(*parameters)
-            assert 0 <= value < np.inf
-            assert getattr(getattr(benchmark, method), "unit", "") in ("ms", "MiB")
+
+def test_a_read_on_the_host_and_a_failure_are_recorded(xp, monkeypatch):
+    import cupy
+
+    x = xp.asarray(np.ones((4, 4)))
+    assert _gpu.host_waits(cupy, lambda: float(x[0, 0]), x)
+    assert not _gpu.host_waits(cupy, lambda: x @ x, x)
+    assert _gpu._measured(cupy, lambda: 1 / 0, x) == {"error": "ZeroDivisionError: division by zero"}
 
 
 def test_the_code_on_the_pages_runs(xp):

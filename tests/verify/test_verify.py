@@ -370,10 +370,30 @@ def test_cupy_without_a_gpu(monkeypatch, capsys):
         runtime=types.SimpleNamespace(CUDARuntimeError=CUDARuntimeError, getDeviceCount=count)
     )
     monkeypatch.setitem(sys.modules, "cupy", fake)
+    for command in (["verify", "--backend", "cupy"], ["gpu-record"]):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "no usable GPU (no device)" in error
+        assert "ddnref[cuda12]" in error
+    assert error.startswith("ddnref: no GPU was found, so nothing is recorded.")
+
+
+def test_cupy_without_the_libraries_of_cuda(monkeypatch, capsys):
+    class Cuda(types.ModuleType):
+        runtime = types.SimpleNamespace(CUDARuntimeError=RuntimeError, getDeviceCount=lambda: 1)
+
+        def __getattr__(self, name):
+            raise ImportError(f"no lib{name}.so")
+
+    fake = types.ModuleType("cupy")
+    fake.__spec__ = importlib.machinery.ModuleSpec("cupy", None)
+    fake.cuda = Cuda("cupy.cuda")
+    monkeypatch.setitem(sys.modules, "cupy", fake)
     assert main(["verify", "--backend", "cupy"]) == 2
     error = capsys.readouterr().err
-    assert "no usable GPU (no device)" in error
-    assert "ddnref[cuda12]" in error
+    assert "finds a GPU but not the libraries of CUDA (no libcublas.so)" in error
+    assert "cupy-cuda12x[ctk]" in error
 
 
 EXTRAS = ("docutils", "matplotlib", "sklearn", "threadpoolctl")
