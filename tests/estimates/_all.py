@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import date
 from functools import partial
 from typing import Any
 
@@ -36,5 +37,5 @@ def measured(kind: str, seed: int, problems: int) -> list[Results]:
 def record(rows: list[Results], seed: int, problems: int) -> str:
     """The file that the documentation shows."""
     command = f"python -m tests.estimates --problems {problems} --seed {seed} --record docs/estimates.md"
-    head = f"`{command}`, with NumPy {np.__version__}: {problems:,} problems of each kind and precision.\n\n"
-    return head + table(rows)
+    head = f"Recorded on {date.today()} by `{command}`, with NumPy {np.__version__}: {problems:,} problems of each "
+    return f"{head}kind and precision.\n\n{table(rows)}"

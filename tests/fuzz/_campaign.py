@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -106,8 +107,8 @@ def record(cases: Sequence[Case], functions: int) -> str:
     """The file that the documentation shows."""
     seed, count = cases[0].seed, len(cases)
     head = (
-        f"`python -m tests.fuzz --cases {count} --seed {seed} --record docs/fuzz.md`: {count:,} cases over {functions} "
-        f"functions and classes.\n\n"
+        f"Recorded on {date.today()} by `python -m tests.fuzz --cases {count} --seed {seed} --record docs/fuzz.md`, "
+        f"with NumPy {np.__version__}: {count:,} cases over {functions} functions and classes.\n\n"
     )
     return head + table(cases)
 

@@ -1,10 +1,11 @@
 """Estimated errors against true ones: promises on fixed problems, the record, and wrong estimates that are found."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from estimates._all import KINDS, measured
+from estimates._all import KINDS, measured, record
 from estimates._results import ITERATIONS, Promise, of_batch
 
 RECORD = Path(__file__).parents[2] / "docs" / "estimates.md"
@@ -49,7 +50,11 @@ def test_estimates_that_do_not_hold_are_found():
 
 def test_the_record_in_the_documentation_is_of_this_measurement():
     command, *_ = text = RECORD.read_text(encoding="utf-8").strip().splitlines()
-    assert command.startswith("`python -m tests.estimates --problems ")
+    head = (
+        r"Recorded on \d{4}-\d\d-\d\d by `python -m tests.estimates --problems \d+ --seed \d+ --record .*`, with NumPy "
+    )
+    assert re.match(head, command)
+    assert re.match(head, record([], 0, 1000))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text if line.startswith("| ")][2:]
     expected = [row.cells()[:2] for kind in KINDS for row in measured(kind, seed=0, problems=6)]
     assert [tuple(row[:2]) for row in rows] == expected

@@ -86,6 +86,9 @@ def test_an_interpreter_that_ends_is_a_finding_and_the_campaign_goes_on(name):
 
 def test_the_record_in_the_documentation_is_of_this_campaign():
     text = (_campaign.ROOT / "docs" / "fuzz.md").read_text(encoding="utf-8")
+    head = r"Recorded on \d{4}-\d\d-\d\d by `python -m tests.fuzz --cases \d+ --seed \d+ --record docs/fuzz.md`"
+    assert re.match(head, text)
+    assert re.match(head, _campaign.record([_campaign.Case(0, 0, "", "", "", "equal")], 1))
     kinds = re.findall(r"^\| ([^|]+) \|", text, re.MULTILINE)[1:]
     assert kinds == [*_mutations.MUTATIONS, "all"]
     total = [cell.strip() for cell in text.strip().splitlines()[-1].strip("|").split("|")]
