@@ -187,7 +187,7 @@ card(
     "Equal eigenvalues are everyday: pixels that never change, symmetries, a ridge. Is a gradient through them right?",
     axes[0],
     "x_bar = ddnref.eigh_vjp(None, v_bar, w, v)",
-    f"Three eigenvalues come together, from right to left. Where they are equal, the gradient is wrong by "
+    f"Three eigenvalues come together, from left to right. Where they are equal, the gradient is wrong by "
     f"{say('ddnref, m = 6')} (blue). Automatic differentiation is wrong by {say('PyTorch')} in {labels['PyTorch']} "
     f"(orange), and by {say('JAX')} in {labels['JAX']} (grey).",
 )
