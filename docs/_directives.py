@@ -1,10 +1,13 @@
-"""Directives and a role for the pages: the cheat sheet, Markdown files, and single backticks that link."""
+"""Directives and a role: the cheat sheet, Markdown files, the comparison, and single backticks that link."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import pkgutil
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -120,6 +123,54 @@ def to_pages(text: str, folder: Path) -> str:
     return re.sub(r'href="(?:docs/)?([\w-]+)\.(?:rst|md)', page, text)
 
 
+class Comparison(SphinxDirective):
+    """Show a part of the recorded comparison with other libraries; `comparison_parts` names the parts."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Parse the part, made from ``comparison.json``, into nodes at the place of the directive."""
+        path = Path(self.env.srcdir) / "comparison.json"
+        self.env.note_dependency(str(path))
+        part = "\n".join(comparison_parts(json.loads(path.read_text(encoding="utf-8")), self.arguments[0]))
+        return self.parse_text_to_nodes(part, allow_section_headings=True)
+
+
+def comparison_parts(record: dict[str, Any], part: str) -> Iterator[str]:
+    """Yield reStructuredText for a part: "conditions", "charts", "better" or "problems"."""
+    benches = str(Path(__file__).parents[1] / "asv_benches")
+    if benches not in sys.path:
+        sys.path.append(benches)
+    from comparison import _tables
+
+    if part == "conditions":
+        yield _tables.conditions(record)
+    elif part == "charts":
+        pictures = {
+            f"Shares of the results in {dtype}": _tables.chart(record, dtype) for dtype in ("float64", "float32")
+        }
+        pictures["Time relative to ddnref in the same framework"] = _tables.times(record)
+        for title, picture in pictures.items():
+            if picture:
+                lines = "\n".join(f"   {line}" for line in picture.splitlines())
+                yield f'**{title}**\n\n.. raw:: html\n\n   <div class="wide-picture">\n{lines}\n   </div>\n'
+    elif part == "better":
+        lines = [*_tables.faster(record), *_tables.behind(record)]
+        yield "\n".join(f"- {line}" for line in lines)
+    elif part == "problems":
+        for name, one in record["problems"].items():
+            yield f"{one['title']}\n{'-' * len(one['title'])}\n\n{one['text']}\n"
+            yield f"Time and memory: {one['large_text']}.\n"
+            if one["hard_text"]:
+                yield f"Without a result: {one['hard_text']}.\n"
+            yield f"{list_table(_tables.of_problem(record, name))}\n"
+            yield from (f"- {note}" for note in _tables.notes(record, name))
+            yield f"\n.. code-block:: sh\n\n   python asv_benches/compare.py --only {name}"
+            yield f"   python asv_benches/compare.py --show {name}:{next(iter(one['cells']))}\n"
+    else:
+        raise ValueError(f"The comparison has no part {part!r}.")
+
+
 def public_names() -> set[str]:
     """Return the full names of everything that the reference documents."""
     names = {f"ddnref.{name}" for name in ddnref.__all__}
@@ -160,4 +211,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_role("link-or-literal", LinkOrLiteral())
     app.add_directive("cheat-sheet", CheatSheet)
     app.add_directive("markdown-file", MarkdownFile)
+    app.add_directive("comparison", Comparison)
     return {"version": "1", "parallel_read_safe": True}

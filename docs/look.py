@@ -119,6 +119,7 @@ PAGES = {  # page: whether it has mathematics
     "versions": False,
     "figures": False,
     "history": False,
+    "comparison": False,
     "api": False,
     "generated/ddnref.eigh_vjp": True,
     "gallery": False,
@@ -146,7 +147,7 @@ PAGES = {  # page: whether it has mathematics
     "auto_gallery/plot_whitening": True,
 }
 ON_A_PHONE = (
-    "index", "quickstart", "cheat-sheet", "faq", "gallery", "which-gradient", "eigen", "figures", "history",
+    "index", "quickstart", "cheat-sheet", "faq", "gallery", "which-gradient", "eigen", "figures", "history", "comparison",
     "auto_gallery/plot_ladder",
 )  # fmt: skip
 ERRORS = re.compile(

@@ -22,7 +22,8 @@ from ._problem import DTYPES, LIBRARIES, Inputs, Problem, extended, rounded
 
 ROOT = Path(__file__).parents[2]
 AT_ONCE = 2  # processes that compute errors side by side; times are taken one process after another
-LIMIT = 240  # seconds for everything but times; a process that takes longer ends
+LIMIT = 300  # seconds of CPU time for everything but times; a process that takes longer ends
+PATIENCE = 4 * LIMIT  # seconds of wall time, for a process that waits
 ROUNDS = 7
 STEP = 1e-11  # of the differences of oracles, whose digits suffice for it, that tell second derivatives
 QUIET = {
@@ -104,7 +105,8 @@ class Worker:
         if code > 0:
             self.log.seek(0)
             raise RuntimeError(f"{' '.join(self.process.args)} failed:\n{self.log.read()}")
-        return f"took longer than {LIMIT} s" if code == -signal.SIGALRM else f"ended the process by signal {-code}"
+        slow = code in (-signal.SIGPROF, -signal.SIGALRM)
+        return f"took longer than {LIMIT} s" if slow else f"ended the process by signal {-code}"
 
 
 def with_partners(problem: Problem, libraries: Sequence[str]) -> list[str]:

@@ -26,7 +26,7 @@ Inputs = dict[str, Any]
 class Library(NamedTuple):
     title: str
     framework: str
-    """Whose arrays it takes, and whose call of ddnref it is timed against."""
+    """The framework whose arrays it takes, and in which ddnref is called to compare times."""
     distribution: str
     """The name under which it is installed."""
 

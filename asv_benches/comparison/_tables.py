@@ -45,7 +45,8 @@ def row(cell: Cell) -> list[str]:
     columns.append(f"{cell['milliseconds']:.3g}" if "milliseconds" in cell else "–")
     columns.append(f"{cell['ratio'][0]:.2f}" if "ratio" in cell else "–")
     columns.append("–" if cell["memory"] is None else f"{cell['memory']:.1f}")
-    return columns + [(cell[key] or "–").partition(":")[0] for key in ("second", "hard")]
+    second, hard = ((cell[key] or "–").partition(":")[0] for key in ("second", "hard"))
+    return [*columns, second, hard.replace("NaN and a warning", "NaN,\xa0warning")]
 
 
 def size_of(found: dict[str, Any]) -> str:
@@ -104,7 +105,7 @@ def faster(record: Record) -> Iterator[str]:
 
 
 def behind(record: Record) -> Iterator[str]:
-    """Yield the cells in which ddnref is not right, or gives no second derivative where another library does."""
+    """Yield the cells in which ddnref is wrong, says nothing, or has no second derivative where another library has."""
     for one in record["problems"].values():
         for library in in_order(one["cells"]):
             cell, peer = one["cells"][library], one["cells"].get(library.removeprefix("ddnref-"), {})
@@ -114,6 +115,11 @@ def behind(record: Record) -> Iterator[str]:
                 if found["silent"] or found["nan"] or found["told"]:
                     shares = shares_of(found)
                     yield f"{one['title']}: {LIBRARIES[library].title} in {dtype} is wrong, NaN or refuses: {shares} %."
+            if (cell.get("second") or "").startswith("wrong"):
+                error = cell["second"].partition(": ")[2]
+                yield f"{one['title']}: a second derivative of {LIBRARIES[library].title} is silently wrong, {error}."
+            if cell.get("hard") == "nothing":
+                yield f"{one['title']}: {LIBRARIES[library].title} says nothing about an instance without a result."
             if cell.get("second") not in (None, "yes") and peer.get("second") == "yes":
                 title = LIBRARIES[library.removeprefix("ddnref-")].title
                 yield f"{one['title']}: {title} gives second derivatives, {LIBRARIES[library].title} does not."

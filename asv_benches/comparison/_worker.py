@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks._common import burst, kilobytes, pin_threads
 
 from ._frameworks import FRAMEWORKS, Framework
-from ._measure import LIMIT, Task, Tasks
+from ._measure import LIMIT, PATIENCE, Task, Tasks
 from ._problem import LIBRARIES, Inputs, Outcome, Problem, load_problems, relative_error, verdict
 
 SECOND = 1e-4  # a second derivative with a larger relative error is wrong
@@ -41,7 +41,8 @@ def main() -> None:
             answers.write(f"{json.dumps(value)}\n")
             answers.flush()
 
-        signal.alarm(LIMIT)
+        signal.setitimer(signal.ITIMER_PROF, LIMIT)  # both end the process
+        signal.alarm(PATIENCE)
         try:
             on = FRAMEWORKS[LIBRARIES[library].framework]()
             loss = problem.cells[library]()
@@ -51,6 +52,7 @@ def main() -> None:
         pin_threads()
         call = on.gradient(loss) if problem.is_gradient else on.value(loss)
         answer(report(problem, on, loss, call, tasks))
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
         once = prepared(on, call, tasks.large)
         for line in sys.stdin:
@@ -71,10 +73,11 @@ def converted(on: Framework, inputs: Inputs) -> Inputs:
 
 
 def message(error: Exception) -> str:
-    """Return the class and the first line of an error, or of the error that a callback of JAX wraps."""
-    lines = str(error).strip().splitlines()
-    if lines and "Traceback" in lines[0]:
-        lines = [line for line in lines if re.match(r"\S*(Error|Exception)\b", line)] or lines[-1:]
+    """Return the class and the first line of an error that says something: frameworks wrap errors of a traced call."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
+    if lines and lines[0].endswith((":", "(most recent call last)")):
+        lines = raised or [line for line in lines[1:] if not line.endswith(":")]
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
@@ -168,7 +171,7 @@ def memory(on: Framework, call: Call, inputs: Inputs) -> float | None:
     before = kilobytes("VmRSS")
     clear.write_text("5", encoding="utf-8")  # the peak starts from here
     once()
-    return round((kilobytes("VmHWM") - before) / 1024, 1)
+    return round(max(0, kilobytes("VmHWM") - before) / 1024, 1)
 
 
 if __name__ == "__main__":

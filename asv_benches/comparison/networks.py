@@ -117,8 +117,8 @@ HESSIAN = problem(
     "result is the value itself.",
     draw=lambda rng, _: draw_hessian(rng, 3, 4, 2, 3),
     truth=truth_hessian,
-    large=lambda rng: draw_hessian(rng, 2, 8, 16, 4),
-    large_text="16 layers of width 8, 2 samples, 1056 parameters",
+    large=lambda rng: draw_hessian(rng, 2, 8, 8, 4),
+    large_text="8 layers of width 8, 2 samples, 544 parameters",
     is_gradient=False,
     hard=lambda: {
         **draw_hessian(np.random.default_rng(1), 3, 4, 2, 3), "hidden": np.zeros((2, 4, 4)), "damping": 0.0
@@ -240,7 +240,7 @@ def _curvlinops_hessian():
             module, torch.nn.CrossEntropyLoss(), parameters, [(x, t)], check_deterministic=False
         ).to_scipy()
         damped = LinearOperator(hessian.shape, lambda v: hessian @ v + damping * v, dtype=hessian.dtype)
-        found, status = minres(damped, b.numpy(), rtol=1e-10 if b.dtype == torch.float64 else 1e-5, maxiter=10_000)
+        found, status = minres(damped, b.numpy(), rtol=1e-10 if b.dtype == torch.float64 else 1e-5, maxiter=1000)
         return found, status == 0
 
     return step

@@ -23,7 +23,7 @@ def draw(rng: np.random.Generator, _: str) -> Inputs:
 
 
 def truth(i: Inputs) -> np.ndarray:
-    """With B = L Lᵀ the modes are those of L⁻¹ A L⁻ᵀ; L by elimination in extended precision."""
+    """Reduce the pencil by B = L Lᵀ: its modes are L⁻ᵀ times those of L⁻¹ A L⁻ᵀ."""
     inner = inverse(lower_factor(i["b"]))
     along = derivative(lambda x: projector_below(x, i["_shift"]), inner @ i["x"] @ inner.T, inner @ i["c"] @ inner.T)
     return inner.T @ along @ inner
