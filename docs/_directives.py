@@ -136,6 +136,16 @@ class Comparison(SphinxDirective):
         return self.parse_text_to_nodes(part, allow_section_headings=True)
 
 
+def list_table(table: str) -> str:
+    """Write a Markdown table as a reStructuredText list table; the default role turns single backticks into links."""
+    rows = [line.strip().strip("|").split("|") for line in table.strip().splitlines()]
+    del rows[1]  # the line of dashes
+    lines = [".. list-table::", "   :header-rows: 1", "   :class: capabilities", ""]
+    for row in rows:
+        lines += [f"   {'* -' if i == 0 else '  -'} {cell.strip()}" for i, cell in enumerate(row)]
+    return "\n".join(lines)
+
+
 def comparison_parts(record: dict[str, Any], part: str) -> Iterator[str]:
     """Yield reStructuredText for a part: "conditions", "charts", "better" or "problems"."""
     benches = str(Path(__file__).parents[1] / "asv_benches")

@@ -147,8 +147,8 @@ PAGES = {  # page: whether it has mathematics
     "auto_gallery/plot_whitening": True,
 }
 ON_A_PHONE = (
-    "index", "quickstart", "cheat-sheet", "faq", "gallery", "which-gradient", "eigen", "figures", "history", "comparison",
-    "auto_gallery/plot_ladder",
+    "index", "quickstart", "cheat-sheet", "faq", "gallery", "which-gradient", "eigen", "figures", "history",
+    "comparison", "auto_gallery/plot_ladder",
 )  # fmt: skip
 ERRORS = re.compile(
     r'CONSOLE[:(\d)]*\].*?"((?:Uncaught|Error|Failed|Access|Refused|Mixed|ParseError|KaTeX).*?)", source'
