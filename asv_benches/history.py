@@ -245,7 +245,9 @@ def tree_of(commit: str) -> Iterator[Path]:
         raise Refused(f"git archive {commit[:8]}: {done.stderr.decode().strip()}")
     with tempfile.TemporaryDirectory(prefix="ddnref-tree-") as folder:
         with tarfile.open(fileobj=BytesIO(done.stdout)) as archive:
-            archive.extractall(folder, filter="data")
+            # Python has had filters since 3.11.4.
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)
+            archive.extractall(folder)
         yield Path(folder)
 
 
