@@ -104,7 +104,8 @@ def test_no_code_is_forgotten():
     assert {page.stem for page in pages_with("tensorflow")} == {"frameworks", "quickstart"}
     assert {page.stem for page in pages_with("dask")} == {"quickstart", "scale-out"}
     assert {page.stem for page in pages_with("torch")} == {
-        "custom", "forward-mode", "frameworks", "ggn", "index", "migration", "networks", "operators", "quickstart",
+        "custom", "eigen", "forward-mode", "frameworks", "ggn", "index", "migration", "networks", "operators",
+        "quickstart",
     }  # fmt: skip
     assert {page.stem for page in pages_with("jax")} == {
         "custom", "forward-mode", "frameworks", "ggn", "index", "migration", "quickstart",
