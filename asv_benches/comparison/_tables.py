@@ -105,24 +105,28 @@ def faster(record: Record) -> Iterator[str]:
 
 
 def behind(record: Record) -> Iterator[str]:
-    """Yield the cells in which ddnref is wrong, says nothing, or has no second derivative where another library has."""
+    """Yield where ddnref is wrong, says nothing, or has no second derivative where the framework itself has one."""
+    refused: dict[str, list[str]] = {}  # titles of problems by framework
     for one in record["problems"].values():
         for library in in_order(one["cells"]):
-            cell, peer = one["cells"][library], one["cells"].get(library.removeprefix("ddnref-"), {})
-            if not library.startswith("ddnref"):
+            cell, framework = one["cells"][library], library.removeprefix("ddnref-")
+            if framework == library:
                 continue
+            ours = f"ddnref in {LIBRARIES[framework].title}"
             for dtype, found in cell.get("errors", {}).items():
                 if found["silent"] or found["nan"] or found["told"]:
-                    shares = shares_of(found)
-                    yield f"{one['title']}: {LIBRARIES[library].title} in {dtype} is wrong, NaN or refuses: {shares} %."
+                    yield f"{one['title']}: {ours} in {dtype} is wrong, NaN or refuses: {shares_of(found)} %."
             if (cell.get("second") or "").startswith("wrong"):
                 error = cell["second"].partition(": ")[2]
-                yield f"{one['title']}: a second derivative of {LIBRARIES[library].title} is silently wrong, {error}."
+                yield f"{one['title']}: a second derivative of {ours} is silently wrong, {error}."
             if cell.get("hard") == "nothing":
-                yield f"{one['title']}: {LIBRARIES[library].title} says nothing about an instance without a result."
-            if cell.get("second") not in (None, "yes") and peer.get("second") == "yes":
-                title = LIBRARIES[library.removeprefix("ddnref-")].title
-                yield f"{one['title']}: {title} gives second derivatives, {LIBRARIES[library].title} does not."
+                yield f"{one['title']}: {ours} says nothing about an instance without a result."
+            theirs = one["cells"].get(framework, {}).get("second")
+            if cell.get("second") not in (None, "yes") and theirs == "yes":
+                refused.setdefault(framework, []).append(one["title"])
+    for framework, titles in refused.items():
+        title = LIBRARIES[framework].title
+        yield f"Second derivatives that {title} gives and ddnref in {title} does not: {'; '.join(titles)}."
 
 
 def conditions(record: Record) -> str:
