@@ -14,6 +14,7 @@ The saddle-free model has |θ| in place of θ. Three kinds of space give θ and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -183,7 +184,8 @@ class Extent(NamedTuple):
 def first(g: Array, axes: int = 1) -> Array:
     """Return ``g / ‖g‖``, or random directions for gradients of zero, whose last axes are those of one vector."""
     xp = namespace_of(g)
-    rows = xp.reshape(g, (*tuple(g.shape)[: g.ndim - axes], -1))
+    shape = tuple(g.shape)
+    rows = xp.reshape(g, (*shape[: g.ndim - axes], math.prod(shape[g.ndim - axes :])))
     size = safe_norm(rows)
     # Zero leaves the start to chance, and the smallest eigenvalue is still found.
     start = noise(1, rows.shape[-1], rows) + full((), 0.0, rows) * rows

@@ -347,7 +347,7 @@ def trust_region_step_vjp(
         raise ValueError(f"p_bar has shape {tuple(p_bar.shape)}, expected {tuple(p.shape)} of p.")
 
     def rows(z: Array) -> Array:
-        return xp.reshape(z, (*tuple(z.shape)[: z.ndim - axes], -1))
+        return xp.reshape(z, (*tuple(z.shape)[: z.ndim - axes], math.prod(h.domain_shape)))
 
     point = _point(
         rows(p), rows(xp.broadcast_to(g, p.shape)), rows(h(p)), _radius(radius, full(batch, 0.0, p)), check_rtol

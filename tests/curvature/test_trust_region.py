@@ -622,6 +622,15 @@ def everything(h, g, radius, p_bar):
     return p, q, s, info.damping, info.predicted, info.boundary, absolute.lambda_min, *bars, state.damping
 
 
+@pytest.mark.parametrize("kind", [np.asarray, lambda h: operators.dense(h, self_adjoint=True)])
+def test_batches_without_items(kind):
+    a, g = kind(np.zeros((0, 5, 5))), np.zeros((0, 5))
+    p, info = trust_region_step(a, g, 1.0, k=3)
+    (_, g_bar, *_), _ = trust_region_step_vjp(p, p, a, g, 1.0)
+    assert p.shape == g_bar.shape == g.shape
+    assert info.converged.shape == (0,)
+
+
 def test_every_library_agrees(xp, rng):
     arrays = (*problem(rng), rng.standard_normal((3, 7)))
     expected = everything(*arrays)

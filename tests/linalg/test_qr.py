@@ -134,7 +134,7 @@ def test_the_jvp_judges_columns_whatever_their_units(dtype, xp, rng):
     for kinds, expected in ((TALL_SINGULAR, True), (TALL_REGULAR, False)):
         for name, kind in kinds.items():
             q, r = ddnref.qr(xp.asarray(stack(kind, rng, dtype, 20, xp.name)))
-            for dot in xp.tuple(xp.derivative(ddnref.qr_jvp, q, q, r)):
+            for dot in xp.tuple(xp.derivative(ddnref.qr_jvp, q, q, r, throw=False)):
                 assert np.all(np.any(np.isnan(dot), axis=(-2, -1)) == expected), name
 
 
