@@ -7,7 +7,7 @@ import json
 import pkgutil
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,7 +41,12 @@ def cheat_sheet(group: str) -> str:
             links = [f":doc:`{story.replace('_', ' ')} <auto_gallery/plot_{story}>`" for story in stories_with(name)]
             example = ", ".join(links) or ON_THE_PAGE
             rows.append((texts.docs, f"`{name}`", texts.singular, texts.cost, f":doc:`{texts.page}`", example))
-    lines = [".. list-table::", "   :header-rows: 1", "   :class: cheat-sheet rules", ""]
+    return list_table(rows, "cheat-sheet rules")
+
+
+def list_table(rows: Iterable[Iterable[str]], classes: str) -> str:
+    """Write rows of cells as a reStructuredText list table, the first row as its head."""
+    lines = [".. list-table::", "   :header-rows: 1", f"   :class: {classes}", ""]
     for row in rows:
         lines += [f"   {'* -' if i == 0 else '  -'} {cell}".rstrip() for i, cell in enumerate(row)]
     return "\n".join(lines)
@@ -75,7 +80,7 @@ class CheatSheet(SphinxDirective):
 class MarkdownFile(SphinxDirective):
     """Show a Markdown file, or a part of it, or, if the file does not exist, the content of the directive.
 
-    A part is what lies between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``.
+    A part lies between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``.
     """
 
     required_arguments = 1
@@ -136,16 +141,6 @@ class Comparison(SphinxDirective):
         return self.parse_text_to_nodes(part, allow_section_headings=True)
 
 
-def list_table(table: str) -> str:
-    """Write a Markdown table as a reStructuredText list table; the default role turns single backticks into links."""
-    rows = [line.strip().strip("|").split("|") for line in table.strip().splitlines()]
-    del rows[1]  # the line of dashes
-    lines = [".. list-table::", "   :header-rows: 1", "   :class: capabilities", ""]
-    for row in rows:
-        lines += [f"   {'* -' if i == 0 else '  -'} {cell.strip()}" for i, cell in enumerate(row)]
-    return "\n".join(lines)
-
-
 def comparison_parts(record: dict[str, Any], part: str) -> Iterator[str]:
     """Yield reStructuredText for a part: "conditions", "charts", "better" or "problems"."""
     benches = str(Path(__file__).parents[1] / "asv_benches")
@@ -173,7 +168,10 @@ def comparison_parts(record: dict[str, Any], part: str) -> Iterator[str]:
             yield f"Time and memory: {one['large_text']}.\n"
             if one["hard_text"]:
                 yield f"Without a result: {one['hard_text']}.\n"
-            yield f"{list_table(_tables.of_problem(record, name))}\n"
+            lines = _tables.of_problem(record, name).splitlines()
+            del lines[1]  # the line of dashes
+            rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+            yield f"{list_table(rows, 'comparison')}\n"
             yield from (f"- {note}" for note in _tables.notes(record, name))
             yield f"\n.. code-block:: sh\n\n   python asv_benches/compare.py --only {name}"
             yield f"   python asv_benches/compare.py --show {name}:{next(iter(one['cells']))}\n"

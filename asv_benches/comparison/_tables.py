@@ -89,10 +89,15 @@ def shortened(words: str, length: int = 110) -> str:
     return words if len(words) <= length else words[:length].rpartition(" ")[0] + " …"
 
 
+def fails(found: dict[str, int]) -> bool:
+    """Whether any result in one precision is not right."""
+    return any(found[key] for key in VERDICTS if key != "right")
+
+
 def is_right(cell: Cell) -> bool:
     """Whether all results in float64 are right."""
     found = cell.get("errors", {}).get("float64")
-    return bool(found) and not any(found[key] for key in ("silent", "nan", "told"))
+    return bool(found) and not fails(found)
 
 
 def faster(record: Record) -> Iterator[str]:
@@ -114,7 +119,7 @@ def behind(record: Record) -> Iterator[str]:
                 continue
             ours = f"ddnref in {LIBRARIES[framework].title}"
             for dtype, found in cell.get("errors", {}).items():
-                if found["silent"] or found["nan"] or found["told"]:
+                if fails(found):
                     yield f"{one['title']}: {ours} in {dtype} is wrong, NaN or refuses: {shares_of(found)} %."
             if (cell.get("second") or "").startswith("wrong"):
                 error = cell["second"].partition(": ")[2]

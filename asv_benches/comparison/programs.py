@@ -226,6 +226,14 @@ def _cvxpylayers():
     return loss
 
 
+def objective(y, x, quadratic, g, h):
+    return (y * (quadratic @ y)).sum() / 2 - (x * y).sum()
+
+
+def excess(y, x, quadratic, g, h):
+    return g @ y - h
+
+
 @cell("ddnref-torch", PROGRAM)
 def _ddnref_torch_program():
     import scipy.optimize
@@ -233,10 +241,7 @@ def _ddnref_torch_program():
 
     from ddnref.implicit import custom_argmin
 
-    @custom_argmin(
-        lambda y, x, quadratic, g, h: (y * (quadratic @ y)).sum() / 2 - (x * y).sum(),
-        inequality=lambda y, x, quadratic, g, h: g @ y - h,
-    )
+    @custom_argmin(objective, inequality=excess)
     def program(x, quadratic, g, h):  # any solver will do: here the dual problem by SciPy's nnls
         a, q, g, h = (v.double().numpy() for v in (x, quadratic, g, h))
         root = np.linalg.cholesky(g @ np.linalg.solve(q, g.T))
@@ -283,10 +288,7 @@ def _ddnref_jax_program():
 
     from ddnref.implicit import custom_argmin
 
-    @custom_argmin(
-        lambda y, x, quadratic, g, h: (y * (quadratic @ y)).sum() / 2 - (x * y).sum(),
-        inequality=lambda y, x, quadratic, g, h: g @ y - h,
-    )
+    @custom_argmin(objective, inequality=excess)
     def program(x, quadratic, g, h):
         none = jnp.zeros((0, len(x)), x.dtype), jnp.zeros(0, x.dtype)
         return qpax.solve_qp(quadratic, -x, *none, g, h, solver_tol=1e-10 if x.dtype == jnp.float64 else 1e-5)[0]

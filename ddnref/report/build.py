@@ -63,9 +63,8 @@ def build(backend: Backend, out: Path, seed: int, *, full: bool = False, record:
     terminal = Terminal(sys.stdout)
     stories, names = [], list(STORIES)
     if record:
-        others = sorted(
-            path.stem.removeprefix("plot_") for path in FOLDER.glob("plot_*.py") if "figure(" in path.read_text()
-        )
+        compares = [path for path in FOLDER.glob("plot_*.py") if "figure(" in path.read_text(encoding="utf-8")]
+        others = sorted(path.stem.removeprefix("plot_") for path in compares)
         names += [name for name in others if name not in names]
     # Matrices of 64×64 gain nothing from BLAS threads, which spin for seconds where other work has the cores.
     with threadpool_limits(1):

@@ -57,8 +57,7 @@ def rule(convert: Callable[[Any], Array], name: str, batch: int, m: int, dtype: 
     forward_options, vjp_options = options_of(RULES[name], sample.options)
     forward = partial(plain_forward(RULES[name]), *map(convert, sample.inputs), **forward_options)
     outputs, saved = plain_forward(RULES[name])(*sample.inputs, **forward_options)  # on the host: they are NumPy's
-    bars = sample.loss[1](*outputs) if sample.loss else outputs
-    bars = bars if isinstance(bars, tuple) else (bars,)
+    bars = as_tuple(sample.loss[1](*outputs)) if sample.loss else outputs
     kept = (*outputs, *saved, *(sample.inputs[i] for i in RULES[name].needs))
     arrays = [convert(np.ascontiguousarray(a)) for a in (*map(rounded, bars), *kept)]
     return forward, partial(plain_vjp(RULES[name]), *arrays, **vjp_options)
@@ -167,7 +166,13 @@ def _difference(backend: Backend, name: str, batch: int, m: int, dtype: str) -> 
         there = [backend.to_numpy(x_bar) for x_bar in rule(backend.convert, name, batch, m, dtype)[1]()]
     except Exception as error:  # noqa: BLE001
         return f"{type(error).__name__}: {error}"
-    return max(float(np.linalg.norm(a - b) / (np.linalg.norm(b) or 1)) for a, b in zip(there, here, strict=True))
+    return _largest_difference(there, here)
+
+
+def _largest_difference(found: Iterable[NDArray[Any]], expected: Iterable[NDArray[Any]]) -> float:
+    """The largest difference of two gradients of one input, relative to the expected one."""
+    pairs = zip(found, expected, strict=True)
+    return max(float(np.linalg.norm(a - b) / (np.linalg.norm(b) or 1)) for a, b in pairs)
 
 
 # --- the parts of the record --------------------------------------------------------------------------------------
@@ -289,12 +294,10 @@ def _bridged(name: str, differentiable: Any, gradients: Any, batch: int = 3, m: 
     try:
         forward, vjp = rule(np.asarray, name, batch, m, "float64")
         outputs, _ = forward()
-        bars = sample.loss[1](*outputs) if sample.loss else outputs
-        bars = bars if isinstance(bars, tuple) else (bars,)
+        bars = as_tuple(sample.loss[1](*outputs)) if sample.loss else outputs
         bars = [np.zeros_like(y) if bar is None else bar for y, bar in zip(outputs, bars, strict=True)]
         found = gradients(differentiable(getattr(ddnref, name), **sample.options), *sample.inputs, bars=bars)
-        pairs = zip(found, vjp(), strict=True)
-        return {"rule": name, "difference": max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)}
+        return {"rule": name, "difference": _largest_difference(found, vjp())}
     except Exception as error:  # noqa: BLE001
         return {"rule": name, "error": f"{type(error).__name__}: {error}"}
 
