@@ -230,7 +230,7 @@ class Backend:
         return tuple(self.numpy(a) for a in arrays)
 
     def derivative(self, function: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
-        """Call a derivative that is not refused; JAX compiles it as a whole, and a refusal would be NaN."""
+        """Call a derivative; JAX compiles it as a whole, and gives NaN in place of an error."""
         if self.name != "jax":
             return function(*arrays, **options)
         quiet = {"throw": False} if "throw" in inspect.signature(function).parameters else {}

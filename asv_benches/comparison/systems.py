@@ -265,7 +265,7 @@ def draw_deblurring(rng: np.random.Generator, _: str, n: int = 8) -> Inputs:
 
 
 def truth_deblurring(i: Inputs) -> np.ndarray:
-    """The same system, stored."""
+    """Solve the system with a stored matrix."""
     n, m = len(i["y"]), i["m"].ravel()
     shifts = {}
     for a in range(-2, 3):

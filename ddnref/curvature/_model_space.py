@@ -169,8 +169,8 @@ class Extent(NamedTuple):
     probes: int
     """Further ones from a random start."""
     rtol: float | None
-    """Residual of the step that ends the Krylov space; 0 for k dimensions without a look at it. By default 0 where k
-    dimensions are all, which finds the hard case, and ``sqrt(eps)`` elsewhere."""
+    """Residual of the step that ends the Krylov space; with 0 it is not computed and the space has k dimensions. By
+    default 0 where k dimensions are all, which finds the hard case, and ``sqrt(eps)`` elsewhere."""
     check_every: int
     """Dimensions between two looks."""
 

@@ -16,8 +16,8 @@ STYLE = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
 TITLE = "ddnref: let a solver be part of something that learns"
 LEAD = (
     "A program learns by following gradients. If it contains a solver (for eigenvectors, a function of a matrix, a "
-    "linear system, the curvature of a network), the solver needs a gradient too. ddnref has both. Here is what that "
-    "is good for, on real data: the problem, what you write, and what comes out. The links lead to the whole stories, "
+    "linear system, the curvature of a network), the solver needs a gradient too. ddnref has both. The cards show "
+    "uses on real data: the problem, the code that you write, and its result. The links lead to the whole stories, "
     "where every derivative is checked on the machine that made this page."
 )
 

@@ -265,7 +265,7 @@ def test_a_batch_goes_on_until_the_last_item_has_converged(rng):
 
 
 def test_a_small_residual_does_not_hide_the_hard_case(rng):
-    """With all dimensions, with probes, and for a gradient of zero."""
+    """It is found with all dimensions, with probes, and for a gradient of zero."""
     w = np.concatenate([[-1.0], np.linspace(3.0, 4.0, 79)])
     h, v = matrix(rng, w)
     g = v @ np.concatenate([[0.0], np.ones(79)])

@@ -1,4 +1,4 @@
-"""README and first pages are true: examples run, commands run in CI, tables and pictures are what they say."""
+"""README and first pages are true: examples run, CI runs the commands, tables and pictures match their sources."""
 
 import re
 import tomllib
