@@ -438,3 +438,36 @@ def test_static_errors(differentiable):
         differentiable(ddnref.eigh_topk)
     with pytest.raises(TypeError, match=r"differentiable\(ddnref\.spectral_function, df=\.\.\., f=\.\.\.\)"):
         differentiable(ddnref.spectral_function)
+
+
+@pytest.mark.parametrize("gap", [1e-1, 1e-4, 1e-6, 1e-7, 1e-10, 1e-13])
+def test_second_derivatives_at_close_eigenvalues(gap, torch, differentiable):
+    """The error through `eigh` grows as eps / gap², and that of a step function stays, as the page of `eigh` says."""
+    rng = np.random.default_rng(0)
+    q, (c, d) = np.linalg.qr(rng.standard_normal((8, 8)))[0], rng.standard_normal((2, 8, 8))
+    c, d = torch.tensor(c + c.T), d + d.T
+    x = (q * np.asarray([-3, -3 + gap, -3 + 2 * gap, -1, 0.2, 1, 2, 3.3])) @ q.T
+    x = (x + x.T) / 2
+    eigh = differentiable(ddnref.eigh)
+    step = {"f": lambda w: (w < -2).to(w.dtype), "df": torch.zeros_like, "d2f": torch.zeros_like}
+    through_eigh = lambda x: (v := eigh(x)[1][:, :3]) @ v.mT
+    projector = differentiable(ddnref.spectral_function, **step)
+
+    def gradient(function, x):
+        return torch.autograd.grad((c * function(x)).sum(), x, create_graph=True)[0]
+
+    def difference(h):
+        above, below = (gradient(projector, torch.tensor(x + s * h * d, requires_grad=True)) for s in (1, -1))
+        return (above - below).detach().numpy() / (2 * h)
+
+    def error(function):
+        leaf = torch.tensor(x, requires_grad=True)
+        found = torch.autograd.grad((gradient(function, leaf) * torch.tensor(d)).sum(), leaf)[0].numpy()
+        return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+    # Richardson's extrapolation, twice
+    coarse, middle, fine = map(difference, (1e-3, 5e-4, 2.5e-4))
+    expected = (16 * (4 * fine - middle) / 3 - (4 * middle - coarse) / 3) / 15
+    assert error(projector) <= 1e-10
+    if gap >= 1e-7:  # below there is no digit, and equal ones are refused
+        assert error(through_eigh) <= 1e-10 + 100 * np.finfo(float).eps / (gap / 3.3) ** 2
